@@ -1,0 +1,138 @@
+"""What the kernel files share: number formats, tiles, index types, and the steps of a strided, dilated window."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+# Triton 3.10 turns fused multiply-add off by default; the kernels want it.
+OPTIONS = {"enable_fp_fusion": True}
+
+_TRITON = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def acc_type(dtype):
+    """The type that sums are kept in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def operand_type(dtype):
+    """The type that products are taken in: the tensor's own, except for bfloat16 in the interpreter.
+
+    Triton's interpreter multiplies the raw bits of a bfloat16, so there operands go up to float32 after the load.
+    """
+    return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else _TRITON[dtype]
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """value as dtype, rounded to nearest even; the interpreter's own cast to bfloat16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)
+    return value.to(dtype)
+
+
+def index_type(*tensors):
+    """int64 where an offset into one of the tensors may not fit int32, and the faster int32 elsewhere."""
+    # Lanes past the end compute offsets too, so the limit leaves room for a tile.
+    limit = 2**31 - 2**20
+    for t in tensors:
+        if max(t.numel(), t.untyped_storage().nbytes() // t.element_size()) > limit:
+            return tl.int64
+    return tl.int32
+
+
+class Tile(NamedTuple):
+    """The block that one program computes, and the launch options that go with it."""
+
+    M: int
+    N: int
+    K: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def blocks(self):
+        return {"BLOCK_M": self.M, "BLOCK_N": self.N, "BLOCK_K": self.K}
+
+    @property
+    def options(self):
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
+
+
+# The widest tile of each number format, read off sm_90 machine code (no register spills); not yet timed.
+TILES = {
+    "half": Tile(128, 128, 64, 8, 3),
+    "tf32": Tile(128, 128, 32, 8, 3),
+    "ieee": Tile(64, 64, 16, 4, 2),
+    "fp64": Tile(64, 64, 16, 8, 2),
+}
+
+
+def _block(size, least, most):
+    """The power of two at or above `size`, within bounds."""
+    return min(most, max(least, triton.next_power_of_2(size)))
+
+
+def gemm_tile(M, N, K, dtype, precision):
+    """The tile for an (M, K) x (K, N) product; precision, "tf32" or "ieee", counts for float32 only."""
+    if INTERPRETED:
+        # The interpreter's time goes by the operation, whatever its size: few tiles, yet more than one.
+        return Tile(_block(M // 3, 32, 4096), _block(N // 2, 16, 128), _block(K // 4, 32, 256), 4, 1)
+    wide = TILES["fp64" if dtype == torch.float64 else precision if dtype == torch.float32 else "half"]
+    # tl.dot wants at least 16 of each.
+    block_m, block_n, block_k = _block(M, 16, wide.M), _block(N, 16, wide.N), _block(K, 16, wide.K)
+    num_warps = max(2, min(wide.num_warps, wide.num_warps * block_m * block_n // (wide.M * wide.N)))
+    return Tile(block_m, block_n, block_k, num_warps, wide.num_stages)
+
+
+def flat_block(numel, block):
+    """The block of a kernel that walks `numel` elements: `block`, or what suits the interpreter."""
+    return _block(numel // 3, 256, 2**16) if INTERPRETED else block
+
+
+def split_count(tiles, K, block_k):
+    """How many programs share the K products of one tile: enough to fill a large GPU, a function of shapes alone.
+
+    Asking the device would give sums that differ from card to card.
+    """
+    programs, least = (2, 1) if INTERPRETED else (512, 4)
+    return max(1, min(programs // max(tiles, 1), K // (least * block_k)))
+
+
+class Window(NamedTuple):
+    """How the taps k of a window reach a pixel i: k * dilation = i + pad - o * stride for an output position o.
+
+    Source: the solutions k of that congruence modulo the stride are first, first + step, ..., where
+    first = (i + pad) / divisor * inverse modulo step, and there are none unless divisor divides i + pad.
+    """
+
+    divisor: int
+    step: int
+    inverse: int
+
+    @classmethod
+    def of(cls, stride, dilation):
+        divisor = math.gcd(stride, dilation)
+        step = stride // divisor
+        return cls(divisor, step, pow(dilation // divisor, -1, step))
+
+
+@triton.jit
+def first_tap(shifted, DIVISOR: tl.constexpr, STEP: tl.constexpr, INVERSE: tl.constexpr, K: tl.constexpr):
+    """The first of K taps that reaches the pixel at `shifted` = i + pad; K itself where none does (see Window)."""
+    tap = (shifted // DIVISOR) % STEP * INVERSE % STEP
+    return tl.where((shifted % DIVISOR == 0) & (tap < K), tap, K)

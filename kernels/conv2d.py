@@ -1,0 +1,417 @@
+"""Convolution as an implicit matrix product: patches are gathered into tiles as the product needs them, never copied.
+
+    y[n, oc, oh, ow]  = bias[oc] + sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw]
+    dx[n, c, ih, iw]  = sum over oc, kh, kw, oh, ow that reach (ih, iw) of dy[n, oc, oh, ow] * w[oc, c, kh, kw]
+    dw[oc, c, kh, kw] = sum over n, oh, ow of dy[n, oc, oh, ow] * x[n, c, ih, iw],    db[oc] = sum of dy
+
+    with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
+
+C and OC count the channels of one group. Tensors may have any strides. K, the summed index of the product, is walked
+in one of two ways: FLAT, where few channels make one flat index of channels and taps, each lane working out its own;
+otherwise tap by tap, a block of channels at a time, so that address and mask are worked out once a pixel.
+
+Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759); the split of the input
+gradient by output phase is the usual one of transposed convolutions (Shi et al. 2016, https://arxiv.org/abs/1609.07009).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import shapes
+from ._common import (
+    OPTIONS,
+    Window,
+    acc_type,
+    first_tap,
+    flat_block,
+    gemm_tile,
+    index_type,
+    operand_type,
+    round_to,
+    split_count,
+)
+from .reduce import Partials
+
+PAD_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
+
+# Below this many channels a tap alone does not fill the shortest K that tl.dot takes.
+FLAT_BELOW = 16
+
+
+def precision():
+    """What float32 products are taken in: torch's flag for convolutions, "tf32" unless the user changes it."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+@triton.jit
+def source(i, size, PAD_MODE: tl.constexpr):
+    """Where the coordinate i of the padded image is read from, and whether it is read at all."""
+    if PAD_MODE == 0:  # zeros
+        return i, (i >= 0) & (i < size)
+    elif PAD_MODE == 1:  # reflect
+        i = tl.where(i < 0, -i, i)
+        return tl.where(i >= size, 2 * size - 2 - i, i), i >= 0
+    elif PAD_MODE == 2:  # replicate
+        return tl.where(i < 0, 0, tl.where(i >= size, size - 1, i)), i == i
+    else:  # circular
+        return tl.where(i < 0, i + size, tl.where(i >= size, i - size, i)), i == i
+
+
+@triton.jit
+def next_block(c, kh, kw, C, KW, BLOCK: tl.constexpr):
+    """One block of channels on, then one tap on: counters in the place of a division in the inner loop."""
+    c += BLOCK
+    wrap = c >= C
+    c = tl.where(wrap, 0, c)
+    kw += tl.where(wrap, 1, 0)
+    wrap = kw >= KW
+    kw = tl.where(wrap, 0, kw)
+    kh += tl.where(wrap, 1, 0)
+    return c, kh, kw
+
+
+@triton.jit
+def conv2d_forward_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr,
+    M, H, W, OH, OW,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    stride_wo, stride_wc, stride_wh, stride_ww,
+    stride_b,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, FLAT: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
+    pid = tl.program_id(0).to(INDEX)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(OC, BLOCK_N)
+    pid_n = pid % tiles_n
+    pid_m = pid // tiles_n % tiles_m
+    group = pid // tiles_n // tiles_m
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < OC
+    ow = offs_m % OW
+    oh = offs_m // OW % OH
+    n = offs_m // OW // OH
+    ih0, iw0 = oh * SH - PH, ow * SW - PW
+
+    x_ptr += group * C * stride_xc
+    w_ptr += group * OC * stride_wo
+    x_rows = n * stride_xn
+    w_cols = offs_n * stride_wo
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if FLAT:
+        for k0 in range(0, C * KH * KW, BLOCK_K):
+            k = k0 + offs_k
+            c, kh, kw = k // (KH * KW), k // KW % KH, k % KW
+            mask_k = k < C * KH * KW
+            ih, in_h = source(ih0[:, None] + kh[None, :] * DH, H, PAD_MODE)
+            iw, in_w = source(iw0[:, None] + kw[None, :] * DW, W, PAD_MODE)
+            x_offs = x_rows[:, None] + c[None, :] * stride_xc + ih * stride_xh + iw * stride_xw
+            w_offs = w_cols[None, :] + (c * stride_wc + kh * stride_wh + kw * stride_ww)[:, None]
+            x = tl.load(x_ptr + x_offs, mask=mask_m[:, None] & mask_k[None, :] & in_h & in_w, other=0.0)
+            w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        c0, kh, kw = 0, 0, 0
+        for _ in range(0, KH * KW * ((C + BLOCK_K - 1) // BLOCK_K)):
+            c = c0 + offs_k
+            mask_k = c < C
+            ih, in_h = source(ih0 + kh * DH, H, PAD_MODE)
+            iw, in_w = source(iw0 + kw * DW, W, PAD_MODE)
+            x_offs = (x_rows + ih * stride_xh + iw * stride_xw)[:, None] + c[None, :] * stride_xc
+            w_offs = w_cols[None, :] + (c * stride_wc + kh * stride_wh + kw * stride_ww)[:, None]
+            x = tl.load(x_ptr + x_offs, mask=(mask_m & in_h & in_w)[:, None] & mask_k[None, :], other=0.0)
+            w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+            c0, kh, kw = next_block(c0, kh, kw, C, KW, BLOCK_K)
+
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + (group * OC + offs_n) * stride_b, mask=mask_n, other=0.0).to(ACC)[None, :]
+    y_rows = n * stride_yn + oh * stride_yh + ow * stride_yw
+    y_offs = y_rows[:, None] + (group * OC + offs_n)[None, :] * stride_yc
+    tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
+    """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype."""
+    y = shapes.conv2d(x, w, stride, padding, dilation)
+    if y.numel() == 0:
+        return y
+    (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
+    M, OC = N * OH * OW, OC // groups
+    flat = C < FLAT_BELOW
+    tile = gemm_tile(M, OC, C * KH * KW if flat else C, x.dtype, precision())
+    conv2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
+        x, w, w if bias is None else bias, y,
+        M, H, W, OH, OW,
+        *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
+        C=C, OC=OC, KH=KH, KW=KW,
+        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, FLAT=flat,
+        INDEX=index_type(x, w, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def conv2d_input_grad_kernel(
+    dy_ptr, w_ptr, dx_ptr,
+    M, H, W, OH, OW,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    stride_wo, stride_wc, stride_wh, stride_ww,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr,
+    DIVISOR_W: tl.constexpr, STEP_W: tl.constexpr, INVERSE_W: tl.constexpr,
+    FLAT: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Pixels whose (ih + PH) % SH and (iw + PW) % SW agree, a phase, are reached by the same taps: every STEP-th from
+    # the first. For one phase it is a convolution of stride 1, with no products by inserted zeros.
+    # GEMM of a phase: M = N * QH * QW, N = C, K = OC * taps, where QH * QW pixels are the most that a phase has.
+    pid = tl.program_id(0).to(INDEX)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_N)
+    pid_n = pid % tiles_n
+    pid_m = pid // tiles_n % tiles_m
+    rest = pid // tiles_n // tiles_m
+    phase_w = rest % SW
+    phase_h = rest // SW % SH
+    group = rest // SW // SH
+
+    kh0 = first_tap(phase_h, DIVISOR_H, STEP_H, INVERSE_H, KH)
+    kw0 = first_tap(phase_w, DIVISOR_W, STEP_W, INVERSE_W, KW)
+    taps_h, taps_w = tl.cdiv(KH - kh0, STEP_H), tl.cdiv(KW - kw0, STEP_W)
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    QH, QW = tl.cdiv(H, SH), tl.cdiv(W, SW)
+    ih = offs_m // QW % QH * SH + (phase_h + SH - PH % SH) % SH
+    iw = offs_m % QW * SW + (phase_w + SW - PW % SW) % SW
+    n = offs_m // QW // QH
+    mask_m, mask_n = (offs_m < M) & (ih < H) & (iw < W), offs_n < C
+    # The output position that the first tap comes from; each further tap lies DILATION / DIVISOR before it.
+    oh0, ow0 = (ih + PH - kh0 * DH) // SH, (iw + PW - kw0 * DW) // SW
+
+    dy_ptr += group * OC * stride_yc
+    w_ptr += group * OC * stride_wo + kh0 * stride_wh + kw0 * stride_ww
+    y_rows = n * stride_yn
+    w_cols = offs_n * stride_wc
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if FLAT:
+        for k0 in range(0, OC * taps_h * taps_w, BLOCK_K):
+            k = k0 + offs_k
+            oc, th, tw = k % OC, k // OC // taps_w, k // OC % taps_w
+            mask_k = k < OC * taps_h * taps_w
+            oh, in_h = source(oh0[:, None] - th[None, :] * (DH // DIVISOR_H), OH, 0)
+            ow, in_w = source(ow0[:, None] - tw[None, :] * (DW // DIVISOR_W), OW, 0)
+            y_offs = y_rows[:, None] + oc[None, :] * stride_yc + oh * stride_yh + ow * stride_yw
+            w_offs = w_cols[None, :] + (oc * stride_wo + th * STEP_H * stride_wh + tw * STEP_W * stride_ww)[:, None]
+            dy = tl.load(dy_ptr + y_offs, mask=mask_m[:, None] & mask_k[None, :] & in_h & in_w, other=0.0)
+            w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            acc = tl.dot(dy.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        oc0, th, tw = 0, 0, 0
+        for _ in range(0, taps_h * taps_w * ((OC + BLOCK_K - 1) // BLOCK_K)):
+            oc = oc0 + offs_k
+            mask_k = oc < OC
+            oh, in_h = source(oh0 - th * (DH // DIVISOR_H), OH, 0)
+            ow, in_w = source(ow0 - tw * (DW // DIVISOR_W), OW, 0)
+            y_offs = (y_rows + oh * stride_yh + ow * stride_yw)[:, None] + oc[None, :] * stride_yc
+            w_offs = w_cols[None, :] + (oc * stride_wo + th * STEP_H * stride_wh + tw * STEP_W * stride_ww)[:, None]
+            dy = tl.load(dy_ptr + y_offs, mask=(mask_m & in_h & in_w)[:, None] & mask_k[None, :], other=0.0)
+            w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            acc = tl.dot(dy.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+            oc0, th, tw = next_block(oc0, th, tw, OC, taps_w, BLOCK_K)
+
+    x_rows = n * stride_xn + ih * stride_xh + iw * stride_xw
+    x_offs = x_rows[:, None] + (group * C + offs_n)[None, :] * stride_xc
+    tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
+    """dy (N, OC, OH, OW), w (OC, C / groups, KH, KW) -> dx of `size` (N, C, H, W)."""
+    if pad_mode != "zeros":
+        top, bottom, left, right = padding
+        padded = (*size[:2], size[2] + top + bottom, size[3] + left + right)
+        dx = input_grad(dy, w, padded, stride, (0, 0, 0, 0), dilation, groups, "zeros")
+        return _fold(dx, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
+
+    dx = shapes.conv2d_input_grad(dy, w, size)
+    if dx.numel() == 0:
+        return dx
+    (N, _, H, W), (OC, C, KH, KW), (OH, OW) = size, w.shape, dy.shape[2:]
+    (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
+    M = N * triton.cdiv(H, SH) * triton.cdiv(W, SW)
+    flat = OC < FLAT_BELOW
+    taps = triton.cdiv(KH, SH) * triton.cdiv(KW, SW)
+    tile = gemm_tile(M, C, OC * taps if flat else OC, dy.dtype, precision())
+    window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
+    conv2d_input_grad_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(C, tile.N) * SH * SW * groups,)](
+        dy, w, dx,
+        M, H, W, OH, OW,
+        *dy.stride(), *w.stride(), *dx.stride(),
+        C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
+        DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
+        DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
+        FLAT=flat,
+        INDEX=index_type(dy, w, dx), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+    return dx
+
+
+@triton.jit
+def fold_padding_kernel(
+    dp_ptr, dx_ptr,
+    numel, H, W,
+    stride_pn, stride_pc, stride_ph, stride_pw,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    C: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PAD_MODE: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    iw = offs % W
+    ih = offs // W % H
+    c = offs // W // H % C
+    n = offs // W // H // C
+
+    # Row 0 of the loops is the pixel itself; the others are the padding's rows, taken where they copy this pixel.
+    acc = tl.zeros((BLOCK,), ACC)
+    for row in range(0, 1 + TOP + BOTTOM):
+        ph = tl.where(row == 0, ih, tl.where(row <= TOP, row - 1 - TOP, H + row - 1 - TOP))
+        copied_h, _ = source(ph, H, PAD_MODE)
+        for col in range(0, 1 + LEFT + RIGHT):
+            pw = tl.where(col == 0, iw, tl.where(col <= LEFT, col - 1 - LEFT, W + col - 1 - LEFT))
+            copied_w, _ = source(pw, W, PAD_MODE)
+            p_offs = n * stride_pn + c * stride_pc + (ph + TOP) * stride_ph + (pw + LEFT) * stride_pw
+            acc += tl.load(dp_ptr + p_offs, mask=mask & (copied_h == ih) & (copied_w == iw), other=0.0).to(ACC)
+
+    x_offs = n * stride_xn + c * stride_xc + ih * stride_xh + iw * stride_xw
+    tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _fold(dp, dx, padding, pad_mode):
+    """Add the gradient dp of the padded image up into that of the image, dx."""
+    if dx.numel() == 0:
+        return dx
+    top, bottom, left, right = padding
+    block = flat_block(dx.numel(), 512)
+    fold_padding_kernel[(triton.cdiv(dx.numel(), block),)](
+        dp, dx,
+        dx.numel(), *dx.shape[2:],
+        *dp.stride(), *dx.stride(),
+        C=dx.shape[1], TOP=top, BOTTOM=bottom, LEFT=left, RIGHT=right, PAD_MODE=PAD_MODES[pad_mode],
+        INDEX=index_type(dp, dx), ACC=acc_type(dx.dtype), BLOCK=block, num_warps=4, **OPTIONS,
+    )  # fmt: skip
+    return dx
+
+
+@triton.jit
+def conv2d_weight_grad_kernel(
+    dy_ptr, x_ptr, dw_ptr, db_ptr,
+    K, per_split, H, W, OH, OW,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    stride_wo, stride_wc, stride_wh, stride_ww,
+    stride_split,
+    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, FLAT: tl.constexpr, GROUPS: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # GEMM: M = OC, N = C * KH * KW, K = N * OH * OW, of which each program takes per_split pixels
+    pid = tl.program_id(0).to(INDEX)
+    blocks_c: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    tiles_n: tl.constexpr = (C * KH * KW + BLOCK_N - 1) // BLOCK_N if FLAT else KH * KW * blocks_c
+    tiles_m: tl.constexpr = (OC + BLOCK_M - 1) // BLOCK_M
+    pid_n = pid % tiles_n
+    pid_m = pid // tiles_n % tiles_m
+    group = pid // tiles_n // tiles_m % GROUPS
+    split = pid // tiles_n // tiles_m // GROUPS
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m < OC
+    if FLAT:
+        j = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        c, kh, kw = j // (KH * KW), (j // KW % KH)[None, :], (j % KW)[None, :]
+    else:
+        tap = pid_n // blocks_c
+        c, kh, kw = pid_n % blocks_c * BLOCK_N + tl.arange(0, BLOCK_N), tap // KW, tap % KW
+    mask_n = c < C
+
+    dy_ptr += group * OC * stride_yc
+    x_ptr += group * C * stride_xc
+    y_rows = offs_m * stride_yc
+    x_cols = c * stride_xc
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc_b = tl.zeros((BLOCK_M,), ACC)
+    first = split * per_split
+    for k0 in range(first, tl.minimum(first + per_split, K), BLOCK_K):
+        k = k0 + offs_k
+        mask_k = k < tl.minimum(first + per_split, K)
+        ow = k % OW
+        oh = k // OW % OH
+        n = k // OW // OH
+        ih, in_h = source((oh * SH - PH)[:, None] + kh * DH, H, PAD_MODE)
+        iw, in_w = source((ow * SW - PW)[:, None] + kw * DW, W, PAD_MODE)
+        y_offs = y_rows[:, None] + (n * stride_yn + oh * stride_yh + ow * stride_yw)[None, :]
+        x_offs = (n * stride_xn)[:, None] + ih * stride_xh + iw * stride_xw + x_cols[None, :]
+        dy = tl.load(dy_ptr + y_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        x = tl.load(x_ptr + x_offs, mask=mask_k[:, None] & in_h & in_w & mask_n[None, :], other=0.0)
+        acc = tl.dot(dy.to(OPERAND), x.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+        if HAS_BIAS:
+            if pid_n == 0:
+                acc_b += tl.sum(dy.to(ACC), axis=1)
+
+    dw_ptr += split * stride_split + group * OC * stride_wo
+    w_offs = (offs_m * stride_wo)[:, None] + c[None, :] * stride_wc + kh * stride_wh + kw * stride_ww
+    tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    if HAS_BIAS:
+        db_ptr += split * stride_split + group * OC
+        tl.store(db_ptr + offs_m, round_to(acc_b, db_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
+
+
+def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
+    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW) and db (OC), empty unless asked for."""
+    dw, db = shapes.conv2d_weight_grad(dy, x, size, with_bias)
+    if dw.numel() == 0:
+        return dw, db
+    (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
+    K, OC = N * OH * OW, OC // groups
+    flat = C < FLAT_BELOW
+    tile = gemm_tile(OC, C * KH * KW if flat else C, K, dy.dtype, precision())
+    tiles_n = triton.cdiv(C * KH * KW, tile.N) if flat else KH * KW * triton.cdiv(C, tile.N)
+    tiles = triton.cdiv(OC, tile.M) * tiles_n * groups
+    splits = split_count(tiles, K, tile.K)
+    per_split = triton.cdiv(triton.cdiv(K, splits), tile.K) * tile.K
+    partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    dw_ptr, db_ptr, stride_split = partials.pointers
+    conv2d_weight_grad_kernel[(tiles * splits,)](
+        dy, x, dw_ptr, db_ptr,
+        K, per_split, H, W, OH, OW,
+        *dy.stride(), *x.stride(), *dw.stride(), stride_split,
+        C=C, OC=OC, KH=KH, KW=KW,
+        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, FLAT=flat, GROUPS=groups,
+        INDEX=index_type(dy, x, dw), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+    return partials.add_up()

@@ -1,0 +1,141 @@
+"""The product of a fully connected layer; with it alone its own gradients can be written.
+
+    y[m, n]  = bias[n] + sum over k of x[m, k] * w[n, k]
+    dx       = linear(dy, w transposed)
+    dw[n, k] = sum over m of dy[m, n] * x[m, k],    db[n] = sum over m of dy[m, n]
+
+Tensors may have any strides, so a transposed one costs nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import shapes
+from ._common import acc_type, gemm_tile, index_type, operand_type, round_to, split_count
+from .reduce import Partials
+
+
+def precision():
+    """What float32 products are taken in: torch's flag for matrix products, "ieee" unless the user changes it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@triton.jit
+def linear_forward_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr,
+    M, N, K,
+    stride_xm, stride_xk,
+    stride_wn, stride_wk,
+    stride_b,
+    stride_ym, stride_yn,
+    HAS_BIAS: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(INDEX)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    offs_m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for k0 in range(0, K, BLOCK_K):
+        offs_k = k0 + tl.arange(0, BLOCK_K).to(INDEX)
+        mask_k = offs_k < K
+        x_offs = (offs_m * stride_xm)[:, None] + (offs_k * stride_xk)[None, :]
+        w_offs = (offs_k * stride_wk)[:, None] + (offs_n * stride_wn)[None, :]
+        x = tl.load(x_ptr + x_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(ACC)[None, :]
+    y_offs = (offs_m * stride_ym)[:, None] + (offs_n * stride_yn)[None, :]
+    tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def forward(x, w, bias):
+    """x (M, K), w (N, K), bias (N) or None -> y (M, N), of one floating dtype."""
+    y = shapes.linear(x, w)
+    if y.numel() == 0:
+        return y
+    (M, K), N = x.shape, w.shape[0]
+    tile = gemm_tile(M, N, K, x.dtype, precision())
+    linear_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
+        x, w, w if bias is None else bias, y,
+        M, N, K,
+        *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
+        HAS_BIAS=bias is not None,
+        INDEX=index_type(x, w, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def linear_weight_grad_kernel(
+    dy_ptr, x_ptr, dw_ptr, db_ptr,
+    M, N, K, per_split,
+    stride_ym, stride_yn,
+    stride_xm, stride_xk,
+    stride_wn, stride_wk,
+    stride_split,
+    HAS_BIAS: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # The product (N, M) x (M, K): BLOCK_M tiles N, BLOCK_N tiles K, and BLOCK_K walks this program's share of M.
+    pid = tl.program_id(0).to(INDEX)
+    # A layer of zero features still has a bias: it takes one tile of weights, all masked.
+    tiles_k, tiles_n = tl.maximum(tl.cdiv(K, BLOCK_N), 1), tl.cdiv(N, BLOCK_M)
+    pid_k = pid % tiles_k
+    offs_n = pid // tiles_k % tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = pid // tiles_k // tiles_n
+    mask_n, mask_k = offs_n < N, offs_k < K
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc_b = tl.zeros((BLOCK_M,), ACC)
+    first = split * per_split
+    last = tl.minimum(first + per_split, M)
+    for m0 in range(first, last, BLOCK_K):
+        offs_m = m0 + tl.arange(0, BLOCK_K)
+        mask_m = offs_m < last
+        y_offs = (offs_n * stride_yn)[:, None] + (offs_m * stride_ym)[None, :]
+        x_offs = (offs_m * stride_xm)[:, None] + (offs_k * stride_xk)[None, :]
+        dy = tl.load(dy_ptr + y_offs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
+        x = tl.load(x_ptr + x_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        acc = tl.dot(dy.to(OPERAND), x.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+        if HAS_BIAS:
+            if pid_k == 0:
+                acc_b += tl.sum(dy.to(ACC), axis=1)
+
+    w_offs = split * stride_split + (offs_n * stride_wn)[:, None] + (offs_k * stride_wk)[None, :]
+    tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+    if HAS_BIAS:
+        db = round_to(acc_b, db_ptr.dtype.element_ty)
+        tl.store(db_ptr + split * stride_split + offs_n, db, mask=mask_n & (pid_k == 0))
+
+
+def weight_grad(dy, x, with_bias):
+    """dy (M, N), x (M, K) -> dw (N, K) and db (N), empty unless asked for."""
+    dw, db = shapes.linear_weight_grad(dy, x, with_bias)
+    (M, N), K = dy.shape, x.shape[1]
+    if N == 0:
+        return dw, db
+    tile = gemm_tile(N, K, M, dy.dtype, precision())
+    tiles = triton.cdiv(N, tile.M) * max(1, triton.cdiv(K, tile.N))
+    splits = split_count(tiles, M, tile.K)
+    per_split = triton.cdiv(triton.cdiv(M, splits), tile.K) * tile.K
+    partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    dw_ptr, db_ptr, stride_split = partials.pointers
+    linear_weight_grad_kernel[(tiles * splits,)](
+        dy, x, dw_ptr, db_ptr,
+        M, N, K, per_split,
+        *dy.stride(), *x.stride(), *dw.stride(), stride_split,
+        HAS_BIAS=with_bias,
+        INDEX=index_type(dy, x, dw), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+    return partials.add_up()

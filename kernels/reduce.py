@@ -1,0 +1,59 @@
+"""Adds the partial sums of a split product in a fixed order, so that every run gives the same bits.
+
+    dw[i] = sum over s of partial[s, i],    db[j] = sum over s of partial[s, numel(dw) + j]
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import OPTIONS, flat_block, index_type, round_to
+
+
+@triton.jit
+def sum_partials_kernel(
+    partial_ptr, dw_ptr, db_ptr,
+    SPLITS, numel_w, numel_b,
+    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    row = numel_w + numel_b
+    mask = offs < row
+
+    acc = tl.zeros((BLOCK,), ACC)
+    ptrs = partial_ptr + offs
+    for _ in range(0, SPLITS):
+        acc += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += row
+
+    is_weight = offs < numel_w
+    tl.store(dw_ptr + offs, round_to(acc, dw_ptr.dtype.element_ty), mask=is_weight)
+    tl.store(db_ptr + offs - numel_w, round_to(acc, db_ptr.dtype.element_ty), mask=mask & ~is_weight)
+
+
+class Partials:
+    """Where the programs of a split product write: the results themselves if there is one split, else a buffer."""
+
+    def __init__(self, splits, dw, db, acc_dtype):
+        self.dw, self.db, self.splits = dw, db, splits
+        self.row = dw.numel() + db.numel()
+        self.buffer = dw.new_empty(splits * self.row, dtype=acc_dtype) if splits > 1 else None
+
+    @property
+    def pointers(self):
+        """(weight, bias, elements from one split to the next); a split has the memory order of dw, then of db."""
+        if self.buffer is None:
+            return self.dw, self.db, 0
+        return self.buffer, self.buffer[self.dw.numel() :], self.row
+
+    def add_up(self):
+        """dw and db, complete."""
+        if self.buffer is not None and self.row > 0:
+            block = flat_block(self.row, 256)
+            sum_partials_kernel[(triton.cdiv(self.row, block),)](
+                self.buffer, self.dw, self.db,
+                self.splits, self.dw.numel(), self.db.numel(),
+                ACC=tl.float64 if self.buffer.dtype == torch.float64 else tl.float32,
+                INDEX=index_type(self.buffer), BLOCK=block, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+        return self.dw, self.db

@@ -1,0 +1,73 @@
+"""The rectifier.
+
+    y  = 0 where x < 0, else x          (so NaN stays NaN and -0.0 stays -0.0, as in torch)
+    dx = 0 where y <= 0, else dy
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import shapes
+from ._common import OPTIONS, acc_type, flat_block, index_type
+
+
+def _launch(kernel, *tensors):
+    """Launch over the elements of dense tensors that share one memory order."""
+    out = tensors[-1]
+    if out.numel() > 0:
+        block = flat_block(out.numel(), 1024)
+        kernel[(triton.cdiv(out.numel(), block),)](
+            *tensors, out.numel(),
+            INDEX=index_type(out), ACC=acc_type(out.dtype), BLOCK=block, num_warps=4, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def _laid_out_as(out, t):
+    """t itself if it is laid out as the dense tensor `out`, else a copy that is."""
+    return t if t.stride() == out.stride() else torch.empty_like(out).copy_(t)
+
+
+@triton.jit
+def relu_kernel(x_ptr, y_ptr, numel, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
+    y = tl.where(x < 0, 0.0, x)
+
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(x):
+    """x -> y, of x's shape and, where x is dense, its layout."""
+    y = shapes.relu(x)
+    return _launch(relu_kernel, x if x.stride() == y.stride() else y.copy_(x), y)
+
+
+def forward_(x):
+    """Overwrite x by y."""
+    # empty_like keeps the strides of a dense tensor and of no other.
+    if torch.empty_like(x, device="meta").stride() == x.stride():
+        _launch(relu_kernel, x, x)
+    else:
+        x.copy_(forward(x))
+
+
+@triton.jit
+def relu_grad_kernel(dy_ptr, y_ptr, dx_ptr, numel, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+
+    dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(ACC)
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(ACC)
+    dx = tl.where(y <= 0, 0.0, dy)
+
+    tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def grad(dy, y):
+    """dy, y -> dx, of y's shape and layout."""
+    dx = shapes.relu(y)
+    return _launch(relu_grad_kernel, _laid_out_as(dx, dy), _laid_out_as(dx, y), dx)

@@ -1,0 +1,101 @@
+"""Sizes and memory layouts of every result, in plain torch: the kernels, the reference and fake tensors all ask here.
+
+Images are (N, C, H, W), filters (OC, C / groups, KH, KW). Pairs are (height, width); `padding` of a convolution is
+(top, bottom, left, right). The functions return uninitialised tensors.
+"""
+
+import torch
+
+
+def is_channels_last(t):
+    """Whether torch would hand on this 4-D tensor's layout as channels_last (c10's rule, which also takes views)."""
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        if t.size(dim) == 0 or t.stride(dim) < least:
+            return False
+        # One channel and one pixel leave the order open; torch calls such a tensor contiguous.
+        if dim == 0 and least == t.stride(1):
+            return False
+        least = t.stride(dim) * (t.size(dim) if t.size(dim) > 1 else 1)
+    return True
+
+
+def memory_format(*tensors):
+    """The layout of a result: channels_last as soon as one of the tensors it is made from is."""
+    return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format
+
+
+def _empty(like, size, *sources, dtype=None):
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(*sources))
+
+
+def conv2d_size(size, kernel, stride, padding, dilation):
+    """(OH, OW) of a convolution over an image of `size` (H, W)."""
+    return tuple(
+        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+
+
+def conv2d(x, w, stride, padding, dilation):
+    size = conv2d_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    return _empty(x, (x.shape[0], w.shape[0], *size), x, w)
+
+
+def conv2d_input_grad(dy, w, size):
+    return _empty(dy, size, dy, w)
+
+
+def conv2d_weight_grad(dy, x, size, with_bias):
+    """The gradients of weight and bias; the second is empty where it is not asked for."""
+    return _empty(dy, size, dy, x), dy.new_empty(size[0] if with_bias else 0)
+
+
+def max_pool2d_size(size, kernel, stride, padding, dilation, ceil_mode):
+    """(OH, OW) of a pooling over an image of `size` (H, W)."""
+    return tuple(_pooled(size[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
+
+
+def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    if not ceil_mode:
+        return room // stride + 1
+    windows = (room + stride - 1) // stride + 1
+    # A last window that would start in the padding past the image is dropped.
+    return windows - 1 if (windows - 1) * stride >= size + padding else windows
+
+
+def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
+    """The values, and the code of each window: the position of its maximum, kh * KW + kw, in the narrowest type."""
+    size = (*x.shape[:2], *max_pool2d_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode))
+    positions = kernel[0] * kernel[1]
+    code = torch.uint8 if positions <= 2**8 else torch.int16 if positions <= 2**15 else torch.int32
+    return _empty(x, size, x), _empty(x, size, x, dtype=code)
+
+
+def max_pool2d_scatter(dy, code, size):
+    return _empty(dy, (*dy.shape[:2], *size), code)
+
+
+def max_pool2d_gather(x, code):
+    return _empty(x, code.shape, code)
+
+
+def max_pool2d_indices(code):
+    return _empty(code, code.shape, code, dtype=torch.int64)
+
+
+def relu(x):
+    return torch.empty_like(x)
+
+
+def linear(x, w):
+    """x is (M, K), w is (N, K)."""
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def linear_weight_grad(dy, x, with_bias):
+    """dy is (M, N), x is (M, K)."""
+    return dy.new_empty(dy.shape[1], x.shape[1]), dy.new_empty(dy.shape[1] if with_bias else 0)

@@ -1,0 +1,22 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="tritonnet",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "tritonnet/__init__.py").read_text(encoding="utf-8"))[1],
+    description="Triton kernels for convolutional networks, behind the layers and functions of torch.nn",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    # The kernels keep their own folder at the top, but no package called `kernels` is ever installed.
+    packages=["tritonnet", "tritonnet.nn", "tritonnet.data", "tritonnet.kernels"],
+    package_dir={"tritonnet.kernels": "kernels"},
+    package_data={"tritonnet.data": ["*.npz", "*.md"]},
+    install_requires=["torch>=2.11", "numpy", "tqdm"],
+    # A GPU build of torch brings the Triton that fits it; the extra is for Triton's interpreter on a CPU build.
+    extras_require={"interpreter": ["triton>=3.6"], "test": ["pytest", "hypothesis", "triton>=3.6"]},
+)

@@ -1,0 +1,91 @@
+"""Which implementation serves a call: the Triton kernels, compiled or interpreted, or the reference in plain torch."""
+
+import collections
+import contextlib
+import importlib.util
+
+from . import reference
+
+# A build of torch for the CPU brings no Triton, and the package works without it.
+if importlib.util.find_spec("triton"):
+    from triton import knobs
+
+    from .kernels import launchers
+else:
+    launchers = None
+
+_BACKENDS = ("auto", "triton", "reference")
+# One value for the process, as torch keeps its backend flags: autograd runs a GPU's backward in threads of its own,
+# which would not see a value that belongs to the caller's thread.
+_backend = "auto"
+
+
+@contextlib.contextmanager
+def backend(name):
+    """Choose the implementation inside a `with` block, for the whole process and for compiled code too.
+
+    Args:
+        name: "auto", Triton on a GPU, and on the CPU if Triton's interpreter is on (TRITON_INTERPRET=1 set before
+            triton is imported), the reference elsewhere; "triton", which raises where it cannot run; "reference".
+
+    Raises:
+        ValueError: for any other name.
+        RuntimeError: from a call inside the block, if "triton" cannot serve its tensors.
+    """
+    global _backend
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be one of {_BACKENDS}, got {name!r}")
+    previous, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def implementation(tensor):
+    """The module whose functions serve an operator on this tensor."""
+    if _backend == "reference":
+        return reference
+    # ROCm's devices go by the name of cuda.
+    device = tensor.device.type
+    if launchers is not None and (device in ("cuda", "xpu") or (device == "cpu" and knobs.runtime.interpret)):
+        return launchers
+    if _backend == "triton":
+        raise RuntimeError(
+            f'backend("triton") cannot serve a tensor on {tensor.device}: it needs the triton package and a GPU, '
+            "or TRITON_INTERPRET=1 set before triton is imported"
+        )
+    return reference
+
+
+def backend_name(device):
+    """What serves tensors on this torch.device now, in words."""
+    import torch
+
+    if implementation(torch.empty(0, device=device)) is reference:
+        return "reference (plain torch)"
+    return "Triton kernels" if device.type != "cpu" else "Triton kernels (interpreter)"
+
+
+@contextlib.contextmanager
+def count_launches():
+    """Count the kernel launches inside a `with` block.
+
+    Yields:
+        collections.Counter: launches so far by kernel name, such as "conv2d_forward_kernel".
+    """
+    launches = collections.Counter()
+    hooks = []
+    for kernel in launchers.KERNELS if launchers else ():
+        name = kernel.fn.__name__
+
+        def hook(*args, name=name, **kwargs):
+            launches[name] += 1
+
+        kernel.add_pre_run_hook(hook)
+        hooks.append((kernel, hook))
+    try:
+        yield launches
+    finally:
+        for kernel, hook in hooks:
+            kernel.pre_run_hooks.remove(hook)

@@ -1,0 +1,333 @@
+"""torch.nn.functional with conv2d, max_pool2d, relu and linear on tritonnet's kernels; every other name is torch's."""
+
+import operator
+
+import torch
+import torch.nn.functional as _torch
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import autograd as _autograd  # noqa: F401  (registers the derivatives)
+from .. import ops
+from ..kernels import shapes
+
+# The dtypes of the kernels; torch serves the others.
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+__all__ = sorted({name for name in dir(_torch) if not name.startswith("_")})
+
+
+def __getattr__(name):
+    try:
+        return getattr(_torch, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
+def _check_tensors(function, **tensors):
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{function}: {name} must be a Tensor, got {type(t).__name__}")
+
+
+def _check_alike(function, **tensors):
+    """All of one dtype and on one device, as torch asks."""
+    (first_name, first), *rest = ((name, t) for name, t in tensors.items() if t is not None)
+    for name, t in rest:
+        if t.dtype != first.dtype:
+            raise RuntimeError(
+                f"{function}: {first_name} and {name} must have the same dtype, got {first.dtype} and {t.dtype}"
+            )
+        if t.device != first.device:
+            raise RuntimeError(
+                f"{function}: {first_name} and {name} must be on the same device, got {first.device} and {t.device}"
+            )
+
+
+def _served(*tensors):
+    """Whether the kernels or their reference take these tensors; torch's own operator does otherwise."""
+    return all(t is None or (t.dtype in _DTYPES and t.layout is torch.strided and not t.is_nested) for t in tensors)
+
+
+def _autocast(*tensors):
+    """The tensors in autocast's dtype where it is on, cast as torch does before its own conv2d and linear."""
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _pair(function, name, value):
+    """value, an integer or a sequence of one or two, as a pair."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{function}: {name} must be an integer or a pair of them, got {value}")
+    if any(isinstance(v, (bool, float)) for v in values):
+        raise TypeError(f"{function}: {name} must be made of integers, got {value}")
+    try:
+        values = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values]
+    except TypeError:
+        raise TypeError(f"{function}: {name} must be made of integers, got {value!r}") from None
+    return (values[0], values[-1])
+
+
+def _positive(function, name, pair, least=1):
+    if any(v < least for v in pair):
+        raise RuntimeError(f"{function}: {name} must be {'positive' if least else 'non-negative'}, got {pair}")
+    return pair
+
+
+def _batched(function, input):
+    """input as (N, C, H, W), and whether that took a batch of one."""
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            f"{function}: input must be (N, C, H, W) or, unbatched, (C, H, W), got size {list(input.shape)}"
+        )
+    return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """torch.nn.functional.conv2d on tritonnet's kernels.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. torch serves other dtypes.
+        weight: (OC, C / groups, KH, KW), of input's dtype.
+        bias: (OC), of input's dtype, or None.
+        stride, dilation: pixels, an integer or a pair (height, width).
+        padding: pixels of zeros on every side, an integer or a pair, or "valid" (none) or "same" (OH = H, OW = W).
+        groups: how many blocks of channels are convolved apart from each other.
+
+    Returns:
+        (N, OC, OH, OW) or (OC, OH, OW), of input's dtype; channels_last if input or weight is.
+
+    Raises:
+        TypeError: an argument that is not of the kinds above.
+        RuntimeError: sizes, dtypes, devices or values that do not fit, as torch raises it.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(
+            conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups
+        )
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, "zeros")
+
+
+def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
+    """conv2d whose padding follows `pad_mode`: "zeros", "reflect", "replicate" or "circular"."""
+    name = "conv2d"
+    _check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    input, weight, bias = _autocast(input, weight, bias)
+    if not _served(input, weight, bias) or input.shape[-3:-2] == (0,):
+        return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode)
+    _check_alike(name, input=input, weight=weight, bias=bias)
+    if weight.dim() != 4:
+        raise RuntimeError(f"{name}: weight must be (OC, C / groups, KH, KW), got size {list(weight.shape)}")
+    x, unbatched = _batched(name, input)
+    stride = _positive(name, "stride", _pair(name, "stride", stride))
+    dilation = _positive(name, "dilation", _pair(name, "dilation", dilation))
+    (groups,) = _positive(name, "groups", _pair(name, "groups", groups)[:1])
+    padding = _conv2d_padding(padding, weight.shape[2:], stride, dilation)
+    _check_conv2d(x, weight, bias, padding, dilation, groups, pad_mode)
+    y = ops.conv2d(x, weight, bias, stride, padding, dilation, groups, pad_mode)
+    return y.squeeze(0) if unbatched else y
+
+
+def _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
+    if pad_mode != "zeros":
+        top, bottom, left, right = _conv2d_padding(padding, weight.shape[2:], (1, 1), _pair("conv2d", "dilation", dilation))
+        input, padding = _torch.pad(input, (left, right, top, bottom), mode=pad_mode), 0
+    return _torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _conv2d_padding(padding, kernel, stride, dilation):
+    """(top, bottom, left, right)."""
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        if any(s != 1 for s in stride):
+            raise RuntimeError(f"conv2d: padding='same' needs stride 1, got stride {stride}")
+        # What does not divide evenly goes to the bottom and to the right.
+        (top, bottom), (left, right) = ((d * (k - 1) // 2, (d * (k - 1) + 1) // 2) for k, d in zip(kernel, dilation))
+        return (top, bottom, left, right)
+    if isinstance(padding, str):
+        raise RuntimeError(f"conv2d: padding must be 'same', 'valid' or integers, got {padding!r}")
+    h, w = _positive("conv2d", "padding", _pair("conv2d", "padding", padding), least=0)
+    return (h, h, w, w)
+
+
+def _check_conv2d(x, weight, bias, padding, dilation, groups, pad_mode):
+    (OC, C, KH, KW), (H, W) = weight.shape, x.shape[2:]
+    if x.shape[1] != C * groups:
+        raise RuntimeError(
+            f"conv2d: input must have {C * groups} channels for weight {list(weight.shape)} and groups={groups}, "
+            f"got {x.shape[1]} in size {list(x.shape)}"
+        )
+    if OC < 1 or OC % groups != 0:
+        raise RuntimeError(f"conv2d: weight must have a multiple of groups={groups} filters, got {OC}")
+    if bias is not None and tuple(bias.shape) != (OC,):
+        raise RuntimeError(f"conv2d: bias must have size [{OC}], one for each filter, got {list(bias.shape)}")
+    if KH < 1 or KW < 1 or H < 1 or W < 1:
+        raise RuntimeError(
+            f"conv2d: only batch and channels may be empty, got input {list(x.shape)} and weight {list(weight.shape)}"
+        )
+    top, bottom, left, right = padding
+    extent = (dilation[0] * (KH - 1) + 1, dilation[1] * (KW - 1) + 1)
+    if H + top + bottom < extent[0] or W + left + right < extent[1]:
+        raise RuntimeError(
+            f"conv2d: the dilated kernel must fit the padded input, got kernel {extent} over "
+            f"({H + top + bottom}, {W + left + right})"
+        )
+    # What is read in the padding must lie in the image: its mirror leaves out the edge, its copy may take it all.
+    most = {"reflect": (H - 1, W - 1), "circular": (H, W)}.get(pad_mode)
+    if most and (max(top, bottom) > most[0] or max(left, right) > most[1]):
+        raise RuntimeError(f"conv2d: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
+
+
+def max_pool2d(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """torch.nn.functional.max_pool2d on tritonnet's kernels.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. torch serves other dtypes.
+        kernel_size, dilation: pixels, an integer or a pair (height, width).
+        stride: the same; None or an empty sequence for kernel_size.
+        padding: pixels of -inf on every side, up to half the kernel.
+        ceil_mode: count a last window that overlaps the edge.
+        return_indices: return the place of every maximum too.
+
+    Returns:
+        (N, C, OH, OW) or (C, OH, OW), of input's dtype and layout; with return_indices also the int64 indices
+        ih * W + iw, of the same shape. A NaN wins, of several the last; of equal values the first wins.
+
+    Raises:
+        TypeError: an argument that is not of the kinds above.
+        RuntimeError: sizes or values that do not fit, as torch raises it.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.max_pool2d.html
+    """
+    arguments = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if has_torch_function((input,)):
+        return handle_torch_function(max_pool2d, (input,), input, *arguments)
+    name = "max_pool2d"
+    _check_tensors(name, input=input)
+    if not _served(input):
+        return _torch.max_pool2d(input, *arguments)
+    x, unbatched = _batched(name, input)
+    window = _check_max_pool2d(name, x, kernel_size, stride, padding, dilation, ceil_mode)
+    y, code = ops.max_pool2d(x, *window, ceil_mode)
+    results = (y, ops.max_pool2d_indices(code, x.shape[3], *window)) if return_indices else (y,)
+    if unbatched:
+        results = tuple(t.squeeze(0) for t in results)
+    return results if return_indices else results[0]
+
+
+def max_pool2d_with_indices(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """max_pool2d with return_indices=True, whatever the last argument, as in torch."""
+    return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
+
+
+def _check_max_pool2d(name, x, kernel, stride, padding, dilation, ceil_mode):
+    """The four pairs of the window."""
+    if any(size == 0 for size in x.shape[1:]):
+        raise RuntimeError(f"{name}: only the batch of input may be empty, got size {list(x.shape)}")
+    kernel = _positive(name, "kernel_size", _pair(name, "kernel_size", kernel))
+    no_stride = stride is None or (isinstance(stride, (tuple, list)) and not stride)
+    stride = kernel if no_stride else _positive(name, "stride", _pair(name, "stride", stride))
+    padding = _positive(name, "padding", _pair(name, "padding", padding), least=0)
+    dilation = _positive(name, "dilation", _pair(name, "dilation", dilation))
+    if any(p > k // 2 for p, k in zip(padding, kernel)):
+        raise RuntimeError(f"{name}: padding must be at most half of kernel_size {kernel}, got {padding}")
+    size = shapes.max_pool2d_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
+    if size[0] < 1 or size[1] < 1:
+        raise RuntimeError(
+            f"{name}: kernel_size {kernel} is too large for input of size {list(x.shape)}, the output would be {size}"
+        )
+    return kernel, stride, padding, dilation
+
+
+def relu(input, inplace=False):
+    """torch.nn.functional.relu on tritonnet's kernels.
+
+    Args:
+        input: any shape and strides; float64, float32, float16 or bfloat16. torch serves other dtypes.
+        inplace: overwrite input and return it.
+
+    Returns:
+        0 where input < 0, else input, of its shape and dtype; NaN stays NaN.
+
+    Raises:
+        TypeError: input is not a Tensor.
+        RuntimeError: in place on a leaf that requires grad, or on elements that share memory.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.relu.html
+    """
+    if has_torch_function((input,)):
+        return handle_torch_function(relu, (input,), input, inplace)
+    _check_tensors("relu", input=input)
+    if not _served(input):
+        return _torch.relu(input, inplace)
+    if not inplace:
+        return ops.relu(input)
+    ops.relu_(input)
+    return input
+
+
+def relu_(input):
+    """relu in place; returns input."""
+    return relu(input, inplace=True)
+
+
+def linear(input, weight, bias=None):
+    """torch.nn.functional.linear on tritonnet's kernels.
+
+    Args:
+        input: (..., K); float64, float32, float16 or bfloat16, any strides. torch serves other dtypes.
+        weight: (N, K) or (K), of input's dtype.
+        bias: (N), or anything that broadcasts to the result, of input's dtype, or None.
+
+    Returns:
+        (..., N), or (...) for a weight of one dimension, of input's dtype.
+
+    Raises:
+        TypeError: an argument that is not a Tensor.
+        RuntimeError: sizes, dtypes or devices that do not fit, as torch raises it.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.linear.html
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
+    name = "linear"
+    _check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    input, weight, bias = _autocast(input, weight, bias)
+    if not _served(input, weight, bias):
+        return _torch.linear(input, weight, bias)
+    _check_alike(name, input=input, weight=weight, bias=bias)
+    if input.dim() < 1 or weight.dim() not in (1, 2) or (weight.dim() == 1 and bias is not None):
+        raise RuntimeError(
+            f"{name}: input must be (..., K) and weight (N, K), or (K) without bias, "
+            f"got input {list(input.shape)}, weight {list(weight.shape)} and {'a' if bias is not None else 'no'} bias"
+        )
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"{name}: the last sizes of input and weight must agree, got {list(input.shape)} and {list(weight.shape)}"
+        )
+    if weight.dim() == 1:
+        return linear(input, weight.unsqueeze(0)).squeeze(-1)
+    size = (*input.shape[:-1], weight.shape[0])
+    fused = None
+    if bias is not None:
+        try:
+            full = bias.expand(size)
+        except RuntimeError:
+            raise RuntimeError(f"{name}: bias must broadcast to {list(size)}, got {list(bias.shape)}") from None
+        fused, bias = (bias.expand(size[-1:]), None) if bias.dim() <= 1 else (None, full)
+    y = ops.linear(input.reshape(-1, input.shape[-1]), weight, fused).view(size)
+    return y if bias is None else y + bias

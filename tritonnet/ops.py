@@ -1,0 +1,66 @@
+"""The operators: a schema, the shapes of the results, and at run time the kernels or the reference."""
+
+import torch
+
+from .dispatch import implementation
+from .kernels import shapes
+from .registration import register_operator
+
+
+def _operator(schema, fake):
+    name = schema.partition("(")[0]
+
+    def run(*args):
+        serve = getattr(implementation(args[0]), name)
+        device = args[0].device.type
+        # The public functions have cast already; torch's operators inside the reference must not cast again.
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return serve(*args)
+        return serve(*args)
+
+    return register_operator(schema, fake, run)
+
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, SymInt groups, str pad_mode"
+_WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation"
+
+conv2d = _operator(
+    f"conv2d(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    lambda x, w, bias, stride, padding, dilation, groups, pad_mode: shapes.conv2d(x, w, stride, padding, dilation),
+)
+conv2d_input_grad = _operator(
+    f"conv2d_input_grad(Tensor dy, Tensor w, SymInt[] size, {_GEOMETRY}) -> Tensor",
+    lambda dy, w, size, *geometry: shapes.conv2d_input_grad(dy, w, size),
+)
+conv2d_weight_grad = _operator(
+    f"conv2d_weight_grad(Tensor dy, Tensor x, SymInt[] size, {_GEOMETRY}, bool with_bias) -> (Tensor, Tensor)",
+    lambda dy, x, size, *geometry_with_bias: shapes.conv2d_weight_grad(dy, x, size, geometry_with_bias[-1]),
+)
+max_pool2d = _operator(
+    f"max_pool2d(Tensor x, {_WINDOW}, bool ceil_mode) -> (Tensor, Tensor)",
+    shapes.max_pool2d,
+)
+max_pool2d_scatter = _operator(
+    f"max_pool2d_scatter(Tensor dy, Tensor code, SymInt[] size, {_WINDOW}) -> Tensor",
+    lambda dy, code, size, *window: shapes.max_pool2d_scatter(dy, code, size),
+)
+max_pool2d_gather = _operator(
+    f"max_pool2d_gather(Tensor x, Tensor code, {_WINDOW}) -> Tensor",
+    lambda x, code, *window: shapes.max_pool2d_gather(x, code),
+)
+max_pool2d_indices = _operator(
+    f"max_pool2d_indices(Tensor code, SymInt width, {_WINDOW}) -> Tensor",
+    lambda code, width, *window: shapes.max_pool2d_indices(code),
+)
+relu = _operator("relu(Tensor x) -> Tensor", shapes.relu)
+relu_ = _operator("relu_(Tensor(a!) x) -> ()", lambda x: None)
+relu_grad = _operator("relu_grad(Tensor dy, Tensor y) -> Tensor", lambda dy, y: shapes.relu(y))
+linear = _operator(
+    "linear(Tensor x, Tensor w, Tensor? bias) -> Tensor",
+    lambda x, w, bias: shapes.linear(x, w),
+)
+linear_weight_grad = _operator(
+    "linear_weight_grad(Tensor dy, Tensor x, bool with_bias) -> (Tensor, Tensor)",
+    shapes.linear_weight_grad,
+)

@@ -1,0 +1,62 @@
+"""Registers an operator and its autograd rule with PyTorch.
+
+Every private name of PyTorch that this package uses stands in this file, with its reason.
+"""
+
+import torch
+
+# The dispatcher has peeled off one functorch level when it calls an Autograd kernel, so the kernel must record on
+# that level alone: the public Function.apply would start again from the outermost one.
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+
+# The public way below autograd, a second operator without an Autograd kernel, doubles the calls and the names.
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd  # isort: skip
+
+_LIBRARY = torch.library.Library("tritonnet", "DEF")
+
+
+def register_operator(schema, fake, run):
+    """Define the operator `tritonnet::NAME`.
+
+    Args:
+        schema: "NAME(arguments) -> results", without default values, which Python kernels would not be passed.
+        fake: function of the arguments that returns uninitialised results, for meta and fake tensors.
+        run: function of the arguments that does the work, on real tensors below autograd.
+
+    Returns:
+        The operator, torch.ops.tritonnet.NAME.default.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tritonnet::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.tritonnet, name).default
+
+
+def register_autograd(operator):
+    """Class decorator: make an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule."""
+
+    def decorate(function):
+        rules = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
+        single_level = type(function.__name__, (_SingleLevelFunction,), rules)
+        returns_nothing = not operator._schema.returns
+
+        def autograd_kernel(*args):
+            if _are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    result = single_level.apply(*args)
+            else:
+                result = function.apply(*args)
+            return None if returns_nothing else result
+
+        _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd_kernel, "Autograd")
+        return function
+
+    return decorate
+
+
+def below_autograd(operator, *args):
+    """Call the operator's own body from inside its autograd rule."""
+    with _AutoDispatchBelowAutograd():
+        return operator(*args)
