@@ -95,7 +95,8 @@ def gemm_tile(M, N, K, dtype, precision):
     wide = TILES["fp64" if dtype == torch.float64 else precision if dtype == torch.float32 else "half"]
     # tl.dot wants at least 16 of each.
     block_m, block_n, block_k = _block(M, 16, wide.M), _block(N, 16, wide.N), _block(K, 16, wide.K)
-    num_warps = max(2, min(wide.num_warps, wide.num_warps * block_m * block_n // (wide.M * wide.N)))
+    # Half the warps for less than the whole tile, but not fewer: they also gather the operands.
+    num_warps = wide.num_warps if block_m * block_n == wide.M * wide.N else 4
     return Tile(block_m, block_n, block_k, num_warps, wide.num_stages)
 
 

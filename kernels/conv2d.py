@@ -37,6 +37,8 @@ PAD_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
 
 # Below this many channels a tap alone does not fill the shortest K that tl.dot takes.
 FLAT_BELOW = 16
+# In a flat walk every element has an address and a mask of its own, and longer blocks of them spill.
+FLAT_K, FLAT_N = 32, 64
 
 
 def precision():
@@ -148,7 +150,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
     M, OC = N * OH * OW, OC // groups
     flat = C < FLAT_BELOW
-    tile = gemm_tile(M, OC, C * KH * KW if flat else C, x.dtype, precision())
+    tile = gemm_tile(M, OC, FLAT_K if flat else C, x.dtype, precision())
     conv2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
         x, w, w if bias is None else bias, y,
         M, H, W, OH, OW,
@@ -256,8 +258,7 @@ def input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
     (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
     M = N * triton.cdiv(H, SH) * triton.cdiv(W, SW)
     flat = OC < FLAT_BELOW
-    taps = triton.cdiv(KH, SH) * triton.cdiv(KW, SW)
-    tile = gemm_tile(M, C, OC * taps if flat else OC, dy.dtype, precision())
+    tile = gemm_tile(M, C, FLAT_K if flat else OC, dy.dtype, precision())
     window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
     conv2d_input_grad_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(C, tile.N) * SH * SW * groups,)](
         dy, w, dx,
@@ -362,11 +363,11 @@ def conv2d_weight_grad_kernel(
     x_cols = c * stride_xc
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    acc_b = tl.zeros((BLOCK_M,), ACC)
     first = split * per_split
-    for k0 in range(first, tl.minimum(first + per_split, K), BLOCK_K):
+    last = tl.minimum(first + per_split, K)
+    for k0 in range(first, last, BLOCK_K):
         k = k0 + offs_k
-        mask_k = k < tl.minimum(first + per_split, K)
+        mask_k = k < last
         ow = k % OW
         oh = k // OW % OH
         n = k // OW // OH
@@ -377,16 +378,22 @@ def conv2d_weight_grad_kernel(
         dy = tl.load(dy_ptr + y_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         x = tl.load(x_ptr + x_offs, mask=mask_k[:, None] & in_h & in_w & mask_n[None, :], other=0.0)
         acc = tl.dot(dy.to(OPERAND), x.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
-        if HAS_BIAS:
-            if pid_n == 0:
-                acc_b += tl.sum(dy.to(ACC), axis=1)
 
     dw_ptr += split * stride_split + group * OC * stride_wo
     w_offs = (offs_m * stride_wo)[:, None] + c[None, :] * stride_wc + kh * stride_wh + kw * stride_ww
     tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+    # A loop of its own, by one column of programs: inside the product's it would hold up the matrix unit.
     if HAS_BIAS:
-        db_ptr += split * stride_split + group * OC
-        tl.store(db_ptr + offs_m, round_to(acc_b, db_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
+        if pid_n == 0:
+            acc_b = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+            for k0 in range(first, last, BLOCK_K):
+                k = k0 + offs_k
+                k_offs = k // OW // OH * stride_yn + k // OW % OH * stride_yh + k % OW * stride_yw
+                mask = mask_m[:, None] & (k < last)[None, :]
+                acc_b += tl.load(dy_ptr + y_rows[:, None] + k_offs[None, :], mask=mask, other=0.0).to(ACC)
+            db = round_to(tl.sum(acc_b, axis=1), db_ptr.dtype.element_ty)
+            tl.store(db_ptr + split * stride_split + group * OC + offs_m, db, mask=mask_m)
 
 
 def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
@@ -397,7 +404,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
     K, OC = N * OH * OW, OC // groups
     flat = C < FLAT_BELOW
-    tile = gemm_tile(OC, C * KH * KW if flat else C, K, dy.dtype, precision())
+    tile = gemm_tile(OC, min(FLAT_N, C * KH * KW) if flat else C, K, dy.dtype, precision())
     tiles_n = triton.cdiv(C * KH * KW, tile.N) if flat else KH * KW * triton.cdiv(C, tile.N)
     tiles = triton.cdiv(OC, tile.M) * tiles_n * groups
     splits = split_count(tiles, K, tile.K)

@@ -96,7 +96,6 @@ def linear_weight_grad_kernel(
     mask_n, mask_k = offs_n < N, offs_k < K
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    acc_b = tl.zeros((BLOCK_M,), ACC)
     first = split * per_split
     last = tl.minimum(first + per_split, M)
     for m0 in range(first, last, BLOCK_K):
@@ -107,15 +106,21 @@ def linear_weight_grad_kernel(
         dy = tl.load(dy_ptr + y_offs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
         x = tl.load(x_ptr + x_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(dy.to(OPERAND), x.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
-        if HAS_BIAS:
-            if pid_k == 0:
-                acc_b += tl.sum(dy.to(ACC), axis=1)
 
     w_offs = split * stride_split + (offs_n * stride_wn)[:, None] + (offs_k * stride_wk)[None, :]
     tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+
+    # A loop of its own, by one column of programs: inside the product's it would hold up the matrix unit.
     if HAS_BIAS:
-        db = round_to(acc_b, db_ptr.dtype.element_ty)
-        tl.store(db_ptr + split * stride_split + offs_n, db, mask=mask_n & (pid_k == 0))
+        if pid_k == 0:
+            acc_b = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+            for m0 in range(first, last, BLOCK_K):
+                offs_m = m0 + tl.arange(0, BLOCK_K)
+                y_offs = (offs_n * stride_yn)[:, None] + (offs_m * stride_ym)[None, :]
+                mask = mask_n[:, None] & (offs_m < last)[None, :]
+                acc_b += tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)
+            db = round_to(tl.sum(acc_b, axis=1), db_ptr.dtype.element_ty)
+            tl.store(db_ptr + split * stride_split + offs_n, db, mask=mask_n)
 
 
 def weight_grad(dy, x, with_bias):
