@@ -38,11 +38,12 @@ def operand_type(dtype):
 def round_to(value, dtype: tl.constexpr):
     """value as dtype, rounded to nearest even; the interpreter's own cast to bfloat16 truncates."""
     if INTERPRETED and dtype == tl.bfloat16:
-        value = value.to(tl.float32)
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        value = tl.where(value == value, rounded, value)
-    return value.to(dtype)
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = (bits >> 16) | 0x40
+        return tl.where(value == value, nearest, quiet_nan).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
 
 
 def index_type(*tensors):

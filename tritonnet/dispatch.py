@@ -4,6 +4,8 @@ import collections
 import contextlib
 import importlib.util
 
+import torch
+
 from . import reference
 
 # A build of torch for the CPU brings no Triton, and the package works without it.
@@ -60,8 +62,6 @@ def implementation(tensor):
 
 def backend_name(device):
     """What serves tensors on this torch.device now, in words."""
-    import torch
-
     if implementation(torch.empty(0, device=device)) is reference:
         return "reference (plain torch)"
     return "Triton kernels" if device.type != "cpu" else "Triton kernels (interpreter)"

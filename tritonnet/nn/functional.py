@@ -329,5 +329,6 @@ def linear(input, weight, bias=None):
         except RuntimeError:
             raise RuntimeError(f"{name}: bias must broadcast to {list(size)}, got {list(bias.shape)}") from None
         fused, bias = (bias.expand(size[-1:]), None) if bias.dim() <= 1 else (None, full)
-    y = ops.linear(input.reshape(-1, input.shape[-1]), weight, fused).view(size)
+    rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
+    y = ops.linear(rows, weight, fused).view(size)
     return y if bias is None else y + bias

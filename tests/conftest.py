@@ -1,0 +1,63 @@
+"""Without a GPU the kernels run in Triton's interpreter, with one on the GPU; TRITONNET_TEST_DEVICE=cpu overrules."""
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICE = os.environ.get("TRITONNET_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+
+if not importlib.util.find_spec("triton"):
+    pytest.exit("the tests need triton: pip install -e .[test]", returncode=4)
+try:
+    import tritonnet.kernels
+except ImportError as e:
+    pytest.exit(f"tritonnet is not installed for development ({e}): pip install -e .[test]", returncode=4)
+
+import tritonnet
+
+if DEVICE == "cpu":
+    # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+
+
+@pytest.fixture
+def device():
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def fresh_start():
+    """Fixed seed; results that were never written are NaN, and operators that are not deterministic raise."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["triton", "reference"])
+def backend(request):
+    """Runs the test on the kernels, and again on the reference."""
+    with tritonnet.backend(request.param):
+        yield request.param
+
+
+def run_python(*args, **variables):
+    """A fresh Python process in the project's root; variables set to None are removed from its environment."""
+    import subprocess
+
+    environment = {**os.environ, **variables}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, *args], env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )

@@ -1,0 +1,233 @@
+"""conv2d against float64, value and every gradient, on the kernels and on the reference.
+
+In the interpreter the float64, float32 and float16 cases prove the arithmetic; bfloat16 is emulated there and tf32 is
+computed in full float32, so their hardware paths are proved by these same tests on a GPU only.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from exact import DTYPES, check_linear
+
+import tritonnet.nn.functional as F
+
+# name: (N, C, H, W), (OC, KH, KW), arguments
+CASES = {
+    "lenet conv1": ((3, 1, 32, 32), (6, 5, 5), {}),
+    "lenet conv2": ((3, 6, 14, 14), (16, 5, 5), {}),
+    "three channels, stem": ((2, 3, 23, 21), (8, 7, 7), dict(stride=2, padding=3)),
+    "wide, by taps": ((2, 20, 9, 8), (18, 3, 3), dict(padding=1)),
+    "wide, 5x5": ((2, 33, 7, 7), (17, 5, 5), dict(padding=2)),
+    "1x1": ((2, 24, 6, 5), (40, 1, 1), {}),
+    "1x1 strided: some pixels have no tap": ((2, 5, 8, 7), (3, 1, 1), dict(stride=(3, 2))),
+    "stride 2": ((2, 16, 11, 10), (16, 3, 3), dict(stride=2, padding=1)),
+    "stride over kernel": ((2, 3, 13, 14), (4, 2, 3), dict(stride=(3, 5))),
+    "stride pair (1, 3)": ((2, 4, 9, 13), (4, 3, 3), dict(stride=(1, 3), padding=(0, 2))),
+    "dilation": ((2, 4, 13, 12), (5, 3, 3), dict(dilation=(2, 3), padding=2)),
+    "dilation shares a factor with stride": ((2, 17, 14, 15), (16, 3, 4), dict(stride=(4, 2), dilation=(2, 2), padding=3)),
+    "dilation prime to stride": ((2, 3, 17, 16), (4, 4, 3), dict(stride=(3, 2), dilation=(2, 3), padding=4)),
+    "even kernel": ((2, 3, 8, 9), (4, 4, 2), dict(padding=(1, 0))),
+    "padding past kernel": ((1, 3, 4, 5), (4, 3, 2), dict(padding=(5, 4))),
+    "same, even kernel: more below and right": ((2, 3, 7, 8), (4, 4, 2), dict(padding="same", dilation=(1, 2))),
+    "valid": ((2, 3, 7, 8), (4, 3, 3), dict(padding="valid")),
+    "groups": ((2, 6, 8, 9), (4, 3, 3), dict(groups=2, padding=1)),
+    "wide groups": ((2, 40, 6, 7), (34, 3, 3), dict(groups=2, stride=2, padding=1)),
+    "depthwise": ((2, 9, 12, 13), (9, 3, 3), dict(groups=9, padding=1)),
+    "depthwise, strided and dilated, two filters a channel": (
+        (2, 5, 13, 14), (10, 3, 2), dict(groups=5, stride=(2, 3), dilation=(3, 2), padding=(2, 1)),
+    ),
+    "one pixel": ((1, 2, 1, 1), (3, 1, 1), {}),
+    "kernel as large as image": ((2, 3, 5, 6), (4, 5, 6), {}),
+    "one column": ((2, 3, 9, 1), (4, 3, 1), dict(padding=(1, 0))),
+    "15x15 kernel": ((1, 2, 17, 16), (3, 15, 15), dict(padding=7)),
+    "128 channels": ((1, 130, 4, 4), (70, 3, 3), dict(padding=1)),
+}  # fmt: skip
+
+
+def make(case, with_bias=True):
+    """The float64 inputs, the arguments and the longest sums of y and of its gradients."""
+    (N, C, H, W), (OC, KH, KW), arguments = CASES[case]
+    C_group = C // arguments.get("groups", 1)
+    x, w = torch.randn(N, C, H, W).double(), torch.randn(OC, C_group, KH, KW).double()
+    bias = torch.randn(OC).double() if with_bias else None
+    OH, OW = TF.conv2d(x, w, **arguments).shape[2:]
+    pixels = N * OH * OW
+    terms = [C_group * KH * KW + 1, OC * KH * KW, pixels, pixels]
+    return (x, w, bias), arguments, terms
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64(case, backend, device):
+    inputs, arguments, terms = make(case)
+    check_linear(
+        lambda x, w, b: F.conv2d(x, w, b, **arguments),
+        lambda x, w, b: TF.conv2d(x, w, b, **arguments),
+        inputs, terms, torch.float64, device,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", ["lenet conv2", "wide, by taps", "stride pair (1, 3)", "wide groups", "depthwise"])
+def test_narrow_dtypes(case, dtype, backend, device):
+    inputs, arguments, terms = make(case, with_bias=case != "wide groups")
+    check_linear(
+        lambda x, w, b: F.conv2d(x, w, b, **arguments),
+        lambda x, w, b: TF.conv2d(x, w, b, **arguments),
+        inputs, terms, dtype, device, tf32=True,
+    )  # fmt: skip
+
+
+def test_full_float32(device):
+    """With torch's flag at full precision no tf32 tolerance is granted; the flag is read at each call."""
+    previous = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        inputs, arguments, terms = make("wide, by taps")
+        check_linear(
+            lambda x, w, b: F.conv2d(x, w, b, **arguments),
+            lambda x, w, b: TF.conv2d(x, w, b, **arguments),
+            inputs, terms, torch.float32, device,
+        )  # fmt: skip
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = previous
+
+
+@pytest.mark.parametrize("flag, precision", [("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")])
+def test_precision_follows_torch(flag, precision, monkeypatch):
+    from tritonnet.kernels import conv2d, linear
+
+    for module, owner in ((conv2d, torch.backends.cudnn.conv), (linear, torch.backends.cuda.matmul)):
+        previous = owner.fp32_precision
+        try:
+            owner.fp32_precision = flag
+            assert module.precision() == ("tf32" if owner.fp32_precision == "tf32" else "ieee")
+            if flag != "none":
+                assert module.precision() == precision
+        finally:
+            owner.fp32_precision = previous
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize(
+    "groups, padding, stride", [(1, (2, 3), 1), (2, 1, 2), (4, (1, 2), (1, 2)), (1, "same", 1)], ids=str
+)
+def test_padding_modes(mode, groups, padding, stride, backend, device):
+    import tritonnet.nn as nn
+
+    arguments = dict(stride=stride, padding=padding, groups=groups, padding_mode=mode, dtype=torch.float64)
+    ours, theirs = (module.Conv2d(4, 8, (3, 4), **arguments) for module in (nn, torch.nn))
+    x, (OC, C, KH, KW) = torch.randn(2, 4, 6, 7).double(), ours.weight.shape
+
+    def call(layer):
+        return lambda x, w, b: torch.func.functional_call(layer, {"weight": w, "bias": b}, (x,))
+
+    pixels = 2 * theirs(x)[0, 0].numel()
+    check_linear(
+        call(ours), call(theirs), (x, torch.randn(OC, C, KH, KW).double(), torch.randn(OC).double()),
+        # Up to nine padded pixels copy one.
+        [C * KH * KW + 1, 9 * OC * KH * KW, pixels, pixels], torch.float64, device,
+    )  # fmt: skip
+
+
+def test_every_shipped_tile(device, monkeypatch):
+    """3x3 and 5x5 under every tile of the table, walked flat and by taps: sizes that fill no tile evenly."""
+    from tritonnet.kernels import _common, conv2d
+
+    for name, tile in _common.TILES.items():
+        dtype = {"half": torch.float16, "fp64": torch.float64}.get(name, torch.float32)
+        for C in (3, 40):
+            for k in (3, 5):
+                monkeypatch.setattr(conv2d, "gemm_tile", lambda *_, tile=tile: tile)
+                x, w = torch.randn(2, C, 9, 11).double(), torch.randn(20, C, k, k).double()
+                check_linear(
+                    lambda x, w: F.conv2d(x, w, padding=1), lambda x, w: TF.conv2d(x, w, padding=1),
+                    (x, w), [C * k * k, 20 * k * k, 2 * 9 * 11], dtype, device, tf32=True,
+                )  # fmt: skip
+
+
+def channels_last(t):
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def strided(t):
+    """The same values with gaps between elements, in a permuted order of dimensions."""
+    wide = torch.full([2 * n + 1 for n in reversed(t.shape)], float("nan"), dtype=t.dtype, device=t.device)
+    view = wide[tuple(slice(1, None, 2) for _ in t.shape)].permute(*reversed(range(t.dim())))
+    return view.copy_(t)
+
+
+@pytest.mark.parametrize("prepare", [channels_last, strided], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", ["stride 2", "groups", "depthwise", "three channels, stem"])
+def test_layouts(case, prepare, backend, device):
+    inputs, arguments, terms = make(case)
+    y = check_linear(
+        lambda x, w, b: F.conv2d(x, w, b, **arguments),
+        lambda x, w, b: TF.conv2d(x, w, b, **arguments),
+        inputs, terms, torch.float64, device, prepare,
+    )  # fmt: skip
+    if prepare is channels_last:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_layout_of_results_is_torchs(backend, device):
+    x, w = torch.randn(2, 4, 6, 6, device=device), torch.randn(8, 4, 3, 3, device=device)
+    last = dict(memory_format=torch.channels_last)
+    for a in (x, x.contiguous(**last), x[:, :, ::2], x.contiguous(**last)[:, 1:3].expand(2, 2, 6, 6), x[:1, :, :1, :1]):
+        for b in (w, w.contiguous(**last), w[:, :, :1, :1]):
+            b = b[:, : a.shape[1]]
+            if all(n <= m for n, m in zip(b.shape[2:], a.shape[2:])):
+                assert F.conv2d(a, b).stride() == TF.conv2d(a.cpu(), b.cpu()).stride(), (a.stride(), b.stride())
+
+
+def test_expanded_gradient(backend, device):
+    inputs, arguments, _ = make("stride 2")
+    leaves = [t.clone().to(device).requires_grad_() for t in inputs]
+    truth = [t.clone().requires_grad_() for t in inputs]
+    F.conv2d(*leaves, **arguments).sum().backward()
+    TF.conv2d(*truth, **arguments).sum().backward()
+    for a, b in zip(leaves, truth):
+        torch.testing.assert_close(a.grad.cpu(), b.grad)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_empty_batch(groups, backend, device):
+    x = torch.randn(0, 4, 6, 6, device=device, requires_grad=True)
+    w = torch.randn(8, 4 // groups, 3, 3, device=device, requires_grad=True)
+    b = torch.randn(8, device=device, requires_grad=True)
+    y = F.conv2d(x, w, b, groups=groups)
+    assert y.shape == (0, 8, 4, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert (w.grad == 0).all() and (b.grad == 0).all()
+
+
+def test_unbatched(backend, device):
+    x, w = torch.randn(3, 6, 7, device=device).double(), torch.randn(4, 3, 3, 3, device=device).double()
+    torch.testing.assert_close(F.conv2d(x, w).cpu(), TF.conv2d(x.cpu(), w.cpu()))
+
+
+def test_only_the_gradients_asked_for(device):
+    import tritonnet
+
+    sizes = ((2, 3, 6, 6), (4, 3, 3, 3), (4,))
+    for frozen, absent in ((0, "conv2d_input_grad_kernel"), (1, "conv2d_weight_grad_kernel")):
+        leaves = [torch.randn(size, device=device) for size in sizes]
+        for i, t in enumerate(leaves):
+            t.requires_grad_(i != frozen)
+        with tritonnet.count_launches() as launches:
+            F.conv2d(*leaves).sum().backward()
+        assert launches["conv2d_forward_kernel"] == 1 and absent not in launches
+        assert [t.grad is None for t in leaves] == [i == frozen for i in range(3)]
+    leaves = [torch.randn(size, device=device) for size in sizes]
+    leaves[2].requires_grad_()
+    F.conv2d(*leaves).sum().backward()
+    torch.testing.assert_close(leaves[2].grad, torch.full((4,), 32.0, device=device))
+
+
+def test_other_dtypes_are_torchs(backend, device):
+    x, w = torch.randint(-5, 5, (2, 3, 6, 6)), torch.randint(-5, 5, (4, 3, 3, 3))
+    if device.type == "cpu":
+        assert torch.equal(F.conv2d(x, w, padding=1), TF.conv2d(x, w, padding=1))
+    z, v = (torch.randn(s, dtype=torch.complex64, device=device, requires_grad=True) for s in ((2, 3, 6, 6), (4, 3, 3, 3)))
+    ours = torch.autograd.grad(F.conv2d(z, v).abs().sum(), (z, v))
+    torch.testing.assert_close(ours, torch.autograd.grad(TF.conv2d(z, v).abs().sum(), (z, v)))
