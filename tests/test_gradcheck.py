@@ -1,0 +1,91 @@
+"""gradcheck and gradgradcheck in float64 through the kernels, with forward-mode derivatives."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import tritonnet
+import tritonnet.nn.functional as F
+
+
+def draw(*size):
+    return torch.randn(size, dtype=torch.float64)
+
+
+def distinct(*size):
+    """Values far enough apart that no step of a numeric derivative changes which is the largest."""
+    n = torch.Size(size).numel()
+    return torch.randperm(n).double().view(size) / n
+
+
+# name: function, its inputs
+CASES = {
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, padding=1), (draw, (1, 2, 4, 3), (2, 2, 3, 2), (2,))),
+    "conv2d strided, dilated, grouped": (
+        lambda x, w, b: F.conv2d(x, w, b, (2, 1), (1, 2), (1, 2), 2), (draw, (1, 4, 5, 4), (2, 2, 2, 2), (2,)),
+    ),
+    "conv2d without bias": (lambda x, w: F.conv2d(x, w, stride=2), (draw, (1, 1, 5, 4), (2, 1, 2, 2))),
+    "conv2d depthwise": (
+        lambda x, w, b: F.conv2d(x, w, b, 2, 1, groups=2), (draw, (1, 2, 4, 5), (4, 1, 3, 2), (4,)),
+    ),
+    "conv2d circular": (
+        lambda x, w, b: F._conv2d(x, w, b, 1, (1, 2), 1, 1, "circular"), (draw, (1, 2, 3, 4), (2, 2, 3, 2), (2,)),
+    ),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), (distinct, (1, 2, 5, 4))),
+    "max_pool2d dilated, ceil_mode": (
+        lambda x: F.max_pool2d(x, 2, (1, 2), 1, (2, 1), True), (distinct, (1, 2, 5, 4)),
+    ),
+    "relu": (F.relu, (draw, (3, 4))),
+    "relu in place": (lambda x: F.relu_(x * 1), (draw, (3, 4))),
+    "linear": (F.linear, (draw, (2, 3, 4), (3, 4), (3,))),
+    "linear of a vector": (F.linear, (draw, (4,), (3, 4))),
+}  # fmt: skip
+
+
+def leaves(case, device):
+    function, (values, *sizes) = CASES[case]
+    return function, [values(*size).to(device).requires_grad_() for size in sizes]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck(case, device):
+    """Every element of every Jacobian, backward and forward."""
+    function, inputs = leaves(case, device)
+    with tritonnet.count_launches() as launches:
+        assert gradcheck(function, inputs, check_forward_ad=True)
+    assert launches
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradgradcheck(case, device):
+    """Second derivatives, backward over backward, in random directions."""
+    function, inputs = leaves(case, device)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", ["conv2d strided, dilated, grouped", "max_pool2d", "relu", "linear"])
+def test_every_element_of_second_derivatives(case, device):
+    with tritonnet.backend("reference"):
+        function, inputs = leaves(case, device)
+        assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
+
+
+def test_third_derivatives(device):
+    x, w = draw(1, 1, 4, 4).to(device).requires_grad_(), draw(2, 1, 2, 2).to(device).requires_grad_()
+    y = F.conv2d(x, w).pow(4).sum()
+    true_y = torch.nn.functional.conv2d(x, w).pow(4).sum()
+    for _ in range(3):
+        y, true_y = (torch.autograd.grad(t, w, create_graph=True)[0].pow(2).sum() for t in (y, true_y))
+    torch.testing.assert_close(y, true_y)
+
+
+def test_forward_mode_tangents_of_a_bias_alone(device):
+    """No zero tangent where a derivative was meant."""
+    import torch.autograd.forward_ad as fwAD
+
+    x, w, b = draw(1, 2, 3, 3).to(device), draw(4, 2, 2, 2).to(device), draw(4).to(device)
+    with fwAD.dual_level():
+        y = F.conv2d(x, w, fwAD.make_dual(b, torch.ones_like(b)))
+        assert (fwAD.unpack_dual(y).tangent == 1).all()
+        y = F.linear(x[0, 0], w[:, 0, 0, :1].expand(4, 3), fwAD.make_dual(b, torch.ones_like(b)))
+        assert (fwAD.unpack_dual(y).tangent == 1).all()
