@@ -397,7 +397,7 @@ def conv2d_weight_grad_kernel(
 
 
 def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
-    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW) and db (OC), empty unless asked for."""
+    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW), and db (OC), empty unless wanted."""
     dw, db = shapes.conv2d_weight_grad(dy, x, size, with_bias)
     if dw.numel() == 0:
         return dw, db

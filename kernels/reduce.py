@@ -1,6 +1,6 @@
 """Adds the partial sums of a split product in a fixed order, so that every run gives the same bits.
 
-    dw[i] = sum over s of partial[s, i],    db[j] = sum over s of partial[s, numel(dw) + j]
+dw[i] = sum over s of partial[s, i],    db[j] = sum over s of partial[s, numel(dw) + j]
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The rectifier.
 
-    y  = 0 where x < 0, else x          (so NaN stays NaN and -0.0 stays -0.0, as in torch)
-    dx = 0 where y <= 0, else dy
+y  = 0 where x < 0, else x          (so NaN stays NaN and -0.0 stays -0.0, as in torch)
+dx = 0 where y <= 0, else dy
 """
 
 import torch

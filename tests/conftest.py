@@ -16,11 +16,10 @@ if DEVICE == "cpu":
 if not importlib.util.find_spec("triton"):
     pytest.exit("the tests need triton: pip install -e .[test]", returncode=4)
 try:
+    import tritonnet
     import tritonnet.kernels
 except ImportError as e:
     pytest.exit(f"tritonnet is not installed for development ({e}): pip install -e .[test]", returncode=4)
-
-import tritonnet
 
 if DEVICE == "cpu":
     # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.

@@ -7,7 +7,9 @@ chapter 3, in first order). tf32 rounds the operands too, to 10 bits.
 
 import torch
 
-ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+ROUNDOFF = {
+    dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
 DTYPES = tuple(ROUNDOFF)
 # Sums are kept in float32 or better.
 SUM = {dtype: min(u, ROUNDOFF[torch.float32]) for dtype, u in ROUNDOFF.items()}
@@ -23,7 +25,9 @@ def assert_exact(name, actual, truth, magnitude, terms, tf32=False):
     bound = ROUNDOFF[dtype] * truth.abs() + u * magnitude + torch.finfo(dtype).smallest_normal * ROUNDOFF[dtype] * 2
     excess = ((actual - truth).abs() - bound).nan_to_num(nan=float("inf"))
     if excess.numel():
-        assert excess.max() <= 0, f"{name}: off by {(actual - truth).abs().max():.3g}, over the bound by {excess.max():.3g}"
+        assert excess.max() <= 0, (
+            f"{name}: off by {(actual - truth).abs().max():.3g}, over the bound by {excess.max():.3g}"
+        )
 
 
 def run(function, inputs, dy, leaf):

@@ -24,7 +24,9 @@ CASES = {
     "stride over kernel": ((2, 3, 13, 14), (4, 2, 3), dict(stride=(3, 5))),
     "stride pair (1, 3)": ((2, 4, 9, 13), (4, 3, 3), dict(stride=(1, 3), padding=(0, 2))),
     "dilation": ((2, 4, 13, 12), (5, 3, 3), dict(dilation=(2, 3), padding=2)),
-    "dilation shares a factor with stride": ((2, 17, 14, 15), (16, 3, 4), dict(stride=(4, 2), dilation=(2, 2), padding=3)),
+    "dilation shares a factor with stride": (
+        (2, 17, 14, 15), (16, 3, 4), dict(stride=(4, 2), dilation=(2, 2), padding=3),
+    ),
     "dilation prime to stride": ((2, 3, 17, 16), (4, 4, 3), dict(stride=(3, 2), dilation=(2, 3), padding=4)),
     "even kernel": ((2, 3, 8, 9), (4, 4, 2), dict(padding=(1, 0))),
     "padding past kernel": ((1, 3, 4, 5), (4, 3, 2), dict(padding=(5, 4))),
@@ -228,6 +230,8 @@ def test_other_dtypes_are_torchs(backend, device):
     x, w = torch.randint(-5, 5, (2, 3, 6, 6)), torch.randint(-5, 5, (4, 3, 3, 3))
     if device.type == "cpu":
         assert torch.equal(F.conv2d(x, w, padding=1), TF.conv2d(x, w, padding=1))
-    z, v = (torch.randn(s, dtype=torch.complex64, device=device, requires_grad=True) for s in ((2, 3, 6, 6), (4, 3, 3, 3)))
+    z, v = (
+        torch.randn(s, dtype=torch.complex64, device=device, requires_grad=True) for s in ((2, 3, 6, 6), (4, 3, 3, 3))
+    )
     ours = torch.autograd.grad(F.conv2d(z, v).abs().sum(), (z, v))
     torch.testing.assert_close(ours, torch.autograd.grad(TF.conv2d(z, v).abs().sum(), (z, v)))

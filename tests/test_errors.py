@@ -74,7 +74,11 @@ LINEAR = [
     ((A.numpy(), C), {}, ["input", "ndarray"]),
     ((A, None), {}, ["weight", "NoneType"]),
 ]
-ALL = [(name, *row) for name, rows in dict(conv2d=CONV2D, max_pool2d=MAX_POOL2D, relu=RELU, linear=LINEAR).items() for row in rows]
+ALL = [
+    (name, *row)
+    for name, rows in dict(conv2d=CONV2D, max_pool2d=MAX_POOL2D, relu=RELU, linear=LINEAR).items()
+    for row in rows
+]
 
 
 @pytest.mark.parametrize("name, args, kwargs, parts", ALL, ids=[f"{row[0]}-{row[3]}" for row in ALL])

@@ -15,12 +15,13 @@ import tritonnet.nn.functional as F
 # name, arguments, size of an input
 LAYERS = [
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3), (2, 4, 7, 7)),
-    ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=(3, 2), stride=(1, 2), padding=1, dilation=2, groups=2, bias=False), (2, 4, 7, 7)),
+    ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=(3, 2), stride=(1, 2), padding=1, dilation=2), (2, 4, 7, 7)),
+    ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3, groups=2, bias=False), (2, 4, 7, 7)),
     ("Conv2d", dict(in_channels=4, out_channels=4, kernel_size=3, padding="same", groups=4), (2, 4, 7, 7)),
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3, padding="valid"), (2, 4, 7, 7)),
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3, padding=2, padding_mode="reflect"), (2, 4, 7, 7)),
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3, padding=(1, 2), padding_mode="replicate"), (4, 7, 7)),
-    ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=4, padding="same", padding_mode="circular"), (2, 4, 7, 7)),
+    ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=4, padding="same", padding_mode="circular"), (4, 7, 7)),
     ("MaxPool2d", dict(kernel_size=2), (2, 4, 7, 7)),
     ("MaxPool2d", dict(kernel_size=3, stride=1, padding=1, dilation=1, ceil_mode=True), (2, 4, 7, 7)),
     ("ReLU", dict(), (2, 4, 7)),
@@ -44,7 +45,14 @@ def test_layer_stands_in(name, arguments, size, backend, device):
     ours, theirs = pair(name, arguments)
     assert isinstance(ours, type(theirs)) and repr(ours) == repr(theirs)
     assert inspect.signature(type(ours)) == inspect.signature(type(theirs))
-    assert set(vars(type(ours))) <= {"forward", "__doc__", "__module__", "__annotations__", "__firstlineno__", "__static_attributes__"}
+    assert set(vars(type(ours))) <= {
+        "forward",
+        "__doc__",
+        "__module__",
+        "__annotations__",
+        "__firstlineno__",
+        "__static_attributes__",
+    }
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()):
         assert torch.equal(a, b)
@@ -119,7 +127,7 @@ def test_frozen_and_half_models(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype, backend, device):
-    """bf16 autocast gives bf16, fp16 gives fp16; gradients come back in the parameters' dtype; float64 is left alone."""
+    """bf16 autocast gives bf16, fp16 gives fp16, and gradients the parameters' dtype; float64 is left alone."""
     conv, fc = nn.Conv2d(2, 3, 3).to(device), nn.Linear(4, 2).to(device)
     x = torch.randn(1, 2, 4, 4, device=device)
     with torch.autocast(device.type, dtype):

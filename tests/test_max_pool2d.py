@@ -75,7 +75,11 @@ def test_ties_nan_and_infinities(dtype, backend, device):
     x[2, 2] = -0.0
     x[2, 2, ::2] = 0.0
     for case in ("2x2", "3x3 stride 2", "stride 1", "dilation prime to stride", "ceil_mode", "15x15 window"):
-        check(x, {"kernel_size": 2, **CASES[case][1]} if case != "15x15 window" else dict(kernel_size=11, padding=5), device)
+        check(
+            x,
+            {"kernel_size": 2, **CASES[case][1]} if case != "15x15 window" else dict(kernel_size=11, padding=5),
+            device,
+        )
 
 
 @pytest.mark.parametrize("size", [(2, 3, 8, 7), (1, 1, 5, 5), (3, 1, 4, 6), (2, 5, 1, 9)], ids=str)

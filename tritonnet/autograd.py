@@ -1,4 +1,4 @@
-"""The derivatives: each family of operators is closed, so gradients of any order and forward mode come out of itself."""
+"""The derivatives: each family of operators is closed, so that any order and forward mode come out of itself."""
 
 import torch
 

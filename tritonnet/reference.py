@@ -17,7 +17,7 @@ def _pad(x, padding, pad_mode):
 
 
 def _wide(*tensors):
-    """The tensors in float32 if they are of half width: torch's CPU gradients in bfloat16 are wrong for some strides."""
+    """The tensors in float32 if they were narrower: torch's CPU gradients in bfloat16 are wrong for some strides."""
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 

@@ -1,7 +1,7 @@
 """torch.nn with Conv2d, MaxPool2d, ReLU and Linear on tritonnet's kernels; every other name is torch's.
 
-    import tritonnet.nn as nn
-    import tritonnet.nn.functional as F
+import tritonnet.nn as nn
+import tritonnet.nn.functional as F
 """
 
 import torch.nn as _torch

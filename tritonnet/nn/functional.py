@@ -139,7 +139,9 @@ def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
 
 def _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
     if pad_mode != "zeros":
-        top, bottom, left, right = _conv2d_padding(padding, weight.shape[2:], (1, 1), _pair("conv2d", "dilation", dilation))
+        top, bottom, left, right = _conv2d_padding(
+            padding, weight.shape[2:], (1, 1), _pair("conv2d", "dilation", dilation)
+        )
         input, padding = _torch.pad(input, (left, right, top, bottom), mode=pad_mode), 0
     return _torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -188,9 +190,7 @@ def _check_conv2d(x, weight, bias, padding, dilation, groups, pad_mode):
         raise RuntimeError(f"conv2d: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
 
 
-def max_pool2d(
-    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
-):
+def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     """torch.nn.functional.max_pool2d on tritonnet's kernels.
 
     Args:

@@ -1,0 +1,190 @@
+"""LeNet as any tutorial writes it, with the two import lines changed; the training program; the digits."""
+
+import gzip
+import struct
+
+import pytest
+import torch
+from conftest import run_python
+
+import tritonnet
+from tritonnet import data, train
+
+TUTORIAL = """
+class Net(nn.Module):
+    def __init__(self):
+        super(Net, self).__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), (2, 2))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = torch.flatten(x, 1)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        x = self.fc3(x)
+        return x
+"""
+
+
+def tutorial_net(imports):
+    space = {"torch": torch}
+    exec(imports + TUTORIAL, space)
+    torch.manual_seed(0)
+    return space["Net"]()
+
+
+def nets():
+    ours = tutorial_net("import tritonnet.nn as nn\nimport tritonnet.nn.functional as F\n")
+    theirs = tutorial_net("import torch.nn as nn\nimport torch.nn.functional as F\n")
+    return ours, theirs
+
+
+def test_same_numbers_and_gradients(backend, device):
+    ours, theirs = nets()
+    ours.to(device)
+    seen = []
+    ours.conv2.register_forward_hook(lambda m, x, y: seen.append(y.shape))
+    ours.fc1.register_full_backward_hook(lambda m, dx, dy: seen.append(dy[0].shape))
+    x, target = torch.randn(4, 1, 32, 32), torch.randint(10, (4,))
+    y, true_y = ours(x.to(device)), theirs(x)
+    torch.testing.assert_close(y.cpu(), true_y, rtol=1e-4, atol=1e-4)
+    torch.nn.CrossEntropyLoss()(y, target.to(device)).backward()
+    torch.nn.CrossEntropyLoss()(true_y, target).backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(p.grad.cpu(), q.grad, rtol=1e-4, atol=1e-4, msg=name)
+    assert seen == [(4, 16, 10, 10), (4, 120)]
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adam"])
+@pytest.mark.parametrize("loss", ["CrossEntropyLoss", "MSELoss"])
+def test_optimizers_and_losses_train_it(optimizer, loss, device):
+    """Two steps on the kernels keep up with torch, then fifteen on the reference bring the loss down."""
+    ours, theirs = nets()
+    ours.to(device).double()
+    theirs.double()
+    x, target = torch.randn(6, 1, 32, 32).double(), torch.randint(10, (6,))
+    wanted = target if loss == "CrossEntropyLoss" else torch.nn.functional.one_hot(target, 10).double()
+    losses = {}
+    for net, where in ((ours, device), (theirs, "cpu")):
+        steps = getattr(torch.optim, optimizer)(net.parameters(), lr=1e-3 if optimizer != "SGD" else 1e-2)
+        for step in range(17):
+            with tritonnet.backend("triton" if step < 2 else "auto" if device.type != "cpu" else "reference"):
+                value = getattr(torch.nn, loss)()(net(x.to(where)), wanted.to(where))
+                steps.zero_grad()
+                value.backward()
+                steps.step()
+            losses.setdefault(net, []).append(value.item())
+    assert losses[ours] == pytest.approx(losses[theirs], rel=1e-6)
+    assert losses[ours][-1] < losses[ours][0]
+
+
+def test_state_dict_goes_both_ways(tmp_path):
+    ours, theirs = tritonnet.LeNet(), nets()[1]
+    torch.save(theirs.state_dict(), tmp_path / "net.pt")
+    ours.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
+    x = torch.randn(2, 1, 32, 32)
+    with tritonnet.backend("reference"):
+        torch.testing.assert_close(ours(x), theirs(x))
+    theirs.load_state_dict(tritonnet.LeNet().state_dict())
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+
+
+def test_a_training_step_runs_on_the_kernels(device):
+    net = tritonnet.LeNet().to(device)
+    with tritonnet.count_launches() as launches:
+        torch.nn.functional.cross_entropy(
+            net(torch.randn(2, 1, 32, 32, device=device)), torch.tensor([1, 2], device=device)
+        ).backward()
+    splits = launches.pop("sum_partials_kernel", 0)
+    assert launches == {
+        "conv2d_forward_kernel": 2, "max_pool2d_forward_kernel": 2, "relu_kernel": 4,
+        "linear_forward_kernel": 3 + 3,  # the layers, and their input gradients
+        "conv2d_input_grad_kernel": 1, "conv2d_weight_grad_kernel": 2, "max_pool2d_scatter_kernel": 2,
+        "relu_grad_kernel": 4, "linear_weight_grad_kernel": 3,
+    } and splits <= 5  # fmt: skip
+
+
+def test_training_reaches_97_percent(tmp_path):
+    """The command of the README, on the reference as on a machine without a GPU, in under a minute on two cores."""
+    import time
+
+    start = time.monotonic()
+    result = run_python(
+        "-m", "tritonnet.train", "--device", "cpu", "--save", str(tmp_path / "out" / "lenet.pt"), TRITON_INTERPRET=None
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "LeNet on 8000 digits, cpu, backend: reference (plain torch)"
+    assert float(lines[-2].split()[-1].rstrip("%")) > 97 and "loss" in lines[-2]
+    assert "epoch 1/10" in result.stderr  # the progress bar
+    assert time.monotonic() - start < 60
+    net = tritonnet.LeNet()
+    net.load_state_dict(torch.load(tmp_path / "out" / "lenet.pt", weights_only=True))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["lenet.pt"]
+
+
+def write_idx(folder, name, array, zipped):
+    content = struct.pack(f">HBB{array.dim()}I", 0, 8, array.dim(), *array.shape) + bytes(array.flatten().tolist())
+    (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzipped"])
+def test_training_on_idx_files_through_the_kernels(zipped, tmp_path, capsys, device):
+    for part, count in (("train", 40), ("t10k", 10)):
+        write_idx(tmp_path, f"{part}-images-idx3-ubyte", torch.randint(256, (count, 28, 28)), zipped)
+        write_idx(tmp_path, f"{part}-labels-idx1-ubyte", torch.randint(10, (count,)), zipped)
+    save = tmp_path / "net.pt"
+    with tritonnet.count_launches() as launches:
+        train.main(
+            [
+                "--data",
+                str(tmp_path),
+                "--epochs",
+                "1",
+                "--batch-size",
+                "16",
+                "--save",
+                str(save),
+                "--backend",
+                "triton",
+                "--device",
+                str(device),
+            ]
+        )
+    assert launches["conv2d_weight_grad_kernel"] == 2 * 3
+    said = capsys.readouterr().out
+    assert "40 digits" in said and "Triton kernels" in said and save.exists()
+
+
+def test_digits():
+    train_x, train_y, test_x, test_y = data.load_digits()
+    assert train_x.shape == (8000, 1, 32, 32) and test_x.shape == (2000, 1, 32, 32) and train_x.dtype == torch.float32
+    assert train_y.shape == (8000,) and set(test_y.tolist()) == set(range(10))
+    background = -data.MEAN / data.STD
+    assert train_x[:, :, :2].unique().tolist() == [pytest.approx(background)]
+    assert train_x.max().item() == pytest.approx((1 - data.MEAN) / data.STD)
+    assert train_x[:, :, 2:-2, 2:-2].mean().abs() < 0.02
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+        data.load_digits(tmp_path)
+    path = tmp_path / "file"
+    path.write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match="47 49 46 38"):
+        data.read_idx(path)
+    path.write_bytes(struct.pack(">HBBI", 0, 8, 1, 5) + b"abc")
+    with pytest.raises(ValueError, match="should hold 5 bytes.*got 3"):
+        data.read_idx(path)
+
+
+@pytest.mark.parametrize("option", [["--epochs", "0"], ["--batch-size", "-3"]], ids=str)
+def test_bad_options_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(option)
+    assert f"got {option[1]}" in capsys.readouterr().err
