@@ -10,6 +10,9 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
+# apply turns recording off for its forward, on every level; the levels below must go on recording, forward mode too.
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
 # The public way below autograd, a second operator without an Autograd kernel, doubles the calls and the names.
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd  # isort: skip
 
@@ -56,7 +59,20 @@ def register_autograd(operator):
     return decorate
 
 
+def register_batching(operator):
+    """Decorator: make rule(info, dims, *args) -> (results, their dims) what torch.func.vmap does with the operator."""
+
+    def decorate(rule):
+        torch.library.register_vmap(operator, rule, lib=_LIBRARY)
+        return rule
+
+    return decorate
+
+
 def below_autograd(operator, *args):
     """Call the operator's own body from inside its autograd rule."""
+    if _are_functorch_transforms_active():
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+            return operator(*args)
     with _AutoDispatchBelowAutograd():
         return operator(*args)

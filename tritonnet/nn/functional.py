@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as _torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import autograd as _autograd  # noqa: F401  (registers the derivatives)
-from .. import ops
+from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
 
 # The dtypes of the kernels; torch serves the others.

@@ -1,0 +1,123 @@
+"""The batching rules of torch.func.vmap: a batch becomes images where one filter serves all, and groups where not.
+
+A rule takes the batch size, the batch dimension of each argument (None for one without) and the arguments, and returns
+the results with their batch dimensions. All of them end in the same operators.
+"""
+
+from . import ops
+from .registration import register_batching
+
+
+def _front(info, t, dim):
+    """t with the batch in front, expanded where it has none."""
+    return t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
+
+
+def _as_images(t):
+    """(B, N, ...) -> (B * N, ...)."""
+    return t.flatten(0, 1)
+
+
+def _as_channels(t):
+    """(B, N, C, ...) -> (N, B * C, ...)."""
+    return t.transpose(0, 1).flatten(1, 2)
+
+
+@register_batching(ops.conv2d)
+def _conv2d(info, dims, x, w, bias, stride, padding, dilation, groups, pad_mode):
+    B, (x_dim, w_dim, bias_dim) = info.batch_size, dims[:3]
+    x = _front(info, x, x_dim)
+    if w_dim is not None:
+        w, bias = _as_images(_front(info, w, w_dim)), None if bias is None else _as_images(_front(info, bias, bias_dim))
+        y = ops.conv2d(_as_channels(x), w, bias, stride, padding, dilation, B * groups, pad_mode)
+        return y.unflatten(1, (B, -1)), 1
+    fused, rest = (bias, None) if bias_dim is None else (None, _front(info, bias, bias_dim))
+    y = ops.conv2d(_as_images(x), w, fused, stride, padding, dilation, groups, pad_mode).unflatten(0, (B, x.shape[1]))
+    return (y if rest is None else y + rest[:, None, :, None, None]), 0
+
+
+@register_batching(ops.conv2d_input_grad)
+def _conv2d_input_grad(info, dims, dy, w, size, stride, padding, dilation, groups, pad_mode):
+    B, (dy_dim, w_dim), (N, C, H, W) = info.batch_size, dims[:2], size
+    dy = _front(info, dy, dy_dim)
+    if w_dim is None:
+        size = (B * N, C, H, W)
+        dx = ops.conv2d_input_grad(_as_images(dy), w, size, stride, padding, dilation, groups, pad_mode)
+        return dx.unflatten(0, (B, N)), 0
+    w, size = _as_images(_front(info, w, w_dim)), (N, B * C, H, W)
+    dx = ops.conv2d_input_grad(_as_channels(dy), w, size, stride, padding, dilation, B * groups, pad_mode)
+    return dx.unflatten(1, (B, C)), 1
+
+
+@register_batching(ops.conv2d_weight_grad)
+def _conv2d_weight_grad(info, dims, dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
+    B = info.batch_size
+    dy, x = (_as_channels(_front(info, t, dim)) for t, dim in zip((dy, x), dims))
+    dw, db = ops.conv2d_weight_grad(
+        dy, x, (B * size[0], *size[1:]), stride, padding, dilation, B * groups, pad_mode, with_bias
+    )
+    return (dw.unflatten(0, (B, size[0])), db.unflatten(0, (B, -1)) if with_bias else db), (0, 0 if with_bias else None)
+
+
+@register_batching(ops.max_pool2d)
+def _max_pool2d(info, dims, x, *arguments):
+    x = x.movedim(dims[0], 0)
+    results = ops.max_pool2d(_as_images(x), *arguments)
+    return tuple(t.unflatten(0, x.shape[:2]) for t in results), (0, 0)
+
+
+def _over_code(operator):
+    """The rule of an operator on a tensor and a code, or on a code alone."""
+
+    def rule(info, dims, *args):
+        tensors = [_front(info, t, dim) for t, dim in zip(args, dims) if hasattr(t, "movedim")]
+        result = operator(*map(_as_images, tensors), *args[len(tensors) :])
+        return result.unflatten(0, tensors[0].shape[:2]), 0
+
+    return rule
+
+
+for _operator in (ops.max_pool2d_scatter, ops.max_pool2d_gather, ops.max_pool2d_indices):
+    register_batching(_operator)(_over_code(_operator))
+
+
+@register_batching(ops.relu)
+def _relu(info, dims, x):
+    return ops.relu(x), dims[0]
+
+
+@register_batching(ops.relu_)
+def _relu_(info, dims, x):
+    return ops.relu_(x), None
+
+
+@register_batching(ops.relu_grad)
+def _relu_grad(info, dims, dy, y):
+    return ops.relu_grad(*(_front(info, t, dim) for t, dim in zip((dy, y), dims))), 0
+
+
+# A matrix product for each element of the batch is a convolution of 1 x 1 pixels in as many groups.
+_PIXEL = ((1, 1), (0, 0, 0, 0), (1, 1))
+
+
+@register_batching(ops.linear)
+def _linear(info, dims, x, w, bias):
+    B, (x_dim, w_dim, bias_dim) = info.batch_size, dims
+    x = _front(info, x, x_dim)
+    if w_dim is not None:
+        w, bias = _as_images(_front(info, w, w_dim)), None if bias is None else _as_images(_front(info, bias, bias_dim))
+        y = ops.conv2d(_as_channels(x)[..., None, None], w[..., None, None], bias, *_PIXEL, B, "zeros")
+        return y.flatten(1).unflatten(1, (B, -1)), 1
+    fused, rest = (bias, None) if bias_dim is None else (None, _front(info, bias, bias_dim))
+    y = ops.linear(_as_images(x), w, fused).unflatten(0, x.shape[:2])
+    return (y if rest is None else y + rest[:, None]), 0
+
+
+@register_batching(ops.linear_weight_grad)
+def _linear_weight_grad(info, dims, dy, x, with_bias):
+    B = info.batch_size
+    dy, x = (_front(info, t, dim) for t, dim in zip((dy, x), dims))
+    N, K = dy.shape[2], x.shape[2]
+    dy, x = (_as_channels(t)[..., None, None] for t in (dy, x))
+    dw, db = ops.conv2d_weight_grad(dy, x, (B * N, K, 1, 1), *_PIXEL, B, "zeros", with_bias)
+    return (dw.view(B, N, K), db.unflatten(0, (B, N)) if with_bias else db), (0, 0 if with_bias else None)
