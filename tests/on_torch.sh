@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the tests on another release of torch, with the triton that it brings:
+#     tests/on_torch.sh 2.11.0 tests/test_citizenship.py
+#     tests/on_torch.sh latest
+# The virtual environment stays in .venv-torch-VERSION. A release of torch takes several GB.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+version=$1
+shift
+venv=.venv-torch-$version
+python3 -m venv "$venv"
+"$venv/bin/pip" install "torch$([ "$version" = latest ] || echo "==$version")" -e '.[test]'
+"$venv/bin/python" -m pytest "$@"

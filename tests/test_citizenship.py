@@ -1,0 +1,419 @@
+"""Every way that PyTorch runs a function, over every operator: rows are the checks, columns the operators.
+
+A new operator gets all of them by one line in OPERATORS. Truth is torch's own function under the same transform, in
+float64. The checks run on the reference, which is quick, and the transforms that reach the kernels in a new way run in
+the interpreter as well (KERNEL_CHECKS).
+"""
+
+import gc
+import io
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.func as tf
+import torch.nn.functional as TF
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+import tritonnet
+import tritonnet.nn.functional as F
+
+# name: function of a module of functionals and its tensors, their sizes; the first size starts with the batch.
+OPERATORS = {
+    "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1, groups=2), (4, 4, 5, 6), (6, 2, 3, 2), (6,)),
+    "conv2d depthwise": (lambda f, x, w: f.conv2d(x, w, padding="same", groups=4), (4, 4, 3, 4), (4, 1, 3, 3)),
+    "max_pool2d": (lambda f, x: f.max_pool2d(x, 3, 2, 1), (4, 2, 5, 4)),
+    "relu": (lambda f, x: f.relu(x), (4, 3, 5)),
+    "relu_": (lambda f, x: f.relu_(x * 1.5), (4, 3, 5)),
+    "linear": (lambda f, x, w, b: f.linear(x, w, b), (4, 3, 5), (6, 5), (6,)),
+}  # fmt: skip
+
+
+class Operator:
+    """One column: ours and torch's function of the same tensors."""
+
+    def __init__(self, name, device):
+        self.name, self.device = name, device
+        function, *self.sizes = OPERATORS[name]
+        self.ours = lambda *tensors: function(F, *tensors)
+        self.theirs = lambda *tensors: function(TF, *tensors)
+
+    def inputs(self, batch=None, grad=False, dtype=torch.float64):
+        sizes = [list(size) for size in self.sizes]
+        if batch is not None:
+            sizes[0][0] = batch
+        # The same values at every call, and distinct ones, so that no maximum is a tie.
+        seed = torch.Generator().manual_seed(0)
+        made = [torch.randperm(torch.Size(s).numel(), generator=seed).view(s) for s in sizes]
+        made = [(t - t.numel() / 2 + 0.25) / t.numel() for t in made]
+        return [t.to(self.device, dtype).requires_grad_(grad) for t in made]
+
+    def module(self, f):
+        """The same as a module, whose parameters are a factor and all tensors but the first."""
+        function, (x, *tensors) = OPERATORS[self.name][0], self.inputs()
+
+        class Module(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.factor = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64, device=x.device))
+                self.weights = torch.nn.ParameterList(tensors)
+
+            def forward(self, x):
+                return function(f, x * self.factor, *self.weights)
+
+        return Module()
+
+
+def same(a, b):
+    for p, q in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+def loss(function):
+    return lambda *tensors: function(*tensors).pow(3).sum()
+
+
+def value_and_grads(function, inputs):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    y.pow(3).sum().backward()
+    return y.detach(), [t.grad for t in inputs]
+
+
+def gradients_forward_backward_and_batched(op):
+    assert gradcheck(
+        op.ours, op.inputs(2, grad=True), check_forward_ad=True, check_batched_grad=True,
+        check_batched_forward_grad=True, fast_mode=False,
+    )  # fmt: skip
+
+
+def second_derivatives_forward_over_reverse(op):
+    assert gradgradcheck(op.ours, op.inputs(1, grad=True), check_fwd_over_rev=True, check_batched_grad=True)
+
+
+def transforms(op):
+    """grad, vjp, jvp, jacrev, jacfwd, and both nestings of two."""
+    inputs = op.inputs(2)
+    every = tuple(range(len(inputs)))
+    tangents = tuple(torch.randn_like(t) for t in inputs)
+    results = []
+    for function in (op.ours, op.theirs):
+        gradient = tf.grad(loss(function), every)
+        results.append([
+            gradient(*inputs),
+            tf.vjp(function, *inputs)[0],
+            tf.jvp(function, tuple(inputs), tangents),
+            tf.jacrev(function, every)(*inputs),
+            tf.jacfwd(function, every)(*inputs),
+            tf.jvp(gradient, tuple(inputs), tangents),
+            tf.grad(lambda *t, g=gradient: sum(d.pow(2).sum() for d in g(*t)), every)(*inputs),
+            tf.grad(lambda *t, f=function: tf.jvp(loss(f), t, tangents)[1], every)(*inputs),
+        ])  # fmt: skip
+    same(*results)
+
+
+def hessian(op):
+    inputs = op.inputs(1)
+    every = tuple(range(len(inputs)))
+    same(*(tf.hessian(loss(function), every)(*inputs) for function in (op.ours, op.theirs)))
+
+
+def vmap_over_any_argument(op):
+    """A batch on every choice of arguments and at two places, value and gradients, without the slow loop's warning."""
+    inputs = op.inputs(2)
+    every = tuple(range(len(inputs)))
+    for chosen in range(1, 2 ** len(inputs)):
+        for place in (0, 1):
+            dims = tuple(place if chosen >> i & 1 else None for i in every)
+            batched = [t if d is None else torch.stack([t, 2 * t, t.flip(0)], d) for t, d in zip(inputs, dims)]
+            for wrap in (lambda f: f, lambda f: tf.grad(loss(f), every), lambda f: tf.grad(loss(f), every[-1])):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    ours = tf.vmap(wrap(op.ours), dims)(*batched)
+                same(ours, tf.vmap(wrap(op.theirs), dims)(*batched))
+    twice = [torch.stack([torch.stack([t, t + 1])] * 3) for t in inputs]
+    same(*(tf.vmap(tf.vmap(f), in_dims=1)(*[t.transpose(0, 1) for t in twice]) for f in (op.ours, op.theirs)))
+
+
+def per_sample_gradients(op):
+    inputs = op.inputs(3)
+    results = []
+    for function in (op.ours, op.theirs):
+        one = tf.grad(lambda x, *weights, f=function: loss(f)(x[None], *weights), tuple(range(len(inputs))))
+        results.append(tf.vmap(one, (0, *[None] * (len(inputs) - 1)))(*inputs))
+    same(*results)
+
+
+def compiles(backend):
+    def check(op):
+        """No graph break, values and gradients, and a second batch size."""
+        torch._dynamo.reset()
+        compiled = torch.compile(op.ours, fullgraph=True, backend=backend)
+        for batch in (4, 3):
+            inputs = op.inputs(batch)
+            same(value_and_grads(compiled, inputs), value_and_grads(op.theirs, inputs))
+
+    return check
+
+
+def compiles_dynamic_shapes_once(op):
+    """A shorter last batch must not compile again."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op.ours, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (12, 11, 10):  # none of the other sizes, which would be taken for the same number
+        inputs = op.inputs(batch)
+        same(value_and_grads(compiled, inputs), value_and_grads(op.theirs, inputs))
+    assert counter.frame_count == 1
+
+
+def compiles_dynamic_inductor(op):
+    torch._dynamo.reset()
+    compiled = torch.compile(op.ours, fullgraph=True, dynamic=True)
+    for batch in (12, 10):
+        inputs = op.inputs(batch)
+        same(value_and_grads(compiled, inputs), value_and_grads(op.theirs, inputs))
+
+
+def compiles_without_gradients(op):
+    torch._dynamo.reset()
+    compiled = torch.compile(op.ours, fullgraph=True)
+    with torch.no_grad():
+        same(compiled(*op.inputs()), op.theirs(*op.inputs()))
+    with torch.inference_mode():
+        same(compiled(*op.inputs()), op.theirs(*op.inputs()))
+
+
+def compiled_transforms(op):
+    inputs = op.inputs(2)
+    every = tuple(range(len(inputs)))
+    batched = [torch.stack([t, 2 * t]) for t in inputs]
+    for wrap, arguments in (
+        (lambda f: tf.grad(loss(f), every), inputs),
+        (lambda f: tf.vmap(f), batched),
+        (lambda f: tf.vmap(tf.grad(loss(f), every)), batched),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(wrap(op.ours), fullgraph=True, backend="aot_eager")
+        same(compiled(*arguments), wrap(op.theirs)(*arguments))
+
+
+def compiled_checkpoint(op):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *t: checkpoint(op.ours, *t, use_reentrant=False).sin(), fullgraph=True, backend="aot_eager"
+    )
+    same(value_and_grads(compiled, op.inputs()), value_and_grads(lambda *t: op.theirs(*t).sin(), op.inputs()))
+
+
+def compiled_autocast(op):
+    torch._dynamo.reset()
+    compiled = torch.compile(op.ours, fullgraph=True, backend="aot_eager")
+    inputs = op.inputs(grad=True, dtype=torch.float32)
+    with torch.autocast(op.device.type, torch.bfloat16):
+        ours, theirs = compiled(*inputs), op.theirs(*inputs)
+    assert ours.dtype == theirs.dtype
+    ours.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in inputs)
+
+
+def compiled_autograd(op):
+    torch._dynamo.reset()
+    inputs = op.inputs(grad=True)
+    with torch._dynamo.utils.maybe_enable_compiled_autograd(True, fullgraph=True):
+        loss(torch.compile(op.ours, backend="aot_eager"))(*inputs).backward()
+    same([t.grad for t in inputs], value_and_grads(op.theirs, inputs)[1])
+
+
+def exports(strict):
+    def check(op):
+        """A dynamic batch, saved, loaded and run; and the program, before it is decomposed, trains."""
+        ours, theirs = op.module(F), op.module(TF)
+        theirs.load_state_dict(ours.state_dict())
+        x = op.inputs()[0]
+        dims = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+        program = torch.export.export(ours, (x,), dynamic_shapes=dims, strict=strict)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        program.run_decompositions()
+        for batch in (4, 7):
+            x = op.inputs(batch)[0]
+            same(loaded(x), theirs(x))
+        module = program.module()
+        for m in (module, theirs):
+            m(x).pow(3).sum().backward()
+        same([p.grad for p in module.parameters()], [p.grad for p in theirs.parameters()])
+
+    return check
+
+
+def autocast(op):
+    for dtype in (torch.bfloat16, torch.float16):
+        inputs = op.inputs(grad=True, dtype=torch.float32)
+        with torch.autocast(op.device.type, dtype):
+            ours, theirs = op.ours(*inputs), op.theirs(*inputs)
+        assert ours.dtype == theirs.dtype
+        ours.float().sum().backward()
+        assert all(t.grad.dtype == torch.float32 for t in inputs)
+
+
+def checkpoints(op):
+    for reentrant in (True, False):
+        ours = value_and_grads(lambda *t, r=reentrant: checkpoint(op.ours, *t, use_reentrant=r), op.inputs())
+        same(ours, value_and_grads(op.theirs, op.inputs()))
+
+
+def selective_checkpoint(op):
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context, operator, *args, **kwargs):
+        ours = getattr(operator, "namespace", "") == "tritonnet"
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def context():
+        return create_selective_checkpoint_contexts(policy)
+
+    ours = value_and_grads(lambda *t: checkpoint(op.ours, *t, use_reentrant=False, context_fn=context), op.inputs())
+    same(ours, value_and_grads(op.theirs, op.inputs()))
+
+
+def saved_tensor_hooks(op):
+    inputs = op.inputs(grad=True)
+    with torch.autograd.graph.save_on_cpu():
+        y = op.ours(*inputs)
+    same(torch.autograd.grad(y.pow(3).sum(), inputs), value_and_grads(op.theirs, inputs)[1])
+
+
+def inference_mode(op):
+    with torch.inference_mode():
+        y = op.ours(*op.inputs())
+    assert y.is_inference()
+    same(y, op.theirs(*op.inputs()))
+
+
+def meta_and_fake(op):
+    """Size, strides and dtype without data, as the real call gives them."""
+    from torch._subclasses import FakeTensorMode
+
+    real = op.ours(*op.inputs())
+    found = [op.ours(*[t.to("meta") for t in op.inputs()])]
+    with FakeTensorMode() as mode:
+        found.append(op.ours(*[mode.from_tensor(t) for t in op.inputs()]))
+    for y in found:
+        assert (y.shape, y.stride(), y.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def make_fx(op):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs = op.inputs()
+    graph = make_fx(tf.grad(loss(op.ours), tuple(range(len(inputs)))), tracing_mode="symbolic")(*inputs)
+    assert any("tritonnet" in str(n.target) for n in graph.graph.nodes)
+    same(graph(*inputs), tf.grad(loss(op.theirs), tuple(range(len(inputs))))(*inputs))
+
+
+def deterministic_algorithms(op):
+    assert torch.are_deterministic_algorithms_enabled()
+    runs = [value_and_grads(op.ours, op.inputs()) for torch_seed in (0, 0) if torch.manual_seed(torch_seed)]
+    for a, b in zip(*map(pytree.tree_leaves, runs)):
+        assert torch.equal(a, b)
+
+
+def frozen_parameters(op):
+    inputs = op.inputs()
+    for i in range(len(inputs)):
+        chosen = [t.clone().requires_grad_(i == j) for j, t in enumerate(inputs)]
+        (ours,) = torch.autograd.grad(loss(op.ours)(*chosen), chosen[i])
+        same(ours, torch.autograd.grad(loss(op.theirs)(*chosen), chosen[i])[0])
+
+
+def no_reference_cycles(op):
+    """What a call holds goes as the result goes, without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        inputs = op.inputs(grad=True)
+        hidden = [t * 1 for t in inputs]
+        y = op.ours(*hidden)
+        watched = [weakref.ref(y), *map(weakref.ref, hidden)]
+        y.sum().backward()
+        del y, hidden
+        assert not any(ref() is not None for ref in watched)
+    finally:
+        gc.enable()
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        gradients_forward_backward_and_batched, second_derivatives_forward_over_reverse, transforms, hessian,
+        vmap_over_any_argument, per_sample_gradients, compiles_dynamic_shapes_once, compiles_dynamic_inductor,
+        compiles_without_gradients, compiled_transforms, compiled_checkpoint, compiled_autocast, compiled_autograd,
+        autocast, checkpoints, selective_checkpoint, saved_tensor_hooks, inference_mode, meta_and_fake, make_fx,
+        deterministic_algorithms, frozen_parameters, no_reference_cycles,
+    )
+} | {
+    "compiles_eager": compiles("eager"), "compiles_aot_eager": compiles("aot_eager"),
+    "compiles_inductor": compiles("inductor"), "exports": exports(False), "exports_strict": exports(True),
+}  # fmt: skip
+
+KERNEL_CHECKS = ["transforms", "per_sample_gradients", "compiles_aot_eager", "compiles_inductor", "checkpoints"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_the_reference(check, operator, device):
+    with tritonnet.backend("reference"):
+        CHECKS[check](Operator(operator, device))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("check", KERNEL_CHECKS)
+def test_on_the_kernels(check, operator, device):
+    with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
+        CHECKS[check](Operator(operator, device))
+    assert launches
+
+
+def operator_calls(device):
+    """The operators themselves, as the dispatcher sees them, with arguments."""
+    from tritonnet import ops
+
+    def t(*size):
+        return torch.randn(size, dtype=torch.float64, device=device, requires_grad=True)
+
+    conv = ([2, 1], [1, 0, 2, 1], [1, 2], 2, "zeros")
+    window = ([3, 2], [2, 2], [1, 0], [1, 1])
+    x, w = t(2, 4, 6, 7), t(6, 2, 3, 2)
+    dy = torch.randn_like(ops.conv2d(x, w, None, *conv)).requires_grad_()
+    y, code = ops.max_pool2d(x.detach(), *window, False)
+    return {
+        ops.conv2d: (x, w, t(6), *conv),
+        ops.conv2d_input_grad: (dy, w, list(x.shape), *conv),
+        ops.conv2d_weight_grad: (dy, x, list(w.shape), *conv, True),
+        ops.max_pool2d: (x, *window, False),
+        ops.max_pool2d_scatter: (torch.randn_like(y).requires_grad_(), code, [6, 7], *window),
+        ops.max_pool2d_gather: (x, code, *window),
+        ops.max_pool2d_indices: (code, 7, *window),
+        ops.relu: (x,),
+        ops.relu_: (x.detach().clone(),),
+        ops.relu_grad: (t(3, 4), t(3, 4)),
+        ops.linear: (t(3, 4), t(5, 4), t(5)),
+        ops.linear_weight_grad: (t(3, 5), t(3, 4), True),
+    }
+
+
+def test_opcheck(backend, device):
+    """PyTorch's own checks of schema, fake tensors, autograd registration and tracing, for every operator."""
+    from tritonnet import ops
+
+    calls = operator_calls(device)
+    assert set(calls) == {op for op in vars(ops).values() if isinstance(op, torch._ops.OpOverload)}
+    for operator, arguments in calls.items():
+        torch.library.opcheck(operator, arguments)
