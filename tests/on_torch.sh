@@ -9,5 +9,6 @@ version=$1
 shift
 venv=.venv-torch-$version
 python3 -m venv "$venv"
-"$venv/bin/pip" install "torch$([ "$version" = latest ] || echo "==$version")" -e '.[test]'
+# The interpreter of triton 3.6, which torch 2.11 brings, needs numpy before 2.4.
+"$venv/bin/pip" install 'numpy<2.4' "torch$([ "$version" = latest ] || echo "==$version")" -e '.[test]'
 "$venv/bin/python" -m pytest "$@"

@@ -1,11 +1,18 @@
-"""Train LeNet on handwritten digits:  python -m tritonnet.train"""
+"""Train LeNet on handwritten digits, in one process or data-parallel in several.
+
+    python -m tritonnet.train
+    torchrun --nproc-per-node 2 -m tritonnet.train
+"""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from .data import load_digits
@@ -23,16 +30,13 @@ def _positive(text):
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tritonnet.train", description="Train LeNet on handwritten digits.")
     parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder of the four MNIST files (default: 10,000 digits of the package)",
+        "--data", type=Path, metavar="DIR", help="folder of the four MNIST files (default: 10,000 digits of the package)"
     )
     parser.add_argument("--epochs", type=_positive, default=10)
-    parser.add_argument("--batch-size", type=_positive, default=64)
+    parser.add_argument("--batch-size", type=_positive, default=64, help="of all processes together")
     parser.add_argument("--lr", type=float, default=2e-3, help="largest learning rate of the one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", choices=("auto", "triton", "reference"), default="auto")
     parser.add_argument(
         "--save", type=Path, default=Path("lenet.pt"), metavar="FILE",
@@ -41,19 +45,36 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def train_epoch(model, optimizer, schedule, images, labels, batch_size, progress):
-    """One pass in random order; returns the mean loss."""
+@contextlib.contextmanager
+def processes(device):
+    """Join the other processes of torchrun, if it started this one: (rank, world size, device of this process)."""
+    if not dist.is_torchelastic_launched():
+        yield 0, 1, torch.device(device)
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    try:
+        yield dist.get_rank(), dist.get_world_size(), torch.device(device)
+    finally:
+        dist.destroy_process_group()
+
+
+def train_epoch(model, optimizer, schedule, images, labels, batches, progress):
+    """One pass over the batches of indices; returns the mean loss of this process."""
     model.train()
-    total = torch.zeros((), device=images.device)
-    for batch in torch.randperm(len(images), device=images.device).split(batch_size):
+    total, count = torch.zeros((), device=images.device), 0
+    for batch in batches:
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         total += loss.detach() * len(batch)
+        count += len(batch)
         progress.update()
-    return total.item() / len(images)
+    return total / count
 
 
 @torch.no_grad()
@@ -72,25 +93,40 @@ def save(model, path):
     os.replace(unfinished, path)
 
 
-def main(argv=None):
-    """Train, print, save; returns the test accuracy after the last epoch."""
-    args = parse(argv)
+def train(args, rank, world, device):
+    """Train, print, save; returns the test accuracy after the last epoch in the process of rank 0, None in others."""
     torch.manual_seed(args.seed)
-    train_x, train_y, test_x, test_y = (t.to(args.device) for t in load_digits(args.data))
-    model = LeNet().to(args.device)
-    steps = -(-len(train_x) // args.batch_size)
+    train_x, train_y, test_x, test_y = (t.to(device) for t in load_digits(args.data))
+    net = LeNet().to(device)
+    model = net if world == 1 else torch.nn.parallel.DistributedDataParallel(net)
+    sampler = DistributedSampler(train_x, num_replicas=world, rank=rank, seed=args.seed)
+    share = -(-args.batch_size // world)
+    steps = -(-len(sampler) // share)
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps)
-    with backend(args.backend):
-        print(f"LeNet on {len(train_x)} digits, {args.device}, backend: {backend_name(args.device)}")
-        for epoch in range(1, args.epochs + 1):
-            with tqdm(total=steps, desc=f"epoch {epoch}/{args.epochs}", leave=False) as progress:
-                loss = train_epoch(model, optimizer, schedule, train_x, train_y, args.batch_size, progress)
-            right = accuracy(model, test_x, test_y)
-            print(f"epoch {epoch}: loss {loss:.4f}, test accuracy {right:.2%}", flush=True)
-            save(model, args.save)
-    print(f"saved {args.save}")
+    right = None
+    if rank == 0:
+        print(f"LeNet on {len(train_x)} digits, {world} x {device.type}, backend: {backend_name(device)}", flush=True)
+    for epoch in range(1, args.epochs + 1):
+        sampler.set_epoch(epoch)
+        batches = torch.tensor(list(sampler), device=device).split(share)
+        with tqdm(total=steps, desc=f"epoch {epoch}/{args.epochs}", leave=False, disable=rank != 0) as progress:
+            loss = train_epoch(model, optimizer, schedule, train_x, train_y, batches, progress)
+        if world > 1:
+            dist.all_reduce(loss)
+        if rank == 0:
+            right = accuracy(net, test_x, test_y)
+            print(f"epoch {epoch}: loss {loss / world:.4f}, test accuracy {right:.2%}", flush=True)
+            save(net, args.save)
+    if rank == 0:
+        print(f"saved {args.save}")
     return right
+
+
+def main(argv=None):
+    args = parse(argv)
+    with processes(args.device) as (rank, world, device), backend(args.backend):
+        return train(args, rank, world, device)
 
 
 if __name__ == "__main__":

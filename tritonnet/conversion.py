@@ -1,0 +1,83 @@
+"""Swaps the torch.nn layers inside an existing model for tritonnet's, and back."""
+
+import functools
+
+import torch
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from . import nn
+
+_LAYERS = {ours.__base__: ours for ours in (nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Linear)}
+_REVERTED = {ours: theirs for theirs, ours in _LAYERS.items()}
+
+
+def _rebuild(original):
+    return object.__new__(_converted(original))
+
+
+def _reduce_ex(module, protocol):
+    """Pickle and copy by the class that has a name; the converted one is made anew on the other side."""
+    return _rebuild, (type(module)._original,), module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
+
+
+@functools.lru_cache(maxsize=None)
+def _converted(cls):
+    """The class that does on our kernels what `cls` does, or `cls` where there is none."""
+    for theirs, ours in _LAYERS.items():
+        if cls is theirs:
+            return ours
+        # torch's Conv2d.forward calls _conv_forward, which subclasses override as well.
+        kept = all(getattr(cls, name, None) is getattr(theirs, name, None) for name in ("forward", "_conv_forward"))
+        if issubclass(cls, theirs) and kept:
+            members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+            return type(cls.__name__, (cls, ours), {**members, "_original": cls, "__reduce_ex__": _reduce_ex})
+    return cls
+
+
+def _check(model):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def convert(model):
+    """Make every torch.nn layer in `model` that tritonnet serves one of tritonnet's.
+
+    A module stays the same object: parameters, buffers, hooks, training mode, device, dtype, names and state_dict are
+    untouched, and references to it held elsewhere follow. A subclass of such a layer is converted if it leaves forward
+    as it is, and stays an instance of its class. Left alone are subclasses that override forward, layers under
+    torch.nn.utils.parametrize (convert first) and lazy layers (run them once first).
+
+    Args:
+        model: torch.nn.Module of any depth, or one layer; changed in place.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    _check(model)
+    for module in model.modules():
+        if not isinstance(module, LazyModuleMixin) and not parametrize.is_parametrized(module):
+            module.__class__ = _converted(type(module))
+    return model
+
+
+def revert(model):
+    """Undo `convert`: make tritonnet's layers in `model` torch.nn's again.
+
+    Args:
+        model: torch.nn.Module, changed in place.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    _check(model)
+    for module in model.modules():
+        cls = type(module)
+        module.__class__ = vars(cls).get("_original") or _REVERTED.get(cls, cls)
+    return model
