@@ -73,7 +73,7 @@ def next_block(c, kh, kw, C, KW, BLOCK: tl.constexpr):
     return c, kh, kw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def conv2d_forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr,
     M, H, W, OH, OW,
@@ -164,7 +164,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def conv2d_input_grad_kernel(
     dy_ptr, w_ptr, dx_ptr,
     M, H, W, OH, OW,
@@ -322,7 +322,7 @@ def _fold(dp, dx, padding, pad_mode):
     return dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "per_split"])
 def conv2d_weight_grad_kernel(
     dy_ptr, x_ptr, dw_ptr, db_ptr,
     K, per_split, H, W, OH, OW,

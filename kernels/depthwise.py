@@ -34,7 +34,7 @@ def _blocks(pixels, channels, *tensors):
     return 512, 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def depthwise_forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr,
     P, H, W, OH, OW,
@@ -91,7 +91,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def depthwise_input_grad_kernel(
     dy_ptr, w_ptr, dx_ptr,
     P, H, W, OH, OW,
@@ -164,7 +164,7 @@ def input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
     return dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "per_split"])
 def depthwise_weight_grad_kernel(
     dy_ptr, x_ptr, dw_ptr, db_ptr,
     P, per_split, H, W, OH, OW,

@@ -21,7 +21,7 @@ def precision():
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr,
     M, N, K,
@@ -73,7 +73,7 @@ def forward(x, w, bias):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "per_split"])
 def linear_weight_grad_kernel(
     dy_ptr, x_ptr, dw_ptr, db_ptr,
     M, N, K, per_split,

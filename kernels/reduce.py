@@ -10,7 +10,7 @@ import triton.language as tl
 from ._common import OPTIONS, flat_block, index_type, round_to
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def sum_partials_kernel(
     partial_ptr, dw_ptr, db_ptr,
     SPLITS, numel_w, numel_b,

@@ -102,19 +102,30 @@ def calls(dtype):
     yield "relu past 2^31", lambda: L.relu(t(2**31 + 8))
 
 
-def main(backend, arch, warp_size, dtypes):
-    driver.set_active(NoDevice(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))))
-    seen, label = set(), []
+def compile_instead(target, report):
+    """From now on every launch compiles for the target only; report(name, kernel) hears of each new machine code."""
+    driver.set_active(NoDevice(target))
+    seen = set()
     run = JITFunction.run
 
-    def compile_instead(self, *args, grid, warmup, **kwargs):
+    def compile(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            usage = resources(kernel.asm["cubin"]) if "cubin" in kernel.asm else ()
-            print(self.fn.__name__, *label, *usage, sep="\t", flush=True)
+            report(self.fn.__name__, kernel)
+        return kernel
 
-    JITFunction.run = compile_instead
+    JITFunction.run = compile
+
+
+def main(backend, arch, warp_size, dtypes):
+    label = []
+
+    def report(name, kernel):
+        usage = resources(kernel.asm["cubin"]) if "cubin" in kernel.asm else ()
+        print(name, *label, *usage, sep="\t", flush=True)
+
+    compile_instead(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size)), report)
     for dtype in dtypes:
         for precision in ("tf32", "ieee") if dtype == torch.float32 else ("ieee",):
             torch.backends.cudnn.conv.fp32_precision = precision

@@ -60,10 +60,11 @@ class Operator:
             def __init__(self):
                 super().__init__()
                 self.factor = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64, device=x.device))
-                self.weights = torch.nn.ParameterList(tensors)
+                for i, t in enumerate(tensors):
+                    self.register_parameter(f"weight{i}", torch.nn.Parameter(t))
 
             def forward(self, x):
-                return function(f, x * self.factor, *self.weights)
+                return function(f, x * self.factor, *[getattr(self, f"weight{i}") for i in range(len(tensors))])
 
         return Module()
 
@@ -417,3 +418,50 @@ def test_opcheck(backend, device):
     assert set(calls) == {op for op in vars(ops).values() if isinstance(op, torch._ops.OpOverload)}
     for operator, arguments in calls.items():
         torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_channels_last(dynamic, device):
+    """The compiler is told the layout that the real call gives, for input, output and gradients."""
+    torch._dynamo.reset()
+
+    def net(f, x, w, v):
+        return f.max_pool2d(f.relu(f.conv2d(f.conv2d(x, w, padding=1), v, groups=6)), 2)
+
+    compiled = torch.compile(lambda x, w, v: net(F, x, w, v), fullgraph=True, dynamic=dynamic)
+    with tritonnet.backend("reference"):
+        for batch in (12, 10):
+            x = torch.randn(batch, 3, 9, 8, device=device).double()
+            x = x.contiguous(memory_format=torch.channels_last)
+            inputs = [
+                x,
+                torch.randn(6, 3, 3, 3, device=device).double(),
+                torch.randn(6, 1, 2, 2, device=device).double(),
+            ]
+            results = []
+            for f in (compiled, lambda x, w, v: net(TF, x, w, v)):
+                leaves = [t.detach().requires_grad_() for t in inputs]
+                y = f(*leaves)
+                results.append((y, *torch.autograd.grad(y.pow(2).sum(), leaves)))
+            same(*results)
+            assert results[0][0].stride() == results[1][0].stride() and results[0][1].stride() == x.stride()
+
+
+def test_lenet_trains_compiled(device):
+    """Forward, loss and backward in one compiled function, a shorter last batch, two steps: the numbers of eager."""
+    torch._dynamo.reset()
+    twins = []
+    for compiles in (True, False):
+        torch.manual_seed(0)
+        net = tritonnet.LeNet().double().to(device)
+        model = torch.compile(net, fullgraph=True, dynamic=True) if compiles else net
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with tritonnet.backend("reference"):
+            for batch in (8, 5):
+                seed = torch.Generator().manual_seed(batch)
+                x = torch.randn(batch, 1, 32, 32, generator=seed, dtype=torch.float64).to(device)
+                optimizer.zero_grad()
+                TF.cross_entropy(model(x), torch.arange(batch, device=device)).backward()
+                optimizer.step()
+        twins.append(list(net.parameters()))
+    same(*twins)

@@ -68,7 +68,9 @@ def test_everything_stays(device):
     text = repr(model)
     assert tritonnet.convert(model) is model
     kinds = (nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Linear)
-    assert not [m for m in model.modules() if isinstance(m, tuple(k.__base__ for k in kinds)) and not isinstance(m, kinds)]
+    assert not [
+        m for m in model.modules() if isinstance(m, tuple(k.__base__ for k in kinds)) and not isinstance(m, kinds)
+    ]
     assert type(held) is nn.Conv2d and model.blocks[1].conv2 is held
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == list(state) and modes == [m.training for m in model.modules()]

@@ -1,5 +1,6 @@
 """Which implementation serves, and the counting of launches."""
 
+import contextlib
 import threading
 
 import pytest
@@ -78,6 +79,21 @@ def test_counting_leaves_no_hook_behind():
 
     assert launched() and not any(kernel.pre_run_hooks for kernel in launchers.KERNELS)
     assert len(launchers.KERNELS) == len({k.fn.__name__ for k in launchers.KERNELS}) == 15
+
+
+def test_operators_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be that of the tensors (no second GPU is needed to see)."""
+    from tritonnet import ops
+
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(
+        torch.accelerator, "device_index", lambda index: chosen.append(index) or contextlib.nullcontext()
+    )
+    for device in ("cpu", "cuda:0", "cuda:1"):
+        with ops._on(torch.device(device)):
+            pass
+    assert chosen == [1]
 
 
 def test_meta_tensors_have_shapes_only():

@@ -18,7 +18,11 @@ def _rebuild(original):
 
 def _reduce_ex(module, protocol):
     """Pickle and copy by the class that has a name; the converted one is made anew on the other side."""
-    return _rebuild, (type(module)._original,), module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
+    return (
+        _rebuild,
+        (type(module)._original,),
+        module.__getstate__() if hasattr(module, "__getstate__") else vars(module),
+    )
 
 
 @functools.lru_cache(maxsize=None)

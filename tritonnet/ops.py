@@ -1,5 +1,7 @@
 """The operators: a schema, the shapes of the results, and at run time the kernels or the reference."""
 
+import contextlib
+
 import torch
 
 from .dispatch import implementation
@@ -7,17 +9,27 @@ from .kernels import shapes
 from .registration import register_operator
 
 
+def _on(device):
+    """Makes `device` the current one: Triton launches there, whichever the tensors are on."""
+    if device.type == "cpu" or device.index in (None, torch.accelerator.current_device_index()):
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(device.index)
+
+
+def _no_autocast(device):
+    """Keeps torch's operators inside the reference from casting again: the public functions have done it."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _operator(schema, fake):
     name = schema.partition("(")[0]
 
     def run(*args):
-        serve = getattr(implementation(args[0]), name)
-        device = args[0].device.type
-        # The public functions have cast already; torch's operators inside the reference must not cast again.
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return serve(*args)
-        return serve(*args)
+        device = args[0].device
+        with _on(device), _no_autocast(device):
+            return getattr(implementation(args[0]), name)(*args)
 
     return register_operator(schema, fake, run)
 

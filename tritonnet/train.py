@@ -1,7 +1,7 @@
 """Train LeNet on handwritten digits, in one process or data-parallel in several.
 
-    python -m tritonnet.train
-    torchrun --nproc-per-node 2 -m tritonnet.train
+python -m tritonnet.train
+torchrun --nproc-per-node 2 -m tritonnet.train
 """
 
 import argparse
@@ -30,7 +30,10 @@ def _positive(text):
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tritonnet.train", description="Train LeNet on handwritten digits.")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the four MNIST files (default: 10,000 digits of the package)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the four MNIST files (default: 10,000 digits of the package)",
     )
     parser.add_argument("--epochs", type=_positive, default=10)
     parser.add_argument("--batch-size", type=_positive, default=64, help="of all processes together")
