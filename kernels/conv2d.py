@@ -243,14 +243,8 @@ def conv2d_input_grad_kernel(
     tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
-    """dy (N, OC, OH, OW), w (OC, C / groups, KH, KW) -> dx of `size` (N, C, H, W)."""
-    if pad_mode != "zeros":
-        top, bottom, left, right = padding
-        padded = (*size[:2], size[2] + top + bottom, size[3] + left + right)
-        dx = input_grad(dy, w, padded, stride, (0, 0, 0, 0), dilation, groups, "zeros")
-        return _fold(dx, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
-
+def input_grad(dy, w, size, stride, padding, dilation, groups):
+    """dy (N, OC, OH, OW), w (OC, C / groups, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros."""
     dx = shapes.conv2d_input_grad(dy, w, size)
     if dx.numel() == 0:
         return dx
@@ -306,8 +300,8 @@ def fold_padding_kernel(
     tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _fold(dp, dx, padding, pad_mode):
-    """Add the gradient dp of the padded image up into that of the image, dx."""
+def fold_padding(dp, dx, padding, pad_mode):
+    """dp (N, C, H + top + bottom, W + left + right), the padded image's gradient -> dx (N, C, H, W), the image's."""
     if dx.numel() == 0:
         return dx
     top, bottom, left, right = padding

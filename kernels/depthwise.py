@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import shapes
 from ._common import INTERPRETED, OPTIONS, Window, acc_type, first_tap, flat_block, index_type, round_to, split_count
-from .conv2d import PAD_MODES, _fold, source
+from .conv2d import PAD_MODES, source
 from .reduce import Partials
 
 
@@ -137,14 +137,8 @@ def depthwise_input_grad_kernel(
     tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_c[None, :])
 
 
-def input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
-    """dy (N, OC, OH, OW), w (OC, 1, KH, KW) -> dx of `size` (N, C, H, W)."""
-    if pad_mode != "zeros":
-        top, bottom, left, right = padding
-        padded = (*size[:2], size[2] + top + bottom, size[3] + left + right)
-        dx = input_grad(dy, w, padded, stride, (0, 0, 0, 0), dilation, groups, "zeros")
-        return _fold(dx, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
-
+def input_grad(dy, w, size, stride, padding, dilation, groups):
+    """dy (N, OC, OH, OW), w (OC, 1, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros."""
     dx = shapes.conv2d_input_grad(dy, w, size)
     if dx.numel() == 0:
         return dx

@@ -6,6 +6,7 @@ from . import linear as _linear
 from . import max_pool2d as _max_pool2d
 from . import reduce as _reduce
 from . import relu as _relu
+from . import shapes
 
 
 def _family(w_size, groups):
@@ -17,7 +18,13 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode):
 
 
 def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
-    return _family(w.shape, groups).input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode)
+    input_grad = _family(w.shape, groups).input_grad
+    if pad_mode == "zeros":
+        return input_grad(dy, w, size, stride, padding, dilation, groups)
+    # The gradient of the padded image, as a convolution without padding gives it, folded up where pixels were copied.
+    (N, C, H, W), (top, bottom, left, right) = size, padding
+    dp = input_grad(dy, w, (N, C, H + top + bottom, W + left + right), stride, (0, 0, 0, 0), dilation, groups)
+    return _conv2d.fold_padding(dp, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
 
 
 def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):

@@ -1,4 +1,4 @@
-"""What test_distributed.py runs under torchrun, in two processes that talk over gloo: exits with 1 where one differs."""
+"""What test_distributed.py runs under torchrun, in two processes over gloo; exits with 1 where a gradient differs."""
 
 import sys
 

@@ -15,7 +15,7 @@ import tritonnet.nn.functional as F
 # name, arguments, size of an input
 LAYERS = [
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3), (2, 4, 7, 7)),
-    ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=(3, 2), stride=(1, 2), padding=1, dilation=2), (2, 4, 7, 7)),
+    ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=(3, 2), stride=(1, 2), dilation=2), (4, 7, 7)),
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3, groups=2, bias=False), (2, 4, 7, 7)),
     ("Conv2d", dict(in_channels=4, out_channels=4, kernel_size=3, padding="same", groups=4), (2, 4, 7, 7)),
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3, padding="valid"), (2, 4, 7, 7)),

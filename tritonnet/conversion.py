@@ -25,7 +25,7 @@ def _reduce_ex(module, protocol):
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _converted(cls):
     """The class that does on our kernels what `cls` does, or `cls` where there is none."""
     for theirs, ours in _LAYERS.items():

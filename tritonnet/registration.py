@@ -1,20 +1,22 @@
 """Registers an operator and its autograd rule with PyTorch.
 
-Every private name of PyTorch that this package uses stands in this file, with its reason.
+Every private name of PyTorch that this package uses stands in this file:
+
+- `_SingleLevelFunction`, `enable_single_level_autograd_function`: the dispatcher has peeled off one functorch level
+  when it calls an Autograd kernel, so the kernel must record on that level alone; the public Function.apply would start
+  again from the outermost one. `_are_functorch_transforms_active` tells when.
+- `_AutoDispatchBelowAutograd`: from inside an autograd rule to the operator's own body. The public way, a second
+  operator without an Autograd kernel, doubles the calls and the names.
+- `_set_fwd_grad_enabled`: apply turns recording off during forward, on every level; the levels below must go on
+  recording, backward (torch.enable_grad) and forward mode (this). Without it a gradient of a gradient is silently zero.
+- `OpOverload._schema`: the operator's name and results, as they were defined here.
 """
 
 import torch
-
-# The dispatcher has peeled off one functorch level when it calls an Autograd kernel, so the kernel must record on
-# that level alone: the public Function.apply would start again from the outermost one.
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
-
-# apply turns recording off for its forward, on every level; the levels below must go on recording, forward mode too.
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-
-# The public way below autograd, a second operator without an Autograd kernel, doubles the calls and the names.
-from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd  # isort: skip
+from torch.autograd.function import _SingleLevelFunction
 
 _LIBRARY = torch.library.Library("tritonnet", "DEF")
 

@@ -7,19 +7,9 @@ import tritonnet.nn.functional as F
 import torch.nn as _torch
 
 from . import functional
+from ._stand_in import stand_in
 
-__all__ = sorted({name for name in dir(_torch) if not name.startswith("_")})
-
-
-def __getattr__(name):
-    try:
-        return getattr(_torch, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = stand_in(__name__, _torch)
 
 
 class Conv2d(_torch.Conv2d):

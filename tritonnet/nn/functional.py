@@ -8,22 +8,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
+from ._stand_in import stand_in
 
 # The dtypes of the kernels; torch serves the others.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-__all__ = sorted({name for name in dir(_torch) if not name.startswith("_")})
-
-
-def __getattr__(name):
-    try:
-        return getattr(_torch, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = stand_in(__name__, _torch)
 
 
 def _check_tensors(function, **tensors):
