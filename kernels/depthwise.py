@@ -201,8 +201,9 @@ def depthwise_weight_grad_kernel(
     w_offs = split * stride_split + oc * stride_wo + kh * stride_wh + kw * stride_ww
     tl.store(dw_ptr + w_offs, round_to(tl.sum(acc, axis=0), dw_ptr.dtype.element_ty), mask=mask_c)
     if HAS_BIAS:
-        db = round_to(tl.sum(acc_b, axis=0), db_ptr.dtype.element_ty)
-        tl.store(db_ptr + split * stride_split + oc, db, mask=mask_c & (kh == 0) & (kw == 0))
+        if kh + kw == 0:
+            db = round_to(tl.sum(acc_b, axis=0), db_ptr.dtype.element_ty)
+            tl.store(db_ptr + split * stride_split + oc, db, mask=mask_c)
 
 
 def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):

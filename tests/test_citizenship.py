@@ -1,8 +1,7 @@
 """Every way that PyTorch runs a function, over every operator: rows are the checks, columns the operators.
 
 A new operator gets all of them by one line in OPERATORS. Truth is torch's own function under the same transform, in
-float64. The checks run on the reference, which is quick, and the transforms that reach the kernels in a new way run in
-the interpreter as well (KERNEL_CHECKS).
+float64. The checks run on the reference and again on the kernels.
 """
 
 import gc
@@ -364,7 +363,8 @@ CHECKS = {
     "compiles_inductor": compiles("inductor"), "exports": exports(False), "exports_strict": exports(True),
 }  # fmt: skip
 
-KERNEL_CHECKS = ["transforms", "per_sample_gradients", "compiles_aot_eager", "compiles_inductor", "checkpoints"]
+# Thousands of launches each; test_gradcheck.py and the row of transforms make them in fewer.
+SLOW_ON_KERNELS = {"gradients_forward_backward_and_batched", "second_derivatives_forward_over_reverse", "hessian"}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -375,11 +375,11 @@ def test_on_the_reference(check, operator, device):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("check", KERNEL_CHECKS)
+@pytest.mark.parametrize("check", [name for name in CHECKS if name not in SLOW_ON_KERNELS])
 def test_on_the_kernels(check, operator, device):
     with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
         CHECKS[check](Operator(operator, device))
-    assert launches
+    assert launches or check == "meta_and_fake"
 
 
 def operator_calls(device):

@@ -36,5 +36,6 @@ def test_compiles(target, compiled):
     rows = [line.split("\t") for line in result.stdout.splitlines() if "\t" in line]
     assert {row[0] for row in rows} == {kernel.fn.__name__ for kernel in launchers.KERNELS}
     if target == "sm_90":
-        # A pair of registers saved around the loop costs nothing; a tile that does not fit costs hundreds of bytes.
-        assert not [row for row in rows if int(row[4]) > 16]
+        # Up to eight registers saved around a loop: triton 3.7 needs 8 bytes at most and 3.9 needs 24. A tile that does
+        # not fit costs hundreds.
+        assert not [row for row in rows if int(row[4]) > 32]

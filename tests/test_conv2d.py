@@ -7,6 +7,7 @@ computed in full float32, so their hardware paths are proved by these same tests
 import pytest
 import torch
 import torch.nn.functional as TF
+from conftest import run_python
 from exact import DTYPES, check_linear
 
 import tritonnet.nn.functional as F
@@ -79,34 +80,37 @@ def test_narrow_dtypes(case, dtype, backend, device):
     )  # fmt: skip
 
 
-def test_full_float32(device):
+def test_full_float32(device, full_precision):
     """With torch's flag at full precision no tf32 tolerance is granted; the flag is read at each call."""
-    previous = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    try:
-        inputs, arguments, terms = make("wide, by taps")
-        check_linear(
-            lambda x, w, b: F.conv2d(x, w, b, **arguments),
-            lambda x, w, b: TF.conv2d(x, w, b, **arguments),
-            inputs, terms, torch.float32, device,
-        )  # fmt: skip
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = previous
+    inputs, arguments, terms = make("wide, by taps")
+    check_linear(
+        lambda x, w, b: F.conv2d(x, w, b, **arguments),
+        lambda x, w, b: TF.conv2d(x, w, b, **arguments),
+        inputs, terms, torch.float32, device,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("flag, precision", [("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")])
-def test_precision_follows_torch(flag, precision, monkeypatch):
+@pytest.mark.parametrize("flag", ["ieee", "tf32"])
+def test_precision_follows_torch(flag, full_precision):
     from tritonnet.kernels import conv2d, linear
 
     for module, owner in ((conv2d, torch.backends.cudnn.conv), (linear, torch.backends.cuda.matmul)):
-        previous = owner.fp32_precision
-        try:
-            owner.fp32_precision = flag
-            assert module.precision() == ("tf32" if owner.fp32_precision == "tf32" else "ieee")
-            if flag != "none":
-                assert module.precision() == precision
-        finally:
-            owner.fp32_precision = previous
+        owner.fp32_precision = flag
+        assert module.precision() == flag
+
+
+def test_precision_follows_the_older_flags():
+    """In a process of its own: torch wants one kind of flags or the other."""
+    code = """
+import torch
+from tritonnet.kernels import conv2d, linear
+print(conv2d.precision(), linear.precision())
+torch.backends.cudnn.allow_tf32 = False
+torch.set_float32_matmul_precision("high")
+print(conv2d.precision(), linear.precision())
+"""
+    result = run_python("-c", code)
+    assert result.stdout.split() == ["tf32", "ieee", "ieee", "tf32"], result.stderr
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

@@ -41,7 +41,7 @@ def pair(name, arguments):
 
 
 @pytest.mark.parametrize("name, arguments, size", LAYERS, ids=lambda v: str(v) if isinstance(v, str) else None)
-def test_layer_stands_in(name, arguments, size, backend, device):
+def test_layer_stands_in(name, arguments, size, backend, device, full_precision):
     ours, theirs = pair(name, arguments)
     assert isinstance(ours, type(theirs)) and repr(ours) == repr(theirs)
     assert inspect.signature(type(ours)) == inspect.signature(type(theirs))

@@ -44,7 +44,7 @@ def nets():
     return ours, theirs
 
 
-def test_same_numbers_and_gradients(backend, device):
+def test_same_numbers_and_gradients(backend, device, full_precision):
     ours, theirs = nets()
     ours.to(device)
     seen = []

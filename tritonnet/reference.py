@@ -82,9 +82,12 @@ def max_pool2d_indices(code, width, kernel, stride, padding, dilation):
 
 def max_pool2d_scatter(dy, code, size, kernel, stride, padding, dilation):
     (wide,) = _wide(dy)
-    index = max_pool2d_indices(code, size[1], kernel, stride, padding, dilation).flatten(2)
-    dx = wide.new_zeros(*dy.shape[:2], size[0] * size[1]).scatter_add_(2, index, wide.flatten(2))
-    return shapes.max_pool2d_scatter(dy, code, size).copy_(dx.unflatten(2, size))
+    (N, C), (H, W) = dy.shape[:2], size
+    index = max_pool2d_indices(code, W, kernel, stride, padding, dilation).flatten(2)
+    # In one dimension, where torch has a deterministic scatter_add_ on every device.
+    index = index + (torch.arange(N * C, device=dy.device) * (H * W)).view(N, C, 1)
+    dx = wide.new_zeros(N * C * H * W).scatter_add_(0, index.flatten(), wide.flatten())
+    return shapes.max_pool2d_scatter(dy, code, size).copy_(dx.view(N, C, H, W))
 
 
 def max_pool2d_gather(x, code, kernel, stride, padding, dilation):
