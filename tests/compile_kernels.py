@@ -4,7 +4,8 @@
     python tests/compile_kernels.py hip gfx942 64
 
 Runs the launchers over CPU tensors with each launch replaced by its compilation, and prints a line for each compiled
-kernel: kernel, case, dtype, registers, bytes spilled (the last two for NVIDIA only). TRITON_INTERPRET must not be set.
+kernel: kernel, case, dtype, bytes of shared memory, registers, bytes spilled (the last two for NVIDIA only).
+TRITON_INTERPRET must not be set.
 Without dtypes all four are compiled, float32 once with tf32 and once in full precision.
 """
 
@@ -123,7 +124,7 @@ def main(backend, arch, warp_size, dtypes):
 
     def report(name, kernel):
         usage = resources(kernel.asm["cubin"]) if "cubin" in kernel.asm else ()
-        print(name, *label, *usage, sep="\t", flush=True)
+        print(name, *label, kernel.metadata.shared, *usage, sep="\t", flush=True)
 
     compile_instead(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size)), report)
     for dtype in dtypes:
