@@ -1,8 +1,10 @@
 """Without a GPU the kernels run in Triton's interpreter, with one on the GPU; TRITONNET_TEST_DEVICE=cpu overrules."""
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import os
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +36,38 @@ if DEVICE == "cpu":
     interpreter.interpreter_builder.options = dataclasses.replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
+
+
+# Most tests keep one core busy; the other compiles for TARGETS meanwhile, and the tests of that come last.
+torch.set_num_threads(1)
+# Between them they see every dtype; sm_90, which the tiles were chosen for, sees them all.
+TARGETS = {
+    "sm_80": "cuda 80 32 float16 float32",
+    "sm_90": "cuda 90 32",
+    "sm_100": "cuda 100 32 bfloat16",
+    "gfx942": "hip gfx942 64 bfloat16 float64",
+}
+
+
+def pytest_collection_modifyitems(session, config, items):
+    items.sort(key=lambda item: "compiled" in item.fixturenames)  # stable: the others keep their order
+    if any("compiled" in item.fixturenames for item in items):
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        config.compile_jobs = {
+            name: pool.submit(run_python, "tests/compile_kernels.py", *target.split(), TRITON_INTERPRET=None)
+            for name, target in TARGETS.items()
+        }
+
+
+def pytest_unconfigure(config):
+    for job in getattr(config, "compile_jobs", {}).values():
+        job.cancel()
+
+
+@pytest.fixture
+def compiled(request):
+    """The finished process of tests/compile_kernels.py by target."""
+    return lambda target: request.config.compile_jobs[target].result()
 
 
 @pytest.fixture
@@ -71,8 +105,6 @@ def backend(request):
 
 def run_python(*args, **variables):
     """A fresh Python process in the project's root; variables set to None are removed from its environment."""
-    import subprocess
-
     environment = {**os.environ, **variables}
     environment = {name: value for name, value in environment.items() if value is not None}
     return subprocess.run(

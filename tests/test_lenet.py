@@ -112,7 +112,14 @@ def test_a_training_step_runs_on_the_kernels(device):
 def test_training_reaches_97_percent(tmp_path):
     """The command of the README, on the reference as on a machine without a GPU."""
     result = run_python(
-        "-m", "tritonnet.train", "--device", "cpu", "--save", str(tmp_path / "out" / "lenet.pt"), TRITON_INTERPRET=None
+        "-m",
+        "tritonnet.train",
+        "--device",
+        "cpu",
+        "--save",
+        str(tmp_path / "out" / "lenet.pt"),
+        TRITON_INTERPRET=None,
+        OMP_NUM_THREADS="1",
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
