@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import shapes
 from ._common import INTERPRETED, OPTIONS, Window, acc_type, first_tap, flat_block, index_type, round_to, split_count
-from .conv2d import PAD_MODES, source
+from .padding import PAD_MODES, source
 from .reduce import Partials
 
 

@@ -4,6 +4,7 @@ from . import conv2d as _conv2d
 from . import depthwise as _depthwise
 from . import linear as _linear
 from . import max_pool2d as _max_pool2d
+from . import padding as _padding
 from . import reduce as _reduce
 from . import relu as _relu
 from . import shapes
@@ -24,7 +25,7 @@ def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
     # The gradient of the padded image, as a convolution without padding gives it, folded up where pixels were copied.
     (N, C, H, W), (top, bottom, left, right) = size, padding
     dp = input_grad(dy, w, (N, C, H + top + bottom, W + left + right), stride, (0, 0, 0, 0), dilation, groups)
-    return _conv2d.fold_padding(dp, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
+    return _padding.fold_padding(dp, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
 
 
 def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
@@ -43,7 +44,7 @@ linear_weight_grad = _linear.weight_grad
 
 KERNELS = [
     kernel
-    for module in (_conv2d, _depthwise, _linear, _max_pool2d, _reduce, _relu)
+    for module in (_conv2d, _depthwise, _linear, _max_pool2d, _padding, _reduce, _relu)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 ]
