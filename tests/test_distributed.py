@@ -26,7 +26,7 @@ def test_training_under_torchrun(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
-    assert lines[0] == "LeNet on 8000 digits, 2 x cpu, backend: reference (plain torch)"
-    assert len(lines) == 12 and lines[-1] == f"saved {save}"
+    assert lines[0] == "LeNet on 8000 digits, 2 x cpu, backend: reference (plain torch)", result.stdout
+    assert len(lines) == 12 and lines[-1] == f"saved {save}", result.stdout
     assert float(lines[-2].split()[-1].rstrip("%")) > 97
     tritonnet.LeNet().load_state_dict(torch.load(save, weights_only=True))
