@@ -24,6 +24,7 @@ INTERPRETER_RUNS = version("triton") >= "3.7" or version("numpy") < "2.4"
 if DEVICE == "cpu" and not INTERPRETER_RUNS:
     pytest.exit("the interpreter of triton 3.6 needs numpy before 2.4: pip install 'numpy<2.4'", returncode=4)
 try:
+    import memory
     import tritonnet
     import tritonnet.kernels
 except ImportError as e:
@@ -36,6 +37,7 @@ if DEVICE == "cpu":
     interpreter.interpreter_builder.options = dataclasses.replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
+    memory.watch.install()
 
 
 # Most tests keep one core busy; the other compiles for TARGETS meanwhile, and the tests of that come last.
@@ -82,6 +84,22 @@ def fresh_start():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def unpoisoned():
+    """Filling 4 GiB with NaN would make every page real."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def memory_is_watched():
+    """Fails any test in which a kernel strays from its tensors or programs race (see memory.py)."""
+    with memory.watched() if DEVICE == "cpu" else memory.guard_bands() as violations:
+        yield
+    assert not violations, "\n".join(violations)
 
 
 @pytest.fixture

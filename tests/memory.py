@@ -1,78 +1,324 @@
-"""Watches what kernels touch while they run in Triton's interpreter: every address, every program.
+"""Watches every access that kernels make to memory.
 
-A GPU runs programs in any order and does not stop at the end of a tensor, so three things must never happen that the
-interpreter alone would let pass: a load or store outside the tensors of the launch, two stores to one address, and a
-load of what another program stores.
+A GPU runs the programs of a launch in any order, does not stop at the end of a tensor, and hands out memory full of
+what was there before. So a kernel that passes in Triton's interpreter, where programs run one after the other over
+roomy buffers, may still be wrong. There are two watches, and a test fails if either sees anything:
+
+- in the interpreter `Watch`, of every load and store: each tensor of a launch gets an address range of its own, far
+  from the others, so that an access is judged by the argument that its pointer came from;
+- on a GPU `guard_bands`, of stores only: the tensors of a launch lie between bands whose bytes must stay as they were.
+
+Both leave results as they are. A third defence is PyTorch's own and is on in all tests (`conftest.fresh_start`):
+memory that nobody has written to holds NaN.
 """
 
 import contextlib
+import os
+import sys
 
 import numpy as np
+import torch
+import triton
 from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+# One range of 2^48 bytes for each tensor of a launch, the tensor in the middle.
+RANGE = 48
+# The program numbers of an element that several programs have loaded, and of one that none has.
+SEVERAL, NONE = -1, 0
 
 
-def addresses(t):
-    """The address of every element of a tensor."""
-    found = np.array([t.data_ptr()], dtype=np.int64)
-    for size, stride in zip(t.shape, t.stride()):
-        found = (found[:, None] + np.arange(size, dtype=np.int64) * stride * t.element_size()).ravel()
-    return found
+class Tensor:
+    """A tensor argument of a launch: which of its bytes are elements, and who has loaded or stored each."""
+
+    def __init__(self, number, name, tensor, histories):
+        self.name, self.tensor, self.itemsize = name, tensor, tensor.element_size()
+        self.virtual = (number + 1 << RANGE) + (1 << RANGE - 1)
+        extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+        self.bytes = extent * self.itemsize
+        self.elements = None  # all of the extent
+        if extent not in (0, tensor.numel()):
+            at = np.zeros(1, np.int64)
+            for size, stride in zip(tensor.shape, tensor.stride()):
+                at = (at[:, None] + np.arange(size) * stride).ravel()
+            self.elements = np.zeros(extent, bool)
+            self.elements[at] = True
+        # Tensors that share their storage share its history.
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr(), self.itemsize
+        if key not in histories:
+            count = storage.nbytes() // self.itemsize
+            histories[key] = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        first = tensor.storage_offset()
+        self.loaded_by, self.stored_by = (history[first : first + extent] for history in histories[key])
+        self.is_output = False
+
+    def unwritten(self):
+        """How many elements no program has stored."""
+        untouched = self.stored_by == NONE
+        return int((untouched if self.elements is None else untouched & self.elements).sum())
+
+
+class Watch:
+    """Stands between the interpreter and memory while a launch runs.
+
+    A violation is a line that says which kernel, where in its source, which program, which argument, and what:
+
+    - "loads outside" and "stores outside" the elements of the tensor that the pointer points into;
+    - "two lanes store" to one element;
+    - "stores what another program stores" or "stores what another program loads", "loads what another program stores";
+    - "stores twice" and "loads back": one program, with no barrier in between, where lanes may change places;
+    - "never stores": elements of an output left as they were;
+    - "atomic": sums would depend on the order of programs.
+    """
+
+    def __init__(self):
+        self.violations = []
+        self.sample = None  # how many programs of each launch to run; None for all
+        self.off = False
+        self.real = interpreter._interpreter
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def install(self):
+        """From now on every launch in the interpreter is watched."""
+        watch, builder = self, interpreter.interpreter_builder
+        to_pointer, barrier = interpreter._implicit_cvt, builder.create_barrier
+
+        def implicit_cvt(arg):
+            value = to_pointer(arg)
+            if hasattr(arg, "data_ptr"):
+                value.handle.data = np.array([watch.enter(arg)], dtype=np.uint64)
+            return value
+
+        def create_barrier():
+            watch.next_phase()
+            return barrier()
+
+        def set_grid_dim(*size):
+            builder.grid_dim = watch.grid if watch.chosen is not None else size
+
+        def set_grid_idx(*position):
+            if watch.chosen is not None:
+                position = np.unravel_index(watch.chosen[position[0]], watch.grid)
+            builder.grid_idx = tuple(int(i) for i in position)
+            watch.next_program()
+
+        class Executor(interpreter.GridExecutor):
+            def __call__(self, *args, **kwargs):
+                values = {**dict(zip(self.arg_names, args)), **kwargs}
+                names = [name for name in self.arg_names if hasattr(values.get(name), "data_ptr")]
+                self.grid = watch.begin(self.fn.__name__, names, self.grid, kwargs)
+                super().__call__(*args, **kwargs)
+                watch.end()
+
+        builder.create_barrier, builder.set_grid_dim, builder.set_grid_idx = create_barrier, set_grid_dim, set_grid_idx
+        interpreter._implicit_cvt = implicit_cvt
+        interpreter.GridExecutor = Executor
+        interpreter._interpreter = self
+
+    def begin(self, kernel, names, grid, arguments):
+        self.kernel, self.names, self.tensors, self.histories = kernel, names, [], {}
+        self.programs, self.phases = 0, []
+        grid = tuple(grid(arguments) if callable(grid) else grid)
+        self.grid, self.chosen = (*grid, 1, 1)[:3], None
+        total = int(np.prod(self.grid))
+        if self.sample and total > self.sample:
+            self.chosen = np.unique(np.linspace(0, total - 1, self.sample).astype(np.int64))
+            return (len(self.chosen),)
+        return grid
+
+    def enter(self, tensor):
+        """The address that the kernel sees in place of the tensor's own."""
+        if self.off:
+            return tensor.data_ptr()
+        number = len(self.tensors)
+        self.tensors.append(Tensor(number, self.names[number], tensor, self.histories))
+        return self.tensors[-1].virtual
+
+    def next_program(self):
+        self.programs += 1
+        self.next_phase()
+
+    def next_phase(self):
+        """What runs from one barrier to the next has a number, `now`; `phases` knows the program of each."""
+        self.phases.append(self.programs)
+        self.now = len(self.phases)
+
+    def end(self):
+        if self.chosen is None:
+            for tensor in self.tensors:
+                if tensor.is_output and (count := tensor.unwritten()):
+                    self.report(f"never stores {count} elements of", tensor)
+
+    def report(self, what, tensor, at=None, lanes=None):
+        program = interpreter.interpreter_builder.grid_idx
+        where = f" in {lanes} lanes, the first" if lanes else ""
+        element = "" if at is None else f",{where} at element {at} from its first"
+        shape = f"{tuple(tensor.tensor.shape)} with strides {tensor.tensor.stride()}"
+        self.violations.append(f"{self.kernel} ({_line()}): program {program} {what} {tensor.name} {shape}{element}")
+
+    def resolve(self, what, ptrs, mask):
+        """(tensor, elements, inside, addresses) of the lanes switched on, one by one where they go astray."""
+        addresses = ptrs.ravel()
+        on = np.broadcast_to(mask, ptrs.shape).ravel()
+        tensor = self.tensors[min(max(int(addresses[0]) >> RANGE, 1), len(self.tensors)) - 1]
+        real = addresses - np.uint64(tensor.virtual) + np.uint64(tensor.tensor.data_ptr())
+        offsets = (addresses[on] - np.uint64(tensor.virtual)).view(np.int64)
+        at = offsets // tensor.itemsize
+        if offsets.size and (offsets.min() < 0 or offsets.max() >= tensor.bytes or tensor.elements is not None):
+            inside = (offsets >= 0) & (offsets < tensor.bytes) & (offsets % tensor.itemsize == 0)
+            if tensor.elements is not None:
+                inside[inside] = tensor.elements[at[inside]]
+            if not inside.all():
+                self.report(f"{what} outside", tensor, at[~inside][0], int((~inside).sum()))
+                on = on.copy()
+                on[on] = inside
+                at = at[inside]
+        return tensor, at, real.reshape(ptrs.shape), on.reshape(ptrs.shape)
+
+    def others(self, numbers):
+        """Which of these phase numbers are another program's, and which are this phase's own."""
+        foreign = (numbers != NONE) & (numbers != self.now)
+        if foreign.any():
+            phases = np.array([self.programs, *self.phases, 0])  # by number; SEVERAL takes the last
+            foreign &= phases[numbers] != self.programs
+        return foreign, numbers == self.now
+
+    def load(self, ptrs, mask, other, dtype):
+        if self.off:
+            return self.real.load(ptrs, mask, other, dtype)
+        tensor, at, real, on = self.resolve("loads", ptrs, mask)
+        foreign, own = self.others(tensor.stored_by[at])
+        if foreign.any():
+            self.report("loads what another program stores in", tensor, at[foreign][0], int(foreign.sum()))
+        if own.any():
+            self.report("loads back, with no barrier, what it stored in", tensor, at[own][0], int(own.sum()))
+        before = tensor.loaded_by[at]
+        tensor.loaded_by[at] = np.where((before == NONE) | ~self.others(before)[0], self.now, SEVERAL)
+        return self.real.load(real, on, other, dtype)
+
+    def store(self, ptrs, value, mask):
+        if self.off:
+            return self.real.store(ptrs, value, mask)
+        tensor, at, real, on = self.resolve("stores", ptrs, mask)
+        tensor.is_output = True
+        foreign, own = self.others(tensor.stored_by[at])
+        if foreign.any():
+            self.report("stores what another program stores in", tensor, at[foreign][0], int(foreign.sum()))
+        if own.any():
+            self.report("stores twice, with no barrier, to", tensor, at[own][0], int(own.sum()))
+        foreign, _ = self.others(tensor.loaded_by[at])
+        if foreign.any():
+            self.report("stores what another program loads from", tensor, at[foreign][0], int(foreign.sum()))
+        # Of lanes with one element the last to write its number stays; the others find a number not their own.
+        lanes = np.arange(at.size, dtype=np.int32)
+        tensor.stored_by[at] = lanes
+        lost = tensor.stored_by[at] != lanes
+        if lost.any():
+            self.report("has two lanes store to one element of", tensor, at[lost][0], int(lost.sum()))
+        tensor.stored_by[at] = self.now
+        return self.real.store(real, value, on)
+
+    def atomic_rmw(self, op, ptrs, value, mask, *rest):
+        tensor, _, real, on = self.resolve("stores", ptrs, mask)
+        self.report("makes an atomic update of", tensor)
+        return self.real.atomic_rmw(op, real, value, on, *rest)
+
+    def atomic_cas(self, ptrs, compare, value, *rest):
+        tensor, _, real, _ = self.resolve("stores", ptrs, np.ones(ptrs.shape, bool))
+        self.report("makes an atomic update of", tensor)
+        return self.real.atomic_cas(real, compare, value, *rest)
+
+
+def _line():
+    """file:line of the kernel's statement that runs now, or the kernel's end."""
+    frame, outside = sys._getframe(1), (os.path.dirname(triton.__file__), __file__)
+    while frame and frame.f_code.co_filename.startswith(outside):
+        if frame.f_code.co_name == "end":
+            return "at its end"
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+watch = Watch()
 
 
 @contextlib.contextmanager
-def watched():
-    """Yields a list that fills with (kernel, what, program, lanes) for each violation in the block."""
-    real, grid_executor = interpreter._interpreter, interpreter.GridExecutor
-    violations, state = [], {}
+def watched(sample=None):
+    """Yields a list that fills with a line for each violation inside the block, which nobody else hears of.
 
-    def report(what, lanes):
-        violations.append((state["kernel"], what, tuple(interpreter.interpreter_builder.grid_idx), lanes))
+    With `sample` at most so many programs of each launch run, spread from the first to the last: enough to see whether
+    a huge launch keeps inside its tensors.
+    """
+    previous = watch.violations, watch.sample
+    watch.violations, watch.sample = [], sample
+    try:
+        yield watch.violations
+    finally:
+        watch.violations, watch.sample = previous
 
-    def touched(what, ptrs, mask):
-        found = ptrs.astype(np.int64).ravel()[np.broadcast_to(np.asarray(mask, bool), ptrs.shape).ravel()]
-        outside = ~np.isin(found, state["allowed"])
-        if outside.any():
-            report(f"{what} outside the tensors", int(outside.sum()))
-        return found
 
-    class Watch:
-        def __getattr__(self, name):
-            return getattr(real, name)
+@contextlib.contextmanager
+def unwatched():
+    """Lets every load and store of the block through to memory."""
+    watch.off = True
+    try:
+        yield
+    finally:
+        watch.off = False
 
-        def load(self, ptrs, mask, other, dtype):
-            found = np.unique(touched("load", ptrs, mask))
-            me = tuple(interpreter.interpreter_builder.grid_idx)
-            state["loads"].append((me, found))
-            return real.load(ptrs, mask, other, dtype)
 
-        def store(self, ptrs, value, mask):
-            found = touched("store", ptrs, mask)
-            if len(np.unique(found)) != len(found):
-                report("two lanes store to one address", len(found) - len(np.unique(found)))
-            state["stores"].append((tuple(interpreter.interpreter_builder.grid_idx), np.unique(found)))
-            return real.store(ptrs, value, mask)
+# A multiple of every alignment that a kernel may have been compiled for.
+BAND = 4096
 
-    class Executor(grid_executor):
-        def __call__(self, *args, **kwargs):
-            tensors = [t for t in (*args, *kwargs.values()) if hasattr(t, "data_ptr")]
-            state.update(kernel=self.fn.__name__, loads=[], stores=[])
-            state["allowed"] = np.unique(np.concatenate([addresses(t) for t in tensors]))
-            super().__call__(*args, **kwargs)
-            self.compare_programs()
 
-        def compare_programs(self):
-            owner = {}
-            for program, found in state["stores"]:
-                for address in found.tolist():
-                    if owner.setdefault(address, program) != program:
-                        report(f"stored to by program {owner[address]} too", 1)
-            for program, found in state["loads"]:
-                foreign = [a for a in found.tolist() if owner.get(a, program) != program]
-                if foreign:
-                    report("load of what another program stores", len(foreign))
+@contextlib.contextmanager
+def guard_bands():
+    """Yields a list that fills with a line for each store outside the tensors of a launch, on any device.
 
-    interpreter._interpreter, interpreter.GridExecutor = Watch(), Executor
+    Each storage is copied into the middle of a buffer of bytes 0xFF (NaN in every floating format), the kernel runs on
+    the copy, and then all that is not an element of one of its tensors must be as before.
+    """
+    violations, kernel_type = [], interpreter.InterpretedFunction if _interpreted() else JITFunction
+    run = kernel_type.run
+
+    def guarded_run(self, *args, grid, warmup, **kwargs):
+        copies = {}
+
+        def moved(arg):
+            if not isinstance(arg, torch.Tensor):
+                return arg
+            storage = arg.untyped_storage()
+            size = storage.nbytes()
+            if storage.data_ptr() not in copies:
+                contents = torch.empty(0, dtype=torch.uint8, device=arg.device).set_(storage, 0, (size,), (1,))
+                buffer = torch.full((size + 2 * BAND,), 0xFF, dtype=torch.uint8, device=arg.device)
+                buffer[BAND : BAND + size] = contents
+                copies[storage.data_ptr()] = contents, buffer, torch.zeros_like(buffer, dtype=torch.bool)
+            _, buffer, elements = copies[storage.data_ptr()]
+            each = arg.element_size()
+            offset, strides = BAND + arg.storage_offset() * each, [s * each for s in arg.stride()]
+            elements.as_strided((*arg.shape, each), (*strides, 1), offset).fill_(True)
+            return arg.new_empty(0).set_(buffer.untyped_storage(), offset // each, arg.shape, arg.stride())
+
+        result = run(self, *map(moved, args), grid=grid, warmup=warmup, **{k: moved(v) for k, v in kwargs.items()})
+        for contents, buffer, elements in copies.values():
+            expected = torch.full_like(buffer, 0xFF)
+            expected[BAND : BAND + contents.numel()] = contents
+            strayed = ((buffer != expected) & ~elements).sum().item()
+            if strayed:
+                violations.append(f"{self.fn.__name__} stores {strayed} bytes outside its tensors")
+            contents.copy_(buffer[BAND : BAND + contents.numel()])
+        return result
+
+    kernel_type.run = guarded_run
     try:
         yield violations
     finally:
-        interpreter._interpreter, interpreter.GridExecutor = real, grid_executor
+        kernel_type.run = run
+
+
+def _interpreted():
+    return triton.knobs.runtime.interpret
