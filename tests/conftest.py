@@ -24,11 +24,12 @@ INTERPRETER_RUNS = version("triton") >= "3.7" or version("numpy") < "2.4"
 if DEVICE == "cpu" and not INTERPRETER_RUNS:
     pytest.exit("the interpreter of triton 3.6 needs numpy before 2.4: pip install 'numpy<2.4'", returncode=4)
 try:
-    import memory
     import tritonnet
     import tritonnet.kernels
 except ImportError as e:
     pytest.exit(f"tritonnet is not installed for development ({e}): pip install -e .[test]", returncode=4)
+
+import memory  # noqa: E402  (needs triton)
 
 if DEVICE == "cpu":
     # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.

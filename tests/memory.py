@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 RANGE = 48
 # The program numbers of an element that several programs have loaded, and of one that none has.
 SEVERAL, NONE = -1, 0
+NOBODY = np.zeros(0, bool)
 
 
 class Tensor:
@@ -120,7 +121,7 @@ class Watch:
 
     def begin(self, kernel, names, grid, arguments):
         self.kernel, self.names, self.tensors, self.histories = kernel, names, [], {}
-        self.programs, self.phases = 0, []
+        self.programs, self.phases, self.stored = 0, [], False
         grid = tuple(grid(arguments) if callable(grid) else grid)
         self.grid, self.chosen = (*grid, 1, 1)[:3], None
         total = int(np.prod(self.grid))
@@ -162,7 +163,7 @@ class Watch:
     def resolve(self, what, ptrs, mask):
         """(tensor, elements, inside, addresses) of the lanes switched on, one by one where they go astray."""
         addresses = ptrs.ravel()
-        on = np.broadcast_to(mask, ptrs.shape).ravel()
+        on = (mask if mask.shape == ptrs.shape else np.broadcast_to(mask, ptrs.shape)).ravel()
         tensor = self.tensors[min(max(int(addresses[0]) >> RANGE, 1), len(self.tensors)) - 1]
         real = addresses - np.uint64(tensor.virtual) + np.uint64(tensor.tensor.data_ptr())
         offsets = (addresses[on] - np.uint64(tensor.virtual)).view(np.int64)
@@ -181,7 +182,7 @@ class Watch:
     def others(self, numbers):
         """Which of these phase numbers are another program's, and which are this phase's own."""
         foreign = (numbers != NONE) & (numbers != self.now)
-        if foreign.any():
+        if len(self.phases) > self.programs and foreign.any():
             phases = np.array([self.programs, *self.phases, 0])  # by number; SEVERAL takes the last
             foreign &= phases[numbers] != self.programs
         return foreign, numbers == self.now
@@ -190,7 +191,7 @@ class Watch:
         if self.off:
             return self.real.load(ptrs, mask, other, dtype)
         tensor, at, real, on = self.resolve("loads", ptrs, mask)
-        foreign, own = self.others(tensor.stored_by[at])
+        foreign, own = self.others(tensor.stored_by[at]) if self.stored else (NOBODY, NOBODY)
         if foreign.any():
             self.report("loads what another program stores in", tensor, at[foreign][0], int(foreign.sum()))
         if own.any():
@@ -203,7 +204,7 @@ class Watch:
         if self.off:
             return self.real.store(ptrs, value, mask)
         tensor, at, real, on = self.resolve("stores", ptrs, mask)
-        tensor.is_output = True
+        tensor.is_output = self.stored = True
         foreign, own = self.others(tensor.stored_by[at])
         if foreign.any():
             self.report("stores what another program stores in", tensor, at[foreign][0], int(foreign.sum()))
