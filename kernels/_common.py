@@ -74,13 +74,26 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
 
 
-# The widest tile of each number format, read off sm_90 machine code (no register spills); not yet timed.
-TILES = {
-    "half": Tile(128, 128, 64, 8, 3),
-    "tf32": Tile(128, 128, 32, 8, 3),
-    "ieee": Tile(64, 64, 16, 4, 2),
-    "fp64": Tile(64, 64, 16, 8, 2),
+# Tiles by number format, from the widest down, read off machine code (no register spills) and not yet timed. Every row
+# is compiled for every architecture by the tests, so each has to be worth it.
+SQUARE = {
+    "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
+    "ieee": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
+    "fp64": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
 }
+# For products of many more rows than columns, as the pixels of a batch are.
+TALL = {
+    "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(128, 32, 64, 4, 3)),
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(128, 32, 32, 4, 3)),
+    "ieee": (Tile(64, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2)),
+    "fp64": (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 4, 2)),
+}
+
+
+def number_format(dtype, precision):
+    """The row of a table of tiles; precision, "tf32" or "ieee", counts for float32 only."""
+    return "fp64" if dtype == torch.float64 else precision if dtype == torch.float32 else "half"
 
 
 def _block(size, least, most):
@@ -88,17 +101,13 @@ def _block(size, least, most):
     return min(most, max(least, triton.next_power_of_2(size)))
 
 
-def gemm_tile(M, N, K, dtype, precision):
-    """The tile for an (M, K) x (K, N) product; precision, "tf32" or "ieee", counts for float32 only."""
+def gemm_tile(table, M, N, K, dtype, precision):
+    """The tile of `table`, SQUARE or TALL, for an (M, K) x (K, N) product: the widest that it fills over half of."""
     if INTERPRETED:
         # The interpreter's time goes by the operation, whatever its size: few tiles, yet more than one.
         return Tile(_block(M // 3, 32, 4096), _block(N // 2, 16, 128), _block(K // 4, 32, 256), 4, 1)
-    wide = TILES["fp64" if dtype == torch.float64 else precision if dtype == torch.float32 else "half"]
-    # tl.dot wants at least 16 of each.
-    block_m, block_n, block_k = _block(M, 16, wide.M), _block(N, 16, wide.N), _block(K, 16, wide.K)
-    # Half the warps for less than the whole tile, but not fewer: they also gather the operands.
-    num_warps = wide.num_warps if block_m * block_n == wide.M * wide.N else 4
-    return Tile(block_m, block_n, block_k, num_warps, wide.num_stages)
+    tiles = table[number_format(dtype, precision)]
+    return next((t for t in tiles if N > t.N // 2 and (M > t.M // 2 or table is TALL)), tiles[-1])
 
 
 def flat_block(numel, block):

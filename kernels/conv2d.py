@@ -20,6 +20,8 @@ import triton.language as tl
 
 from . import shapes
 from ._common import (
+    SQUARE,
+    TALL,
     Window,
     acc_type,
     first_tap,
@@ -34,8 +36,16 @@ from .reduce import Partials
 
 # Below this many channels a tap alone does not fill the shortest K that tl.dot takes.
 FLAT_BELOW = 16
-# In a flat walk every element has an address and a mask of its own, and longer blocks of them spill.
-FLAT_K, FLAT_N = 32, 64
+# Tiles of a short walk: few channels do not fill longer blocks, and a flat walk's addresses, one an element, would spill
+# in wider ones.
+SHORT_K, SHORT_N = 32, 64
+
+
+def tile_for(table, M, N, K, dtype, short):
+    if not short:
+        return gemm_tile(table, M, N, K, dtype, precision())
+    tile = gemm_tile(table, M, min(N, SHORT_N), K, dtype, precision())
+    return tile._replace(K=min(tile.K, SHORT_K))
 
 
 def precision():
@@ -133,7 +143,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
     M, OC = N * OH * OW, OC // groups
     flat = C < FLAT_BELOW
-    tile = gemm_tile(M, OC, FLAT_K if flat else C, x.dtype, precision())
+    tile = tile_for(TALL, M, OC, C * KH * KW if flat else C, x.dtype, short=C <= SHORT_K)
     conv2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
         x, w, w if bias is None else bias, y,
         M, H, W, OH, OW,
@@ -235,7 +245,7 @@ def input_grad(dy, w, size, stride, padding, dilation, groups):
     (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
     M = N * triton.cdiv(H, SH) * triton.cdiv(W, SW)
     flat = OC < FLAT_BELOW
-    tile = gemm_tile(M, C, FLAT_K if flat else OC, dy.dtype, precision())
+    tile = tile_for(TALL, M, C, OC * KH * KW if flat else OC, dy.dtype, short=OC <= SHORT_K)
     window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
     conv2d_input_grad_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(C, tile.N) * SH * SW * groups,)](
         dy, w, dx,
@@ -333,7 +343,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
     K, OC = N * OH * OW, OC // groups
     flat = C < FLAT_BELOW
-    tile = gemm_tile(OC, min(FLAT_N, C * KH * KW) if flat else C, K, dy.dtype, precision())
+    tile = tile_for(SQUARE, OC, C * KH * KW if flat else C, K, dy.dtype, short=flat)
     tiles_n = triton.cdiv(C * KH * KW, tile.N) if flat else KH * KW * triton.cdiv(C, tile.N)
     tiles = triton.cdiv(OC, tile.M) * tiles_n * groups
     splits = split_count(tiles, K, tile.K)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import acc_type, gemm_tile, index_type, operand_type, round_to, split_count
+from ._common import SQUARE, acc_type, gemm_tile, index_type, operand_type, round_to, split_count
 from .reduce import Partials
 
 
@@ -61,7 +61,7 @@ def forward(x, w, bias):
     if y.numel() == 0:
         return y
     (M, K), N = x.shape, w.shape[0]
-    tile = gemm_tile(M, N, K, x.dtype, precision())
+    tile = gemm_tile(SQUARE, M, N, K, x.dtype, precision())
     linear_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
         x, w, w if bias is None else bias, y,
         M, N, K,
@@ -129,7 +129,7 @@ def weight_grad(dy, x, with_bias):
     (M, N), K = dy.shape, x.shape[1]
     if N == 0:
         return dw, db
-    tile = gemm_tile(N, K, M, dy.dtype, precision())
+    tile = gemm_tile(SQUARE, N, K, M, dy.dtype, precision())
     tiles = triton.cdiv(N, tile.M) * max(1, triton.cdiv(K, tile.N))
     splits = split_count(tiles, M, tile.K)
     per_split = triton.cdiv(triton.cdiv(M, splits), tile.K) * tile.K

@@ -1,0 +1,97 @@
+"""Lower bounds on the time of a launch on an H200, from its machine code, beside what arithmetic and memory allow.
+
+How often each loop turns is known from the launch; how many instructions one turn takes is read from machine code.
+"""
+
+import math
+from types import SimpleNamespace
+
+from . import sass
+
+
+class Launch(SimpleNamespace):
+    """The arguments of a launch by name, its `grid` and its `num_warps`."""
+
+    @property
+    def programs(self):
+        return math.prod(self.grid)
+
+
+def _cdiv(a, b):
+    return -(-a // b)
+
+
+def _forward(a):
+    blocks = _cdiv(a.C * a.KH * a.KW, a.BLOCK_K) if a.FLAT else a.KH * a.KW * _cdiv(a.C, a.BLOCK_K)
+    return blocks, [], a.y_ptr.numel() * a.C * a.KH * a.KW
+
+
+def _input_grad(a):
+    taps = [len(range(h, a.KH, a.SH)) * len(range(w, a.KW, a.SW)) for h in range(a.SH) for w in range(a.SW)]
+    blocks = [_cdiv(a.OC * n, a.BLOCK_K) if a.FLAT else n * _cdiv(a.OC, a.BLOCK_K) for n in taps]
+    return sum(blocks) / len(blocks), [], a.dy_ptr.numel() * a.C * a.KH * a.KW
+
+
+def _weight_grad(a):
+    columns = _cdiv(a.C * a.KH * a.KW, a.BLOCK_N) if a.FLAT else a.KH * a.KW * _cdiv(a.C, a.BLOCK_N)
+    blocks = _cdiv(min(a.per_split, a.K), a.BLOCK_K)
+    # The bias's sum is the work of one column of programs.
+    return blocks, [blocks / columns], a.dy_ptr.numel() * a.C * a.KH * a.KW
+
+
+def _linear(a):
+    return _cdiv(a.K, a.BLOCK_K), [], a.M * a.N * a.K
+
+
+def _linear_weight_grad(a):
+    blocks = _cdiv(min(a.per_split, a.M), a.BLOCK_K)
+    return blocks, [blocks / _cdiv(a.K, a.BLOCK_N)], a.M * a.N * a.K
+
+
+def _pool(a):
+    return 0, [a.KH, a.KW], 0
+
+
+def _scatter(a):
+    return 0, [_cdiv(a.KH, a.STEP_H), _cdiv(a.KW, a.STEP_W)], 0
+
+
+# By kernel: turns of the loop with the products, turns of the other loops from the outermost in, and multiply-adds of
+# the whole launch. A kernel that is not here has no loop.
+MODEL = {
+    "conv2d_forward_kernel": _forward,
+    "conv2d_input_grad_kernel": _input_grad,
+    "conv2d_weight_grad_kernel": _weight_grad,
+    "linear_forward_kernel": _linear,
+    "linear_weight_grad_kernel": _linear_weight_grad,
+    "max_pool2d_forward_kernel": _pool,
+    "max_pool2d_scatter_kernel": _scatter,
+    "sum_partials_kernel": lambda a: (0, [a.SPLITS], 0),
+}
+
+
+def bounds(kernel, launch, instructions, format):
+    """Microseconds by what sets them: the machine code's instructions, L1 and matrix units; arithmetic; memory."""
+    main_turns, other_turns, products = MODEL.get(kernel, lambda a: (0, [], 0))(launch)
+    weights = [1.0] * len(instructions)
+    main = sass.main_loop(instructions) if products else None
+    others = sorted(loop for loop in sass.loops(instructions) if loop != main)
+    # The compiler may have unrolled loops, of a nest the inner ones.
+    turns = [(main, main_turns)] if main else []
+    turns += list(zip(others, other_turns))
+    for (first, last), n in turns:
+        weights[first : last + 1] = [w * n for w in weights[first : last + 1]]
+    rate = sass.RATES[format]
+    cost = sass.cost(instructions, weights, launch.num_warps, rate)
+
+    def microseconds(cycles):
+        return cycles / sass.SMS / sass.CLOCK * 1e6
+
+    tensors = {t.data_ptr(): t for t in vars(launch).values() if hasattr(t, "data_ptr") and t.numel()}
+    return {
+        **{f"{name}_us": microseconds(cycles * launch.programs) for name, cycles in cost._asdict().items()},
+        "arithmetic_us": microseconds(2 * products / rate),
+        "memory_us": sum(t.numel() * t.element_size() for t in tensors.values()) / sass.MEMORY * 1e6,
+        "loops": len(others) + bool(main),
+        "unaccounted_loops": max(0, len(others) - len(other_turns)),
+    }

@@ -1,0 +1,246 @@
+"""Compiles every kernel for a GPU that need not be there, as its launcher would launch it.
+
+    python -m bench.compile sm_90
+
+Runs the launchers over CPU tensors with each launch replaced by its compilation, and prints one JSON object a line for
+each kernel compiled, or one with an "error" where that failed. TRITON_INTERPRET must not be set. Compiled kernels are
+kept in Triton's cache, so that a second run takes seconds.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
+from tritonnet.kernels import _common, launchers
+
+from . import amdgcn, sass
+from .bounds import Launch, bounds
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Number formats: the dtype, and what float32 products are taken in.
+FORMATS = {
+    "bfloat16": (torch.bfloat16, "ieee"),
+    "float16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "float32": (torch.float32, "ieee"),
+    "float64": (torch.float64, "ieee"),
+}
+# The architecture and the formats that times are bounded for.
+BOUNDED = "sm_90", ("bfloat16", "tf32", "float32")
+
+
+class Calls:
+    """Launcher calls over tensors of one dtype, in virtual memory only: nothing is launched, no page is touched."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def tensor(self, *size, last=False):
+        layout = torch.channels_last if last and len(size) == 4 else torch.contiguous_format
+        return torch.empty(size, dtype=self.dtype, memory_format=layout)
+
+    def conv(self, n, c, h, oc, k, stride=1, pad=None, dilation=1, groups=1, mode="zeros", last=True, bias=False):
+        """Forward and both gradients."""
+        pad = dilation * (k // 2) if pad is None else pad
+        g = ((stride, stride), (pad,) * 4, (dilation, dilation), groups, mode)
+        x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c // groups, k, k, last=last)
+        dy = launchers.conv2d(x, w, self.tensor(oc) if bias else None, *g)
+        launchers.conv2d_input_grad(dy, w, x.shape, *g)
+        launchers.conv2d_weight_grad(dy, x, w.shape, *g, bias)
+
+    def conv_forward(self, pixels, c, oc, k, last=True):
+        """Forward alone: (pixels, oc) is the product's shape."""
+        x, w = self.tensor(1, c, 1, pixels, last=last), self.tensor(oc, c, 1, k, last=last)
+        launchers.conv2d(x, w, self.tensor(oc), (1, 1), (0, 0, k // 2, k // 2), (1, 1), 1, "zeros")
+
+    def conv_input_grad(self, pixels, c, oc, k, last=True):
+        """The input's gradient alone: (pixels, c)."""
+        dy, w = self.tensor(1, oc, 1, pixels, last=last), self.tensor(oc, c, 1, k, last=last)
+        g = (1, 1), (0, 0, k // 2, k // 2), (1, 1), 1, "zeros"
+        launchers.conv2d_input_grad(dy, w, (1, c, 1, pixels), *g)
+
+    def conv_weight_grad(self, pixels, c, oc, k, last=True):
+        """The weight's gradient alone: (oc, c)."""
+        dy, x = self.tensor(1, oc, 1, pixels, last=last), self.tensor(1, c, 1, pixels, last=last)
+        g = (1, 1), (0, 0, k // 2, k // 2), (1, 1), 1, "zeros"
+        launchers.conv2d_weight_grad(dy, x, (oc, c, 1, k), *g, True)
+
+    def pool(self, size, kernel, stride, pad, last, all=True):
+        window = ((kernel, kernel), (stride, stride), (pad, pad), (1, 1))
+        x = self.tensor(*size, last=last)
+        y, code = launchers.max_pool2d(x, *window, False)
+        launchers.max_pool2d_scatter(y, code, size[2:], *window)
+        if all:
+            launchers.max_pool2d_gather(x, code, *window)
+            launchers.max_pool2d_indices(code, size[3], *window)
+
+    def relu(self, *size, last=False):
+        y = launchers.relu(self.tensor(*size, last=last))
+        launchers.relu_grad(y, y)
+
+    def linear(self, m, k, n):
+        """Forward and both gradients."""
+        x, w = self.tensor(m, k), self.tensor(n, k)
+        dy = launchers.linear(x, w, self.tensor(n))
+        launchers.linear(dy, w.t(), None)
+        launchers.linear_weight_grad(dy, x, True)
+
+    def past_32_bits(self):
+        """Each operator with a tensor of more than 2^31 elements."""
+        big = 2**31
+        self.conv(1, 16, 11600, 16, 1, bias=True)
+        self.conv(1, 1, 2**15 + 1, 2, 3, pad=1, last=False)
+        self.conv(1, 2, 2**15, 2, 3, groups=2, last=False)
+        self.conv(1, 1, 2**15 + 1, 1, 3, mode="reflect", last=False)
+        self.pool((1, 1, 2**16, 2**15 + 1), 2, 2, 0, False)
+        self.relu(big + 8)
+        self.linear(big // 16, 64, 32)
+
+
+def shapes(c):
+    """(name, call) of the layers whose times are bounded: LeNet at batch 1024, of ResNet-50 a few at batch 64."""
+    yield "LeNet conv1", lambda: c.conv(1024, 1, 28, 6, 5, pad=2, last=False, bias=True)
+    yield "LeNet conv2", lambda: c.conv(1024, 6, 14, 16, 5, pad=0, last=False, bias=True)
+    yield "LeNet pool", lambda: c.pool((1024, 6, 28, 28), 2, 2, 0, False, all=False)
+    yield "LeNet relu", lambda: c.relu(1024, 6, 28, 28)
+    yield "LeNet fc1", lambda: c.linear(1024, 400, 120)
+    yield "LeNet fc3", lambda: c.linear(1024, 84, 10)
+    yield "ResNet 7x7/2, 3 to 64", lambda: c.conv(64, 3, 224, 64, 7, stride=2)
+    yield "ResNet pool 3x3/2", lambda: c.pool((64, 64, 112, 112), 3, 2, 1, True, all=False)
+    yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
+    yield "ResNet 3x3, 64", lambda: c.conv(64, 64, 56, 64, 3)
+    yield "ResNet 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3)
+    yield "ResNet 3x3/2, 128", lambda: c.conv(64, 128, 56, 128, 3, stride=2)
+    yield "ResNet 1x1, 64 to 256", lambda: c.conv(64, 64, 56, 256, 1)
+    yield "ResNet 3x3, 256, NCHW", lambda: c.conv(64, 256, 14, 256, 3, last=False)
+    yield "linear 4096^3", lambda: c.linear(4096, 4096, 4096)
+
+
+def coverage(c, format):
+    """(name, call) that between them reach every row of every table of tiles, and each kernel in each memory order."""
+    rows = _common.number_format(*FORMATS[format])
+    for tile in _common.TALL[rows]:
+        # Just what the tile holds: the launchers choose it for these sizes and nothing wider.
+        for walk, k, channels in (("taps", 3, 64), ("short", 3, 32), ("flat", 5, 3)):
+            name = f"{walk}, {tile.M}x{tile.N}"
+            yield name, lambda t=tile, k=k, n=channels: c.conv_forward(4096, n, t.N, k)
+            yield name, lambda t=tile, k=k, n=channels: c.conv_input_grad(4096, t.N, n, k)
+    for tile in _common.SQUARE[rows]:
+        for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
+            yield f"{walk}, {tile.M}x{tile.N}", lambda t=tile, k=k, n=channels: c.conv_weight_grad(4096, n, t.M, k)
+        yield f"{tile.M}x{tile.N}", lambda t=tile: c.linear(t.M, t.N, t.N)
+    yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
+    yield "depthwise, NCHW", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
+    yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
+    yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
+    yield "relu", lambda: c.relu(4096)
+
+
+def switches(c):
+    """(name, call) that turn each switch of a kernel that no tile depends on."""
+    yield "groups, dilation", lambda: c.conv(4, 64, 16, 64, 3, dilation=2, groups=2)
+    for mode in ("reflect", "replicate", "circular"):
+        yield mode, lambda mode=mode: c.conv(4, 64, 16, 64, 3, mode=mode)
+    yield "past 2^31", c.past_32_bits
+
+
+class NoDevice:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_instead(target, report):
+    """From now on every launch is compiled for the target and goes no further.
+
+    Calls report(name, launch, kernel or the exception) for each machine code that is new.
+    """
+    driver.set_active(NoDevice(target))
+    seen = set()
+    run = JITFunction.run
+
+    def compile(self, *args, grid, warmup, **kwargs):
+        launch = Launch(**dict(zip(self.arg_names, args)), **kwargs, grid=grid)
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as e:
+            return report(self.fn.__name__, launch, e)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            report(self.fn.__name__, launch, kernel)
+
+    JITFunction.run = compile
+
+
+def calls(arch):
+    """(format, case, call) of all that is compiled for an architecture."""
+    for format, (dtype, precision) in FORMATS.items():
+        torch.backends.cudnn.conv.fp32_precision = precision
+        torch.backends.cuda.matmul.fp32_precision = precision
+        c = Calls(dtype)
+        if arch == BOUNDED[0] and format in BOUNDED[1]:
+            for name, call in shapes(c):
+                yield format, name, call
+        for name, call in coverage(c, format):
+            yield format, name, call
+        # What they switch is the same in every format.
+        if format == "bfloat16":
+            for name, call in switches(c):
+                yield format, name, call
+
+
+def main(arch):
+    target, compiled, label = TARGETS[arch], [], {}
+
+    def report(name, launch, kernel):
+        record = {"arch": arch, "kernel": name, **label}
+        if isinstance(kernel, Exception):
+            print(json.dumps({**record, "error": f"{type(kernel).__name__}: {kernel}"}), flush=True)
+        else:
+            compiled.append((record, launch, kernel))
+
+    compile_instead(target, report)
+    named = [name for name, _ in shapes(None)]
+    for format, case, call in calls(arch):
+        label.update(format=format, case=case)
+        call()
+
+    assembler = [kernel.asm["amdgcn"] for *_, kernel in compiled] if target.backend == "hip" else []
+    listings = [amdgcn.read(text) for text in assembler]
+    if target.backend == "cuda":
+        cubins = [kernel.asm["cubin"] for *_, kernel in compiled]
+        instructions = sass.disassemble(cubins, arch)
+        listings = [sass.read(cubin, code, arch) for cubin, code in zip(cubins, instructions)]
+    for i, (record, launch, kernel) in enumerate(compiled):
+        blocks = [str(getattr(launch, name)) for name in launch.__dict__ if name.startswith("BLOCK")]
+        record["tile"] = "x".join(blocks)
+        record.update(num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages)
+        record.update(shared=kernel.metadata.shared, **listings[i])
+        if arch == BOUNDED[0] and record["case"] in named:
+            record["bounds"] = bounds(record["kernel"], launch, instructions[i], record["format"])
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
