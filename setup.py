@@ -18,5 +18,8 @@ setup(
     package_data={"tritonnet.data": ["*.npz", "*.md"]},
     install_requires=["torch>=2.11", "numpy", "tqdm"],
     # A GPU build of torch brings the Triton that fits it; the extra is for Triton's interpreter on a CPU build.
-    extras_require={"interpreter": ["triton>=3.6"], "test": ["pytest", "hypothesis", "triton>=3.6"]},
+    extras_require={
+        "interpreter": ["triton>=3.6"],
+        "test": ["pytest", "hypothesis", "triton>=3.6", "tomli; python_version < '3.11'"],
+    },
 )

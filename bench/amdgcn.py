@@ -3,8 +3,10 @@
 import re
 from collections import Counter
 
-_BYTES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2, "byte": 1, "dword": 4, "dwordx2": 8, "dwordx3": 12,
-          "dwordx4": 16}  # fmt: skip
+_BYTES = {
+    "ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2,
+    "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16,
+}  # fmt: skip
 
 
 def read(text):

@@ -11,13 +11,12 @@ import json
 import sys
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
-from tritonnet.kernels import _common, launchers
+from tritonnet.kernels import _common, conv2d, launchers
 
 from . import amdgcn, sass
 from .bounds import Launch, bounds
@@ -59,22 +58,20 @@ class Calls:
         launchers.conv2d_input_grad(dy, w, x.shape, *g)
         launchers.conv2d_weight_grad(dy, x, w.shape, *g, bias)
 
-    def conv_forward(self, pixels, c, oc, k, last=True):
-        """Forward alone: (pixels, oc) is the product's shape."""
-        x, w = self.tensor(1, c, 1, pixels, last=last), self.tensor(oc, c, 1, k, last=last)
-        launchers.conv2d(x, w, self.tensor(oc), (1, 1), (0, 0, k // 2, k // 2), (1, 1), 1, "zeros")
+    def conv_forward(self, c, oc, k):
+        """Forward alone: the product is (4096, c * k * k) x (c * k * k, oc)."""
+        x, w = self.tensor(4, c, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
+        launchers.conv2d(x, w, self.tensor(oc), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
 
-    def conv_input_grad(self, pixels, c, oc, k, last=True):
-        """The input's gradient alone: (pixels, c)."""
-        dy, w = self.tensor(1, oc, 1, pixels, last=last), self.tensor(oc, c, 1, k, last=last)
-        g = (1, 1), (0, 0, k // 2, k // 2), (1, 1), 1, "zeros"
-        launchers.conv2d_input_grad(dy, w, (1, c, 1, pixels), *g)
+    def conv_input_grad(self, c, oc, k):
+        """The input's gradient alone: (4096, oc * k * k) x (oc * k * k, c)."""
+        dy, w = self.tensor(4, oc, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
+        launchers.conv2d_input_grad(dy, w, (4, c, 32, 32), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
 
-    def conv_weight_grad(self, pixels, c, oc, k, last=True):
-        """The weight's gradient alone: (oc, c)."""
-        dy, x = self.tensor(1, oc, 1, pixels, last=last), self.tensor(1, c, 1, pixels, last=last)
-        g = (1, 1), (0, 0, k // 2, k // 2), (1, 1), 1, "zeros"
-        launchers.conv2d_weight_grad(dy, x, (oc, c, 1, k), *g, True)
+    def conv_weight_grad(self, c, oc, k):
+        """The weight's gradient alone: (oc, pixels) x (pixels, c * k * k)."""
+        dy, x = self.tensor(32, oc, 32, 32, last=True), self.tensor(32, c, 32, 32, last=True)
+        launchers.conv2d_weight_grad(dy, x, (oc, c, k, k), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros", True)
 
     def pool(self, size, kernel, stride, pad, last, all=True):
         window = ((kernel, kernel), (stride, stride), (pad, pad), (1, 1))
@@ -132,14 +129,19 @@ def coverage(c, format):
     rows = _common.number_format(*FORMATS[format])
     for tile in _common.TALL[rows]:
         # Just what the tile holds: the launchers choose it for these sizes and nothing wider.
-        for walk, k, channels in (("taps", 3, 64), ("short", 3, 32), ("flat", 5, 3)):
+        for walk, k, channels in (("taps", 3, 64), ("short", 3, conv2d.SHORT_K), ("flat", 5, 3)):
+            if walk == "short" and tile.K <= conv2d.SHORT_K or walk == "flat" and tile.N > conv2d.NARROW_N:
+                continue  # the tile of another walk
             name = f"{walk}, {tile.M}x{tile.N}"
-            yield name, lambda t=tile, k=k, n=channels: c.conv_forward(4096, n, t.N, k)
-            yield name, lambda t=tile, k=k, n=channels: c.conv_input_grad(4096, t.N, n, k)
+            yield name, lambda n=tile.N, k=k, channels=channels: c.conv_forward(channels, n, k)
+            yield name, lambda n=tile.N, k=k, channels=channels: c.conv_input_grad(n, channels, k)
     for tile in _common.SQUARE[rows]:
         for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
-            yield f"{walk}, {tile.M}x{tile.N}", lambda t=tile, k=k, n=channels: c.conv_weight_grad(4096, n, t.M, k)
-        yield f"{tile.M}x{tile.N}", lambda t=tile: c.linear(t.M, t.N, t.N)
+            if walk == "flat" and tile.N > conv2d.NARROW_N:
+                continue
+            name = f"{walk}, {tile.M}x{tile.N}"
+            yield name, lambda m=tile.M, k=k, channels=channels: c.conv_weight_grad(channels, m, k)
+        yield f"{tile.M}x{tile.N}", lambda m=tile.M, n=tile.N: c.linear(m, 4 * n, n)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
     yield "depthwise, NCHW", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)

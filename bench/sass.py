@@ -154,7 +154,7 @@ def read(cubin, instructions, arch):
     """What the report says of one kernel."""
     registers, spilled = resources(cubin)
     loop = main_loop(instructions)
-    body = instructions[loop[0] : loop[1] + 1] if loop else instructions
+    body = instructions[loop[0] : loop[1] + 1] if loop else []
     return {
         "registers": registers,
         "spilled": spilled,

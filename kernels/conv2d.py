@@ -8,7 +8,9 @@
 
 C and OC count the channels of one group. Tensors may have any strides. K, the summed index of the product, is walked
 in one of two ways: FLAT, where few channels make one flat index of channels and taps, each lane working out its own;
-otherwise tap by tap, a block of channels at a time, so that address and mask are worked out once a pixel.
+otherwise tap by tap, a block of channels at a time, so that address and mask are worked out once a pixel. That walk
+wants the channels side by side in memory, and tensors that have them otherwise are copied first: gathered one element
+at a time they would keep the matrix unit waiting for several times as long as the copy takes.
 
 Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759); the split of the input
 gradient by output phase is the usual one of transposed convolutions (Shi et al. 2016, https://arxiv.org/abs/1609.07009).
@@ -36,16 +38,23 @@ from .reduce import Partials
 
 # Below this many channels a tap alone does not fill the shortest K that tl.dot takes.
 FLAT_BELOW = 16
-# Tiles of a short walk: few channels do not fill longer blocks, and a flat walk's addresses, one an element, would spill
-# in wider ones.
-SHORT_K, SHORT_N = 32, 64
+# A short walk, of few channels, does not fill longer blocks of K.
+SHORT_K = 32
+# Where lanes keep addresses of their own, wider tiles spill registers.
+NARROW_N = 64
 
 
-def tile_for(table, M, N, K, dtype, short):
-    if not short:
-        return gemm_tile(table, M, N, K, dtype, precision())
-    tile = gemm_tile(table, M, min(N, SHORT_N), K, dtype, precision())
-    return tile._replace(K=min(tile.K, SHORT_K))
+def tile_for(table, M, N, K, dtype, index, short, narrow):
+    tile = gemm_tile(table, M, min(N, NARROW_N) if narrow else N, K, dtype, precision())
+    if short:
+        tile = tile._replace(K=min(tile.K, SHORT_K))
+    # Addresses of 64 bits take twice the registers.
+    return tile._replace(num_warps=8) if index == tl.int64 else tile
+
+
+def channels_inner(t):
+    """t with its channels side by side in memory, copied only if they are not."""
+    return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
 
 
 def precision():
@@ -143,7 +152,10 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
     M, OC = N * OH * OW, OC // groups
     flat = C < FLAT_BELOW
-    tile = tile_for(TALL, M, OC, C * KH * KW if flat else C, x.dtype, short=C <= SHORT_K)
+    if not flat:
+        x, w = channels_inner(x), channels_inner(w)
+    index = index_type(x, w, y)
+    tile = tile_for(TALL, M, OC, C * KH * KW if flat else C, x.dtype, index, C <= SHORT_K, flat)
     conv2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
         x, w, w if bias is None else bias, y,
         M, H, W, OH, OW,
@@ -151,7 +163,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, FLAT=flat,
-        INDEX=index_type(x, w, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
+        INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip
     return y
@@ -245,7 +257,11 @@ def input_grad(dy, w, size, stride, padding, dilation, groups):
     (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
     M = N * triton.cdiv(H, SH) * triton.cdiv(W, SW)
     flat = OC < FLAT_BELOW
-    tile = tile_for(TALL, M, C, OC * KH * KW if flat else OC, dy.dtype, short=OC <= SHORT_K)
+    if not flat:
+        dy, w = channels_inner(dy), channels_inner(w)
+    index = index_type(dy, w, dx)
+    narrow = flat or dx.stride(1) != 1
+    tile = tile_for(TALL, M, C, OC * KH * KW if flat else OC, dy.dtype, index, OC <= SHORT_K, narrow)
     window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
     conv2d_input_grad_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(C, tile.N) * SH * SW * groups,)](
         dy, w, dx,
@@ -255,7 +271,7 @@ def input_grad(dy, w, size, stride, padding, dilation, groups):
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
         FLAT=flat,
-        INDEX=index_type(dy, w, dx), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
+        INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip
     return dx
@@ -343,7 +359,10 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
     K, OC = N * OH * OW, OC // groups
     flat = C < FLAT_BELOW
-    tile = tile_for(SQUARE, OC, C * KH * KW if flat else C, K, dy.dtype, short=flat)
+    if not flat:
+        dy, x = channels_inner(dy), channels_inner(x)
+    index = index_type(dy, x, dw)
+    tile = tile_for(SQUARE, OC, C * KH * KW if flat else C, K, dy.dtype, index, flat, flat)
     tiles_n = triton.cdiv(C * KH * KW, tile.N) if flat else KH * KW * triton.cdiv(C, tile.N)
     tiles = triton.cdiv(OC, tile.M) * tiles_n * groups
     splits = split_count(tiles, K, tile.K)
@@ -357,7 +376,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, FLAT=flat, GROUPS=groups,
-        INDEX=index_type(dy, x, dw), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
+        INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip
     return partials.add_up()

@@ -30,7 +30,7 @@ def _blocks(pixels, channels, *tensors):
         return flat_block(pixels // 2, 0), 8
     if shapes.memory_format(*tensors) is torch.channels_last:
         block_c = min(64, triton.next_power_of_2(channels))
-        return 1024 // block_c, block_c
+        return 512 // block_c, block_c
     return 512, 1
 
 

@@ -43,13 +43,7 @@ if DEVICE == "cpu":
 
 # Most tests keep one core busy; the other compiles for TARGETS meanwhile, and the tests of that come last.
 torch.set_num_threads(1)
-# Between them they see every dtype; sm_90, which the tiles were chosen for, sees them all.
-TARGETS = {
-    "sm_80": "cuda 80 32 float16 float32",
-    "sm_90": "cuda 90 32",
-    "sm_100": "cuda 100 32 bfloat16",
-    "gfx942": "hip gfx942 64 bfloat16 float64",
-}
+TARGETS = "sm_90", "sm_80", "sm_100", "gfx942"
 
 
 def pytest_collection_modifyitems(session, config, items):
@@ -57,8 +51,7 @@ def pytest_collection_modifyitems(session, config, items):
     if any("compiled" in item.fixturenames for item in items):
         pool = concurrent.futures.ThreadPoolExecutor(1)
         config.compile_jobs = {
-            name: pool.submit(run_python, "tests/compile_kernels.py", *target.split(), TRITON_INTERPRET=None)
-            for name, target in TARGETS.items()
+            target: pool.submit(run_python, "-m", "bench.compile", target, TRITON_INTERPRET=None) for target in TARGETS
         }
 
 
@@ -69,7 +62,7 @@ def pytest_unconfigure(config):
 
 @pytest.fixture
 def compiled(request):
-    """The finished process of tests/compile_kernels.py by target."""
+    """The finished process of bench.compile by target."""
     return lambda target: request.config.compile_jobs[target].result()
 
 

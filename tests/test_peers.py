@@ -224,13 +224,10 @@ def test_the_batch_size_is_in_no_cache_key():
     Kernels that walk flat memory have one form for sizes that 16 divides and one for others, and only these two.
     """
     code = """
-import sys
-sys.path.insert(0, "tests")
-import torch, compile_kernels as c
-from triton.backends.compiler import GPUTarget
+import torch
+from bench import compile as c
 compiled = []
-c.compile_instead(GPUTarget("cuda", 90, 32), lambda name, kernel: compiled.append(name))
-import tritonnet
+c.compile_instead(c.TARGETS["sm_90"], lambda name, launch, kernel: compiled.append(name))
 from tritonnet.kernels import launchers as L
 for batch in (2048, 2000, 1999, 1031):
     for C, groups in ((6, 1), (32, 1), (32, 32)):

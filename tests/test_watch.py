@@ -87,7 +87,10 @@ def far(index):
 
 
 BUGS = {
-    "mask dropped from a load": (lambda: copy(torch.zeros(20), torch.zeros(20), mask_load=False), "loads outside x_ptr"),
+    "mask dropped from a load": (
+        lambda: copy(torch.zeros(20), torch.zeros(20), mask_load=False),
+        "loads outside x_ptr",
+    ),
     "mask dropped from a store": (
         lambda: copy(torch.zeros(20), torch.zeros(20), mask_store=False),
         "stores outside y_ptr (20,) with strides (1,), in 12 lanes, the first at element 20",
@@ -105,7 +108,10 @@ BUGS = {
         lambda: discarded_lanes_kernel[(1,)](torch.zeros(12), torch.zeros(12), 12, 16),
         "loads outside x_ptr",
     ),
-    "two lanes, one address": (lambda: one_address_kernel[(1,)](torch.zeros(8), False, 16), "has two lanes store to one"),
+    "two lanes, one address": (
+        lambda: one_address_kernel[(1,)](torch.zeros(8), False, 16),
+        "has two lanes store to one",
+    ),
     "two programs, one address": (
         lambda: one_address_kernel[(2,)](torch.zeros(16), True, 16),
         "program (1, 0, 0) stores what another program stores",
