@@ -98,7 +98,7 @@ def conv2d_forward_kernel(
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(INDEX)
     mask_m, mask_n = offs_m < M, offs_n < OC
     ow = offs_m % OW
     oh = offs_m // OW % OH
@@ -202,7 +202,7 @@ def conv2d_input_grad_kernel(
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(INDEX)
     QH, QW = tl.cdiv(H, SH), tl.cdiv(W, SW)
     ih = offs_m // QW % QH * SH + (phase_h + SH - PH % SH) % SH
     iw = offs_m % QW * SW + (phase_w + SW - PW % SW) % SW

@@ -90,6 +90,23 @@ def test_offsets_past_32_bits(device, unpoisoned):
         assert torch.equal(F.relu_(x.detach()), torch.relu(near))
 
 
+def test_strides_of_32_bits_whose_multiples_are_longer(device, unpoisoned):
+    """Channels 2^30 elements apart: each factor of an offset fits 32 bits, the offset of the third channel does not."""
+    size = (2, 3, 6, 6)
+    storage = torch.empty(2**31 + 72, dtype=torch.float16, device=device)
+    x = storage.as_strided(size, (36, 2**30, 6, 1)).copy_(torch.randn(size))
+    near = x.clone(memory_format=torch.contiguous_format)
+    w = torch.randn(4, 3, 3, 3, device=device).half()
+    pixels = torch.randn(size, device=device).half().requires_grad_()
+    for call in (
+        lambda t: F.conv2d(t, w, padding=1),
+        lambda t: F.conv2d(t, w[:3, :1], groups=3),
+        lambda t: F.max_pool2d(t, 2),
+        lambda t: torch.autograd.grad(F.conv2d(pixels, w[:3], padding=1), pixels, t)[0],
+    ):
+        torch.testing.assert_close(call(x), call(near), rtol=0, atol=0)
+
+
 def test_index_type():
     import triton.language as tl
 
