@@ -161,7 +161,7 @@ class Watch:
         self.violations.append(f"{self.kernel} ({_line()}): program {program} {what} {tensor.name} {shape}{element}")
 
     def resolve(self, what, ptrs, mask):
-        """(tensor, elements, inside, addresses) of the lanes switched on, one by one where they go astray."""
+        """(tensor, its elements that are touched, real addresses, mask), without the lanes that go astray."""
         addresses = ptrs.ravel()
         on = (mask if mask.shape == ptrs.shape else np.broadcast_to(mask, ptrs.shape)).ravel()
         tensor = self.tensors[min(max(int(addresses[0]) >> RANGE, 1), len(self.tensors)) - 1]
@@ -282,7 +282,7 @@ def guard_bands():
     Each storage is copied into the middle of a buffer of bytes 0xFF (NaN in every floating format), the kernel runs on
     the copy, and then all that is not an element of one of its tensors must be as before.
     """
-    violations, kernel_type = [], interpreter.InterpretedFunction if _interpreted() else JITFunction
+    violations, kernel_type = [], interpreter.InterpretedFunction if triton.knobs.runtime.interpret else JITFunction
     run = kernel_type.run
 
     def guarded_run(self, *args, grid, warmup, **kwargs):
@@ -319,7 +319,3 @@ def guard_bands():
         yield violations
     finally:
         kernel_type.run = run
-
-
-def _interpreted():
-    return triton.knobs.runtime.interpret

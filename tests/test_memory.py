@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from conftest import DEVICE
 
 import tritonnet
 import tritonnet.nn as nn
 import tritonnet.nn.functional as F
-
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="rides on the interpreter")
 
 # Backward passes with gradients for all inputs, in layouts with gaps where the name says so.
 CALLS = {
