@@ -79,14 +79,14 @@ class Tile(NamedTuple):
 SQUARE = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
-    "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3)),
+    "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 16, 4, 3)),
     "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
 }
 # For products of many more rows than columns, as the pixels of a batch are.
 TALL = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 32, 32, 4, 3)),
-    "ieee": (Tile(64, 64, 16, 4, 3), Tile(64, 32, 16, 4, 3)),
+    "ieee": (Tile(128, 64, 16, 8, 2), Tile(64, 32, 16, 4, 3)),
     "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
 }
 

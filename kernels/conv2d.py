@@ -214,6 +214,7 @@ def conv2d_input_grad_kernel(
     dy_ptr += group * OC * stride_yc
     w_ptr += group * OC * stride_wo + kh0 * stride_wh + kw0 * stride_ww
     y_rows = n * stride_yn
+    x_rows = n * stride_xn + ih * stride_xh + iw * stride_xw
     w_cols = offs_n * stride_wc
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -243,7 +244,6 @@ def conv2d_input_grad_kernel(
             acc = tl.dot(dy.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
             oc0, th, tw = next_block(oc0, th, tw, OC, taps_w, BLOCK_K)
 
-    x_rows = n * stride_xn + ih * stride_xh + iw * stride_xw
     x_offs = x_rows[:, None] + (group * C + offs_n)[None, :] * stride_xc
     tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 

@@ -1,6 +1,5 @@
 """Without a GPU the kernels run in Triton's interpreter, with one on the GPU; TRITONNET_TEST_DEVICE=cpu overrules."""
 
-import concurrent.futures
 import dataclasses
 import importlib.util
 import os
@@ -11,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# bench is not installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 DEVICE = os.environ.get("TRITONNET_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE == "cpu":
@@ -41,29 +43,13 @@ if DEVICE == "cpu":
     memory.watch.install()
 
 
-# Most tests keep one core busy; the other compiles for TARGETS meanwhile, and the tests of that come last.
+# The suite is spread over the cores by processes (pytest -n auto), not by threads.
 torch.set_num_threads(1)
-TARGETS = "sm_90", "sm_80", "sm_100", "gfx942"
 
 
-def pytest_collection_modifyitems(session, config, items):
-    items.sort(key=lambda item: "compiled" in item.fixturenames)  # stable: the others keep their order
-    if any("compiled" in item.fixturenames for item in items):
-        pool = concurrent.futures.ThreadPoolExecutor(1)
-        config.compile_jobs = {
-            target: pool.submit(run_python, "-m", "bench.compile", target, TRITON_INTERPRET=None) for target in TARGETS
-        }
-
-
-def pytest_unconfigure(config):
-    for job in getattr(config, "compile_jobs", {}).values():
-        job.cancel()
-
-
-@pytest.fixture
-def compiled(request):
-    """The finished process of bench.compile by target."""
-    return lambda target: request.config.compile_jobs[target].result()
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that it does not run alone at the end."""
+    items.sort(key=lambda item: not item.name.startswith("test_machine_code["))  # stable: the others keep their order
 
 
 @pytest.fixture

@@ -1,28 +1,18 @@
 """Every kernel compiles for each GPU that is named, without one, in every tile and format, within bench/budgets.toml.
 
 What no interpreter shows: shapes that tl.dot refuses, types that change inside a loop, spilled registers, products that
-miss the matrix units, loads of single elements.
+miss the matrix units, loads of single elements, times that cannot be good.
 """
 
 import importlib
-import json
 import pkgutil
-from pathlib import Path
 
 import pytest
-from conftest import TARGETS
+import triton
 
 import tritonnet.kernels
+from bench import FORMATS, TARGETS, budgets, machine_code
 from tritonnet.kernels import _common
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    import tomli as tomllib
-
-BUDGETS = tomllib.loads((Path(__file__).parents[1] / "bench/budgets.toml").read_text())
-PRODUCTS = "conv2d_", "linear_"
-FORMATS = {"bfloat16": "half", "float16": "half", "tf32": "tf32", "float32": "ieee", "float64": "fp64"}
 
 
 def every_kernel():
@@ -32,51 +22,27 @@ def every_kernel():
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
-def violations(records, target):
-    """A line for each record that is over a budget, saying which kernel, tile and format it is, and what is wrong."""
-    for r in records:
-        where = f"{target}: {r['kernel']}, {r['format']}, {r['case']}"
-        if "error" in r:
-            yield f"{where}: does not compile: {r['error']}"
-            continue
-        where += f", tile {r['tile']}, {r['num_warps']} warps"
-        for what in ("spilled", "shared"):
-            most = BUDGETS[f"{what}_bytes"][target]
-            if r[what] > most:
-                yield f"{where}: {r[what]} bytes {what}, {most} allowed"
-        if r["kernel"].startswith(PRODUCTS) and r["format"] in BUDGETS["matrix_units"][target] and not r["matrix"]:
-            yield f"{where}: no matrix instructions"
-        rule = BUDGETS["pipelined"]
-        if (
-            target == rule["arch"] and r["format"] in rule["formats"] and r["kernel"] in rule["kernels"]
-            and r["case"].startswith(tuple(rule["cases"]))
-        ):  # fmt: skip
-            if r["asynchronous"] is False:
-                yield f"{where}: the matrix pipeline waits for every product"
-            widest = max(map(int, r["loads"]))
-            if widest < 16 and f"{r['format']} {r['kernel']}" not in rule["narrow"]:
-                yield f"{where}: the widest load has {widest} bytes"
-
-
 @pytest.mark.parametrize("target", TARGETS)
-def test_machine_code(target, compiled):
-    result = compiled(target)
-    assert result.returncode == 0, result.stderr[-3000:]
-    records = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert not (found := list(violations(records, target))), "\n".join(found)
+def test_machine_code(target):
+    records = machine_code.compile_for(target)
+    assert not (found := list(budgets.violations(records))), "\n".join(found)
     assert {r["kernel"] for r in records} == every_kernel()
     # Each row of the tables of tiles has been compiled in each format.
     compiled_tiles = {(r["format"], r["tile"], r["num_warps"], r["num_stages"]) for r in records}
-    for format, rows in FORMATS.items():
+    for format, of in FORMATS.items():
+        rows = _common.number_format(*of)
         for tile in {*_common.SQUARE[rows], *_common.TALL[rows]}:
             row = format, f"{tile.M}x{tile.N}x{tile.K}", tile.num_warps, tile.num_stages
             assert row in compiled_tiles, f"{target}: the row {row} of the tables of tiles has not been compiled"
 
 
+SHAPE = "ResNet 3x3, 256"
 RECORD = {
-    "kernel": "conv2d_forward_kernel", "format": "bfloat16", "case": "taps, 128x128", "tile": "128x128x64",
-    "num_warps": 8, "spilled": 0, "shared": 98304, "loads": {"16": 4}, "matrix": {"HGMMA": 4}, "asynchronous": True,
+    "arch": "sm_90", "kernel": "conv2d_forward_kernel", "format": "bfloat16", "case": "taps, 128x128",
+    "tile": "128x128x64", "num_warps": 8, "spilled": 0, "shared": 98304, "loads": {"16": 4}, "stores": {"16": 4},
+    "dot": True, "matrix": {"HGMMA": 4}, "asynchronous": True,
 }  # fmt: skip
+TIMES = {"issue_us": 1.0, "l1_us": 1e6, "matrix_us": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -84,17 +50,50 @@ RECORD = {
     [
         ({}, None),
         ({"error": "CompilationError: unsupported"}, "does not compile: CompilationError"),
-        ({"spilled": 64}, "64 bytes spilled, 32 allowed"),
+        ({"spilled": 8}, "8 bytes spilled, 0 allowed"),
         ({"shared": 2**18}, "bytes shared"),
         ({"matrix": {}}, "no matrix instructions"),
-        ({"asynchronous": False}, "waits for every product"),
-        ({"loads": {"2": 64}}, "the widest load has 2 bytes"),
+        ({"asynchronous": False}, "no matrix pipeline that goes on"),
+        ({"asynchronous": None}, "no matrix pipeline that goes on"),
+        ({"loads": {"2": 64}}, "the widest of its loads has 2 bytes, not 16"),
+        ({"loads": {}}, "the widest of its loads has 0 bytes, not 16"),
+        ({"stores": {"8": 64}}, "the widest of its stores has 8 bytes, not 16"),
+        ({"case": SHAPE, "bounds": TIMES}, "its bound is 1000000.00 us, "),
+        ({"case": "taps, new", "bounds": TIMES}, "its bound of 1000000.00 us is not recorded"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_budgets_are_checked(change, message):
-    found = list(violations([{**RECORD, **change}], "sm_90"))
+def test_budgets_are_checked(change, message, monkeypatch):
+    monkeypatch.setitem(budgets.BUDGETS["bounds_us"], "triton", triton.__version__)
+    record = {**RECORD, **change}
+    found = list(budgets.violations([record]))
     assert bool(found) == bool(message)
     if message:
         assert len(found) == 1 and message in found[0]
-        assert found[0].startswith("sm_90: conv2d_forward_kernel, bfloat16, taps, 128x128")
+        assert found[0].startswith(f"sm_90: conv2d_forward_kernel, bfloat16, {record['case']}")
+
+
+def test_bounds_of_another_compiler_are_not_compared(monkeypatch):
+    monkeypatch.setitem(budgets.BUDGETS["bounds_us"], "triton", "0.0")
+    assert not list(budgets.violations([{**RECORD, "case": SHAPE, "bounds": TIMES}]))
+
+
+def test_report():
+    """The page and the recorded section of the budgets, from records of every sort."""
+    bounds = {**TIMES, "arithmetic_us": 5e5, "memory_us": 2.0}
+    more = {"num_stages": 3, "registers": 128}
+    records = [
+        {**RECORD, **more},
+        {**RECORD, **more, "case": "taps, 64x64", "asynchronous": False, "registers": 200},
+        {**RECORD, **more, "case": SHAPE, "bounds": bounds},
+    ]
+    page = machine_code.page({"sm_90": records})
+    assert "3 compilations of 1 kernels" in page
+    row = [cell.strip() for cell in page.splitlines()[-1].strip("| ").split("|")]
+    assert row == "conv2d_forward bfloat16 128x128x64 8 3 3 200 0 98304 16 16 HGMMA".split() + ["1 no, 2 yes"]
+    assert f"| {SHAPE} | conv2d_forward | bfloat16 | 128x128x64 |" in page and page.count("| 2 |") == 0
+    text = machine_code.with_bounds("[spilled_bytes]\nsm_90 = 0\n\n[bounds_us]\nold = 1\n", records)
+    again = budgets.tomllib.loads(text)
+    assert again["spilled_bytes"] == {"sm_90": 0}
+    recorded = {"triton": triton.__version__, SHAPE: {RECORD["kernel"]: {"bfloat16": 1e6}}}
+    assert again["bounds_us"] == recorded
