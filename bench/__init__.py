@@ -2,7 +2,7 @@
 
 import torch
 
-# The GPUs that every kernel is compiled for, the slowest to compile first: Triton's backend, architecture, lanes a warp.
+# The GPUs that every kernel is compiled for, slowest to compile first: Triton's backend, architecture, lanes of a warp.
 TARGETS = {
     "sm_90": ("cuda", 90, 32),
     "sm_80": ("cuda", 80, 32),

@@ -47,11 +47,11 @@ def round_to(value, dtype: tl.constexpr):
 
 
 def index_type(*tensors):
-    """int64 where an offset into one of the tensors may not fit int32, and the faster int32 elsewhere."""
+    """int64 where an offset into one of the tensors (or None) may not fit int32, and the faster int32 elsewhere."""
     # Lanes past the end compute offsets too, so the limit leaves room for a tile.
     limit = 2**31 - 2**20
     for t in tensors:
-        if max(t.numel(), t.untyped_storage().nbytes() // t.element_size()) > limit:
+        if t is not None and max(t.numel(), t.untyped_storage().nbytes() // t.element_size()) > limit:
             return tl.int64
     return tl.int32
 

@@ -124,7 +124,8 @@ def conv2d_forward_kernel(
             w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
             acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
-        c0, kh, kw = 0, 0, 0
+        start = tl.cast(0, INDEX)
+        c0, kh, kw = start, start, start
         for _ in range(0, KH * KW * ((C + BLOCK_K - 1) // BLOCK_K)):
             c = c0 + offs_k
             mask_k = c < C
@@ -154,7 +155,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
     flat = C < FLAT_BELOW
     if not flat:
         x, w = channels_inner(x), channels_inner(w)
-    index = index_type(x, w, y)
+    index = index_type(x, w, bias, y)
     tile = tile_for(TALL, M, OC, C * KH * KW if flat else C, x.dtype, index, C <= SHORT_K, flat)
     conv2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
         x, w, w if bias is None else bias, y,
@@ -231,7 +232,8 @@ def conv2d_input_grad_kernel(
             w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
             acc = tl.dot(dy.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
-        oc0, th, tw = 0, 0, 0
+        start = tl.cast(0, INDEX)
+        oc0, th, tw = start, start, start
         for _ in range(0, taps_h * taps_w * ((OC + BLOCK_K - 1) // BLOCK_K)):
             oc = oc0 + offs_k
             mask_k = oc < OC
@@ -302,7 +304,7 @@ def conv2d_weight_grad_kernel(
     split = pid // tiles_n // tiles_m // GROUPS
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(INDEX)
     mask_m = offs_m < OC
     if FLAT:
         j = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -63,7 +63,8 @@ def depthwise_forward_kernel(
             iw, in_w = source(ow * SW - PW + kw * DW, W, PAD_MODE)
             x_offs = (n * stride_xn + ih * stride_xh + iw * stride_xw)[:, None] + (oc // MULT * stride_xc)[None, :]
             x = tl.load(x_ptr + x_offs, mask=(mask_p & in_h & in_w)[:, None] & mask_c[None, :], other=0.0)
-            w = tl.load(w_ptr + oc * stride_wo + kh * stride_wh + kw * stride_ww, mask=mask_c, other=0.0)
+            w_offs = oc * stride_wo + tl.cast(kh, INDEX) * stride_wh + tl.cast(kw, INDEX) * stride_ww
+            w = tl.load(w_ptr + w_offs, mask=mask_c, other=0.0)
             acc += x.to(ACC) * w.to(ACC)[None, :]
 
     if HAS_BIAS:
@@ -86,7 +87,8 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
         OC=OC, MULT=OC // C, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None,
-        INDEX=index_type(x, w, y), ACC=acc_type(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
+        INDEX=index_type(x, w, bias, y), ACC=acc_type(x.dtype),
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
     return y
 
@@ -183,7 +185,7 @@ def depthwise_weight_grad_kernel(
     acc_b = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     first = split * per_split
     for p0 in range(first, tl.minimum(first + per_split, P), BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
+        p = p0 + tl.arange(0, BLOCK_P).to(INDEX)
         mask_p = p < tl.minimum(first + per_split, P)
         ow = p % OW
         oh = p // OW % OH

@@ -67,7 +67,7 @@ def forward(x, w, bias):
         M, N, K,
         *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
         HAS_BIAS=bias is not None,
-        INDEX=index_type(x, w, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
+        INDEX=index_type(x, w, bias, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip
     return y
@@ -99,7 +99,7 @@ def linear_weight_grad_kernel(
     first = split * per_split
     last = tl.minimum(first + per_split, M)
     for m0 in range(first, last, BLOCK_K):
-        offs_m = m0 + tl.arange(0, BLOCK_K)
+        offs_m = m0 + tl.arange(0, BLOCK_K).to(INDEX)
         mask_m = offs_m < last
         y_offs = (offs_n * stride_yn)[:, None] + (offs_m * stride_ym)[None, :]
         x_offs = (offs_m * stride_xm)[:, None] + (offs_k * stride_xk)[None, :]
@@ -115,7 +115,7 @@ def linear_weight_grad_kernel(
         if pid_k == 0:
             acc_b = tl.zeros((BLOCK_M, BLOCK_K), ACC)
             for m0 in range(first, last, BLOCK_K):
-                offs_m = m0 + tl.arange(0, BLOCK_K)
+                offs_m = m0 + tl.arange(0, BLOCK_K).to(INDEX)
                 y_offs = (offs_n * stride_yn)[:, None] + (offs_m * stride_ym)[None, :]
                 mask = mask_n[:, None] & (offs_m < last)[None, :]
                 acc_b += tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)

@@ -13,6 +13,7 @@ memory that nobody has written to holds NaN.
 """
 
 import contextlib
+import math
 import os
 import sys
 
@@ -35,12 +36,14 @@ class Tensor:
     def __init__(self, number, name, tensor, histories):
         self.name, self.tensor, self.itemsize = name, tensor, tensor.element_size()
         self.virtual = (number + 1 << RANGE) + (1 << RANGE - 1)
-        extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+        steps = [(n, s) for n, s in zip(tensor.shape, tensor.stride()) if s]  # an expanded dimension adds no element
+        count = math.prod(n for n, _ in steps) if tensor.numel() else 0
+        extent = sum((n - 1) * s for n, s in steps) + 1 if count else 0
         self.bytes = extent * self.itemsize
         self.elements = None  # all of the extent
-        if extent not in (0, tensor.numel()):
+        if extent != count:
             at = np.zeros(1, np.int64)
-            for size, stride in zip(tensor.shape, tensor.stride()):
+            for size, stride in steps:
                 at = (at[:, None] + np.arange(size) * stride).ravel()
             self.elements = np.zeros(extent, bool)
             self.elements[at] = True
@@ -48,8 +51,8 @@ class Tensor:
         storage = tensor.untyped_storage()
         key = storage.data_ptr(), self.itemsize
         if key not in histories:
-            count = storage.nbytes() // self.itemsize
-            histories[key] = np.zeros(count, np.int32), np.zeros(count, np.int32)
+            whole = storage.nbytes() // self.itemsize
+            histories[key] = np.zeros(whole, np.int32), np.zeros(whole, np.int32)
         first = tensor.storage_offset()
         self.loaded_by, self.stored_by = (history[first : first + extent] for history in histories[key])
         self.is_output = False

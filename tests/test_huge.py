@@ -1,0 +1,182 @@
+"""Offsets of every kernel past 2^31 elements, in tensors whose pages are touched in a few places only."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from memory import watched
+
+import tritonnet
+from tritonnet.kernels import launchers as L
+from tritonnet.kernels import padding
+
+BIG = 2**17
+WINDOW = (2, 2), (1, 1), (0, 0), (1, 1)
+
+
+def plain(groups=1, stride=1, mode="zeros"):
+    """What a convolution without padding is given after its tensors."""
+    return (stride, stride), (0,) * 4, (1, 1), groups, mode
+
+
+def empty(*size, last=False):
+    """Zeros, or what happens to be there where a tensor is huge: pages that nobody touches take no memory."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    t = torch.empty(size, dtype=torch.float16, memory_format=layout)
+    return t.zero_() if t.numel() < 2**20 else t
+
+
+def weight_grad(*arguments, with_bias=True):
+    """Both results of a weight gradient in one tensor."""
+    launcher = L.conv2d_weight_grad if len(arguments) > 2 else L.linear_weight_grad
+    return torch.cat([g.flatten() for g in launcher(*arguments, with_bias)])
+
+
+def many(*size, last=True, dtype=torch.float16):
+    """BIG images in the memory of one."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.zeros(1, *size, dtype=dtype).contiguous(memory_format=layout).expand(BIG, *size)
+
+
+# By kernel: calls whose result has more than 2^31 elements. Partial sums are missing: they are of at most 512 tiles.
+RESULTS = {
+    "conv2d_forward_kernel": [
+        lambda: L.conv2d(empty(1, 1, 2**13, 2**14), empty(17, 1, 1, 1), None, *plain()),
+        lambda: L.conv2d(many(16, 8, 8), empty(257, 16, 1, 1), empty(257), *plain()),
+    ],
+    "conv2d_input_grad_kernel": [
+        lambda: L.conv2d_input_grad(empty(1, 1, 2**13, 2**14), empty(1, 17, 1, 1), (1, 17, 2**13, 2**14), *plain()),
+        lambda: L.conv2d_input_grad(many(16, 8, 8), empty(16, 257, 1, 1), (BIG, 257, 8, 8), *plain()),
+        lambda: L.conv2d_input_grad(many(16, 8, 8), empty(16, 66, 2, 2), (BIG, 66, 16, 16), *plain(stride=2)),
+    ],
+    "conv2d_weight_grad_kernel": [
+        lambda: L.conv2d_weight_grad(empty(1, 2**20, 1, 1), empty(1, 15, 12, 12), (2**20, 15, 12, 12), *plain(), True),
+        lambda: L.conv2d_weight_grad(empty(1, 2**16, 1, 1), empty(1, 2**16, 1, 1), (2**16,) * 2 + (1, 1), *plain(), True),
+    ],
+    "depthwise_forward_kernel": [
+        lambda: L.conv2d(many(8, 16, 16), empty(72, 1, 1, 1), None, *plain(8)),
+        lambda: L.conv2d(many(8, 16, 16, last=False), empty(72, 1, 1, 1), None, *plain(8)),
+    ],
+    "depthwise_input_grad_kernel": [
+        lambda: L.conv2d_input_grad(many(16, 33, 33), empty(16, 1, 1, 1), (BIG, 16, 33, 33), *plain(16)),
+        lambda: L.conv2d_input_grad(many(16, 33, 33, last=False), empty(16, 1, 1, 1), (BIG, 16, 33, 33), *plain(16)),
+    ],
+    "depthwise_weight_grad_kernel": [
+        lambda: L.conv2d_weight_grad(
+            empty(1, 2**27, 1, 1), empty(1, 2**27, 17, 1), (2**27, 1, 17, 1), *plain(2**27), True
+        ),
+    ],
+    "fold_padding_kernel": [
+        lambda: padding.fold_padding(many(16, 35, 35), empty(BIG, 16, 33, 33), (1, 1, 1, 1), "reflect"),
+        lambda: padding.fold_padding(many(16, 35, 35), empty(BIG, 16, 33, 33, last=True), (1, 1, 1, 1), "circular"),
+    ],
+    "max_pool2d_forward_kernel": [
+        lambda: L.max_pool2d(many(16, 34, 34), *WINDOW, False),
+        lambda: L.max_pool2d(many(16, 34, 34, last=False), *WINDOW, False),
+    ],
+    "max_pool2d_scatter_kernel": [
+        lambda: L.max_pool2d_scatter(many(16, 32, 32), many(16, 32, 32, dtype=torch.uint8), (33, 33), *WINDOW),
+    ],
+    "max_pool2d_gather_kernel": [
+        lambda: L.max_pool2d_gather(many(16, 34, 34), many(16, 33, 33, dtype=torch.uint8), *WINDOW),
+        lambda: L.max_pool2d_indices(many(16, 33, 33, dtype=torch.uint8), 34, *WINDOW),
+    ],
+    "relu_kernel": [lambda: L.relu(empty(2**31 + 8)), lambda: L.relu_(empty(2**31 + 8))],
+    "relu_grad_kernel": [lambda: L.relu_grad(empty(2**31 + 8), empty(2**31 + 8))],
+    "linear_forward_kernel": [lambda: L.linear(empty(2**24, 8), empty(136, 8), empty(136))],
+    "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 16), True)],
+}  # fmt: skip
+
+
+def randn(*size):
+    return torch.randn(size).to(DEVICE, torch.float16)
+
+
+def last(*size):
+    return randn(*size).contiguous(memory_format=torch.channels_last)
+
+
+def code(*size):
+    return torch.randint(4, size, dtype=torch.uint8, device=DEVICE)
+
+
+IMAGES = (3, 3, 6, 6)
+PADDED = (1, 1), (1,) * 4, (1, 1)
+# By kernel: calls and their tensors, each of which is tried with each of its strides too long for 32 bits.
+INPUTS = {
+    "conv2d_forward_kernel": [
+        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"), randn(*IMAGES), randn(3, 3, 3, 3), randn(3)),
+        (lambda x, w: L.conv2d(x, w, None, *PADDED, 1, "zeros"), last(3, 16, 5, 4), last(3, 16, 3, 3)),
+    ],
+    "conv2d_input_grad_kernel": [
+        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 1, "zeros"), randn(*IMAGES), randn(3, 3, 3, 3)),
+        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 1, "zeros"), last(3, 16, 6, 6), last(16, 3, 3, 3)),
+    ],
+    "conv2d_weight_grad_kernel": [
+        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *PADDED, 1, "zeros"), randn(*IMAGES), randn(*IMAGES)),
+        (lambda dy, x: weight_grad(dy, x, (3, 16, 3, 3), *PADDED, 1, "zeros"), last(*IMAGES), last(3, 16, 6, 6)),
+    ],
+    "depthwise_forward_kernel": [
+        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 3, "zeros"), randn(*IMAGES), randn(6, 1, 3, 3), randn(6)),
+    ],
+    "depthwise_input_grad_kernel": [
+        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 3, "zeros"), randn(3, 6, 6, 6), randn(6, 1, 3, 3)),
+    ],
+    "depthwise_weight_grad_kernel": [
+        (lambda dy, x: weight_grad(dy, x, (6, 1, 3, 3), *PADDED, 3, "zeros"), randn(3, 6, 6, 6), randn(*IMAGES)),
+    ],
+    "fold_padding_kernel": [
+        (lambda dp: padding.fold_padding(dp, dp.new_empty(3, 3, 4, 4), (1,) * 4, "circular"), randn(*IMAGES)),
+    ],
+    "max_pool2d_forward_kernel": [(lambda x: L.max_pool2d(x, *WINDOW, False)[0], randn(*IMAGES))],
+    "max_pool2d_scatter_kernel": [
+        (lambda dy, c: L.max_pool2d_scatter(dy, c, (7, 7), *WINDOW), randn(*IMAGES), code(*IMAGES)),
+    ],
+    "max_pool2d_gather_kernel": [
+        (lambda x, c: L.max_pool2d_gather(x, c, *WINDOW), randn(3, 3, 7, 7), code(*IMAGES)),
+        (lambda c: L.max_pool2d_indices(c, 7, *WINDOW), code(*IMAGES)),
+    ],
+    "linear_forward_kernel": [(lambda x, w, b: L.linear(x, w, b), randn(3, 5), randn(4, 5), randn(4))],
+    "linear_weight_grad_kernel": [
+        (weight_grad, randn(3, 5), randn(3, 4)),
+    ],
+}  # fmt: skip
+# These run over dense tensors alone, which are as long as the result.
+DENSE = {"relu_kernel", "relu_grad_kernel"}
+
+
+def test_every_kernel_is_here():
+    kernels = {kernel.fn.__name__ for kernel in L.KERNELS} - {"sum_partials_kernel"}
+    assert set(RESULTS) == kernels and set(INPUTS) == kernels - DENSE
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can run a few programs of a launch")
+@pytest.mark.parametrize("kernel", RESULTS)
+def test_huge_results(kernel, unpoisoned):
+    """The first programs, the last, and some in between keep inside their tensors."""
+    for call in RESULTS[kernel]:
+        with watched(sample=5) as violations, tritonnet.count_launches() as launches:
+            call()
+        assert kernel in launches
+        assert not violations, "\n".join(violations)
+
+
+def far(t, dim):
+    """t with its elements so far apart along one dimension that, although each stride fits 32 bits, offsets do not."""
+    stride = list(t.stride())
+    stride[dim] = (2**31 + 64) // (t.size(dim) - 1)
+    storage = torch.empty(2**31 + 2**16, dtype=t.dtype, device=t.device)
+    return storage.as_strided(t.shape, stride).copy_(t)
+
+
+@pytest.mark.parametrize("kernel", INPUTS)
+def test_far_inputs(kernel, unpoisoned):
+    for call, *tensors in INPUTS[kernel]:
+        with tritonnet.count_launches() as launches:
+            expected = call(*tensors)
+        assert kernel in launches
+        for i, t in enumerate(tensors):
+            for dim in range(t.dim()):
+                if t.size(dim) > 1:
+                    moved = [far(t, dim) if j == i else other for j, other in enumerate(tensors)]
+                    result = call(*moved)
+                    torch.testing.assert_close(result, expected, rtol=0, atol=0, msg=f"tensor {i}, dimension {dim}")
