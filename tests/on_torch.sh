@@ -11,4 +11,4 @@ venv=.venv-torch-$version
 python3 -m venv "$venv"
 # The interpreter of triton 3.6, which torch 2.11 brings, needs numpy before 2.4.
 "$venv/bin/pip" install 'numpy<2.4' "torch$([ "$version" = latest ] || echo "==$version")" -e '.[test]'
-"$venv/bin/python" -m pytest "$@"
+"$venv/bin/python" -m pytest -n auto "$@"

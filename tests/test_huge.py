@@ -59,12 +59,13 @@ RESULTS = {
         lambda: L.conv2d(many(8, 16, 16, last=False), empty(72, 1, 1, 1), None, *plain(8)),
     ],
     "depthwise_input_grad_kernel": [
-        lambda: L.conv2d_input_grad(many(16, 33, 33), empty(16, 1, 1, 1), (BIG, 16, 33, 33), *plain(16)),
-        lambda: L.conv2d_input_grad(many(16, 33, 33, last=False), empty(16, 1, 1, 1), (BIG, 16, 33, 33), *plain(16)),
+        lambda: L.conv2d_input_grad(many(16, 30, 30), empty(16, 1, 4, 4), (BIG, 16, 33, 33), *plain(16)),
+        lambda: L.conv2d_input_grad(many(16, 30, 30, last=False), empty(16, 1, 4, 4), (BIG, 16, 33, 33), *plain(16)),
     ],
     "depthwise_weight_grad_kernel": [
         lambda: L.conv2d_weight_grad(
-            empty(1, 2**27, 1, 1), empty(1, 2**27, 17, 1), (2**27, 1, 17, 1), *plain(2**27), True
+            empty(1, 2**27, 1, 1), empty(1, 2**27, 1, 1), (2**27, 1, 17, 1),
+            (1, 1), (8, 8, 0, 0), (1, 1), 2**27, "zeros", True,
         ),
     ],
     "fold_padding_kernel": [
@@ -76,7 +77,9 @@ RESULTS = {
         lambda: L.max_pool2d(many(16, 34, 34, last=False), *WINDOW, False),
     ],
     "max_pool2d_scatter_kernel": [
-        lambda: L.max_pool2d_scatter(many(16, 32, 32), many(16, 32, 32, dtype=torch.uint8), (33, 33), *WINDOW),
+        lambda: L.max_pool2d_scatter(
+            many(16, 30, 30), many(16, 30, 30, dtype=torch.uint8), (33, 33), (4, 4), *WINDOW[1:]
+        ),
     ],
     "max_pool2d_gather_kernel": [
         lambda: L.max_pool2d_gather(many(16, 34, 34), many(16, 33, 33, dtype=torch.uint8), *WINDOW),
