@@ -73,7 +73,7 @@ RESULTS = {
         lambda: padding.fold_padding(many(16, 35, 35), empty(BIG, 16, 33, 33, last=True), (1, 1, 1, 1), "circular"),
     ],
     "max_pool2d_forward_kernel": [
-        lambda: L.max_pool2d(many(16, 34, 34), *WINDOW, False),
+        lambda: L.max_pool2d(many(20, 28, 28), (2, 2), (1, 1), (1, 1), (1, 1), False),  # the result alone is huge
         lambda: L.max_pool2d(many(16, 34, 34, last=False), *WINDOW, False),
     ],
     "max_pool2d_scatter_kernel": [
