@@ -169,6 +169,8 @@ def compile_instead(target, report):
 
     def compile(self, *args, grid, warmup, **kwargs):
         launch = Launch(**dict(zip(self.arg_names, args)), **kwargs, grid=grid)
+        # An error in LLVM may end the process; this is then the last that was heard of it.
+        print(f"compiling {self.fn.__name__}", file=sys.stderr, flush=True)
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         except Exception as e:
@@ -214,6 +216,7 @@ def main(arch):
     compile_instead(target, report)
     for format, case, call in calls(arch):
         label.update(format=format, case=case)
+        print(f"{arch}, {format}, {case}:", file=sys.stderr)
         call()
 
     assembler = [kernel.asm["amdgcn"] for _, _, kernel, _ in compiled] if target.backend == "hip" else []

@@ -34,7 +34,7 @@ def compile_for(arch):
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not records:
-        raise RuntimeError(f"python -m bench.compile {arch} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"python -m bench.compile {arch} failed:\n{done.stderr[-2000:]}")
     return records
 
 
