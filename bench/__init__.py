@@ -2,8 +2,8 @@
 
 import torch
 
-# The GPUs that every kernel is compiled for: Triton's backend, architecture, lanes of a warp. The slowest to compile and
-# the fastest come first, so that the tests take two processes equally long.
+# The GPUs that every kernel is compiled for: Triton's backend, architecture, lanes of a warp. The slowest to compile
+# and the fastest come first, so that the tests take two processes equally long.
 TARGETS = {
     "sm_90": ("cuda", 90, 32),
     "gfx942": ("hip", "gfx942", 64),

@@ -26,6 +26,12 @@ def _forward(a):
     return blocks, [], a.y_ptr.numel() * a.C * a.KH * a.KW
 
 
+def _forward_pooled(a):
+    # The loop over the window's positions stands around the loop with the products.
+    blocks, _, products = _forward(a)
+    return blocks, [a.WH * a.WW], products * a.WH * a.WW
+
+
 def _input_grad(a):
     taps = [len(range(h, a.KH, a.SH)) * len(range(w, a.KW, a.SW)) for h in range(a.SH) for w in range(a.SW)]
     blocks = [_cdiv(a.OC * n, a.BLOCK_K) if a.FLAT else n * _cdiv(a.OC, a.BLOCK_K) for n in taps]
@@ -52,6 +58,12 @@ def _pool(a):
     return 0, [a.KH, a.KW], 0
 
 
+def _cross_entropy(a):
+    # The weights, the rows; the two walks over a row, one after the other inside the rows' loop.
+    columns = _cdiv(a.C, a.BLOCK_C)
+    return 0, [_cdiv(a.N, a.BLOCK_N), _cdiv(a.rows, a.BLOCK_N), columns, columns], 0
+
+
 def _scatter(a):
     return 0, [_cdiv(a.KH, a.STEP_H), _cdiv(a.KW, a.STEP_W)], 0
 
@@ -60,10 +72,12 @@ def _scatter(a):
 # the whole launch. A kernel that is not here has no loop.
 MODEL = {
     "conv2d_forward_kernel": _forward,
+    "conv2d_relu_max_pool2d_forward_kernel": _forward_pooled,
     "conv2d_input_grad_kernel": _input_grad,
     "conv2d_weight_grad_kernel": _weight_grad,
     "linear_forward_kernel": _linear,
     "linear_weight_grad_kernel": _linear_weight_grad,
+    "cross_entropy_kernel": _cross_entropy,
     "max_pool2d_forward_kernel": _pool,
     "max_pool2d_scatter_kernel": _scatter,
     "sum_partials_kernel": lambda a: (0, [a.SPLITS], 0),

@@ -44,6 +44,12 @@ class Calls:
         launchers.conv2d_input_grad(dy, w, x.shape, *g)
         launchers.conv2d_weight_grad(dy, x, w.shape, *g, bias)
 
+    def conv_pool(self, n, c, h, oc, k, pad=0, pool=(2, 2, 0), last=True):
+        """Forward through rectifier and pooling, whose window, stride and padding are `pool`."""
+        x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c, k, k, last=last)
+        window = [(value, value) for value in pool]
+        launchers.conv2d_relu_max_pool2d(x, w, self.tensor(oc), (1, 1), (pad,) * 4, (1, 1), 1, "zeros", *window)
+
     def conv_forward(self, c, oc, k):
         """Forward alone: the product is (4096, c * k * k) x (c * k * k, oc)."""
         x, w = self.tensor(4, c, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
@@ -72,12 +78,25 @@ class Calls:
         y = launchers.relu(self.tensor(*size, last=last))
         launchers.relu_grad(y, y)
 
+    def cross_entropy(self, n, c, weighted=False):
+        weight = self.tensor(c) if weighted else None
+        target = torch.empty(n, dtype=torch.int64)
+        launchers.cross_entropy(self.tensor(n, c), target, weight, "mean", -100, 0.1 if weighted else 0.0)
+
     def linear(self, m, k, n):
         """Forward and both gradients."""
         x, w = self.tensor(m, k), self.tensor(n, k)
         dy = launchers.linear(x, w, self.tensor(n))
         launchers.linear(dy, w.t(), None)
         launchers.linear_weight_grad(dy, x, True)
+
+    def rectified(self):
+        """The products that end in a rectifier."""
+        geometry = (1, 1), (1,) * 4, (1, 1)
+        x = self.tensor(4, 32, 16, 16, last=True)
+        launchers.conv2d_relu(x, self.tensor(32, 32, 3, 3, last=True), None, *geometry, 1, "zeros")
+        launchers.conv2d_relu(x, self.tensor(32, 1, 3, 3), None, *geometry, 32, "zeros")
+        launchers.linear_relu(self.tensor(256, 64), self.tensor(64, 64), None)
 
     def past_32_bits(self):
         """Each operator with a tensor of more than 2^31 elements."""
@@ -87,6 +106,8 @@ class Calls:
         self.conv(1, 2, 2**15, 2, 3, groups=2, last=False)
         self.conv(1, 1, 2**15 + 1, 1, 3, mode="reflect", last=False)
         self.pool((1, 1, 2**16, 2**15 + 1), 2, 2, 0, False)
+        self.conv_pool(1, 16, 11600, 16, 1)
+        self.cross_entropy(big // 64, 128)
         self.relu(big + 8)
         self.linear(big // 16, 64, 32)
 
@@ -97,6 +118,9 @@ def shapes(c):
     yield "LeNet conv2", lambda: c.conv(1024, 6, 14, 16, 5, pad=0, last=False, bias=True)
     yield "LeNet pool", lambda: c.pool((1024, 6, 28, 28), 2, 2, 0, False, all=False)
     yield "LeNet relu", lambda: c.relu(1024, 6, 28, 28)
+    yield "LeNet conv1 to pool", lambda: c.conv_pool(1024, 1, 28, 6, 5, pad=2, last=False)
+    yield "LeNet conv2 to pool", lambda: c.conv_pool(1024, 6, 14, 16, 5, last=False)
+    yield "LeNet loss", lambda: c.cross_entropy(1024, 10)
     yield "LeNet fc1", lambda: c.linear(1024, 400, 120)
     yield "LeNet fc3", lambda: c.linear(1024, 84, 10)
     yield "ResNet 7x7/2, 3 to 64", lambda: c.conv(64, 3, 224, 64, 7, stride=2)
@@ -121,6 +145,10 @@ def coverage(c, format):
             name = f"{walk}, {tile.M}x{tile.N}"
             yield name, lambda n=tile.N, k=k, channels=channels: c.conv_forward(channels, n, k)
             yield name, lambda n=tile.N, k=k, channels=channels: c.conv_input_grad(n, channels, k)
+    for tile in _common.POOLED[rows]:
+        for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
+            size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
+            yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
     for tile in _common.SQUARE[rows]:
         for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
             if walk == "flat" and tile.N > conv2d.NARROW_N:
@@ -133,11 +161,13 @@ def coverage(c, format):
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
     yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
     yield "relu", lambda: c.relu(4096)
+    yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
 
 
 def switches(c):
     """(name, call) that turn each switch of a kernel that no tile depends on."""
     yield "groups, dilation", lambda: c.conv(4, 64, 16, 64, 3, dilation=2, groups=2)
+    yield "rectified", c.rectified
     for mode in ("reflect", "replicate", "circular"):
         yield mode, lambda mode=mode: c.conv(4, 64, 16, 64, 3, mode=mode)
     yield "past 2^31", c.past_32_bits

@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -117,7 +118,8 @@ def with_bounds(text, records):
         if "bounds" in r:
             kernel = figures[r["case"]][r["kernel"]]
             kernel[r["format"]] = max(kernel.get(r["format"], 0), bound(r))
-    lines = [text[: text.index("[bounds_us]")] + f'[bounds_us]\ntriton = "{triton.__version__}"\n']
+    text = re.sub(r'^triton = ".*"$', f'triton = "{triton.__version__}"', text, flags=re.M)
+    lines = [text[: text.index("[bounds_us]")] + "[bounds_us]\n"]
     for case, kernels in figures.items():
         lines.append(f'\n[bounds_us."{case}"]\n')
         for kernel, formats in kernels.items():

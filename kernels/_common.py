@@ -89,6 +89,13 @@ TALL = {
     "ieee": (Tile(128, 64, 16, 8, 2), Tile(64, 32, 16, 4, 3)),
     "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
 }
+# For as many rows, where the best so far and its position take as many registers as the products.
+POOLED = {
+    "half": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3)),
+    "tf32": (Tile(64, 64, 32, 8, 3),),
+    "ieee": (Tile(64, 32, 16, 8, 2),),
+    "fp64": (Tile(32, 16, 16, 4, 2),),
+}
 
 
 def number_format(dtype, precision):
@@ -102,12 +109,12 @@ def _block(size, least, most):
 
 
 def gemm_tile(table, M, N, K, dtype, precision):
-    """The tile of `table`, SQUARE or TALL, for an (M, K) x (K, N) product: the widest that it fills over half of."""
+    """The tile of a table for an (M, K) x (K, N) product: the widest that it fills over half of."""
     if INTERPRETED:
         # The interpreter's time goes by the operation, whatever its size: few tiles, yet more than one.
         return Tile(_block(M // 3, 32, 4096), _block(N // 2, 16, 128), _block(K // 4, 32, 256), 4, 1)
     tiles = table[number_format(dtype, precision)]
-    return next((t for t in tiles if N > t.N // 2 and (M > t.M // 2 or table is TALL)), tiles[-1])
+    return next((t for t in tiles if N > t.N // 2 and (M > t.M // 2 or table is not SQUARE)), tiles[-1])
 
 
 def flat_block(numel, block):

@@ -75,42 +75,16 @@ def next_block(c, kh, kw, C, KW, BLOCK: tl.constexpr):
     return c, kh, kw
 
 
-@triton.jit(do_not_specialize=["M"])
-def conv2d_forward_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr,
-    M, H, W, OH, OW,
-    stride_xn, stride_xc, stride_xh, stride_xw,
-    stride_wo, stride_wc, stride_wh, stride_ww,
-    stride_b,
-    stride_yn, stride_yc, stride_yh, stride_yw,
-    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, FLAT: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def add_patches(
+    acc, x_ptr, w_ptr, x_rows, w_cols, ih0, iw0, mask_m, mask_n, H, W,
+    stride_xc, stride_xh, stride_xw, stride_wc, stride_wh, stride_ww,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    PAD_MODE: tl.constexpr, FLAT: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
-    pid = tl.program_id(0).to(INDEX)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(OC, BLOCK_N)
-    pid_n = pid % tiles_n
-    pid_m = pid // tiles_n % tiles_m
-    group = pid // tiles_n // tiles_m
-
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    """acc and the products of the patches whose first pixels are (ih0, iw0), one a row, with the filters."""
     offs_k = tl.arange(0, BLOCK_K).to(INDEX)
-    mask_m, mask_n = offs_m < M, offs_n < OC
-    ow = offs_m % OW
-    oh = offs_m // OW % OH
-    n = offs_m // OW // OH
-    ih0, iw0 = oh * SH - PH, ow * SW - PW
-
-    x_ptr += group * C * stride_xc
-    w_ptr += group * OC * stride_wo
-    x_rows = n * stride_xn
-    w_cols = offs_n * stride_wo
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if FLAT:
         for k0 in range(0, C * KH * KW, BLOCK_K):
             k = k0 + offs_k
@@ -137,16 +111,64 @@ def conv2d_forward_kernel(
             w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
             acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
             c0, kh, kw = next_block(c0, kh, kw, C, KW, BLOCK_K)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def conv2d_forward_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr,
+    M, H, W, OH, OW,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    stride_wo, stride_wc, stride_wh, stride_ww,
+    stride_b,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, FLAT: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
+    pid = tl.program_id(0).to(INDEX)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(OC, BLOCK_N)
+    pid_n = pid % tiles_n
+    pid_m = pid // tiles_n % tiles_m
+    group = pid // tiles_n // tiles_m
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < OC
+    ow = offs_m % OW
+    oh = offs_m // OW % OH
+    n = offs_m // OW // OH
+    ih0, iw0 = oh * SH - PH, ow * SW - PW
+
+    x_ptr += group * C * stride_xc
+    w_ptr += group * OC * stride_wo
+    x_rows = n * stride_xn
+    w_cols = offs_n * stride_wo
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = add_patches(
+        acc, x_ptr, w_ptr, x_rows, w_cols, ih0, iw0, mask_m, mask_n, H, W,
+        stride_xc, stride_xh, stride_xw, stride_wc, stride_wh, stride_ww,
+        C, KH, KW, DH, DW, PAD_MODE, FLAT, INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
+    )  # fmt: skip
 
     if HAS_BIAS:
         acc += tl.load(b_ptr + (group * OC + offs_n) * stride_b, mask=mask_n, other=0.0).to(ACC)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
     y_rows = n * stride_yn + oh * stride_yh + ow * stride_yw
     y_offs = y_rows[:, None] + (group * OC + offs_n)[None, :] * stride_yc
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
-    """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype."""
+def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
+    """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype.
+
+    With `relu` what is negative becomes 0.
+    """
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() == 0:
         return y
@@ -163,7 +185,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
         *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, FLAT=flat,
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, FLAT=flat,
         INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def depthwise_forward_kernel(
     stride_yn, stride_yc, stride_yh, stride_yw,
     OC: tl.constexpr, MULT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(INDEX)
@@ -69,11 +69,13 @@ def depthwise_forward_kernel(
 
     if HAS_BIAS:
         acc += tl.load(b_ptr + oc * stride_b, mask=mask_c, other=0.0).to(ACC)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
     y_offs = (n * stride_yn + oh * stride_yh + ow * stride_yw)[:, None] + (oc * stride_yc)[None, :]
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_c[None, :])
 
 
-def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
+def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
     """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype."""
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() == 0:
@@ -86,7 +88,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode):
         *x.stride(), w.stride(0), *w.stride()[2:], 0 if bias is None else bias.stride(0), *y.stride(),
         OC=OC, MULT=OC // C, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None,
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu,
         INDEX=index_type(x, w, bias, y), ACC=acc_type(x.dtype),
         BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip

@@ -29,7 +29,7 @@ def linear_forward_kernel(
     stride_wn, stride_wk,
     stride_b,
     stride_ym, stride_yn,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -51,12 +51,14 @@ def linear_forward_kernel(
 
     if HAS_BIAS:
         acc += tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(ACC)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
     y_offs = (offs_m * stride_ym)[:, None] + (offs_n * stride_yn)[None, :]
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def forward(x, w, bias):
-    """x (M, K), w (N, K), bias (N) or None -> y (M, N), of one floating dtype."""
+def forward(x, w, bias, relu=False):
+    """x (M, K), w (N, K), bias (N) or None -> y (M, N), of one floating dtype; with `relu` what is negative is 0."""
     y = shapes.linear(x, w)
     if y.numel() == 0:
         return y
@@ -66,7 +68,7 @@ def forward(x, w, bias):
         x, w, w if bias is None else bias, y,
         M, N, K,
         *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bias is not None, RELU=relu,
         INDEX=index_type(x, w, bias, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip

@@ -8,7 +8,8 @@
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 
 The maximum is torch's: a NaN wins, of several NaNs the last, of equal values the first, and a window of -inf names
-its first pixel inside the image. Scatter and gather are each other's transpose, so each is the other's gradient.
+its first pixel inside the image. Scatter and gather are each other's transpose, so each is the other's gradient; a
+code of KH * KW names no pixel, and what is gathered by it is 0.
 """
 
 import triton
@@ -148,7 +149,7 @@ def max_pool2d_gather_kernel(
     numel, C, W, OH, OW,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_cn, stride_cc, stride_ch, stride_cw,
-    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     INDICES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
@@ -164,7 +165,8 @@ def max_pool2d_gather_kernel(
     if INDICES:
         tl.store(t_ptr + offs, ih.to(tl.int64) * W + iw, mask=mask)
     else:
-        x = tl.load(x_ptr + n * stride_xn + c * stride_xc + ih * stride_xh + iw * stride_xw, mask=mask, other=0.0)
+        x_offs = n * stride_xn + c * stride_xc + ih * stride_xh + iw * stride_xw
+        x = tl.load(x_ptr + x_offs, mask=mask & (code < KH * KW), other=0.0)
         tl.store(t_ptr + offs, x, mask=mask)
 
 
@@ -185,7 +187,8 @@ def _gather(x, code, t, width, kernel, stride, padding, dilation, indices):
         max_pool2d_gather_kernel, t,
         x, code, t,
         t.numel(), t.shape[1], width, *t.shape[2:], *x.stride(), *code.stride(),
-        KW=kernel[1], SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
+        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1],
+        PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
         INDICES=indices, INDEX=index_type(x, code, t),
     )  # fmt: skip
     return t

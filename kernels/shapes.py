@@ -70,9 +70,20 @@ def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
 def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
     """The values, and the code of each window: the position of its maximum, kh * KW + kw, in the narrowest type."""
     size = (*x.shape[:2], *max_pool2d_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode))
-    positions = kernel[0] * kernel[1]
-    code = torch.uint8 if positions <= 2**8 else torch.int16 if positions <= 2**15 else torch.int32
-    return _empty(x, size, x), _empty(x, size, x, dtype=code)
+    return _empty(x, size, x), _empty(x, size, x, dtype=_code_type(kernel[0] * kernel[1] - 1))
+
+
+def _code_type(largest):
+    """The narrowest integer type that holds every code."""
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+
+
+def conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding):
+    """The values, and the code of each window as in max_pool2d, or KH * KW where the rectifier let nothing through."""
+    size = conv2d_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    size = max_pool2d_size(size, pool_kernel, pool_stride, pool_padding, (1, 1), False)
+    size, code = (x.shape[0], w.shape[0], *size), _code_type(pool_kernel[0] * pool_kernel[1])
+    return _empty(x, size, x, w), _empty(x, size, x, w, dtype=code)
 
 
 def max_pool2d_scatter(dy, code, size):
@@ -99,3 +110,8 @@ def linear(x, w):
 def linear_weight_grad(dy, x, with_bias):
     """dy is (M, N), x is (M, K)."""
     return dy.new_empty(dy.shape[1], x.shape[1]), dy.new_empty(dy.shape[1] if with_bias else 0)
+
+
+def cross_entropy(x, reduction):
+    """The loss, one or one a row, and its gradient; x is (N, C)."""
+    return x.new_empty(x.shape[:1] if reduction == "none" else ()), x.new_empty(x.shape)

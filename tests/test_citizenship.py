@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.func as tf
-import torch.nn.functional as TF
+import unfused as TF
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +29,17 @@ OPERATORS = {
     "relu": (lambda f, x: f.relu(x), (4, 3, 5)),
     "relu_": (lambda f, x: f.relu_(x * 1.5), (4, 3, 5)),
     "linear": (lambda f, x, w, b: f.linear(x, w, b), (4, 3, 5), (6, 5), (6,)),
+    "conv2d_relu": (lambda f, x, w, b: f.conv2d_relu(x, w, b, padding=1), (4, 2, 3, 4), (3, 2, 2, 3), (3,)),
+    "conv2d_relu_max_pool2d": (
+        lambda f, x, w, b: f.conv2d_relu_max_pool2d(
+            x, w, b, (1, 2), 1, groups=2, pool_kernel_size=(2, 3), pool_padding=1
+        ),
+        (4, 4, 4, 7), (4, 2, 3, 2), (4,),
+    ),
+    "linear_relu": (lambda f, x, w, b: f.linear_relu(x, w, b), (4, 3, 5), (6, 5), (6,)),
+    "cross_entropy": (
+        lambda f, x: f.cross_entropy(x, torch.arange(x.shape[0], device=x.device) % 5, label_smoothing=0.1), (4, 5),
+    ),
 }  # fmt: skip
 
 
@@ -394,10 +405,17 @@ def operator_calls(device):
     x, w = t(2, 4, 6, 7), t(6, 2, 3, 2)
     dy = torch.randn_like(ops.conv2d(x, w, None, *conv)).requires_grad_()
     y, code = ops.max_pool2d(x.detach(), *window, False)
+    pool = ([2, 2], [2, 1], [1, 0])
+    q, dead = ops.conv2d_relu_max_pool2d(x.detach(), w.detach(), None, *conv, *pool)
+    dq, weight = torch.randn_like(q).requires_grad_(), t(4).detach().abs()
     return {
         ops.conv2d: (x, w, t(6), *conv),
         ops.conv2d_input_grad: (dy, w, list(x.shape), *conv),
         ops.conv2d_weight_grad: (dy, x, list(w.shape), *conv, True),
+        ops.conv2d_relu: (x, w, t(6), *conv),
+        ops.conv2d_relu_max_pool2d: (x, w, t(6), *conv, *pool),
+        ops.conv2d_relu_max_pool2d_input_grad: (dq, dead, w, list(x.shape), *conv, *pool),
+        ops.conv2d_relu_max_pool2d_weight_grad: (dq, dead, x, list(w.shape), *conv, *pool, True),
         ops.max_pool2d: (x, *window, False),
         ops.max_pool2d_scatter: (torch.randn_like(y).requires_grad_(), code, [6, 7], *window),
         ops.max_pool2d_gather: (x, code, *window),
@@ -405,7 +423,9 @@ def operator_calls(device):
         ops.relu: (x,),
         ops.relu_: (x.detach().clone(),),
         ops.relu_grad: (t(3, 4), t(3, 4)),
+        ops.cross_entropy: (t(3, 4), torch.tensor([1, -100, 3], device=device), weight, "mean", -100, 0.1),
         ops.linear: (t(3, 4), t(5, 4), t(5)),
+        ops.linear_relu: (t(3, 4), t(5, 4), t(5)),
         ops.linear_weight_grad: (t(3, 5), t(3, 4), True),
     }
 

@@ -35,6 +35,23 @@ CASES = {
     "max_pool2d dilated, ceil_mode": (
         lambda x: F.max_pool2d(x, 2, (1, 2), 1, (2, 1), True), (distinct, (1, 2, 5, 4)),
     ),
+    "conv2d_relu": (lambda x, w, b: F.conv2d_relu(x, w, b, padding=1), (draw, (1, 2, 3, 3), (2, 2, 3, 2), (2,))),
+    "conv2d_relu_max_pool2d": (
+        lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b, padding=1), (draw, (1, 2, 5, 4), (2, 2, 3, 2), (2,)),
+    ),
+    "conv2d_relu_max_pool2d, overlapping": (
+        lambda x, w, b: F.conv2d_relu_max_pool2d(
+            x, w, b, 1, 1, 2, 2, pool_kernel_size=3, pool_stride=2, pool_padding=1
+        ),
+        (draw, (1, 2, 5, 4), (2, 1, 2, 2), (2,)),
+    ),
+    "cross_entropy": (
+        lambda x: F.cross_entropy(x, torch.tensor([1, 3, 0], device=x.device), label_smoothing=0.2), (draw, (3, 4)),
+    ),
+    "cross_entropy of each row": (
+        lambda x: F.cross_entropy(x, torch.tensor([1, 3, -100], device=x.device), reduction="none"), (draw, (3, 4)),
+    ),
+    "linear_relu": (F.linear_relu, (draw, (2, 3, 4), (3, 4), (3,))),
     "relu": (F.relu, (draw, (3, 4))),
     "relu in place": (lambda x: F.relu_(x * 1), (draw, (3, 4))),
     "linear": (F.linear, (draw, (2, 3, 4), (3, 4), (3,))),

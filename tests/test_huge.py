@@ -54,6 +54,14 @@ RESULTS = {
             empty(1, 2**16, 1, 1), empty(1, 2**16, 1, 1), (2**16, 2**16, 1, 1), *plain(), True
         ),
     ],
+    "conv2d_relu_max_pool2d_forward_kernel": [
+        lambda: L.conv2d_relu_max_pool2d(
+            empty(1, 1, 2**13, 2**14), empty(17, 1, 1, 1), None, *plain(), (2, 2), (1, 1), (1, 1)
+        ),
+        lambda: L.conv2d_relu_max_pool2d(
+            many(16, 8, 8), empty(257, 16, 1, 1), empty(257), *plain(), (2, 2), (1, 1), (1, 1)
+        ),
+    ],
     "depthwise_forward_kernel": [
         lambda: L.conv2d(many(8, 16, 16), empty(72, 1, 1, 1), None, *plain(8)),
         lambda: L.conv2d(many(8, 16, 16, last=False), empty(72, 1, 1, 1), None, *plain(8)),
@@ -66,6 +74,11 @@ RESULTS = {
         lambda: L.conv2d_weight_grad(
             empty(1, 2**27, 1, 1), empty(1, 2**27, 1, 1), (2**27, 1, 17, 1),
             (1, 1), (8, 8, 0, 0), (1, 1), 2**27, "zeros", True,
+        ),
+    ],
+    "cross_entropy_kernel": [
+        lambda: L.cross_entropy(
+            empty(2**24, 136), torch.zeros(1, dtype=torch.int64).expand(2**24), None, "sum", 0, 0.0
         ),
     ],
     "fold_padding_kernel": [
@@ -106,6 +119,12 @@ def code(*size):
 
 IMAGES = (3, 3, 6, 6)
 PADDED = (1, 1), (1,) * 4, (1, 1)
+
+
+def fused(x, w, b):
+    return L.conv2d_relu_max_pool2d(x, w, b, *PADDED, 1, "zeros", (2, 2), (2, 1), (1, 0))[0]
+
+
 # By kernel: calls and their tensors, each of which is tried with each of its strides too long for 32 bits.
 INPUTS = {
     "conv2d_forward_kernel": [
@@ -120,6 +139,10 @@ INPUTS = {
         (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *PADDED, 1, "zeros"), randn(*IMAGES), randn(*IMAGES)),
         (lambda dy, x: weight_grad(dy, x, (3, 16, 3, 3), *PADDED, 1, "zeros"), last(*IMAGES), last(3, 16, 6, 6)),
     ],
+    "conv2d_relu_max_pool2d_forward_kernel": [
+        (fused, randn(*IMAGES), randn(3, 3, 3, 3), randn(3)),
+        (fused, last(3, 16, 5, 4), last(3, 16, 3, 3), randn(3)),
+    ],
     "depthwise_forward_kernel": [
         (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 3, "zeros"), randn(*IMAGES), randn(6, 1, 3, 3), randn(6)),
     ],
@@ -128,6 +151,12 @@ INPUTS = {
     ],
     "depthwise_weight_grad_kernel": [
         (lambda dy, x: weight_grad(dy, x, (6, 1, 3, 3), *PADDED, 3, "zeros"), randn(3, 6, 6, 6), randn(*IMAGES)),
+    ],
+    "cross_entropy_kernel": [
+        (
+            lambda x, t, w: L.cross_entropy(x, t, w, "mean", -100, 0.1)[1],
+            randn(3, 4), torch.tensor([1, 0, 3], device=DEVICE), randn(4),
+        ),
     ],
     "fold_padding_kernel": [
         (lambda dp: padding.fold_padding(dp, dp.new_empty(3, 3, 4, 4), (1,) * 4, "circular"), randn(*IMAGES)),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import tritonnet
 import tritonnet.nn as nn
@@ -14,6 +15,17 @@ CALLS = {
     "conv2d grouped": lambda t: F.conv2d(t(2, 6, 7, 6), t(4, 3, 3, 3), t(4), (1, 2), groups=2),
     "conv2d many tiles": lambda t: F.conv2d(t(3, 20, 12, 11), t(40, 20, 3, 3), t(40)),
     "conv2d depthwise": lambda t: F.conv2d(t(2, 10, 7, 6), t(20, 1, 3, 2), t(20), 2, 1, groups=10),
+    "conv2d_relu": lambda t: F.conv2d_relu(t(2, 18, 7, 6), t(17, 18, 3, 2), t(17)),
+    "conv2d_relu_max_pool2d flat": lambda t: F.conv2d_relu_max_pool2d(t(3, 3, 13, 12), t(5, 3, 3, 3), t(5), padding=1),
+    "conv2d_relu_max_pool2d by taps": lambda t: F.conv2d_relu_max_pool2d(
+        t(2, 20, 9, 9), t(40, 20, 3, 3), t(40), pool_kernel_size=3, pool_stride=2, pool_padding=1
+    ),
+    "conv2d_relu_max_pool2d grouped": lambda t: F.conv2d_relu_max_pool2d(t(2, 6, 9, 6), t(4, 3, 3, 3), groups=2),
+    "cross_entropy": lambda t: F.cross_entropy(t(70, 90), torch.arange(70, device=DEVICE), t(90).detach().abs()),
+    "cross_entropy of each row": lambda t: F.cross_entropy(
+        t(70, 90), torch.arange(70, device=DEVICE), reduction="none", label_smoothing=0.1
+    ),
+    "linear_relu": lambda t: F.linear_relu(t(70, 40), t(33, 40), t(33)),
     "conv2d reflect": lambda t: F._conv2d(t(2, 4, 5, 6), t(3, 4, 3, 3), t(3), 2, (2, 1), 1, 1, "reflect"),
     "conv2d circular depthwise": lambda t: F._conv2d(t(2, 4, 5, 6), t(4, 1, 3, 3), t(4), 1, (5, 6), 1, 4, "circular"),
     "max_pool2d": lambda t: F.max_pool2d(t(2, 5, 11, 9), 3, 2, 1, ceil_mode=True),

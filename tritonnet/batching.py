@@ -4,6 +4,8 @@ A rule takes the batch size, the batch dimension of each argument (None for one 
 the results with their batch dimensions. All of them end in the same operators.
 """
 
+import torch
+
 from . import ops
 from .registration import register_batching
 
@@ -34,6 +36,47 @@ def _conv2d(info, dims, x, w, bias, stride, padding, dilation, groups, pad_mode)
     fused, rest = (bias, None) if bias_dim is None else (None, _front(info, bias, bias_dim))
     y = ops.conv2d(_as_images(x), w, fused, stride, padding, dilation, groups, pad_mode).unflatten(0, (B, x.shape[1]))
     return (y if rest is None else y + rest[:, None, :, None, None]), 0
+
+
+@register_batching(ops.conv2d_relu)
+def _conv2d_relu(info, dims, *arguments):
+    y, dim = _conv2d(info, dims, *arguments)
+    return ops.relu(y), dim
+
+
+@register_batching(ops.conv2d_relu_max_pool2d)
+def _conv2d_relu_max_pool2d(info, dims, x, w, bias, stride, padding, dilation, groups, *rest):
+    B, (x_dim, w_dim, bias_dim) = info.batch_size, dims[:3]
+    x = _front(info, x, x_dim)
+    if w_dim is None and bias_dim is None:
+        results = ops.conv2d_relu_max_pool2d(_as_images(x), w, bias, stride, padding, dilation, groups, *rest)
+        return tuple(t.unflatten(0, (B, x.shape[1])) for t in results), (0, 0)
+    w, bias = _as_images(_front(info, w, w_dim)), None if bias is None else _as_images(_front(info, bias, bias_dim))
+    results = ops.conv2d_relu_max_pool2d(_as_channels(x), w, bias, stride, padding, dilation, B * groups, *rest)
+    return tuple(t.unflatten(1, (B, -1)) for t in results), (1, 1)
+
+
+@register_batching(ops.conv2d_relu_max_pool2d_input_grad)
+def _conv2d_relu_max_pool2d_input_grad(info, dims, dy, code, w, size, stride, padding, dilation, groups, *rest):
+    B, (dy_dim, code_dim, w_dim), (N, C, H, W) = info.batch_size, dims[:3], size
+    dy, code = _front(info, dy, dy_dim), _front(info, code, code_dim)
+    if w_dim is None:
+        tensors, size = (_as_images(dy), _as_images(code), w), (B * N, C, H, W)
+        dx = ops.conv2d_relu_max_pool2d_input_grad(*tensors, size, stride, padding, dilation, groups, *rest)
+        return dx.unflatten(0, (B, N)), 0
+    tensors, size = (_as_channels(dy), _as_channels(code), _as_images(_front(info, w, w_dim))), (N, B * C, H, W)
+    dx = ops.conv2d_relu_max_pool2d_input_grad(*tensors, size, stride, padding, dilation, B * groups, *rest)
+    return dx.unflatten(1, (B, C)), 1
+
+
+@register_batching(ops.conv2d_relu_max_pool2d_weight_grad)
+def _conv2d_relu_max_pool2d_weight_grad(info, dims, dy, code, x, size, stride, padding, dilation, groups, *rest):
+    B, with_bias = info.batch_size, rest[-1]
+    tensors = [_as_channels(_front(info, t, dim)) for t, dim in zip((dy, code, x), dims)]
+    size = (B * size[0], *size[1:])
+    dw, db = ops.conv2d_relu_max_pool2d_weight_grad(*tensors, size, stride, padding, dilation, B * groups, *rest)
+    dw = dw.unflatten(0, (B, -1))
+    return (dw, db.unflatten(0, (B, -1)) if with_bias else db), (0, 0 if with_bias else None)
 
 
 @register_batching(ops.conv2d_input_grad)
@@ -113,6 +156,12 @@ def _linear(info, dims, x, w, bias):
     return (y if rest is None else y + rest[:, None]), 0
 
 
+@register_batching(ops.linear_relu)
+def _linear_relu(info, dims, *arguments):
+    y, dim = _linear(info, dims, *arguments)
+    return ops.relu(y), dim
+
+
 @register_batching(ops.linear_weight_grad)
 def _linear_weight_grad(info, dims, dy, x, with_bias):
     B = info.batch_size
@@ -121,3 +170,20 @@ def _linear_weight_grad(info, dims, dy, x, with_bias):
     dy, x = (_as_channels(t)[..., None, None] for t in (dy, x))
     dw, db = ops.conv2d_weight_grad(dy, x, (B * N, K, 1, 1), *_PIXEL, B, "zeros", with_bias)
     return (dw.view(B, N, K), db.unflatten(0, (B, N)) if with_bias else db), (0, 0 if with_bias else None)
+
+
+@register_batching(ops.cross_entropy)
+def _cross_entropy(info, dims, x, target, weight, reduction, ignore_index, smoothing):
+    x, target = (_front(info, t, dim) for t, dim in zip((x, target), dims))
+    rest = ignore_index, smoothing
+    if dims[2] is not None:
+        each = [ops.cross_entropy(*t, reduction, *rest) for t in zip(x, target, weight.movedim(dims[2], 0))]
+        return tuple(map(torch.stack, zip(*each))), (0, 0)
+    loss, grad = ops.cross_entropy(_as_images(x), _as_images(target), weight, "none", *rest)
+    loss, grad = loss.view(target.shape), grad.view(x.shape)
+    if reduction == "mean":
+        kept = target != ignore_index
+        w = x.new_ones(x.shape[2]) if weight is None else weight
+        total = torch.where(kept, w[torch.where(kept, target, 0).long()], 0).sum(1)
+        loss, grad = loss / total[:, None], grad / total[:, None, None]
+    return (loss if reduction == "none" else loss.sum(1), grad), (0, 0)

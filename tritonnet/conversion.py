@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from . import nn
 
-_LAYERS = {ours.__base__: ours for ours in (nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Linear)}
+_LAYERS = {ours.__base__: ours for ours in (nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Linear, nn.CrossEntropyLoss)}
 _REVERTED = {ours: theirs for theirs, ours in _LAYERS.items()}
 
 

@@ -35,6 +35,7 @@ def _operator(schema, fake):
 
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, SymInt groups, str pad_mode"
+_POOL = "int[] pool_kernel, int[] pool_stride, int[] pool_padding"
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation"
 
 conv2d = _operator(
@@ -48,6 +49,26 @@ conv2d_input_grad = _operator(
 conv2d_weight_grad = _operator(
     f"conv2d_weight_grad(Tensor dy, Tensor x, SymInt[] size, {_GEOMETRY}, bool with_bias) -> (Tensor, Tensor)",
     lambda dy, x, size, *geometry_with_bias: shapes.conv2d_weight_grad(dy, x, size, geometry_with_bias[-1]),
+)
+conv2d_relu = _operator(
+    f"conv2d_relu(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    lambda x, w, bias, stride, padding, dilation, groups, pad_mode: shapes.conv2d(x, w, stride, padding, dilation),
+)
+conv2d_relu_max_pool2d = _operator(
+    f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}, {_POOL}) -> (Tensor, Tensor)",
+    lambda x, w, bias, stride, padding, dilation, groups, pad_mode, *pool: shapes.conv2d_relu_max_pool2d(
+        x, w, stride, padding, dilation, *pool
+    ),
+)
+conv2d_relu_max_pool2d_input_grad = _operator(
+    f"conv2d_relu_max_pool2d_input_grad(Tensor dy, Tensor code, Tensor w, SymInt[] size, {_GEOMETRY}, {_POOL}) "
+    "-> Tensor",
+    lambda dy, code, w, size, *geometry: shapes.conv2d_input_grad(dy, w, size),
+)
+conv2d_relu_max_pool2d_weight_grad = _operator(
+    f"conv2d_relu_max_pool2d_weight_grad(Tensor dy, Tensor code, Tensor x, SymInt[] size, {_GEOMETRY}, {_POOL}, "
+    "bool with_bias) -> (Tensor, Tensor)",
+    lambda dy, code, x, size, *geometry_with_bias: shapes.conv2d_weight_grad(dy, x, size, geometry_with_bias[-1]),
 )
 max_pool2d = _operator(
     f"max_pool2d(Tensor x, {_WINDOW}, bool ceil_mode) -> (Tensor, Tensor)",
@@ -72,7 +93,16 @@ linear = _operator(
     "linear(Tensor x, Tensor w, Tensor? bias) -> Tensor",
     lambda x, w, bias: shapes.linear(x, w),
 )
+linear_relu = _operator(
+    "linear_relu(Tensor x, Tensor w, Tensor? bias) -> Tensor",
+    lambda x, w, bias: shapes.linear(x, w),
+)
 linear_weight_grad = _operator(
     "linear_weight_grad(Tensor dy, Tensor x, bool with_bias) -> (Tensor, Tensor)",
     shapes.linear_weight_grad,
+)
+cross_entropy = _operator(
+    "cross_entropy(Tensor x, Tensor target, Tensor? weight, str reduction, int ignore_index, float smoothing) "
+    "-> (Tensor, Tensor)",
+    lambda x, target, weight, reduction, ignore_index, smoothing: shapes.cross_entropy(x, reduction),
 )

@@ -34,6 +34,33 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode):
     return y.contiguous(memory_format=shapes.memory_format(x, w))
 
 
+def conv2d_relu(*arguments):
+    return conv2d(*arguments).relu_()
+
+
+def conv2d_relu_max_pool2d(x, w, bias, stride, padding, dilation, groups, pad_mode, kernel, pool_stride, pool_padding):
+    z = conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode)
+    y, code = max_pool2d(z, kernel, pool_stride, pool_padding, (1, 1), False)
+    empty_y, empty_code = shapes.conv2d_relu_max_pool2d(
+        x, w, stride, padding, dilation, kernel, pool_stride, pool_padding
+    )
+    empty_code.copy_(code)[y <= 0] = kernel[0] * kernel[1]
+    return empty_y.copy_(y).relu_(), empty_code
+
+
+def conv2d_relu_max_pool2d_input_grad(dy, code, w, size, *geometry):
+    (stride, padding, dilation, _, _), pool = geometry[:5], geometry[5:]
+    before = shapes.conv2d_size(size[2:], w.shape[2:], stride, padding, dilation)
+    return conv2d_input_grad(max_pool2d_scatter(dy, code, before, *pool, (1, 1)), w, size, *geometry[:5])
+
+
+def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, *geometry):
+    (stride, padding, dilation, _, _), pool, with_bias = geometry[:5], geometry[5:-1], geometry[-1]
+    before = shapes.conv2d_size(x.shape[2:], size[2:], stride, padding, dilation)
+    dz = max_pool2d_scatter(dy, code, before, *pool, (1, 1))
+    return conv2d_weight_grad(dz, x, size, *geometry[:5], with_bias)
+
+
 def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
     plain, (top, bottom, left, right) = _plain(padding, pad_mode), padding
     wide_dy, wide_w = _wide(dy, w)
@@ -80,19 +107,27 @@ def max_pool2d_indices(code, width, kernel, stride, padding, dilation):
     return ih * width + iw
 
 
+def _named(code, kernel):
+    """Where the code names a pixel."""
+    return code.int() < kernel[0] * kernel[1]
+
+
 def max_pool2d_scatter(dy, code, size, kernel, stride, padding, dilation):
     (wide,) = _wide(dy)
     (N, C), (H, W) = dy.shape[:2], size
-    index = max_pool2d_indices(code, W, kernel, stride, padding, dilation).flatten(2)
+    named = _named(code, kernel)
+    index = torch.where(named, max_pool2d_indices(code, W, kernel, stride, padding, dilation), 0).flatten(2)
     # In one dimension, where torch has a deterministic scatter_add_ on every device.
     index = index + (torch.arange(N * C, device=dy.device) * (H * W)).view(N, C, 1)
-    dx = wide.new_zeros(N * C * H * W).scatter_add_(0, index.flatten(), wide.flatten())
+    dx = wide.new_zeros(N * C * H * W).scatter_add_(0, index.flatten(), torch.where(named, wide, 0).flatten())
     return shapes.max_pool2d_scatter(dy, code, size).copy_(dx.view(N, C, H, W))
 
 
 def max_pool2d_gather(x, code, kernel, stride, padding, dilation):
-    index = max_pool2d_indices(code, x.shape[3], kernel, stride, padding, dilation)
-    return shapes.max_pool2d_gather(x, code).copy_(x.flatten(2).gather(2, index.flatten(2)).view(code.shape))
+    named = _named(code, kernel)
+    index = torch.where(named, max_pool2d_indices(code, x.shape[3], kernel, stride, padding, dilation), 0)
+    found = x.flatten(2).gather(2, index.flatten(2)).view(code.shape)
+    return shapes.max_pool2d_gather(x, code).copy_(torch.where(named, found, 0))
 
 
 def relu(x):
@@ -111,5 +146,21 @@ def linear(x, w, bias):
     return F.linear(x, w, bias)
 
 
+def linear_relu(x, w, bias):
+    return F.linear(x, w, bias).relu_()
+
+
 def linear_weight_grad(dy, x, with_bias):
     return dy.t() @ x, dy.sum(0) if with_bias else dy.new_empty(0)
+
+
+def cross_entropy(x, target, weight, reduction, ignore_index, smoothing):
+    wide, w = _wide(x, x.new_ones(x.shape[1]) if weight is None else weight)
+    target = target.long()
+    loss = F.cross_entropy(wide, target, w, None, ignore_index, None, reduction, smoothing)
+    kept, p = target != ignore_index, wide.softmax(1)
+    w_target = torch.where(kept, w[torch.where(kept, target, 0)], 0)
+    is_target = torch.arange(x.shape[1], device=x.device) == target[:, None]
+    grad = (1 - smoothing) * w_target[:, None] * (p - is_target.to(p.dtype))
+    grad = grad + (kept.to(p.dtype) * (smoothing / x.shape[1]))[:, None] * (p * w.sum() - w)
+    return loss.to(x.dtype), (grad / w_target.sum() if reduction == "mean" else grad).to(x.dtype)

@@ -1,4 +1,6 @@
-"""torch.nn with Conv2d, MaxPool2d, ReLU and Linear on tritonnet's kernels; every other name is torch's.
+"""torch.nn with Conv2d, MaxPool2d, ReLU and Linear on tritonnet's kernels, and some of them fused into one.
+
+Every other name is torch's.
 
 import tritonnet.nn as nn
 import tritonnet.nn.functional as F
@@ -56,3 +58,59 @@ class Linear(_torch.Linear):
 
     def forward(self, input):
         return functional.linear(input, self.weight, self.bias)
+
+
+class Conv2dReLU(Conv2d):
+    """Conv2d followed by ReLU, in one kernel: the arguments, parameters and state_dict of Conv2d."""
+
+    def forward(self, input):
+        return functional._conv2d_relu(
+            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        )
+
+
+class Conv2dReLUMaxPool2d(Conv2d):
+    """Conv2d followed by ReLU and MaxPool2d, in one kernel: the parameters and state_dict of Conv2d.
+
+    Args:
+        in_channels ... padding_mode, device, dtype: as Conv2d takes them.
+        pool_kernel_size: pixels, an integer or a pair (height, width).
+        pool_stride: the same; None for pool_kernel_size.
+        pool_padding: pixels on every side, up to half of pool_kernel_size.
+    """
+
+    def __init__(self, *args, pool_kernel_size=2, pool_stride=None, pool_padding=0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pool_kernel_size = pool_kernel_size
+        self.pool_stride = pool_stride if pool_stride is not None else pool_kernel_size
+        self.pool_padding = pool_padding
+
+    def extra_repr(self):
+        names = "pool_kernel_size", "pool_stride", "pool_padding"
+        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
+
+    def forward(self, input):
+        return functional._conv2d_relu_max_pool2d(
+            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode,
+            self.pool_kernel_size, self.pool_stride, self.pool_padding,
+        )  # fmt: skip
+
+
+class LinearReLU(Linear):
+    """Linear followed by ReLU, in one kernel: the arguments, parameters and state_dict of Linear."""
+
+    def forward(self, input):
+        return functional.linear_relu(input, self.weight, self.bias)
+
+
+class CrossEntropyLoss(_torch.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss on tritonnet's kernel: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
+    """
+
+    def forward(self, input, target):
+        return functional.cross_entropy(
+            input, target, self.weight,
+            ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing,
+        )  # fmt: skip

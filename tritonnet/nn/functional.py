@@ -1,4 +1,7 @@
-"""torch.nn.functional with conv2d, max_pool2d, relu and linear on tritonnet's kernels; every other name is torch's."""
+"""torch.nn.functional with conv2d, max_pool2d, relu, linear and cross_entropy on tritonnet's kernels.
+
+Some of them come fused into one too; every other name is torch's.
+"""
 
 import operator
 
@@ -108,11 +111,17 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 
 def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
     """conv2d whose padding follows `pad_mode`: "zeros", "reflect", "replicate" or "circular"."""
-    name = "conv2d"
+    return _convolve(
+        "conv2d", ops.conv2d, lambda y: y, input, weight, bias, stride, padding, dilation, groups, pad_mode
+    )
+
+
+def _convolve(name, operator, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode):
+    """operator(x, weight, bias, *geometry) of checked arguments, or `rest` of torch's own convolution of them."""
     _check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     input, weight, bias = _autocast(input, weight, bias)
     if not _served(input, weight, bias) or input.shape[-3:-2] == (0,):
-        return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode)
+        return rest(_torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode))
     _check_alike(name, input=input, weight=weight, bias=bias)
     if weight.dim() != 4:
         raise RuntimeError(f"{name}: weight must be (OC, C / groups, KH, KW), got size {list(weight.shape)}")
@@ -120,63 +129,129 @@ def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
     stride = _positive(name, "stride", _pair(name, "stride", stride))
     dilation = _positive(name, "dilation", _pair(name, "dilation", dilation))
     (groups,) = _positive(name, "groups", _pair(name, "groups", groups)[:1])
-    padding = _conv2d_padding(padding, weight.shape[2:], stride, dilation)
-    _check_conv2d(x, weight, bias, padding, dilation, groups, pad_mode)
-    y = ops.conv2d(x, weight, bias, stride, padding, dilation, groups, pad_mode)
+    padding = _conv2d_padding(name, padding, weight.shape[2:], stride, dilation)
+    _check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode)
+    y = operator(x, weight, bias, stride, padding, dilation, groups, pad_mode)
     return y.squeeze(0) if unbatched else y
+
+
+def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """relu(conv2d(...)) in one kernel: the same numbers and gradients, one pass over memory less.
+
+    Args:
+        All arguments: as in conv2d.
+
+    Returns:
+        (N, OC, OH, OW) or (OC, OH, OW), as conv2d's.
+
+    Raises:
+        TypeError, RuntimeError: as conv2d does.
+    """
+    tensors = input, weight, bias
+    if has_torch_function(tensors):
+        return handle_torch_function(conv2d_relu, tensors, *tensors, stride, padding, dilation, groups)
+    return _conv2d_relu(*tensors, stride, padding, dilation, groups, "zeros")
+
+
+def _conv2d_relu(*arguments):
+    return _convolve("conv2d_relu", ops.conv2d_relu, _torch.relu, *arguments)
+
+
+def conv2d_relu_max_pool2d(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
+    pool_kernel_size=2, pool_stride=None, pool_padding=0,
+):  # fmt: skip
+    """max_pool2d(relu(conv2d(...))) in one kernel, which writes the pooled result and one byte a window.
+
+    Numbers and gradients are those of the three functions one after the other: the convolution's result is rounded to
+    its dtype before it is compared.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in conv2d.
+        pool_kernel_size: pixels, an integer or a pair (height, width).
+        pool_stride: the same; None for pool_kernel_size.
+        pool_padding: pixels of -inf on every side of the convolution's result, up to half of pool_kernel_size.
+
+    Returns:
+        (N, OC, QH, QW) or (OC, QH, QW), of input's dtype; channels_last if input or weight is.
+
+    Raises:
+        TypeError: an argument that is not of the kinds above.
+        RuntimeError: sizes, dtypes, devices or values that do not fit.
+    """
+    tensors = input, weight, bias
+    arguments = stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding
+    if has_torch_function(tensors):
+        return handle_torch_function(conv2d_relu_max_pool2d, tensors, *tensors, *arguments)
+    return _conv2d_relu_max_pool2d(*tensors, *arguments[:4], "zeros", *arguments[4:])
+
+
+def _conv2d_relu_max_pool2d(input, weight, bias, stride, padding, dilation, groups, pad_mode, *pool):
+    name = "conv2d_relu_max_pool2d"
+
+    def fused(x, weight, bias, *geometry):
+        size = shapes.conv2d_size(x.shape[2:], weight.shape[2:], *geometry[:3])
+        images = x.shape[0], weight.shape[0], *size
+        *window, _ = _check_max_pool2d(name, "pool_", images, *pool, 1, False)
+        return ops.conv2d_relu_max_pool2d(x, weight, bias, *geometry, *window)[0]
+
+    def rest(z):
+        return _torch.max_pool2d(_torch.relu(z), *pool)
+
+    return _convolve(name, fused, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode)
 
 
 def _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
     if pad_mode != "zeros":
         top, bottom, left, right = _conv2d_padding(
-            padding, weight.shape[2:], (1, 1), _pair("conv2d", "dilation", dilation)
+            "conv2d", padding, weight.shape[2:], (1, 1), _pair("conv2d", "dilation", dilation)
         )
         input, padding = _torch.pad(input, (left, right, top, bottom), mode=pad_mode), 0
     return _torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _conv2d_padding(padding, kernel, stride, dilation):
+def _conv2d_padding(name, padding, kernel, stride, dilation):
     """(top, bottom, left, right)."""
     if padding == "valid":
         return (0, 0, 0, 0)
     if padding == "same":
         if any(s != 1 for s in stride):
-            raise RuntimeError(f"conv2d: padding='same' needs stride 1, got stride {stride}")
+            raise RuntimeError(f"{name}: padding='same' needs stride 1, got stride {stride}")
         # What does not divide evenly goes to the bottom and to the right.
         (top, bottom), (left, right) = ((d * (k - 1) // 2, (d * (k - 1) + 1) // 2) for k, d in zip(kernel, dilation))
         return (top, bottom, left, right)
     if isinstance(padding, str):
-        raise RuntimeError(f"conv2d: padding must be 'same', 'valid' or integers, got {padding!r}")
-    h, w = _positive("conv2d", "padding", _pair("conv2d", "padding", padding), least=0)
+        raise RuntimeError(f"{name}: padding must be 'same', 'valid' or integers, got {padding!r}")
+    h, w = _positive(name, "padding", _pair(name, "padding", padding), least=0)
     return (h, h, w, w)
 
 
-def _check_conv2d(x, weight, bias, padding, dilation, groups, pad_mode):
+def _check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode):
     (OC, C, KH, KW), (H, W) = weight.shape, x.shape[2:]
     if x.shape[1] != C * groups:
         raise RuntimeError(
-            f"conv2d: input must have {C * groups} channels for weight {list(weight.shape)} and groups={groups}, "
+            f"{name}: input must have {C * groups} channels for weight {list(weight.shape)} and groups={groups}, "
             f"got {x.shape[1]} in size {list(x.shape)}"
         )
     if OC < 1 or OC % groups != 0:
-        raise RuntimeError(f"conv2d: weight must have a multiple of groups={groups} filters, got {OC}")
+        raise RuntimeError(f"{name}: weight must have a multiple of groups={groups} filters, got {OC}")
     if bias is not None and tuple(bias.shape) != (OC,):
-        raise RuntimeError(f"conv2d: bias must have size [{OC}], one for each filter, got {list(bias.shape)}")
+        raise RuntimeError(f"{name}: bias must have size [{OC}], one for each filter, got {list(bias.shape)}")
     if KH < 1 or KW < 1 or H < 1 or W < 1:
         raise RuntimeError(
-            f"conv2d: only batch and channels may be empty, got input {list(x.shape)} and weight {list(weight.shape)}"
+            f"{name}: only batch and channels may be empty, got input {list(x.shape)} and weight {list(weight.shape)}"
         )
     top, bottom, left, right = padding
     extent = (dilation[0] * (KH - 1) + 1, dilation[1] * (KW - 1) + 1)
     if H + top + bottom < extent[0] or W + left + right < extent[1]:
         raise RuntimeError(
-            f"conv2d: the dilated kernel must fit the padded input, got kernel {extent} over "
+            f"{name}: the dilated kernel must fit the padded input, got kernel {extent} over "
             f"({H + top + bottom}, {W + left + right})"
         )
     # What is read in the padding must lie in the image: its mirror leaves out the edge, its copy may take it all.
     most = {"reflect": (H - 1, W - 1), "circular": (H, W)}.get(pad_mode)
     if most and (max(top, bottom) > most[0] or max(left, right) > most[1]):
-        raise RuntimeError(f"conv2d: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
+        raise RuntimeError(f"{name}: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
 
 
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
@@ -208,7 +283,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     if not _served(input):
         return _torch.max_pool2d(input, *arguments)
     x, unbatched = _batched(name, input)
-    window = _check_max_pool2d(name, x, kernel_size, stride, padding, dilation, ceil_mode)
+    window = _check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
     y, code = ops.max_pool2d(x, *window, ceil_mode)
     results = (y, ops.max_pool2d_indices(code, x.shape[3], *window)) if return_indices else (y,)
     if unbatched:
@@ -223,21 +298,27 @@ def max_pool2d_with_indices(
     return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
 
-def _check_max_pool2d(name, x, kernel, stride, padding, dilation, ceil_mode):
-    """The four pairs of the window."""
-    if any(size == 0 for size in x.shape[1:]):
-        raise RuntimeError(f"{name}: only the batch of input may be empty, got size {list(x.shape)}")
-    kernel = _positive(name, "kernel_size", _pair(name, "kernel_size", kernel))
+def _check_max_pool2d(name, prefix, images, kernel, stride, padding, dilation, ceil_mode):
+    """The four pairs of the window over `images`, a size; the arguments' names start with `prefix`."""
+    if any(size == 0 for size in images[1:]):
+        raise RuntimeError(f"{name}: only the batch of input may be empty, got size {list(images)}")
+
+    def pair(argument, value, least=1):
+        return _positive(name, prefix + argument, _pair(name, prefix + argument, value), least)
+
+    kernel = pair("kernel_size", kernel)
     no_stride = stride is None or (isinstance(stride, (tuple, list)) and not stride)
-    stride = kernel if no_stride else _positive(name, "stride", _pair(name, "stride", stride))
-    padding = _positive(name, "padding", _pair(name, "padding", padding), least=0)
-    dilation = _positive(name, "dilation", _pair(name, "dilation", dilation))
+    stride = kernel if no_stride else pair("stride", stride)
+    padding, dilation = pair("padding", padding, least=0), pair("dilation", dilation)
     if any(p > k // 2 for p, k in zip(padding, kernel)):
-        raise RuntimeError(f"{name}: padding must be at most half of kernel_size {kernel}, got {padding}")
-    size = shapes.max_pool2d_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
+        raise RuntimeError(
+            f"{name}: {prefix}padding must be at most half of {prefix}kernel_size {kernel}, got {padding}"
+        )
+    size = shapes.max_pool2d_size(images[2:], kernel, stride, padding, dilation, ceil_mode)
     if size[0] < 1 or size[1] < 1:
         raise RuntimeError(
-            f"{name}: kernel_size {kernel} is too large for input of size {list(x.shape)}, the output would be {size}"
+            f"{name}: {prefix}kernel_size {kernel} is too large for images of size {list(images)}, "
+            f"the output would be {size}"
         )
     return kernel, stride, padding, dilation
 
@@ -293,11 +374,32 @@ def linear(input, weight, bias=None):
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
-    name = "linear"
+    return _linear("linear", ops.linear, lambda y: y, input, weight, bias)
+
+
+def linear_relu(input, weight, bias=None):
+    """relu(linear(...)) in one kernel: the same numbers and gradients, one pass over memory less.
+
+    Args:
+        input, weight, bias: as in linear.
+
+    Returns:
+        (..., N), or (...) for a weight of one dimension, of input's dtype.
+
+    Raises:
+        TypeError, RuntimeError: as linear does.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
+    return _linear("linear_relu", ops.linear_relu, relu, input, weight, bias)
+
+
+def _linear(name, operator, rest, input, weight, bias):
+    """operator(rows, weight, bias) of checked arguments, or `rest` of the sum where a bias has to be added apart."""
     _check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     input, weight, bias = _autocast(input, weight, bias)
     if not _served(input, weight, bias):
-        return _torch.linear(input, weight, bias)
+        return rest(_torch.linear(input, weight, bias))
     _check_alike(name, input=input, weight=weight, bias=bias)
     if input.dim() < 1 or weight.dim() not in (1, 2) or (weight.dim() == 1 and bias is not None):
         raise RuntimeError(
@@ -309,7 +411,7 @@ def linear(input, weight, bias=None):
             f"{name}: the last sizes of input and weight must agree, got {list(input.shape)} and {list(weight.shape)}"
         )
     if weight.dim() == 1:
-        return linear(input, weight.unsqueeze(0)).squeeze(-1)
+        return _linear(name, operator, rest, input, weight.unsqueeze(0), None).squeeze(-1)
     size = (*input.shape[:-1], weight.shape[0])
     fused = None
     if bias is not None:
@@ -319,5 +421,55 @@ def linear(input, weight, bias=None):
             raise RuntimeError(f"{name}: bias must broadcast to {list(size)}, got {list(bias.shape)}") from None
         fused, bias = (bias.expand(size[-1:]), None) if bias.dim() <= 1 else (None, full)
     rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
-    y = ops.linear(rows, weight, fused).view(size)
-    return y if bias is None else y + bias
+    if bias is None:
+        return operator(rows, weight, fused).view(size)
+    return rest(ops.linear(rows, weight, None).view(size) + bias)
+
+
+def cross_entropy(
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
+):
+    """torch.nn.functional.cross_entropy on tritonnet's kernel, which gives loss and gradient in one pass.
+
+    Args:
+        input: logits, (N, C) or (C); float64, float32, float16 or bfloat16, any strides.
+        target: classes from 0 to C - 1, (N) or (), int64 or uint8. On a GPU another number gives a loss of NaN.
+        weight: (C), of input's dtype, or None.
+        ignore_index: rows with this target count for nothing.
+        reduction: "mean" (by weight), "sum" or "none".
+        label_smoothing: the share, from 0 to 1, of all classes alike.
+        size_average, reduce: torch's deprecated arguments.
+
+    Anything else, such as class probabilities, pixels or weights that require a gradient, torch serves.
+
+    Returns:
+        (), or (N) without reduction, of input's dtype.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as torch raises them.
+        IndexError: on the CPU, a target that is no class.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html
+    """
+    arguments = weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    tensors = input, target, weight
+    if has_torch_function(tensors):
+        return handle_torch_function(cross_entropy, tensors, input, target, *arguments)
+    _check_tensors("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
+    served = (
+        _served(input, weight)
+        and input.dim() in (1, 2) and target.dim() == input.dim() - 1 and target.shape == input.shape[:-1]
+        and input.numel() > 0 and target.dtype in (torch.int64, torch.uint8) and target.device == input.device
+        and (weight is None or (weight.shape == input.shape[-1:] and not weight.requires_grad))
+        and (weight is None or (weight.dtype, weight.device) == (input.dtype, input.device))
+        and size_average is None and reduce is None and reduction in ("none", "mean", "sum")
+        and 0 <= label_smoothing <= 1
+    )  # fmt: skip
+    if not served:
+        return _torch.cross_entropy(input, target, *arguments)
+    device = input.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input, weight = input.float(), None if weight is None else weight.float()  # as autocast does for losses
+    rows, unbatched = (input.unsqueeze(0), True) if input.dim() == 1 else (input, False)
+    loss, _ = ops.cross_entropy(rows, target.view(-1), weight, reduction, ignore_index, float(label_smoothing))
+    return loss.squeeze(0) if unbatched and reduction == "none" else loss

@@ -1,0 +1,185 @@
+"""The fused functions against the functions that they are made of: the same bits, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from exact import DTYPES
+
+import tritonnet
+import tritonnet.nn as nn
+import tritonnet.nn.functional as F
+
+# name: size of input, size of weight, the convolution's arguments, the pooling's
+CASES = {
+    "LeNet conv1": ((3, 1, 16, 16), (6, 1, 5, 5), {}, {}),
+    "LeNet conv2": ((2, 6, 14, 14), (16, 6, 5, 5), {}, {}),
+    "by taps, 3x3/2": ((2, 18, 11, 10), (20, 18, 3, 3), {"padding": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "strided, dilated, grouped": (
+        (2, 6, 15, 13), (8, 3, 3, 2), {"stride": (1, 2), "dilation": (2, 1), "padding": (2, 1), "groups": 2},
+        {"kernel_size": (2, 3), "stride": (3, 1)},
+    ),
+    "depthwise": ((2, 5, 9, 8), (10, 1, 3, 3), {"groups": 5}, {}),
+    "same": ((1, 3, 8, 8), (4, 3, 4, 4), {"padding": "same"}, {"kernel_size": 3}),
+    "windows of one pixel": ((2, 3, 6, 6), (4, 3, 3, 3), {}, {"kernel_size": 1, "stride": 2}),
+}  # fmt: skip
+
+
+def layers(case):
+    """The fused layer, and the layers one after the other, with the same parameters."""
+    (_, C, _, _), (OC, _, *kernel), conv, pool = CASES[case]
+    pool = {"kernel_size": 2, "stride": None, "padding": 0, **pool}
+    fused = nn.Conv2dReLUMaxPool2d(C, OC, kernel, **conv, **{f"pool_{name}": value for name, value in pool.items()})
+    apart = nn.Sequential(nn.Conv2d(C, OC, kernel, **conv), nn.ReLU(), nn.MaxPool2d(**pool))
+    apart[0].load_state_dict(fused.state_dict())
+    return fused, apart
+
+
+def results(module, x, dy=None):
+    x = x.detach().requires_grad_()
+    y = module(x)
+    dy = torch.linspace(-1, 2, y.numel(), device=y.device).view(y.shape).to(y) if dy is None else dy
+    return y, *torch.autograd.grad(y, [x, *module.parameters()], dy)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_bits(case, dtype, layout, backend, device):
+    """The layers one after the other are what test_conv2d and test_max_pool2d hold against float64."""
+    modules = [module.to(device, dtype) for module in layers(case)]
+    x = torch.randn(CASES[case][0]).to(device, dtype).contiguous(memory_format=layout)
+    found = list(zip(*(results(module, x) for module in modules)))
+    assert all(ours.stride() == theirs.stride() for ours, theirs in found)
+    if case == "depthwise" or device.type != "cpu":
+        # Sums in another order. Where it changes which of two is the maximum, gradients go elsewhere.
+        for ours, theirs in found if dtype == torch.float64 else found[:1]:
+            torch.testing.assert_close(ours, theirs)
+    else:
+        assert all(torch.equal(ours, theirs) for ours, theirs in found)
+
+
+def test_one_launch(device):
+    with tritonnet.backend("triton"), tritonnet.count_launches() as launches, torch.no_grad():
+        layers("LeNet conv1")[0].to(device)(torch.randn(2, 1, 16, 16, device=device))
+        nn.Conv2dReLU(3, 4, 3).to(device)(torch.randn(2, 3, 5, 5, device=device))
+        nn.LinearReLU(3, 4).to(device)(torch.randn(2, 3, device=device))
+    expected = "conv2d_relu_max_pool2d_forward_kernel", "conv2d_forward_kernel", "linear_forward_kernel"
+    assert launches == dict.fromkeys(expected, 1)
+
+
+SPECIAL = {
+    "all dead": lambda x: x.abs().neg_().sub_(1),
+    "NaN": lambda x: x.masked_fill_(torch.rand(x.shape, device=x.device) < 0.05, float("nan")),
+    "inf": lambda x: x.masked_fill_(torch.rand(x.shape, device=x.device) < 0.05, float("inf")),
+    "-inf": lambda x: x.masked_fill_(torch.rand(x.shape, device=x.device) < 0.5, float("-inf")),
+    "ties": lambda x: x.round_(),
+    "zeros": lambda x: x.zero_(),
+}
+
+
+@pytest.mark.parametrize("values", SPECIAL)
+def test_special_values(values, backend, device):
+    """A 1x1 convolution by 1 hands them on as they are; torch on the CPU says what becomes of them."""
+    x = SPECIAL[values](torch.randn(2, 1, 9, 8, device=device))
+    fused = nn.Conv2dReLUMaxPool2d(1, 1, 1, bias=False, pool_kernel_size=3, pool_stride=2, pool_padding=1).to(device)
+    torch.nn.init.ones_(fused.weight)
+    dy = torch.randn(2, 1, 5, 4)
+    y, dx, _ = results(fused, x, dy.to(device))
+    leaf = x.cpu().requires_grad_()
+    true_y = TF.max_pool2d(TF.relu(leaf), 3, 2, 1)
+    (true_dx,) = torch.autograd.grad(true_y, leaf, dy)
+    # The gradient of a product by 0 * inf is nobody's business here, that of the window is.
+    torch.testing.assert_close(y.cpu(), true_y, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(dx.cpu(), true_dx, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu_of_conv2d_and_linear(dtype, backend, device):
+    x, w = torch.randn(2, 4, 7, 6).to(device, dtype), torch.randn(6, 2, 3, 2).to(device, dtype)
+    v, b = torch.randn(6, 6).to(device, dtype), torch.randn(6).to(device, dtype)
+    for ours, theirs, tensors in (
+        (lambda x, w, b: F.conv2d_relu(x, w, b, 2, 1, 1, 2), lambda *t: F.relu(F.conv2d(*t, 2, 1, 1, 2)), (x, w, b)),
+        (F.linear_relu, lambda *t: F.relu(F.linear(*t)), (x, v, b)),
+        (F.linear_relu, lambda *t: F.relu(F.linear(*t)), (x, v, b.expand(7, 6))),
+        (F.linear_relu, lambda *t: F.relu(F.linear(*t)), (x, b)),
+    ):
+        found = []
+        for function in (ours, theirs):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            y = function(*leaves)
+            found.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
+        assert all(map(torch.equal, *found))
+
+
+def test_unbatched_other_dtypes_and_autocast(backend, device):
+    x, w = torch.randn(2, 7, 7, device=device), torch.randn(3, 2, 2, 2, device=device)
+    assert torch.equal(F.conv2d_relu_max_pool2d(x, w), F.conv2d_relu_max_pool2d(x[None], w)[0])
+    with torch.autocast(device.type, torch.bfloat16):
+        y = F.conv2d_relu_max_pool2d(x, w), F.conv2d_relu(x, w), F.linear_relu(x, torch.randn(3, 7, device=device))
+    assert {t.dtype for t in y} == {torch.bfloat16}
+    x, w = (torch.randint(-3, 4, size) for size in ((1, 2, 5, 5), (3, 2, 2, 2)))
+    assert torch.equal(F.conv2d_relu_max_pool2d(x, w), TF.max_pool2d(TF.relu(TF.conv2d(x, w)), 2))
+    assert torch.equal(
+        F.linear_relu(x, w.view(-1, 1).expand(-1, 5)), TF.relu(TF.linear(x, w.view(-1, 1).expand(-1, 5)))
+    )
+
+
+def test_empty_batch(backend, device):
+    fused, apart = (module.to(device) for module in layers("LeNet conv1"))
+    x = torch.empty(0, 1, 16, 16, device=device)
+    for ours, theirs in zip(results(fused, x), results(apart, x)):
+        assert ours.shape == theirs.shape and not ours.count_nonzero()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"pool_kernel_size": 0}, "conv2d_relu_max_pool2d: pool_kernel_size must be positive, got (0, 0)"),
+        ({"pool_stride": (1, 0)}, "conv2d_relu_max_pool2d: pool_stride must be positive, got (1, 0)"),
+        ({"pool_padding": 2}, "pool_padding must be at most half of pool_kernel_size (2, 2), got (2, 2)"),
+        ({"pool_kernel_size": 9}, "pool_kernel_size (9, 9) is too large for images of size [1, 3, 4, 4]"),
+        ({"groups": 2}, "conv2d_relu_max_pool2d: input must have 4 channels"),
+        ({"weight": torch.ones(2, 2)}, "conv2d_relu_max_pool2d: weight must be (OC, C / groups, KH, KW)"),
+        ({"bias": torch.ones(4)}, "conv2d_relu_max_pool2d: bias must have size [3]"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors(arguments, message, backend):
+    arguments = {"input": torch.ones(1, 2, 6, 6), "weight": torch.ones(3, 2, 3, 3), **arguments}
+    with pytest.raises(RuntimeError) as e:
+        F.conv2d_relu_max_pool2d(**arguments)
+    assert message in str(e.value)
+
+
+def test_errors_of_the_others(backend):
+    with pytest.raises(RuntimeError, match="conv2d_relu: padding must be 'same', 'valid' or integers, got 'full'"):
+        F.conv2d_relu(torch.ones(1, 2, 6, 6), torch.ones(3, 2, 3, 3), padding="full")
+    with pytest.raises(RuntimeError, match="linear_relu: the last sizes of input and weight must agree"):
+        F.linear_relu(torch.ones(2, 3), torch.ones(4, 5))
+    with pytest.raises(TypeError, match="linear_relu: weight must be a Tensor, got int"):
+        F.linear_relu(torch.ones(2, 3), 4)
+
+
+def test_modules():
+    """Parameters, initial values, state_dict and repr of the layer that they begin with."""
+    for cls, base, args, kwargs in (
+        (nn.Conv2dReLU, nn.Conv2d, (2, 4, 3), {"padding_mode": "reflect", "padding": 1}),
+        (nn.Conv2dReLUMaxPool2d, nn.Conv2d, (2, 4, 3), {"bias": False}),
+        (nn.LinearReLU, nn.Linear, (3, 4), {}),
+    ):
+        torch.manual_seed(3)
+        fused = cls(*args, **kwargs)
+        torch.manual_seed(3)
+        plain = base(*args, **kwargs)
+        assert list(fused.state_dict()) == list(plain.state_dict())
+        assert all(map(torch.equal, fused.parameters(), plain.parameters()))
+        assert isinstance(fused, base) and repr(plain)[len(base.__name__) + 1 : -1] in repr(fused)
+        assert repr(copy.deepcopy(fused)) == repr(fused)
+    x = torch.randn(1, 2, 8, 8)
+    fused = nn.Conv2dReLUMaxPool2d(2, 3, 3, padding=1, padding_mode="circular", pool_kernel_size=(2, 3))
+    assert "pool_kernel_size=(2, 3), pool_stride=(2, 3), pool_padding=0" in repr(fused)
+    plain = torch.nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
+    plain.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(fused(x), TF.max_pool2d(TF.relu(plain(x)), (2, 3)))

@@ -1,0 +1,19 @@
+"""torch.nn.functional with the fused functions of tritonnet under their names, made of torch's own."""
+
+import torch.nn.functional as F
+
+
+def __getattr__(name):
+    return getattr(F, name)
+
+
+def conv2d_relu(*args, **kwargs):
+    return F.relu(F.conv2d(*args, **kwargs))
+
+
+def conv2d_relu_max_pool2d(*args, pool_kernel_size=2, pool_stride=None, pool_padding=0, **kwargs):
+    return F.max_pool2d(conv2d_relu(*args, **kwargs), pool_kernel_size, pool_stride, pool_padding)
+
+
+def linear_relu(*args):
+    return F.relu(F.linear(*args))
