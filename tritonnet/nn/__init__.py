@@ -12,6 +12,7 @@ from . import functional
 from ._stand_in import stand_in
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
+__all__ += ["Conv2dReLU", "Conv2dReLUMaxPool2d", "LinearReLU"]
 
 
 class Conv2d(_torch.Conv2d):

@@ -17,6 +17,7 @@ from ._stand_in import stand_in
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
+__all__ += ["conv2d_relu", "conv2d_relu_max_pool2d", "linear_relu"]
 
 
 def _check_tensors(function, **tensors):
