@@ -69,7 +69,7 @@ def convert(model):
 
 
 def revert(model):
-    """Undo `convert`: make tritonnet's layers in `model` torch.nn's again.
+    """Undo `convert` and `fuse`: make tritonnet's layers in `model` torch.nn's again, and run the forwards as written.
 
     Args:
         model: torch.nn.Module, changed in place.
@@ -83,5 +83,6 @@ def revert(model):
     _check(model)
     for module in model.modules():
         cls = type(module)
+        vars(module).pop("_fusion", None)  # what tritonnet.fuse has left there
         module.__class__ = vars(cls).get("_original") or _REVERTED.get(cls, cls)
     return model

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 from .data import load_digits
 from .dispatch import backend, backend_name
 from .lenet import LeNet
+from .nn import functional as F
 
 
 def _positive(text):
