@@ -166,10 +166,10 @@ def coverage(c, format):
 
 def switches(c):
     """(name, call) that turn each switch of a kernel that no tile depends on."""
-    yield "groups, dilation", lambda: c.conv(4, 64, 16, 64, 3, dilation=2, groups=2)
+    yield "groups, dilation", lambda: c.conv(4, 32, 16, 32, 3, dilation=2, groups=2)
     yield "rectified", c.rectified
     for mode in ("reflect", "replicate", "circular"):
-        yield mode, lambda mode=mode: c.conv(4, 64, 16, 64, 3, mode=mode)
+        yield mode, lambda mode=mode: c.conv(4, 32, 16, 32, 3, mode=mode)
     yield "past 2^31", c.past_32_bits
 
 
