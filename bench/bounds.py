@@ -32,6 +32,18 @@ def _forward_pooled(a):
     return blocks, [a.WH * a.WW], products * a.WH * a.WW
 
 
+def _pooled_product(a):
+    chunks = _cdiv(a.OC, a.BLOCK_OC)
+    turns = _cdiv(a.M, a.BLOCK_M) * chunks / a.programs
+    return turns, [], a.y_ptr.numel() * 4 * a.C * a.KH * a.KW
+
+
+def _pooled_lanes(a):
+    # One channel has no loop of its own.
+    turns, others = (a.C, [a.TURNS]) if a.C > 1 else (a.TURNS, [])
+    return turns, others, a.y_ptr.numel() * 4 * a.C * a.KH * a.KW
+
+
 def _input_grad(a):
     taps = [len(range(h, a.KH, a.SH)) * len(range(w, a.KW, a.SW)) for h in range(a.SH) for w in range(a.SW)]
     blocks = [_cdiv(a.OC * n, a.BLOCK_K) if a.FLAT else n * _cdiv(a.OC, a.BLOCK_K) for n in taps]
@@ -73,6 +85,8 @@ def _scatter(a):
 MODEL = {
     "conv2d_forward_kernel": _forward,
     "conv2d_relu_max_pool2d_forward_kernel": _forward_pooled,
+    "conv2d_relu_max_pool2d_product_kernel": _pooled_product,
+    "conv2d_relu_max_pool2d_lanes_kernel": _pooled_lanes,
     "conv2d_input_grad_kernel": _input_grad,
     "conv2d_weight_grad_kernel": _weight_grad,
     "linear_forward_kernel": _linear,

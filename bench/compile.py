@@ -118,7 +118,7 @@ def shapes(c):
     yield "LeNet conv2", lambda: c.conv(1024, 6, 14, 16, 5, pad=0, last=False, bias=True)
     yield "LeNet pool", lambda: c.pool((1024, 6, 28, 28), 2, 2, 0, False, all=False)
     yield "LeNet relu", lambda: c.relu(1024, 6, 28, 28)
-    yield "LeNet conv1 to pool", lambda: c.conv_pool(1024, 1, 28, 6, 5, pad=2, last=False)
+    yield "LeNet conv1 to pool", lambda: c.conv_pool(1024, 1, 32, 6, 5, last=False)
     yield "LeNet conv2 to pool", lambda: c.conv_pool(1024, 6, 14, 16, 5, last=False)
     yield "LeNet loss", lambda: c.cross_entropy(1024, 10)
     yield "LeNet fc1", lambda: c.linear(1024, 400, 120)
@@ -149,6 +149,12 @@ def coverage(c, format):
         for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
             yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
+    if rows != "fp64":
+        # One patch for side-by-side windows and one for each, pixels or channels in a row, and padding that is masked.
+        yield "patch to pool, 1 channel", lambda: c.conv_pool(4, 1, 32, 6, 5, last=False)
+        yield "patch to pool, 6 channels", lambda: c.conv_pool(4, 6, 14, 16, 5, last=False)
+        yield "patch to pool, padded", lambda: c.conv_pool(4, 3, 32, 40, 5, pad=2)
+        yield "patch to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
     for tile in _common.SQUARE[rows]:
         for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
             if walk == "flat" and tile.N > conv2d.NARROW_N:

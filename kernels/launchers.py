@@ -4,6 +4,8 @@ import functools
 
 from . import conv2d as _conv2d
 from . import conv2d_pool as _conv2d_pool
+from . import conv2d_pool_lanes as _conv2d_pool_lanes
+from . import conv2d_pool_patch as _conv2d_pool_patch
 from . import cross_entropy as _cross_entropy
 from . import depthwise as _depthwise
 from . import linear as _linear
@@ -26,7 +28,11 @@ def conv2d_relu(x, w, bias, stride, padding, dilation, groups, pad_mode):
     return _family(w.shape, groups).forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=True)
 
 
-conv2d_relu_max_pool2d = _conv2d_pool.forward
+def conv2d_relu_max_pool2d(x, w, bias, *geometry):
+    form = _conv2d_pool_patch.form_for(x.dtype, w.shape, *geometry)
+    if form is None:
+        return _conv2d_pool.forward(x, w, bias, *geometry)
+    return (_conv2d_pool_patch if form.product else _conv2d_pool_lanes).forward(form, x, w, bias, *geometry)
 
 
 def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
@@ -70,8 +76,11 @@ linear_weight_grad = _linear.weight_grad
 
 KERNELS = [
     kernel
-    for module in (_conv2d, _conv2d_pool, _cross_entropy, _depthwise, _linear, _max_pool2d, _padding, _reduce, _relu)
+    for module in (
+        _conv2d, _conv2d_pool, _conv2d_pool_lanes, _conv2d_pool_patch, _cross_entropy, _depthwise, _linear,
+        _max_pool2d, _padding, _reduce, _relu,
+    )
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
-]
+]  # fmt: skip
 """Every kernel that can be launched; the other jit functions are parts of these."""

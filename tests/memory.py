@@ -166,7 +166,8 @@ class Watch:
     def resolve(self, what, ptrs, mask):
         """(tensor, its elements that are touched, real addresses, mask), without the lanes that go astray."""
         addresses = ptrs.ravel()
-        on = (mask if mask.shape == ptrs.shape else np.broadcast_to(mask, ptrs.shape)).ravel()
+        # Masks made of other masks may come as integers.
+        on = np.broadcast_to(mask, ptrs.shape).ravel().astype(bool, copy=False)
         tensor = self.tensors[min(max(int(addresses[0]) >> RANGE, 1), len(self.tensors)) - 1]
         real = addresses - np.uint64(tensor.virtual) + np.uint64(tensor.tensor.data_ptr())
         offsets = (addresses[on] - np.uint64(tensor.virtual)).view(np.int64)

@@ -18,10 +18,10 @@ def plain(groups=1, stride=1, mode="zeros"):
     return (stride, stride), (0,) * 4, (1, 1), groups, mode
 
 
-def empty(*size, last=False):
+def empty(*size, last=False, dtype=torch.float16):
     """Zeros, or what happens to be there where a tensor is huge: pages that nobody touches take no memory."""
     layout = torch.channels_last if last else torch.contiguous_format
-    t = torch.empty(size, dtype=torch.float16, memory_format=layout)
+    t = torch.empty(size, dtype=dtype, memory_format=layout)
     return t.zero_() if t.numel() < 2**20 else t
 
 
@@ -35,6 +35,11 @@ def many(*size, last=True, dtype=torch.float16):
     """BIG images in the memory of one."""
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.zeros(1, *size, dtype=dtype).contiguous(memory_format=layout).expand(BIG, *size)
+
+
+def pooled(x, w, b=None):
+    """The values of a form for few channels."""
+    return L.conv2d_relu_max_pool2d(x, w, b, *plain(), (2, 2), (1, 1), (0, 0))[0]
 
 
 # By kernel: calls whose result has more than 2^31 elements. Partial sums are missing: they are of at most 512 tiles.
@@ -62,6 +67,19 @@ RESULTS = {
             many(16, 8, 8), empty(257, 16, 1, 1), empty(257), *plain(), (2, 2), (1, 1), (1, 1)
         ),
     ],
+    "conv2d_relu_max_pool2d_product_kernel": [
+        lambda: pooled(many(3, 8, 8), empty(336, 3, 1, 1)),
+        lambda: pooled(many(3, 8, 8), empty(336, 3, 1, 1, last=True), empty(336)),
+        lambda: pooled(empty(1, 1, 2**15 + 1, 2**14 + 1), empty(4, 1, 1, 1)),
+    ],
+    "conv2d_relu_max_pool2d_lanes_kernel": [
+        lambda: pooled(
+            empty(1, 1, 2**15 + 1, 2**14 + 1, dtype=torch.float32), empty(4, 1, 1, 1, dtype=torch.float32)
+        ),
+    ],
+    "place_filters_kernel": [lambda: L.conv2d_relu_max_pool2d(
+        empty(1, 15, 3, 4), empty(2**23 + 8, 15, 1, 1), None, *plain(), (2, 2), (8, 8), (0, 0)
+    )],
     "depthwise_forward_kernel": [
         lambda: L.conv2d(many(8, 16, 16), empty(72, 1, 1, 1), None, *plain(8)),
         lambda: L.conv2d(many(8, 16, 16, last=False), empty(72, 1, 1, 1), None, *plain(8)),
@@ -105,12 +123,13 @@ RESULTS = {
 }  # fmt: skip
 
 
-def randn(*size):
-    return torch.randn(size).to(DEVICE, torch.float16)
+def whole(*size, dtype=torch.float16):
+    """Small whole numbers, whose sums are exact in any order."""
+    return torch.randint(-3, 4, size).to(DEVICE, dtype)
 
 
 def last(*size):
-    return randn(*size).contiguous(memory_format=torch.channels_last)
+    return whole(*size).contiguous(memory_format=torch.channels_last)
 
 
 def code(*size):
@@ -128,50 +147,58 @@ def fused(x, w, b):
 # By kernel: calls and their tensors, each of which is tried with each of its strides too long for 32 bits.
 INPUTS = {
     "conv2d_forward_kernel": [
-        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"), randn(*IMAGES), randn(3, 3, 3, 3), randn(3)),
+        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
         (lambda x, w: L.conv2d(x, w, None, *PADDED, 1, "zeros"), last(3, 16, 5, 4), last(3, 16, 3, 3)),
     ],
     "conv2d_input_grad_kernel": [
-        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 1, "zeros"), randn(*IMAGES), randn(3, 3, 3, 3)),
+        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3)),
         (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 1, "zeros"), last(3, 16, 6, 6), last(16, 3, 3, 3)),
     ],
     "conv2d_weight_grad_kernel": [
-        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *PADDED, 1, "zeros"), randn(*IMAGES), randn(*IMAGES)),
+        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *PADDED, 1, "zeros"), whole(*IMAGES), whole(*IMAGES)),
         (lambda dy, x: weight_grad(dy, x, (3, 16, 3, 3), *PADDED, 1, "zeros"), last(*IMAGES), last(3, 16, 6, 6)),
     ],
     "conv2d_relu_max_pool2d_forward_kernel": [
-        (fused, randn(*IMAGES), randn(3, 3, 3, 3), randn(3)),
-        (fused, last(3, 16, 5, 4), last(3, 16, 3, 3), randn(3)),
+        (fused, whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
+        (fused, last(3, 16, 5, 4), last(3, 16, 3, 3), whole(3)),
     ],
+    "conv2d_relu_max_pool2d_product_kernel": [
+        (pooled, whole(*IMAGES), whole(5, 3, 3, 3), whole(5)),
+        (pooled, last(3, 5, 5, 4), last(6, 5, 2, 2), whole(6)),
+    ],
+    "conv2d_relu_max_pool2d_lanes_kernel": [
+        (pooled, *(whole(*size, dtype=torch.float32) for size in ((2, 2, 5, 6), (3, 2, 2, 2), (3,)))),
+    ],
+    "place_filters_kernel": [(pooled, whole(*IMAGES), whole(5, 3, 3, 3))],
     "depthwise_forward_kernel": [
-        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 3, "zeros"), randn(*IMAGES), randn(6, 1, 3, 3), randn(6)),
+        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 3, "zeros"), whole(*IMAGES), whole(6, 1, 3, 3), whole(6)),
     ],
     "depthwise_input_grad_kernel": [
-        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 3, "zeros"), randn(3, 6, 6, 6), randn(6, 1, 3, 3)),
+        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 3, "zeros"), whole(3, 6, 6, 6), whole(6, 1, 3, 3)),
     ],
     "depthwise_weight_grad_kernel": [
-        (lambda dy, x: weight_grad(dy, x, (6, 1, 3, 3), *PADDED, 3, "zeros"), randn(3, 6, 6, 6), randn(*IMAGES)),
+        (lambda dy, x: weight_grad(dy, x, (6, 1, 3, 3), *PADDED, 3, "zeros"), whole(3, 6, 6, 6), whole(*IMAGES)),
     ],
     "cross_entropy_kernel": [
         (
             lambda x, t, w: L.cross_entropy(x, t, w, "mean", -100, 0.1)[1],
-            randn(3, 4), torch.tensor([1, 0, 3], device=DEVICE), randn(4),
+            whole(3, 4), torch.tensor([1, 0, 3], device=DEVICE), whole(4),
         ),
     ],
     "fold_padding_kernel": [
-        (lambda dp: padding.fold_padding(dp, dp.new_empty(3, 3, 4, 4), (1,) * 4, "circular"), randn(*IMAGES)),
+        (lambda dp: padding.fold_padding(dp, dp.new_empty(3, 3, 4, 4), (1,) * 4, "circular"), whole(*IMAGES)),
     ],
-    "max_pool2d_forward_kernel": [(lambda x: L.max_pool2d(x, *WINDOW, False)[0], randn(*IMAGES))],
+    "max_pool2d_forward_kernel": [(lambda x: L.max_pool2d(x, *WINDOW, False)[0], whole(*IMAGES))],
     "max_pool2d_scatter_kernel": [
-        (lambda dy, c: L.max_pool2d_scatter(dy, c, (7, 7), *WINDOW), randn(*IMAGES), code(*IMAGES)),
+        (lambda dy, c: L.max_pool2d_scatter(dy, c, (7, 7), *WINDOW), whole(*IMAGES), code(*IMAGES)),
     ],
     "max_pool2d_gather_kernel": [
-        (lambda x, c: L.max_pool2d_gather(x, c, *WINDOW), randn(3, 3, 7, 7), code(*IMAGES)),
+        (lambda x, c: L.max_pool2d_gather(x, c, *WINDOW), whole(3, 3, 7, 7), code(*IMAGES)),
         (lambda c: L.max_pool2d_indices(c, 7, *WINDOW), code(*IMAGES)),
     ],
-    "linear_forward_kernel": [(lambda x, w, b: L.linear(x, w, b), randn(3, 5), randn(4, 5), randn(4))],
+    "linear_forward_kernel": [(lambda x, w, b: L.linear(x, w, b), whole(3, 5), whole(4, 5), whole(4))],
     "linear_weight_grad_kernel": [
-        (weight_grad, randn(3, 5), randn(3, 4)),
+        (weight_grad, whole(3, 5), whole(3, 4)),
     ],
 }  # fmt: skip
 # These run over dense tensors alone, which are as long as the result.
@@ -185,7 +212,7 @@ def test_every_kernel_is_here():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can run a few programs of a launch")
 @pytest.mark.parametrize("kernel", RESULTS)
-def test_huge_results(kernel, unpoisoned):
+def test_huge_results(kernel, unpoisoned, full_precision):
     """The first programs, the last, and some in between keep inside their tensors."""
     for call in RESULTS[kernel]:
         with watched(sample=5) as violations, tritonnet.count_launches() as launches:
@@ -203,7 +230,7 @@ def far(t, dim):
 
 
 @pytest.mark.parametrize("kernel", INPUTS)
-def test_far_inputs(kernel, unpoisoned):
+def test_far_inputs(kernel, unpoisoned, full_precision):
     for call, *tensors in INPUTS[kernel]:
         with tritonnet.count_launches() as launches:
             expected = call(*tensors)

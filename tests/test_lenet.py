@@ -102,7 +102,7 @@ def test_a_training_step_runs_on_the_kernels(device):
         ).backward()
     splits = launches.pop("sum_partials_kernel", 0)
     assert launches == {
-        "conv2d_relu_max_pool2d_forward_kernel": 2,
+        "conv2d_relu_max_pool2d_product_kernel": 2, "place_filters_kernel": 2,
         "linear_forward_kernel": 3 + 3,  # the layers, and their input gradients
         # Each gradient of a convolution scatters its pooled gradient anew.
         "conv2d_input_grad_kernel": 1, "conv2d_weight_grad_kernel": 2, "max_pool2d_scatter_kernel": 1 + 2,

@@ -1,0 +1,182 @@
+"""conv2d_pool for few channels in full float32: a patch of the image a lane, multiplied and added in its registers.
+
+The formula is conv2d_pool_patch's, and so are the blocks of pooled pixels that share a patch. Sums start from the bias,
+every product is exact before it is added, and maximum and code follow torch's rules to the last NaN.
+"""
+
+import triton
+import triton.language as tl
+
+from . import shapes
+from ._common import INTERPRETED, OPTIONS, index_type
+from .conv2d_pool_patch import PROGRAMS, block_of, cut
+
+
+@triton.jit
+def load_patch(
+    x_ptr, x_offs, ih0, iw0, mask, H, W,
+    stride_xh: tl.constexpr, stride_xw: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, INSIDE: tl.constexpr,
+):  # fmt: skip
+    """The pixels of one channel's patches as a tuple, row by row, each a vector over the lanes."""
+    pixels = ()
+    for ph in tl.static_range(PATCH_H):
+        row = x_ptr + x_offs + ph * stride_xh
+        if INSIDE and PATCH_W % 4 == 0:
+            for pw in tl.static_range(0, PATCH_W, 4):
+                four = tl.load(row[:, None] + (pw + tl.arange(0, 4))[None, :] * stride_xw)
+                even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
+                x0, x2 = tl.split(even)
+                x1, x3 = tl.split(odd)
+                pixels = pixels + (x0, x1, x2, x3)
+        elif INSIDE and PATCH_W % 2 == 0:
+            for pw in tl.static_range(0, PATCH_W, 2):
+                pixels = pixels + tl.split(tl.load(row[:, None] + (pw + tl.arange(0, 2))[None, :] * stride_xw))
+        else:
+            for pw in tl.static_range(PATCH_W):
+                inside = mask & (ih0 + ph >= 0) & (ih0 + ph < H) & (iw0 + pw >= 0) & (iw0 + pw < W)
+                pixels = pixels + (tl.load(row + pw * stride_xw, mask=inside, other=0.0),)
+    return pixels
+
+
+@triton.jit
+def add_products(
+    sums, pixels, w_ptr, w_offs,
+    stride_wh: tl.constexpr, stride_ww: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, PATCH_W: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """sums, a tuple over (rh, rw, position), and one channel's products with one filter."""
+    for kh in tl.static_range(KH):
+        for kw in tl.static_range(KW):
+            w = tl.load(w_ptr + (w_offs + (kh * stride_wh + kw * stride_ww)))
+            added = ()
+            for i in tl.static_range(4 * SIDE * SIDE):
+                x = pixels[
+                    ((i // 4 // SIDE * TH + i // 2 % 2) * SH + kh * DH) * PATCH_W
+                    + (i // 4 % SIDE * TW + i % 2) * SW + kw * DW
+                ]  # fmt: skip
+                added = added + (tl.fma(x, w, sums[i]),)
+            sums = added
+    return sums
+
+
+@triton.jit
+def filter_at(oc, OC: tl.constexpr, BLOCK_OC: tl.constexpr):
+    """oc, or the last filter again where the turns do not come out even."""
+    return oc if OC % BLOCK_OC == 0 else tl.minimum(oc, OC - 1)
+
+
+@triton.jit
+def largest_of_four(sums, FIRST: tl.constexpr):
+    """The rectified maximum of the window sums[FIRST : FIRST + 4] by torch's rules, and its code."""
+    best, code = sums[FIRST], tl.zeros(sums[FIRST].shape, tl.int32)
+    for i in tl.static_range(1, 4):
+        z = sums[FIRST + i]
+        better = (z > best) | (z != z)
+        best, code = tl.where(better, z, best), tl.where(better, i, code)
+    dead = best <= 0
+    return tl.where(dead, 0.0, best), tl.where(dead, 4, code).to(tl.uint8)
+
+
+@triton.jit(do_not_specialize=["M"])
+def conv2d_relu_max_pool2d_lanes_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr, code_ptr,
+    M,
+    stride_b,
+    stride_wo: tl.constexpr, stride_wc: tl.constexpr, stride_wh: tl.constexpr, stride_ww: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
+    stride_xn: tl.constexpr, stride_xc: tl.constexpr, stride_xh: tl.constexpr, stride_xw: tl.constexpr,
+    stride_yn: tl.constexpr, stride_yc: tl.constexpr, stride_yh: tl.constexpr, stride_yw: tl.constexpr,
+    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, SIDE: tl.constexpr, BLOCKS_H: tl.constexpr, BLOCKS_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INSIDE: tl.constexpr, TURNS: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr,
+):  # fmt: skip
+    # One patch a lane, BLOCK_OC filters a turn of the outer loop, one channel of theirs a turn of the inner one.
+    programs: tl.constexpr = ((OC + BLOCK_OC - 1) // BLOCK_OC + TURNS - 1) // TURNS
+    offs_m = (tl.program_id(0) // programs).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = offs_m < M
+    # Lanes past the end repeat the last patch, so that no load has to be masked for them.
+    n, row, col = block_of(tl.minimum(offs_m, M - 1), BLOCKS_H, BLOCKS_W, INDEX)
+    ih0, iw0 = row * STEP_H - PH, col * STEP_W - PW
+    x_offs = n * stride_xn + ih0 * stride_xh + iw0 * stride_xw
+    y_offs = n * stride_yn + row * SIDE * stride_yh + col * SIDE * stride_yw
+
+    if C == 1:
+        pixels = load_patch(x_ptr, x_offs, ih0, iw0, mask, H, W, stride_xh, stride_xw, PATCH_H, PATCH_W, INSIDE)
+    turn = tl.program_id(0) % programs * TURNS
+    for first in range(turn * BLOCK_OC, (turn + TURNS) * BLOCK_OC, BLOCK_OC):
+        oc0 = tl.cast(first, INDEX)
+        sums = ()
+        for o in tl.static_range(BLOCK_OC):
+            z = tl.zeros((BLOCK_M,), tl.float32)
+            if HAS_BIAS:
+                z += tl.load(b_ptr + filter_at(oc0 + o, OC, BLOCK_OC) * stride_b)
+            for _ in tl.static_range(4 * SIDE * SIDE):
+                sums = sums + (z,)
+
+        for c in range(C):
+            if C > 1:
+                # The channel moves the scalar pointer, as AMD's passes take minutes over vectors of pointers that move.
+                c_ptr = x_ptr + tl.cast(c, INDEX) * stride_xc
+                pixels = load_patch(c_ptr, x_offs, ih0, iw0, mask, H, W, stride_xh, stride_xw, PATCH_H, PATCH_W, INSIDE)
+            added = ()
+            for o in tl.static_range(BLOCK_OC):
+                of_filter = ()
+                for i in tl.static_range(4 * SIDE * SIDE):
+                    of_filter = of_filter + (sums[o * 4 * SIDE * SIDE + i],)
+                w_offs = filter_at(oc0 + o, OC, BLOCK_OC) * stride_wo + tl.cast(c, INDEX) * stride_wc
+                added = added + add_products(
+                    of_filter, pixels, w_ptr, w_offs,
+                    stride_wh, stride_ww,
+                    KH, KW, SH, SW, DH, DW, TH, TW, PATCH_W, SIDE,
+                )  # fmt: skip
+            sums = added
+
+        for o in tl.static_range(BLOCK_OC):
+            for rh in tl.static_range(SIDE):
+                offs = y_offs + (oc0 + o) * stride_yc + rh * stride_yh
+                inside = mask
+                if OC % BLOCK_OC != 0:
+                    inside = inside & (oc0 + o < OC)
+                if BLOCKS_H * SIDE > QH:
+                    inside = inside & (row * SIDE + rh < QH)
+                y, code = largest_of_four(sums, (o * SIDE + rh) * SIDE * 4)
+                if SIDE == 2:
+                    y_right, code_right = largest_of_four(sums, (o * SIDE + rh) * SIDE * 4 + 4)
+                    side = tl.arange(0, 2)
+                    offs = offs[:, None] + (side * stride_yw)[None, :]
+                    inside = inside[:, None]
+                    if BLOCKS_W * SIDE > QW:
+                        inside = inside & ((col * SIDE)[:, None] + side[None, :] < QW)
+                    y, code = tl.join(y, y_right), tl.join(code, code_right)
+                tl.store(y_ptr + offs, y, mask=inside)
+                tl.store(code_ptr + offs, code, mask=inside)
+
+
+def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
+    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form for lanes."""
+    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding)
+    if y.numel() == 0:
+        return y, code
+    M, constants = cut(form, x, w, bias, y, stride, padding, pool_stride)
+    constants |= {f"stride_w{dim}": stride for dim, stride in zip("ochw", w.stride())}
+    # Where that leaves programs for half of a large GPU, two patches a lane share the loads of the filters, and all
+    # filters those of the patch.
+    many = M >= 256 * PROGRAMS // 8
+    block_m = 256 if many or INTERPRETED else 64
+    tiles, chunks = triton.cdiv(M, block_m), triton.cdiv(w.shape[0], form.channels)
+    turns = chunks if many or w.shape[1] == 1 else 1
+    conv2d_relu_max_pool2d_lanes_kernel[(tiles * triton.cdiv(chunks, turns),)](
+        x, w, w if bias is None else bias, y, code,
+        M,
+        0 if bias is None else bias.stride(0),
+        SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1], TH=pool_stride[0], TW=pool_stride[1],
+        TURNS=turns, INDEX=index_type(x, w, bias, y), BLOCK_M=block_m, **constants,
+        num_warps=4 if many else 2, num_stages=1, **OPTIONS,
+    )  # fmt: skip
+    return y, code
