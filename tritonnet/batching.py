@@ -4,9 +4,12 @@ A rule takes the batch size, the batch dimension of each argument (None for one 
 the results with their batch dimensions. All of them end in the same operators.
 """
 
+import functools
+
 import torch
 
 from . import ops
+from .kernels import layered
 from .registration import register_batching
 
 
@@ -170,6 +173,31 @@ def _linear_weight_grad(info, dims, dy, x, with_bias):
     dy, x = (_as_channels(t)[..., None, None] for t in (dy, x))
     dw, db = ops.conv2d_weight_grad(dy, x, (B * N, K, 1, 1), *_PIXEL, B, "zeros", with_bias)
     return (dw.view(B, N, K), db.unflatten(0, (B, N)) if with_bias else db), (0, 0 if with_bias else None)
+
+
+@register_batching(ops.linear_chain)
+def _linear_chain(info, dims, x, *layers_keep):
+    if any(dim is not None for dim in dims[1:]):
+        return torch.vmap(functools.partial(layered.forward, ops), dims)(x, *layers_keep), (0, 0)
+    x = x.movedim(dims[0], 0)
+    return tuple(t.unflatten(0, x.shape[:2]) for t in ops.linear_chain(_as_images(x), *layers_keep)), (0, 0)
+
+
+@register_batching(ops.linear_chain_input_grad)
+def _linear_chain_input_grad(info, dims, dy, hidden, *weights_needs_dx):
+    if any(dim is not None for dim in dims[2:]):
+        return torch.vmap(functools.partial(layered.input_grad, ops), dims)(dy, hidden, *weights_needs_dx), (0, 0)
+    dy, hidden = (_front(info, t, dim) for t, dim in zip((dy, hidden), dims))
+    results = ops.linear_chain_input_grad(_as_images(dy), _as_images(hidden), *weights_needs_dx)
+    return tuple(t.unflatten(0, dy.shape[:2]) for t in results), (0, 0)
+
+
+@register_batching(ops.linear_chain_weight_grad)
+def _linear_chain_weight_grad(info, dims, dy, dz, x, hidden, widths, with_bias):
+    def one(*tensors):
+        return layered.weight_grad(ops, *tensors, widths, with_bias)
+
+    return torch.vmap(one, dims[:4])(dy, dz, x, hidden), (0, 0)
 
 
 @register_batching(ops.cross_entropy)
