@@ -95,10 +95,5 @@ def linear_chain_weight_grad(dy, dz, x, hidden, widths, with_bias):
 _MODULES = (
     _conv2d, _conv2d_pool, _cross_entropy, _depthwise, _linear, _linear_chain, _max_pool2d, _padding, _reduce, _relu
 )  # fmt: skip
-KERNELS = [
-    kernel
-    for module in _MODULES
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
-]
+KERNELS = [kernel for module in _MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")]
 """Every kernel that can be launched; the other jit functions are parts of these."""

@@ -32,12 +32,12 @@ from ._common import (
 from .linear import precision, weight_grad_tile
 from .reduce import Partials
 
-# M rows a program; N features of the input a step of its gradient; K features a step of a product. Registers hold M rows
-# of two layers, so M is small; products without matrix units hold K columns of their operands there besides.
+# M rows a program; N features of the input a step of its gradient; K features a step of a product. Registers hold M
+# rows of two layers, and without matrix units K columns of both operands besides, so M and K are small.
 ROWS = {
-    "half": (Tile(64, 128, 64, 4, 3), Tile(16, 128, 64, 4, 3)),
-    "tf32": (Tile(64, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)),
-    "ieee": (Tile(16, 64, 16, 4, 2),),
+    "half": (Tile(64, 64, 64, 8, 3), Tile(16, 128, 64, 4, 3)),
+    "tf32": (Tile(32, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
+    "ieee": (Tile(32, 64, 16, 8, 2), Tile(16, 64, 16, 8, 2)),
     "fp64": (Tile(16, 64, 16, 4, 2),),
 }
 
@@ -291,7 +291,7 @@ def linear_chain_weight_grad_kernel(
 
 
 def weight_grad(dy, dz, x, hidden, widths, with_bias):
-    """dy (M, N), dz, x (M, K), hidden, the widths of its parts -> dw of all layers, flat, and db, empty unless asked."""
+    """dy (M, N), dz, x (M, K), hidden, the widths of its parts -> dw and, empty unless asked for, db of all layers."""
     dw, db = shapes.linear_chain_weight_grad(dy, x, widths, with_bias)
     (M, N), K = dy.shape, x.shape[1]
     dz, hidden, widths = dz.contiguous(), hidden.contiguous(), [*widths, N]

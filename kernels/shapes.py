@@ -138,7 +138,7 @@ def linear_chain(x, weights, keep):
 
 
 def linear_chain_input_grad(dy, hidden, weights, needs_dx):
-    """The gradients of x, without columns where it is not asked for, and of what the rectifiers in between are given."""
+    """The gradients of x, without columns unless it is asked for, and of what the rectifiers in between are given."""
     return dy.new_empty(dy.shape[0], weights[0].shape[1] if needs_dx else 0), dy.new_empty(hidden.shape)
 
 

@@ -618,9 +618,7 @@ class LinearChainInputGrad(torch.autograd.Function):
 
         def before(i, t):
             """The tangent of dz[i] w[i], when that of dz[i] is t."""
-            return _linear_tangent(
-                dz[i], weights[i].t(), t, None if tweights[i] is None else tweights[i].t(), None
-            )
+            return _linear_tangent(dz[i], weights[i].t(), t, None if tweights[i] is None else tweights[i].t(), None)
 
         t, tdz = tdy, []
         for i in reversed(range(len(h))):
