@@ -45,7 +45,7 @@ ROWS = {
 def _tile(M, dtype):
     """The most rows a program with which a large GPU has still a program for each multiprocessor, or the fewest."""
     if INTERPRETED:
-        return Tile(max(16, triton.next_power_of_2(M // 2)), 32, 32, 4, 1)
+        return Tile(min(4096, max(16, triton.next_power_of_2(M // 2))), 32, 32, 4, 1)
     tiles = ROWS[number_format(dtype, precision())]
     return next((t for t in tiles if M > 128 * t.M), tiles[-1])
 

@@ -127,8 +127,8 @@ def linear_chain_serves(features, widths):
 
 
 def widths(weights):
-    """The widths of the layers of a chain, whose weights are (N, K), or None for layers that lack."""
-    return [w.shape[0] for w in weights if w is not None]
+    """The widths of the layers of a chain, whose weights are (..., N, K), or None for layers that lack."""
+    return [w.shape[-2] for w in weights if w is not None]
 
 
 def linear_chain(x, weights, keep):

@@ -213,9 +213,10 @@ def test_no_row(body, device):
 def test_hooks_and_later_changes_bring_the_layers_back(device):
     before, model = pair("tutorial", device)
     x, seen = images(device), []
-    model.conv1.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    for layer in (model.conv1, model.fc1, model.fc2):
+        layer.register_forward_hook(lambda module, args, y: seen.append(y.shape))
     torch.testing.assert_close(model(x), before(x))
-    assert seen == [(3, 6, 24, 24)]
+    assert seen == [(3, 6, 24, 24), (3, 12), (3, 10)]
     _, model = pair("with modules", device)
     model.eval()
     first = model(x)

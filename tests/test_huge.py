@@ -37,6 +37,20 @@ def many(*size, last=True, dtype=torch.float16):
     return torch.zeros(1, *size, dtype=dtype).contiguous(memory_format=layout).expand(BIG, *size)
 
 
+def rows(width):
+    """Many rows in the memory of one."""
+    return torch.zeros(1, width, dtype=torch.float16).expand(2**24 + 16, width)
+
+
+def chain_forward(x, w1, b1, w2, b2):
+    """Both results of a chain of two layers."""
+    return L.linear_chain(x, w1, b1, w2, b2, None, None, None, None, True)
+
+
+def chain_input_grad(dy, hidden, w1, w2):
+    return L.linear_chain_input_grad(dy, hidden, w1, w2, None, None, True)
+
+
 # By kernel: calls whose result has more than 2^31 elements. Partial sums are missing: they are of at most 512 tiles.
 RESULTS = {
     "conv2d_forward_kernel": [
@@ -102,6 +116,19 @@ RESULTS = {
     "relu_grad_kernel": [lambda: L.relu_grad(empty(2**31 + 8), empty(2**31 + 8))],
     "linear_forward_kernel": [lambda: L.linear(empty(2**24, 8), empty(136, 8), empty(136))],
     "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 16), True)],
+    "linear_chain_forward_kernel": [
+        lambda: chain_forward(rows(8), empty(128, 8), empty(128), empty(128, 128), empty(128)),
+        lambda: chain_forward(rows(8), empty(128, 8), None, empty(1, 128), None),  # the hidden layer alone is huge
+    ],
+    "linear_chain_input_grad_kernel": [
+        lambda: chain_input_grad(rows(8), rows(128), empty(128, 8), empty(8, 128)),
+        lambda: chain_input_grad(rows(8), rows(4), empty(4, 128), empty(8, 4)),  # the input's gradient alone is huge
+    ],
+    "linear_chain_weight_grad_kernel": [
+        lambda: L.linear_chain_weight_grad(
+            empty(1, 8), empty(1, 128), empty(1, 2**24 + 16), empty(1, 128), [128], True
+        ),
+    ],
 }  # fmt: skip
 
 
@@ -172,6 +199,18 @@ INPUTS = {
     "linear_forward_kernel": [(lambda x, w, b: L.linear(x, w, b), randn(3, 5), randn(4, 5), randn(4))],
     "linear_weight_grad_kernel": [
         (weight_grad, randn(3, 5), randn(3, 4)),
+    ],
+    "linear_chain_forward_kernel": [
+        (lambda *t: torch.cat(chain_forward(*t), 1), randn(3, 5), randn(4, 5), randn(4), randn(2, 4), randn(2)),
+    ],
+    "linear_chain_input_grad_kernel": [
+        (lambda *t: torch.cat(chain_input_grad(*t), 1), randn(3, 2), randn(3, 4), randn(4, 5), randn(2, 4)),
+    ],
+    "linear_chain_weight_grad_kernel": [
+        (
+            lambda *t: torch.cat(L.linear_chain_weight_grad(*t, [4], True)),
+            randn(3, 2), randn(3, 4), randn(3, 5), randn(3, 4),
+        ),
     ],
 }  # fmt: skip
 # These run over dense tensors alone, which are as long as the result.
