@@ -54,7 +54,7 @@ CASES = {
     "linear_relu": (F.linear_relu, (draw, (2, 3, 4), (3, 4), (3,))),
     "linear_chain": (
         lambda x, w1, b1, w2, w3, b3: F.linear_chain(x, (w1, w2, w3), (b1, None, b3)),
-        (draw, (2, 3), (2, 3), (2,), (3, 2), (2, 3), (2,)),
+        (draw, (1, 3), (2, 3), (2,), (2, 2), (1, 2), (1,)),
     ),
     "relu": (F.relu, (draw, (3, 4))),
     "relu in place": (lambda x: F.relu_(x * 1), (draw, (3, 4))),
