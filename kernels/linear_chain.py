@@ -271,11 +271,12 @@ def linear_chain_weight_grad_kernel(
     dw_ptr += split * stride_split
     db_ptr += split * stride_split
     for i in tl.static_range(0, LAYERS):
-        tiles = tl.cdiv(N[i], BLOCK_M) * tl.cdiv(FEATURES[i], BLOCK_N)
+        tiles_k = tl.cdiv(FEATURES[i], BLOCK_N)
+        tiles = tl.cdiv(N[i], BLOCK_M) * tiles_k
         if (tile >= 0) & (tile < tiles):
             weight_grad_tile(
                 dy_ptr if i == LAYERS - 1 else dz_ptr, x_ptr if i == 0 else h_ptr, dw_ptr, db_ptr,
-                tile, first, last,
+                tile // tiles_k, tile % tiles_k, first, last, 0,
                 N[i], FEATURES[i],
                 stride_ym if i == LAYERS - 1 else HIDDEN, stride_yn if i == LAYERS - 1 else 1,
                 stride_xm if i == 0 else HIDDEN, stride_xk if i == 0 else 1,
