@@ -66,6 +66,26 @@ def _linear_weight_grad(a):
     return blocks, [blocks / _cdiv(a.K, a.BLOCK_N)], a.M * a.N * a.K
 
 
+def _chain(a):
+    """Multiply-adds of a chain, and the fewest turns that the product of a later layer takes.
+
+    The compiler unrolls the loops of some later layers and not of others, so that each counts as the shortest.
+    """
+    widths = [n for n in (a.N1, a.N2, a.N3, a.N4) if n]
+    return a.M * sum(n * k for n, k in zip(widths, [a.K, *widths])), _cdiv(min(widths[:-1]), a.BLOCK_K)
+
+
+def _chain_forward(a):
+    products, least = _chain(a)
+    return _cdiv(a.K, a.BLOCK_K), [least] * a.LAYERS, products
+
+
+def _chain_input_grad(a):
+    products, least = _chain(a)
+    least = min(least, _cdiv(a.K, a.BLOCK_N))
+    return least, [least] * a.LAYERS, products
+
+
 def _pool(a):
     return 0, [a.KH, a.KW], 0
 
@@ -91,6 +111,8 @@ MODEL = {
     "conv2d_weight_grad_kernel": _weight_grad,
     "linear_forward_kernel": _linear,
     "linear_weight_grad_kernel": _linear_weight_grad,
+    "linear_chain_forward_kernel": _chain_forward,
+    "linear_chain_input_grad_kernel": _chain_input_grad,
     "cross_entropy_kernel": _cross_entropy,
     "max_pool2d_forward_kernel": _pool,
     "max_pool2d_scatter_kernel": _scatter,

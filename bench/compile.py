@@ -16,7 +16,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
-from tritonnet.kernels import _common, conv2d, launchers
+from tritonnet.kernels import _common, conv2d, launchers, linear_chain
+from tritonnet.kernels import shapes as kernel_shapes
 
 from . import FORMATS, TARGETS, amdgcn, sass
 from .bounds import Launch, bounds
@@ -90,6 +91,17 @@ class Calls:
         launchers.linear(dy, w.t(), None)
         launchers.linear_weight_grad(dy, x, True)
 
+    def chain(self, m, *widths, keep=True, weight_grad=True):
+        """Forward, and backward where there is one."""
+        layers = [t for k, n in zip(widths, widths[1:]) for t in (self.tensor(n, k), self.tensor(n))]
+        layers += [None] * (8 - len(layers))
+        x = self.tensor(m, widths[0])
+        y, hidden = launchers.linear_chain(x, *layers, keep)
+        if keep:
+            _, dz = launchers.linear_chain_input_grad(y, hidden, *layers[0::2], True)
+        if keep and weight_grad:
+            launchers.linear_chain_weight_grad(y, dz, x, hidden, widths[1:-1], True)
+
     def rectified(self):
         """The products that end in a rectifier."""
         geometry = (1, 1), (1,) * 4, (1, 1)
@@ -110,6 +122,7 @@ class Calls:
         self.cross_entropy(big // 64, 128)
         self.relu(big + 8)
         self.linear(big // 16, 64, 32)
+        self.chain(big // 64, 64, 32, 16)
 
 
 def shapes(c):
@@ -123,6 +136,8 @@ def shapes(c):
     yield "LeNet loss", lambda: c.cross_entropy(1024, 10)
     yield "LeNet fc1", lambda: c.linear(1024, 400, 120)
     yield "LeNet fc3", lambda: c.linear(1024, 84, 10)
+    # What a program of the weights' gradient runs depends on its layer: there is no one bound.
+    yield "LeNet head", lambda: c.chain(1024, 400, 120, 84, 10, weight_grad=False)
     yield "ResNet 7x7/2, 3 to 64", lambda: c.conv(64, 3, 224, 64, 7, stride=2)
     yield "ResNet pool 3x3/2", lambda: c.pool((64, 64, 112, 112), 3, 2, 1, True, all=False)
     yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
@@ -162,6 +177,12 @@ def coverage(c, format):
             name = f"{walk}, {tile.M}x{tile.N}"
             yield name, lambda m=tile.M, k=k, channels=channels: c.conv_weight_grad(channels, m, k)
         yield f"{tile.M}x{tile.N}", lambda m=tile.M, n=tile.N: c.linear(m, 4 * n, n)
+    for tile in linear_chain.ROWS[rows]:
+        # As many rows as choose the tile; the head of LeNet, and layers as wide as there may be.
+        m = 129 * tile.M
+        yield f"chain, {tile.M} rows", lambda m=m: c.chain(m, 400, 120, 84, 10)
+        yield f"wide chain, {tile.M} rows", lambda m=m: c.chain(m, 256, *[kernel_shapes.MOST_WIDTH] * 3)
+    yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
     yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)

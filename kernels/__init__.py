@@ -1,1 +1,1 @@
-"""The Triton kernels and the plain functions that launch them; `shapes` alone can be imported without Triton."""
+"""The Triton kernels and the plain functions that launch them; `shapes` and `layered` alone need no Triton."""

@@ -1,6 +1,7 @@
 """The launchers under the names of the operators; `tritonnet.reference` has the same names in plain torch."""
 
 import functools
+import sys
 
 from . import conv2d as _conv2d
 from . import conv2d_pool as _conv2d_pool
@@ -8,12 +9,13 @@ from . import conv2d_pool_lanes as _conv2d_pool_lanes
 from . import conv2d_pool_patch as _conv2d_pool_patch
 from . import cross_entropy as _cross_entropy
 from . import depthwise as _depthwise
+from . import layered, shapes
 from . import linear as _linear
+from . import linear_chain as _linear_chain
 from . import max_pool2d as _max_pool2d
 from . import padding as _padding
 from . import reduce as _reduce
 from . import relu as _relu
-from . import shapes
 
 
 def _family(w_size, groups):
@@ -74,13 +76,31 @@ linear = _linear.forward
 linear_relu = functools.partial(_linear.forward, relu=True)
 linear_weight_grad = _linear.weight_grad
 
-KERNELS = [
-    kernel
-    for module in (
-        _conv2d, _conv2d_pool, _conv2d_pool_lanes, _conv2d_pool_patch, _cross_entropy, _depthwise, _linear,
-        _max_pool2d, _padding, _reduce, _relu,
-    )
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
-]  # fmt: skip
+
+def _chain(name, features, widths):
+    """The function `name` of all layers in one launch, or of one after the other."""
+    if shapes.linear_chain_serves(features, widths):
+        return getattr(_linear_chain, name)
+    return functools.partial(getattr(layered, name), sys.modules[__name__])
+
+
+def linear_chain(x, *layers_keep):
+    return _chain("forward", x.shape[1], shapes.widths(layers_keep[:-1:2]))(x, *layers_keep)
+
+
+def linear_chain_input_grad(dy, hidden, *weights_needs_dx):
+    features, widths = weights_needs_dx[0].shape[1], shapes.widths(weights_needs_dx[:-1])
+    return _chain("input_grad", features, widths)(dy, hidden, *weights_needs_dx)
+
+
+def linear_chain_weight_grad(dy, dz, x, hidden, widths, with_bias):
+    grads = _chain("weight_grad", x.shape[1], [*widths, dy.shape[1]])
+    return grads(dy, dz, x, hidden, widths, with_bias)
+
+
+_MODULES = (
+    _conv2d, _conv2d_pool, _conv2d_pool_lanes, _conv2d_pool_patch, _cross_entropy, _depthwise, _linear, _linear_chain,
+    _max_pool2d, _padding, _reduce, _relu,
+)  # fmt: skip
+KERNELS = [kernel for module in _MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")]
 """Every kernel that can be launched; the other jit functions are parts of these."""

@@ -75,31 +75,27 @@ def forward(x, w, bias, relu=False):
     return y
 
 
-@triton.jit(do_not_specialize=["M", "per_split"])
-def linear_weight_grad_kernel(
-    dy_ptr, x_ptr, dw_ptr, db_ptr,
-    M, N, K, per_split,
+@triton.jit
+def weight_grad_tile(
+    dy_ptr, x_ptr, dw_ptr, db_ptr, pid_n, pid_k, first, last, partial,
+    N, K,
     stride_ym, stride_yn,
     stride_xm, stride_xk,
     stride_wn, stride_wk,
-    stride_split,
     HAS_BIAS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Store what the rows from `first` to `last` add to one tile of dw and, by the first tile of a row, to db.
+
+    `partial` is how far from dw and db their partial sums lie.
+    """
     # The product (N, M) x (M, K): BLOCK_M tiles N, BLOCK_N tiles K, and BLOCK_K walks this program's share of M.
-    pid = tl.program_id(0).to(INDEX)
-    # A layer of zero features still has a bias: it takes one tile of weights, all masked.
-    tiles_k, tiles_n = tl.maximum(tl.cdiv(K, BLOCK_N), 1), tl.cdiv(N, BLOCK_M)
-    pid_k = pid % tiles_k
-    offs_n = pid // tiles_k % tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = pid // tiles_k // tiles_n
     mask_n, mask_k = offs_n < N, offs_k < K
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    first = split * per_split
-    last = tl.minimum(first + per_split, M)
     for m0 in range(first, last, BLOCK_K):
         offs_m = m0 + tl.arange(0, BLOCK_K).to(INDEX)
         mask_m = offs_m < last
@@ -109,7 +105,7 @@ def linear_weight_grad_kernel(
         x = tl.load(x_ptr + x_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(dy.to(OPERAND), x.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
 
-    w_offs = split * stride_split + (offs_n * stride_wn)[:, None] + (offs_k * stride_wk)[None, :]
+    w_offs = partial + (offs_n * stride_wn)[:, None] + (offs_k * stride_wk)[None, :]
     tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
 
     # A loop of its own, by one column of programs: inside the product's it would hold up the matrix unit.
@@ -122,7 +118,33 @@ def linear_weight_grad_kernel(
                 mask = mask_n[:, None] & (offs_m < last)[None, :]
                 acc_b += tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)
             db = round_to(tl.sum(acc_b, axis=1), db_ptr.dtype.element_ty)
-            tl.store(db_ptr + split * stride_split + offs_n, db, mask=mask_n)
+            tl.store(db_ptr + partial + offs_n, db, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["M", "per_split"])
+def linear_weight_grad_kernel(
+    dy_ptr, x_ptr, dw_ptr, db_ptr,
+    M, N, K, per_split,
+    stride_ym, stride_yn,
+    stride_xm, stride_xk,
+    stride_wn, stride_wk,
+    stride_split,
+    HAS_BIAS: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(INDEX)
+    # A layer of zero features still has a bias: it takes one tile of weights, all masked.
+    tiles_k, tiles_n = tl.maximum(tl.cdiv(K, BLOCK_N), 1), tl.cdiv(N, BLOCK_M)
+    split = pid // tiles_k // tiles_n
+    first = split * per_split
+    weight_grad_tile(
+        dy_ptr, x_ptr, dw_ptr, db_ptr,
+        pid // tiles_k % tiles_n, pid % tiles_k, first, tl.minimum(first + per_split, M), split * stride_split,
+        N, K,
+        stride_ym, stride_yn, stride_xm, stride_xk, stride_wn, stride_wk,
+        HAS_BIAS, INDEX, OPERAND, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
 
 def weight_grad(dy, x, with_bias):

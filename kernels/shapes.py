@@ -115,3 +115,35 @@ def linear_weight_grad(dy, x, with_bias):
 def cross_entropy(x, reduction):
     """The loss, one or one a row, and its gradient; x is (N, C)."""
     return x.new_empty(x.shape[:1] if reduction == "none" else ()), x.new_empty(x.shape)
+
+
+# What a chain of linears in one launch takes: registers hold a block of rows of two layers at once.
+MOST_LAYERS, MOST_WIDTH = 4, 128
+
+
+def linear_chain_serves(features, widths):
+    """Whether layers of these widths, over so many features, run in one launch rather than one after the other."""
+    return features > 0 and 2 <= len(widths) <= MOST_LAYERS and all(0 < n <= MOST_WIDTH for n in widths)
+
+
+def widths(weights):
+    """The widths of the layers of a chain, whose weights are (..., N, K), or None for layers that lack."""
+    return [w.shape[-2] for w in weights if w is not None]
+
+
+def linear_chain(x, weights, keep):
+    """The result, and what the rectifiers in between give, side by side; x is (M, K)."""
+    *hidden, N = widths(weights)
+    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], sum(hidden) if keep else 0)
+
+
+def linear_chain_input_grad(dy, hidden, weights, needs_dx):
+    """The gradients of x, without columns unless it is asked for, and of what the rectifiers in between are given."""
+    return dy.new_empty(dy.shape[0], weights[0].shape[1] if needs_dx else 0), dy.new_empty(hidden.shape)
+
+
+def linear_chain_weight_grad(dy, x, hidden_widths, with_bias):
+    """The gradients of all weights, one after the other, and of all biases, empty where they are not asked for."""
+    every = [*hidden_widths, dy.shape[1]]
+    numel = sum(n * k for n, k in zip(every, [x.shape[1], *every]))
+    return dy.new_empty(numel), dy.new_empty(sum(every) if with_bias else 0)

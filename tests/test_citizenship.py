@@ -37,6 +37,9 @@ OPERATORS = {
         (4, 4, 4, 7), (4, 2, 3, 2), (4,),
     ),
     "linear_relu": (lambda f, x, w, b: f.linear_relu(x, w, b), (4, 3, 5), (6, 5), (6,)),
+    "linear_chain": (
+        lambda f, x, w1, b1, w2: f.linear_chain(x, [w1, w2], [b1, None]), (4, 3, 5), (6, 5), (6,), (3, 6),
+    ),
     "cross_entropy": (
         lambda f, x: f.cross_entropy(x, torch.arange(x.shape[0], device=x.device) % 5, label_smoothing=0.1), (4, 5),
     ),
@@ -412,6 +415,7 @@ def operator_calls(device):
     pool = ([2, 2], [2, 1], [1, 0])
     q, dead = ops.conv2d_relu_max_pool2d(x.detach(), w.detach(), None, *conv, *pool)
     dq, weight = torch.randn_like(q).requires_grad_(), t(4).detach().abs()
+    layers = t(5, 4), t(5), t(2, 5), None, t(6, 2), t(6), None, None
     return {
         ops.conv2d: (x, w, t(6), *conv),
         ops.conv2d_input_grad: (dy, w, list(x.shape), *conv),
@@ -431,6 +435,9 @@ def operator_calls(device):
         ops.linear: (t(3, 4), t(5, 4), t(5)),
         ops.linear_relu: (t(3, 4), t(5, 4), t(5)),
         ops.linear_weight_grad: (t(3, 5), t(3, 4), True),
+        ops.linear_chain: (t(3, 4), *layers, True),
+        ops.linear_chain_input_grad: (t(3, 6), t(3, 7), *layers[::2], True),
+        ops.linear_chain_weight_grad: (t(3, 6), t(3, 7), t(3, 4), t(3, 7), [5, 2], True),
     }
 
 

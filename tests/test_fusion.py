@@ -70,11 +70,25 @@ def sequential():
     )  # fmt: skip
 
 
+def mixed_widths():
+    """Chains of four layers and of two; one that is too wide in front, one that ends in a rectifier."""
+    chain = [tnn.Linear(28, 9), tnn.ReLU(), tnn.Linear(9, 5), tnn.ReLU(inplace=True), nn.Linear(5, 4, False), nn.ReLU()]
+    return tnn.Sequential(
+        tnn.Sequential(*chain, tnn.Linear(4, 28)), tnn.Sequential(*chain),
+        tnn.Sequential(tnn.Linear(4, 129), tnn.ReLU(), tnn.Linear(129, 7), tnn.ReLU(), tnn.Linear(7, 3)),
+        tnn.Sequential(tnn.Linear(3, 2), tnn.Linear(2, 2)),
+    )  # fmt: skip
+
+
 MODELS = {
-    "tutorial": (Tutorial, ["conv1, relu, max_pool2d; conv2, relu, max_pool2d; fc1, relu"]),
+    "tutorial": (Tutorial, ["conv1, relu, max_pool2d; conv2, relu, max_pool2d; fc1, relu, fc2"]),
     "with modules": (WithModules, ["conv1, relu, max_pool2d; conv2, relu, max_pool2d; fc1, relu"]),
     "residual": (Residual, ["conv1, relu", "1, relu"]),
-    "sequential": (sequential, ["0, relu, max_pool2d; 4, relu; 8, relu", "0, relu"]),
+    "sequential": (sequential, ["0, relu, max_pool2d; 4, relu; 8, relu, 10", "0, relu"]),
+    "mixed widths": (
+        mixed_widths,
+        ["0, relu, 2, relu, 4, relu, 6", "0, relu; 2, relu; 4, relu", "0, relu; 2, relu, 4"],
+    ),
     "LeNet": (lambda: tritonnet.LeNet(), None),
 }
 
@@ -129,11 +143,11 @@ def test_launches(device):
     _, model = pair("tutorial", device)
     with tritonnet.backend("triton"), tritonnet.count_launches() as launches, torch.no_grad():
         model(images(device))
-    assert launches == {"conv2d_relu_max_pool2d_forward_kernel": 2, "linear_forward_kernel": 1}  # fc2 is torch's
+    assert launches == {"conv2d_relu_max_pool2d_forward_kernel": 2, "linear_chain_forward_kernel": 1}
     with tritonnet.backend("triton"), tritonnet.count_launches() as launches, torch.no_grad():
         tritonnet.LeNet().to(device)(torch.rand(2, 1, 32, 32, device=device))
     assert launches == {
-        "conv2d_relu_max_pool2d_product_kernel": 2, "place_filters_kernel": 2, "linear_forward_kernel": 3
+        "conv2d_relu_max_pool2d_product_kernel": 2, "place_filters_kernel": 2, "linear_chain_forward_kernel": 1
     }  # fmt: skip
 
 
@@ -201,9 +215,10 @@ def test_no_row(body, device):
 def test_hooks_and_later_changes_bring_the_layers_back(device):
     before, model = pair("tutorial", device)
     x, seen = images(device), []
-    model.conv1.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    for layer in (model.conv1, model.fc1, model.fc2):
+        layer.register_forward_hook(lambda module, args, y: seen.append(y.shape))
     torch.testing.assert_close(model(x), before(x))
-    assert seen == [(3, 6, 24, 24)]
+    assert seen == [(3, 6, 24, 24), (3, 12), (3, 10)]
     _, model = pair("with modules", device)
     model.eval()
     first = model(x)
@@ -224,7 +239,7 @@ def test_hooks_and_later_changes_bring_the_layers_back(device):
 def test_hooks_before_are_left_alone():
     model = Tutorial()
     model.conv1.register_forward_hook(lambda *args: None)
-    assert "fused: conv2, relu, max_pool2d; fc1, relu" in report_of(model)[0]
+    assert "fused: conv2, relu, max_pool2d; fc1, relu, fc2" in report_of(model)[0]
 
 
 def test_copies_files_and_revert(device):

@@ -52,6 +52,10 @@ CASES = {
         lambda x: F.cross_entropy(x, torch.tensor([1, 3, -100], device=x.device), reduction="none"), (draw, (3, 4)),
     ),
     "linear_relu": (F.linear_relu, (draw, (2, 3, 4), (3, 4), (3,))),
+    "linear_chain": (
+        lambda x, w1, b1, w2, w3, b3: F.linear_chain(x, (w1, w2, w3), (b1, None, b3)),
+        (draw, (1, 3), (2, 3), (2,), (2, 2), (1, 2), (1,)),
+    ),
     "relu": (F.relu, (draw, (3, 4))),
     "relu in place": (lambda x: F.relu_(x * 1), (draw, (3, 4))),
     "linear": (F.linear, (draw, (2, 3, 4), (3, 4), (3,))),
@@ -80,7 +84,7 @@ def test_gradgradcheck(case, device):
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("case", ["conv2d strided, dilated, grouped", "max_pool2d", "relu", "linear"])
+@pytest.mark.parametrize("case", ["conv2d strided, dilated, grouped", "max_pool2d", "relu", "linear", "linear_chain"])
 def test_every_element_of_second_derivatives(case, device):
     with tritonnet.backend("reference"):
         function, inputs = leaves(case, device)

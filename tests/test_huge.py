@@ -42,6 +42,20 @@ def pooled(x, w, b=None):
     return L.conv2d_relu_max_pool2d(x, w, b, *plain(), (2, 2), (1, 1), (0, 0))[0]
 
 
+def rows(width):
+    """Many rows in the memory of one."""
+    return torch.zeros(1, width, dtype=torch.float16).expand(2**24 + 16, width)
+
+
+def chain_forward(x, w1, b1, w2, b2):
+    """Both results of a chain of two layers."""
+    return L.linear_chain(x, w1, b1, w2, b2, None, None, None, None, True)
+
+
+def chain_input_grad(dy, hidden, w1, w2):
+    return L.linear_chain_input_grad(dy, hidden, w1, w2, None, None, True)
+
+
 # By kernel: calls whose result has more than 2^31 elements. Partial sums are missing: they are of at most 512 tiles.
 RESULTS = {
     "conv2d_forward_kernel": [
@@ -120,6 +134,19 @@ RESULTS = {
     "relu_grad_kernel": [lambda: L.relu_grad(empty(2**31 + 8), empty(2**31 + 8))],
     "linear_forward_kernel": [lambda: L.linear(empty(2**24, 8), empty(136, 8), empty(136))],
     "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 16), True)],
+    "linear_chain_forward_kernel": [
+        lambda: chain_forward(rows(8), empty(128, 8), empty(128), empty(128, 128), empty(128)),
+        lambda: chain_forward(rows(8), empty(128, 8), None, empty(1, 128), None),  # the hidden layer alone is huge
+    ],
+    "linear_chain_input_grad_kernel": [
+        lambda: chain_input_grad(rows(8), rows(128), empty(128, 8), empty(8, 128)),
+        lambda: chain_input_grad(rows(8), rows(4), empty(4, 128), empty(8, 4)),  # the input's gradient alone is huge
+    ],
+    "linear_chain_weight_grad_kernel": [
+        lambda: L.linear_chain_weight_grad(
+            empty(1, 8), empty(1, 128), empty(1, 2**24 + 16), empty(1, 128), [128], True
+        ),
+    ],
 }  # fmt: skip
 
 
@@ -199,6 +226,18 @@ INPUTS = {
     "linear_forward_kernel": [(lambda x, w, b: L.linear(x, w, b), whole(3, 5), whole(4, 5), whole(4))],
     "linear_weight_grad_kernel": [
         (weight_grad, whole(3, 5), whole(3, 4)),
+    ],
+    "linear_chain_forward_kernel": [
+        (lambda *t: torch.cat(chain_forward(*t), 1), whole(3, 5), whole(4, 5), whole(4), whole(2, 4), whole(2)),
+    ],
+    "linear_chain_input_grad_kernel": [
+        (lambda *t: torch.cat(chain_input_grad(*t), 1), whole(3, 2), whole(3, 4), whole(4, 5), whole(2, 4)),
+    ],
+    "linear_chain_weight_grad_kernel": [
+        (
+            lambda *t: torch.cat(L.linear_chain_weight_grad(*t, [4], True)),
+            whole(3, 2), whole(3, 4), whole(3, 5), whole(3, 4),
+        ),
     ],
 }  # fmt: skip
 # These run over dense tensors alone, which are as long as the result.

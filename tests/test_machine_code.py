@@ -12,7 +12,7 @@ import triton
 
 import tritonnet.kernels
 from bench import FORMATS, TARGETS, budgets, machine_code
-from tritonnet.kernels import _common
+from tritonnet.kernels import _common, linear_chain
 
 
 def every_kernel():
@@ -29,11 +29,19 @@ def test_machine_code(target):
     assert {r["kernel"] for r in records} == every_kernel()
     # Each row of the tables of tiles has been compiled in each format.
     compiled_tiles = {(r["format"], r["tile"], r["num_warps"], r["num_stages"]) for r in records}
+    chains = {
+        (r["format"], r["tile"], r["num_warps"], r["num_stages"])
+        for r in records
+        if r["kernel"] == "linear_chain_input_grad_kernel"
+    }
     for format, of in FORMATS.items():
         rows = _common.number_format(*of)
         for tile in {*_common.SQUARE[rows], *_common.TALL[rows], *_common.POOLED[rows]}:
             row = format, f"{tile.M}x{tile.N}x{tile.K}", tile.num_warps, tile.num_stages
             assert row in compiled_tiles, f"{target}: the row {row} of the tables of tiles has not been compiled"
+        for tile in linear_chain.ROWS[rows]:
+            row = format, f"{tile.M}x{tile.N}x{tile.K}", tile.num_warps, tile.num_stages
+            assert row in chains, f"{target}: the row {row} of the chain's tiles has not been compiled"
 
 
 SHAPE = "ResNet 3x3, 256"

@@ -26,6 +26,7 @@ CALLS = {
         t(70, 90), torch.arange(70, device=DEVICE), reduction="none", label_smoothing=0.1
     ),
     "linear_relu": lambda t: F.linear_relu(t(70, 40), t(33, 40), t(33)),
+    "linear_chain": lambda t: F.linear_chain(t(70, 90), [t(33, 90), t(20, 33), t(65, 20)], [t(33), None, t(65)]),
     "conv2d reflect": lambda t: F._conv2d(t(2, 4, 5, 6), t(3, 4, 3, 3), t(3), 2, (2, 1), 1, 1, "reflect"),
     "conv2d circular depthwise": lambda t: F._conv2d(t(2, 4, 5, 6), t(4, 1, 3, 3), t(4), 1, (5, 6), 1, 4, "circular"),
     "max_pool2d": lambda t: F.max_pool2d(t(2, 5, 11, 9), 3, 2, 1, ceil_mode=True),

@@ -240,6 +240,10 @@ for batch in (2048, 2000, 1999, 1031):
     y = L.linear(x, w, torch.empty(120))
     L.linear(y, w.t(), None)
     L.linear_weight_grad(y, x, True)
+    v = torch.empty(10, 120)
+    y, h = L.linear_chain(x, w, None, v, None, None, None, None, None, True)
+    y, h = L.linear_chain_input_grad(y, h, w, v, None, None, True)[1], h
+    L.linear_chain_weight_grad(torch.empty(batch, 10), y, x, h, [120], True)
     print(len(compiled), flush=True)
     for size in ((batch, 7), (batch, 3, 9, 9)):
         y = L.relu(torch.empty(size))

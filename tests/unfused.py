@@ -17,3 +17,9 @@ def conv2d_relu_max_pool2d(*args, pool_kernel_size=2, pool_stride=None, pool_pad
 
 def linear_relu(*args):
     return F.relu(F.linear(*args))
+
+
+def linear_chain(input, weights, biases):
+    for weight, bias in zip(weights[:-1], biases):
+        input = F.relu(F.linear(input, weight, bias))
+    return F.linear(input, weights[-1], biases[-1])

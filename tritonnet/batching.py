@@ -7,6 +7,7 @@ the results with their batch dimensions. All of them end in the same operators.
 import torch
 
 from . import ops
+from .kernels import layered
 from .registration import register_batching
 
 
@@ -170,6 +171,50 @@ def _linear_weight_grad(info, dims, dy, x, with_bias):
     dy, x = (_as_channels(t)[..., None, None] for t in (dy, x))
     dw, db = ops.conv2d_weight_grad(dy, x, (B * N, K, 1, 1), *_PIXEL, B, "zeros", with_bias)
     return (dw.view(B, N, K), db.unflatten(0, (B, N)) if with_bias else db), (0, 0 if with_bias else None)
+
+
+class _Layers:
+    """The operators of single layers, for tensors that all have the batch in front."""
+
+    relu_grad = staticmethod(ops.relu_grad)
+
+    def __init__(self, info):
+        self.info = info
+
+    def linear(self, x, w, bias):
+        y, dim = _linear(self.info, (0, 0, None if bias is None else 0), x, w, bias)
+        return y.movedim(dim, 0)
+
+    def linear_relu(self, x, w, bias):
+        return ops.relu(self.linear(x, w, bias))
+
+    def linear_weight_grad(self, dy, x, with_bias):
+        return _linear_weight_grad(self.info, (0, 0), dy, x, with_bias)[0]
+
+
+def _over_layers(operator, of_layers, batched):
+    """The rule of a chain: as more rows of the first `batched` tensors, or layer by layer where others have a batch."""
+
+    def rule(info, dims, *args):
+        front = [_front(info, t, dim) for t, dim in zip(args[:batched], dims)]
+        *rest, flag = args[batched:]
+        if all(dim is None for dim in dims[batched:]):
+            results = operator(*map(_as_images, front), *rest, flag)
+            return tuple(t.unflatten(0, front[0].shape[:2]) for t in results), (0, 0)
+        rest = [None if t is None else _front(info, t, dim) for t, dim in zip(rest, dims[batched:])]
+        return of_layers(_Layers(info), *front, *rest, flag), (0, 0)
+
+    return rule
+
+
+register_batching(ops.linear_chain)(_over_layers(ops.linear_chain, layered.forward, 1))
+register_batching(ops.linear_chain_input_grad)(_over_layers(ops.linear_chain_input_grad, layered.input_grad, 2))
+
+
+@register_batching(ops.linear_chain_weight_grad)
+def _linear_chain_weight_grad(info, dims, dy, dz, x, hidden, widths, with_bias):
+    tensors = (_front(info, t, dim) for t, dim in zip((dy, dz, x, hidden), dims))
+    return layered.weight_grad(_Layers(info), *tensors, widths, with_bias), (0, 0 if with_bias else None)
 
 
 @register_batching(ops.cross_entropy)

@@ -1,4 +1,4 @@
-"""Has rows of layers in an existing model run as one kernel: convolution, rectifier, pooling; linear, rectifier."""
+"""Has rows of layers in an existing model run as one kernel: convolution, rectifier, pooling; linears, rectifiers."""
 
 import builtins
 import dis
@@ -10,28 +10,17 @@ import types
 import torch
 import torch.nn.functional as torch_functional
 from torch import fx
-from torch.nn.modules import module as torch_module
 
 from . import nn
 from .conversion import _check
+from .kernels import shapes
 from .nn import functional as F
+from .nn._plain import is_plain
 
 _CONV, _LINEAR = (torch.nn.Conv2d, nn.Conv2d), (torch.nn.Linear, nn.Linear)
 _RELU, _POOL = (torch.nn.ReLU, nn.ReLU), (torch.nn.MaxPool2d, nn.MaxPool2d)
 _RELU_FUNCTIONS = (torch.relu, torch.relu_, torch_functional.relu, torch_functional.relu_, F.relu, F.relu_)
 _POOL_FUNCTIONS = (torch.max_pool2d, torch_functional.max_pool2d, F.max_pool2d)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-
-
-def _plain(module, classes):
-    """Whether calling the module does what its class does and nothing else."""
-    return (
-        type(module) in classes
-        and "forward" not in vars(module)
-        and not any(getattr(module, name) for name in _HOOKS)
-        and not any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
-    )
 
 
 def _window(pool):
@@ -45,18 +34,28 @@ def _window(pool):
 
 def _row(layer, relu, pool, input):
     """The layers of a row, fused if nobody has put anything between them since the model was traced."""
-    conv, relu_is_plain = _plain(layer, _CONV), relu is None or _plain(relu, _RELU)
+    conv, relu_is_plain = is_plain(layer, _CONV), relu is None or is_plain(relu, _RELU)
     if pool is not None:
-        window = _window(pool) if not isinstance(pool, torch.nn.Module) or _plain(pool, _POOL) else None
+        window = _window(pool) if not isinstance(pool, torch.nn.Module) or is_plain(pool, _POOL) else None
         if conv and relu_is_plain and window:
             return F._conv2d_relu_max_pool2d(input, *_arguments(layer), *window)
         x = _row(layer, relu, None, input)
         return pool(x) if isinstance(pool, torch.nn.Module) else F.max_pool2d(x, *pool)
     if conv and relu_is_plain:
         return F._conv2d_relu(input, *_arguments(layer))
-    if relu_is_plain and _plain(layer, _LINEAR):
+    if relu_is_plain and is_plain(layer, _LINEAR):
         return F.linear_relu(input, layer.weight, layer.bias)
     return F.relu(layer(input)) if relu is None else relu(layer(input))
+
+
+def _chain(layers, input):
+    """Linears with rectifiers (or None for the function) between them, fused as in `_row`."""
+    linears, relus = layers[0::2], layers[1::2]
+    if all(is_plain(m, _LINEAR) for m in linears) and all(m is None or is_plain(m, _RELU) for m in relus):
+        return F.linear_chain(input, [m.weight for m in linears], [m.bias for m in linears])
+    for linear, relu in zip(linears, relus):
+        input = _row(linear, relu, None, input)
+    return linears[-1](input)
 
 
 def _arguments(conv):
@@ -154,7 +153,7 @@ def _module_at(node, model, classes):
     """The module that a node calls, if it is plainly one of the classes."""
     if node.op == "call_module" and not node.kwargs and len(node.args) == 1:
         module = model.get_submodule(node.target)
-        if _plain(module, classes):
+        if is_plain(module, classes):
             return module
     return None
 
@@ -192,11 +191,43 @@ def _as_pool(node, model):
     return node.target if module is not None and _window(module) else None
 
 
+def _as_chain(node, model):
+    """The nodes of a chain of linears that one launch takes, from this one to the last, or None where there is none.
+
+    A linear behind which a rectifier comes is none's last: those two are a row of their own.
+    """
+    nodes, widths, features = [], [], None
+    while (linear := _module_at(node, model, _LINEAR)) is not None:
+        nodes, widths, features = [*nodes, node], [*widths, linear.out_features], features or linear.in_features
+        relu = _only_user(node)
+        if not _as_relu(relu, model)[0]:
+            return nodes if shapes.linear_chain_serves(features, widths) else None
+        nodes.append(relu)
+        if (node := _only_user(relu)) is None:
+            break
+    return None
+
+
+def _fuse_chain(graph, nodes, model):
+    """Replace the nodes by one call; return their name."""
+    with graph.inserting_before(nodes[-1]):
+        names = [_as_relu(node, model)[1] if i % 2 else node.target for i, node in enumerate(nodes)]
+        modules = [graph.get_attr(name) if name is not None else None for name in names]
+        nodes[-1].replace_all_uses_with(graph.call_function(_chain, (modules, nodes[0].args[0])))
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return ", ".join("relu" if i % 2 else node.target for i, node in enumerate(nodes))
+
+
 def _fuse_graph(graph, model):
     """Replace every row of layers in the graph by one call; return the names of what was fused."""
-    found = []
+    found, done = [], set()
     for node in list(graph.nodes):
-        if (layer := _module_at(node, model, _CONV + _LINEAR)) is None:
+        if node in done or (layer := _module_at(node, model, _CONV + _LINEAR)) is None:
+            continue
+        if (chain := _as_chain(node, model)) is not None:
+            done.update(chain)
+            found.append(_fuse_chain(graph, chain, model))
             continue
         is_relu, relu_name = _as_relu(relu := _only_user(node), model)
         if not is_relu:
@@ -282,7 +313,7 @@ def _fuse_module(model):
 
 
 def fuse(model, report=None):
-    """Have convolution, rectifier and max-pooling in a row run as one kernel, and linear with rectifier.
+    """Have convolution, rectifier and max-pooling in a row run as one kernel, linear with rectifier, chains of these.
 
     Looks at the forward of every module in `model`: the order of an nn.Sequential, and whatever torch.fx can follow of
     a forward written with F.relu and F.max_pool2d. What is not certain to compute the same is left alone: a forward

@@ -37,6 +37,8 @@ def _operator(schema, fake):
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, SymInt groups, str pad_mode"
 _POOL = "int[] pool_kernel, int[] pool_stride, int[] pool_padding"
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation"
+_LAYERS = "Tensor w1, Tensor? bias1, Tensor w2, Tensor? bias2, Tensor? w3, Tensor? bias3, Tensor? w4, Tensor? bias4"
+_WEIGHTS = "Tensor w1, Tensor w2, Tensor? w3, Tensor? w4"
 
 conv2d = _operator(
     f"conv2d(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor",
@@ -100,6 +102,21 @@ linear_relu = _operator(
 linear_weight_grad = _operator(
     "linear_weight_grad(Tensor dy, Tensor x, bool with_bias) -> (Tensor, Tensor)",
     shapes.linear_weight_grad,
+)
+linear_chain = _operator(
+    f"linear_chain(Tensor x, {_LAYERS}, bool keep) -> (Tensor, Tensor)",
+    lambda x, *layers_keep: shapes.linear_chain(x, layers_keep[:-1:2], layers_keep[-1]),
+)
+linear_chain_input_grad = _operator(
+    f"linear_chain_input_grad(Tensor dy, Tensor hidden, {_WEIGHTS}, bool needs_dx) -> (Tensor, Tensor)",
+    lambda dy, hidden, *weights_needs_dx: shapes.linear_chain_input_grad(
+        dy, hidden, weights_needs_dx[:-1], weights_needs_dx[-1]
+    ),
+)
+linear_chain_weight_grad = _operator(
+    "linear_chain_weight_grad(Tensor dy, Tensor dz, Tensor x, Tensor hidden, SymInt[] widths, bool with_bias) "
+    "-> (Tensor, Tensor)",
+    lambda dy, dz, x, hidden, widths, with_bias: shapes.linear_chain_weight_grad(dy, x, widths, with_bias),
 )
 cross_entropy = _operator(
     "cross_entropy(Tensor x, Tensor target, Tensor? weight, str reduction, int ignore_index, float smoothing) "

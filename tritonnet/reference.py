@@ -3,11 +3,14 @@
 Arguments and results are those of the launchers in `kernels`, which document them.
 """
 
+import functools
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch.nn import grad as conv_grad
 
-from .kernels import shapes
+from .kernels import layered, shapes
 
 
 def _pad(x, padding, pad_mode):
@@ -152,6 +155,12 @@ def linear_relu(x, w, bias):
 
 def linear_weight_grad(dy, x, with_bias):
     return dy.t() @ x, dy.sum(0) if with_bias else dy.new_empty(0)
+
+
+_here = sys.modules[__name__]
+linear_chain = functools.partial(layered.forward, _here)
+linear_chain_input_grad = functools.partial(layered.input_grad, _here)
+linear_chain_weight_grad = functools.partial(layered.weight_grad, _here)
 
 
 def cross_entropy(x, target, weight, reduction, ignore_index, smoothing):

@@ -9,10 +9,11 @@ import tritonnet.nn.functional as F
 import torch.nn as _torch
 
 from . import functional
+from ._plain import is_plain
 from ._stand_in import stand_in
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
-__all__ += ["Conv2dReLU", "Conv2dReLUMaxPool2d", "LinearReLU"]
+__all__ += ["Conv2dReLU", "Conv2dReLUMaxPool2d", "LinearChain", "LinearReLU"]
 
 
 class Conv2d(_torch.Conv2d):
@@ -102,6 +103,41 @@ class LinearReLU(Linear):
 
     def forward(self, input):
         return functional.linear_relu(input, self.weight, self.bias)
+
+
+class LinearChain(_torch.Sequential):
+    """Linear layers with ReLU between them, in one kernel: the modules, parameters and state_dict of the Sequential.
+
+    LinearChain(400, 120, 84, 10) is Sequential(Linear(400, 120), ReLU(), Linear(120, 84), ReLU(), Linear(84, 10)).
+    Modules that are added, exchanged or given hooks later run one after the other as in any Sequential.
+
+    Args:
+        widths: features of the input and of each layer, at least two numbers.
+        bias, device, dtype: as Linear takes them.
+
+    Raises:
+        ValueError: fewer than two widths.
+    """
+
+    def __init__(self, *widths, bias=True, device=None, dtype=None):
+        if len(widths) < 2:
+            raise ValueError(f"LinearChain needs the widths of its input and of at least one layer, got {widths}")
+        layers = []
+        for features, width in zip(widths, widths[1:]):
+            layers += [Linear(features, width, bias, device, dtype), ReLU()]
+        super().__init__(*layers[:-1])
+
+    def __getitem__(self, index):
+        # A part of it is a Sequential like any other, whose class Sequential itself would take to be this one.
+        return _torch.Sequential(*self)[index]
+
+    def forward(self, input):
+        modules = list(self)
+        linears, relus = modules[0::2], modules[1::2]
+        plain = all(is_plain(m, (Linear,)) for m in linears) and all(is_plain(m, (ReLU,)) for m in relus)
+        if not plain or len(linears) != len(relus) + 1:
+            return super().forward(input)
+        return functional.linear_chain(input, [m.weight for m in linears], [m.bias for m in linears])
 
 
 class CrossEntropyLoss(_torch.CrossEntropyLoss):

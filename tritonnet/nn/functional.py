@@ -17,7 +17,7 @@ from ._stand_in import stand_in
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
-__all__ += ["conv2d_relu", "conv2d_relu_max_pool2d", "linear_relu"]
+__all__ += ["conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_relu"]
 
 
 def _check_tensors(function, **tensors):
@@ -425,6 +425,76 @@ def _linear(name, operator, rest, input, weight, bias):
     if bias is None:
         return operator(rows, weight, fused).view(size)
     return rest(ops.linear(rows, weight, None).view(size) + bias)
+
+
+def linear_chain(input, weights, biases=None):
+    """linear layers with relu between them, relu(linear(...)) again and again and linear at last, in one kernel.
+
+    One launch takes two to four layers of up to 128 features each, over any number of input features: what lies between
+    the layers is not read back from memory. Other chains run layer by layer. Numbers and gradients are those of linear
+    and relu one after the other, and so is the rounding.
+
+    Args:
+        input: (..., K); float64, float32, float16 or bfloat16, any strides. torch serves other dtypes.
+        weights: sequence of (N, K), K being the N of the weight before; of input's dtype.
+        biases: sequence of (N) or None, one for each weight, or None for none at all.
+
+    Returns:
+        (..., N of the last weight), of input's dtype.
+
+    Raises:
+        TypeError: weights or biases that is no sequence, or of something else than Tensors.
+        RuntimeError: sizes, dtypes or devices that do not fit.
+    """
+    name = "linear_chain"
+    for argument, value in (("weights", weights), ("biases", biases)):
+        if not isinstance(value, (tuple, list)) and not (argument == "biases" and value is None):
+            raise TypeError(f"{name}: {argument} must be a list or tuple, got {type(value).__name__}")
+    biases = [None] * len(weights) if biases is None else biases
+    tensors = input, *weights, *biases
+    if has_torch_function(tensors):
+        return handle_torch_function(linear_chain, tensors, input, weights, biases)
+    if len(weights) < 1 or len(biases) != len(weights):
+        raise RuntimeError(
+            f"{name}: there must be a weight, and a bias or None for each, got {len(weights)} weights and "
+            f"{len(biases)} biases"
+        )
+    named = {f"weights[{i}]": w for i, w in enumerate(weights)}
+    named |= {f"biases[{i}]": b for i, b in enumerate(biases) if b is not None}
+    _check_tensors(name, input=input, **named)
+    input, *tensors = _autocast(*tensors)
+    weights, biases = tensors[: len(weights)], tensors[len(weights) :]
+    if not _served(input, *tensors):
+        for w, b in zip(weights[:-1], biases):
+            input = _torch.relu(_torch.linear(input, w, b))
+        return _torch.linear(input, weights[-1], biases[-1])
+    _check_alike(name, input=input, **dict(zip(named, [t for t in tensors if t is not None])))
+    _check_linear_chain(name, input, weights, biases)
+    while len(weights) > shapes.MOST_LAYERS:
+        input, weights, biases = linear_relu(input, weights[0], biases[0]), weights[1:], biases[1:]
+    if len(weights) == 1:
+        return linear(input, weights[0], biases[0])
+    layers = [t for layer in zip(weights, biases) for t in layer] + [None, None] * (shapes.MOST_LAYERS - len(weights))
+    rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
+    # Backward needs what lies between the layers; without one it is not even written.
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *tensors))
+    y, _ = ops.linear_chain(rows, *layers, keep)
+    return y.view(*input.shape[:-1], weights[-1].shape[0])
+
+
+def _check_linear_chain(name, input, weights, biases):
+    if input.dim() < 1:
+        raise RuntimeError(f"{name}: input must be (..., K), got size {list(input.shape)}")
+    features = input.shape[-1]
+    for i, (w, b) in enumerate(zip(weights, biases)):
+        if w.dim() != 2 or w.shape[1] != features:
+            raise RuntimeError(
+                f"{name}: weights[{i}] must be (N, {features}) for the {features} features before it, "
+                f"got size {list(w.shape)}"
+            )
+        features = w.shape[0]
+        if b is not None and tuple(b.shape) != (features,):
+            raise RuntimeError(f"{name}: biases[{i}] must have size [{features}], got {list(b.shape)}")
 
 
 def cross_entropy(
