@@ -1,10 +1,11 @@
-"""What the timed subjects share, operators and networks alike: passes, layouts, formats, work."""
+"""What the timed subjects share, operators and networks alike: tasks, layouts, formats, work."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+# Tasks of an operator, and of a network.
 FORWARD, BOTH = "forward", "forward + backward"
 INFERENCE, TRAINING = "inference", "training step"
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
@@ -27,9 +28,9 @@ class Contestant(NamedTuple):
     """One library's way through a case.
 
     Attributes:
-        steps: for each pass, functions that do the same work on tensors of their own.
-        first: function of a pass that runs it once, on the inputs that the gate knows, and returns its Results.
-        results: function of a pass and what its first step returned; Results, or None where steps build on each other.
+        steps: for each task, functions that do the same work on tensors of their own.
+        first: function of a task that runs it once, on the inputs that the gate knows, and returns its Results.
+        results: function of a task and what its first step returned; Results, or None where steps build on each other.
     """
 
     steps: dict

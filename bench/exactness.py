@@ -18,7 +18,7 @@ from . import FORMATS
 FACTOR = 4
 # Of sums in float32: thousands of terms in any order, or by Winograd's transforms.
 SUMS = 3e-5
-# So many decisions (the sign at a rectifier, the maximum of a window) may fall differently where sums are next to equal.
+# So many decisions, signs at a rectifier or maxima of a window, may fall differently where sums are next to equal.
 FLIPS = 4
 
 _PRODUCTS = {torch.conv2d, F.linear}

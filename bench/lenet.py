@@ -14,7 +14,6 @@ from .libraries import TutorialLeNet, compiled
 from .measure import copies
 
 IMAGE, CLASSES = (1, 32, 32), 10
-BATCHES = (64, 1024, 65536)
 # So large that what a step changes stands out from the roundoff of the parameters; and one that trains.
 LR_OF_THE_GATE, LR = 1.0, 0.01
 
@@ -67,15 +66,11 @@ class Network:
 
     @property
     def name(self):
-        return f"LeNet {self.passes[0]}"
-
-    @property
-    def passes(self):
-        return (TRAINING,) if self.training else (INFERENCE,)
+        return f"LeNet {next(iter(self.works))}"
 
     @property
     def works(self):
-        return {self.passes[0]: work(self.training, self.batch)}
+        return {TRAINING if self.training else INFERENCE: work(self.training, self.batch)}
 
     @property
     def small(self):
@@ -132,10 +127,10 @@ class Network:
 
         steps = [lambda images=images: infer(images) for images, _ in sets]
 
-        def results(name, returned):
+        def results(task, returned):
             return Results(returned, [])
 
-        return Contestant({INFERENCE: steps}, lambda name: results(name, steps[0]()), results)
+        return Contestant({INFERENCE: steps}, lambda task: results(task, steps[0]()), results)
 
     def _laid_out(self, number, layout, format, device):
         images, labels = self.inputs(format, device.torch_device, number)
@@ -147,11 +142,11 @@ class Network:
         make_step = functools.partial(library.training_step, mode=mode) if mode else library.training_step
         step = make_step(model, torch.nn.CrossEntropyLoss(), optimizer)
 
-        def first(name):
+        def first(task):
             loss = step(*sets[0])
             optimizer.param_groups[0]["lr"] = LR
             changes = [p.detach().double() - q for p, q in zip(model.parameters(), start)]
             return Results([loss], changes, self.decisions)
 
         steps = [lambda images=images, labels=labels: step(images, labels) for images, labels in sets]
-        return Contestant({TRAINING: steps}, first, lambda name, returned: None)
+        return Contestant({TRAINING: steps}, first, lambda task, returned: None)

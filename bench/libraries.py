@@ -71,7 +71,6 @@ class Library(NamedTuple):
     Attributes:
         functional: its functions.
         lenet: its LeNet.
-        ours: whether this project answers for its numbers.
         compiled: whether torch.compile is put over it.
         operators: whether it has single operators; otherwise networks alone.
         training_step: function of model, loss and optimizer; its result takes images and labels and returns the loss.
@@ -80,7 +79,6 @@ class Library(NamedTuple):
 
     functional: ModuleType
     lenet: type
-    ours: bool = False
     compiled: bool = False
     operators: bool = True
     training_step: Callable = eager_step
@@ -89,11 +87,9 @@ class Library(NamedTuple):
 
 def installed():
     """{name: Library} of those that are there."""
-    found = {"tritonnet": Library(F, tritonnet.LeNet, ours=True)}
+    found = {"tritonnet": Library(F, tritonnet.LeNet)}
     if hasattr(tritonnet, "TrainStep"):
-        found["TrainStep"] = Library(
-            F, tritonnet.LeNet, ours=True, operators=False, training_step=tritonnet.TrainStep
-        )
+        found["TrainStep"] = Library(F, tritonnet.LeNet, operators=False, training_step=tritonnet.TrainStep)
     found["torch"] = Library(unfused, TutorialLeNet)
     found["torch.compile"] = Library(unfused, TutorialLeNet, compiled=True)
     if importlib.util.find_spec("flag_gems"):

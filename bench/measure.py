@@ -1,6 +1,7 @@
 """How long a call takes: medians over pairs of events, round and round over tensors that the caches cannot hold."""
 
 import contextlib
+import functools
 import itertools
 import statistics
 import time
@@ -137,20 +138,25 @@ def measure_graph(steps, device, seconds=0.1):
 
 
 def ceilings(formats, device, size=8192):
-    """What the device does at most: bytes/s of a large copy, FLOP/s of a large product of matrices by format.
+    """What the device does at most: bytes/s of a large copy, FLOP/s of a product of `size` x `size` by format.
 
     Returns:
         {"bytes_per_s": float, "flops_per_s": {format: float}}
     """
-    source = torch.randn(min(2**28, device.free_bytes() // 16), device=device.torch_device)
-    target = torch.empty_like(source)
-    copy = measure([lambda: target.copy_(source)], device)
-    found = {"bytes_per_s": 2 * source.numel() * source.element_size() / copy.ms * 1e3, "flops_per_s": {}}
-    del source, target
+    rates = {}
     for format in formats:
-        a, b = (torch.randn(size, size, device=device.torch_device).to(FORMATS[format][0]) for _ in range(2))
-        out = torch.empty_like(a)
         with precision(format):
-            product = measure([lambda a=a, b=b, out=out: torch.mm(a, b, out=out)], device)
-        found["flops_per_s"][format] = 2 * size**3 / product.ms * 1e3
-    return found
+            rates[format] = _product_rate(FORMATS[format][0], size, device)
+    return {"bytes_per_s": _copy_rate(device), "flops_per_s": rates}
+
+
+def _copy_rate(device):
+    source = torch.randn(min(2**28, device.free_bytes() // 16), device=device.torch_device)
+    copy = functools.partial(torch.empty_like(source).copy_, source)
+    return 2 * source.nbytes / measure([copy], device).ms * 1e3
+
+
+def _product_rate(dtype, size, device):
+    a, b = (torch.randn(size, size, device=device.torch_device).to(dtype) for _ in range(2))
+    product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+    return 2 * size**3 / measure([product], device).ms * 1e3

@@ -31,7 +31,7 @@ class Operator:
         call: function of a module of functionals and the inputs.
         sizes: of its inputs; the second are weights.
         result: size of what it returns.
-        works: the Work of each pass.
+        works: the Work of each task.
         classes: if not 0, one more input are indices of so many classes, one for each row of the first.
         decisions: signs and maxima of computed numbers, which send gradients one way or another.
         small: launching may take longer than the work, so that CUDA graphs are worth it.
@@ -92,11 +92,11 @@ class Operator:
             FORWARD: [lambda tensors=tensors: [call(*tensors)] for tensors, _ in sets],
             BOTH: [lambda tensors=tensors, dy=dy: _both(call, tensors, dy) for tensors, (_, dy) in zip(leaves, sets)],
         }
-        return Contestant(steps, lambda name: self._results(name, steps[name][0]()), self._results)
+        return Contestant(steps, lambda task: self._results(task, steps[task][0]()), self._results)
 
-    def _results(self, name, returned):
+    def _results(self, task, returned):
         y, *gradients = returned
-        return Results([y], gradients if name == BOTH else None, self.decisions)
+        return Results([y], gradients if task == BOTH else None, self.decisions)
 
 
 def _leaf(t):
@@ -109,14 +109,14 @@ def _both(call, leaves, dy):
     return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy)]
 
 
-def _passes(forward, backward):
-    """The works of both passes, from those of forward alone and of backward alone."""
+def _works(forward, backward):
+    """The works of both tasks, from those of forward alone and of backward alone."""
     return {FORWARD: forward, BOTH: Work(*map(sum, zip(forward, backward)))}
 
 
 def relu(name, *size):
     count = math.prod(size)
-    works = _passes(Work(count, 2 * count), Work(count, 3 * count))  # x, y; dy, y, dx
+    works = _works(Work(count, 2 * count), Work(count, 3 * count))  # x, y; dy, y, dx
     return Operator(f"relu {name}", size[0], lambda f, x: f.relu(x), (size,), size, works, small=_is_small(name))
 
 
@@ -124,7 +124,7 @@ def max_pool2d(name, size, kernel, stride, padding=0):
     window = [(value, value) for value in (kernel, stride, padding, 1)]
     result = (*size[:2], *shapes.max_pool2d_size(size[2:], *window, False))
     x, y = math.prod(size), math.prod(result)
-    works = _passes(Work(y * kernel**2, x + y), Work(0, y + x))
+    works = _works(Work(y * kernel**2, x + y), Work(0, y + x))
     works[BOTH] = works[BOTH]._replace(other_bytes=2 * y)  # the window's place, written and read
     return Operator(
         f"max_pool2d {name}", size[0], lambda f, x: f.max_pool2d(x, kernel, stride, padding), (size,), result, works,
@@ -140,7 +140,7 @@ def linear(name, M, K, N, relu=False):
     operator = "linear_relu" if relu else "linear"
     return Operator(
         f"{operator} {name}", M, lambda f, *tensors: getattr(f, operator)(*tensors), sizes, result,
-        _passes(forward, backward), decisions=M * N if relu else 0, small=_is_small(name),
+        _works(forward, backward), decisions=M * N if relu else 0, small=_is_small(name),
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def conv2d(name, size, filters, stride=1, padding=0, groups=1, relu=False, pool=
         lambda f, *tensors: getattr(f, operator)(
             *tensors, stride=stride, padding=padding, groups=groups, **arguments
         ),
-        (size, weights, (OC,)), result, _passes(forward, backward),
+        (size, weights, (OC,)), result, _works(forward, backward),
         decisions=kept if relu or pool else 0, small=_is_small(name),
     )  # fmt: skip
 
