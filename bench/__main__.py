@@ -85,7 +85,7 @@ def main(argv=None):
         sys.exit(verify.main(args))
     if args.cpu:
         with tritonnet.backend("reference"):
-            record = cpu.compare(args.quick, start)
+            record = cpu.compare(args.quick)
     else:
         record = on_gpu(args, start)
     print(page(record))

@@ -15,7 +15,7 @@ from .measure import copies
 
 IMAGE, CLASSES = (1, 32, 32), 10
 # So large that what a step changes stands out from the roundoff of the parameters; and one that trains.
-LR_OF_THE_GATE, LR = 1.0, 0.01
+LR_OF_THE_GATE, LR = 100.0, 0.01
 
 
 def sgd(model, lr):
@@ -107,7 +107,7 @@ class Network:
 
         truth = results(torch.float64)
         with Rounding(format):
-            return Gate(truth, results(dtype))
+            return Gate(truth, results(dtype), format)
 
     def contestant(self, library, layout, format, device, mode=None):
         """The Contestant of a libraries.Library, under torch.compile in `mode` unless that is None."""
@@ -146,6 +146,9 @@ class Network:
             loss = step(*sets[0])
             optimizer.param_groups[0]["lr"] = LR
             changes = [p.detach().double() - q for p, q in zip(model.parameters(), start)]
+            with torch.no_grad():
+                for p, q in zip(model.parameters(), start):
+                    p.copy_(q)
             return Results([loss], changes, self.decisions)
 
         steps = [lambda images=images, labels=labels: step(images, labels) for images, labels in sets]

@@ -75,7 +75,7 @@ class Operator:
 
         truth = results()
         with Rounding(format):
-            return Gate(truth, results())
+            return Gate(truth, results(), format)
 
     def contestant(self, library, layout, format, device, mode=None):
         """The Contestant of a libraries.Library, under torch.compile in `mode` unless that is None."""
@@ -161,8 +161,10 @@ def conv2d(name, size, filters, stride=1, padding=0, groups=1, relu=False, pool=
         arguments = dict(zip(("pool_kernel_size", "pool_stride", "pool_padding"), pool))
     x, w = N * C * H * W, math.prod(weights)
     forward = Work(2 * pixels * products, x + w + OC + kept)
-    # The weight's gradient and the input's are one product for each that the forward pass took and that counted.
-    backward = Work(4 * kept * products, kept * (2 if relu else 1) + 2 * (x + w) + OC, 2 * kept if pool else 0)
+    # Both gradients take one product for each of the forward pass that counted. Signs are found in y, or in the byte of
+    # the window.
+    signs = kept if relu and not pool else 0
+    backward = Work(4 * kept * products, kept + signs + 2 * (x + w) + OC, 2 * kept if pool else 0)
     return Operator(
         f"{operator} {name}", N,
         lambda f, *tensors: getattr(f, operator)(
