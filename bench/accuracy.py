@@ -94,7 +94,7 @@ def main(argv=None):
     if not torch.cuda.is_available():
         parser.error("a GPU is needed")
     device = Cuda()
-    record = Record(machine(device))
+    record = Record(machine("cuda"))
     race(record, args.data, args.target, installed(), device)
     print(record.title, accuracy_table(record.accuracy), *record.left_out, sep="\n\n")
 

@@ -9,7 +9,7 @@ import torch
 FORWARD, BOTH = "forward", "forward + backward"
 INFERENCE, TRAINING = "inference", "training step"
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
-# float64 is what the others are compared with. Those that are missed least when time is short come first.
+# float64 is what the others are compared with.
 TIMED = ("bfloat16", "tf32", "float16", "float32")
 
 

@@ -15,8 +15,8 @@ import tritonnet.nn.functional as F
 
 from . import unfused
 
-# What torch.compile is asked for: its own CUDA graphs, or none where the bench captures one.
-COMPILE, COMPILE_FOR_GRAPH = "max-autotune", "max-autotune-no-cudagraphs"
+# What torch.compile is asked for: all that it has, or without CUDA graphs of its own.
+COMPILE, COMPILE_NO_GRAPHS = "max-autotune", "max-autotune-no-cudagraphs"
 
 
 class TutorialLeNet(nn.Module):

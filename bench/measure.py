@@ -99,8 +99,8 @@ def precision(format):
 
 
 def copies(size, device):
-    """How many sets of inputs of `size` bytes overflow the L2 cache of the device twice: none is there when used."""
-    return max(1, -(-2 * device.l2_bytes // size))
+    """How many sets of inputs of `size` bytes overflow the device's L2 cache, so that none is there when it is used."""
+    return device.l2_bytes // size + 1
 
 
 def measure(steps, device, seconds=0.1):
@@ -121,9 +121,9 @@ def measure(steps, device, seconds=0.1):
         return start, device.mark()
 
     device.synchronize()
-    pilot = span(5)
+    pilot = span(3)
     device.synchronize()
-    ms = device.milliseconds(*pilot) / 5
+    ms = device.milliseconds(*pilot) / 3
     calls = max(1, round(SPAN_MS / ms))
     spans = [span(calls) for _ in range(int(min(MOST, max(FEWEST, seconds * 1e3 / (calls * ms)))))]
     device.synchronize()

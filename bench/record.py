@@ -103,15 +103,15 @@ class Record:
         return record
 
 
-def machine(device):
-    """What the run is on: the device of measure.Cuda or measure.Host, versions, date."""
+def machine(kind):
+    """What the run is on, a `kind` of "cuda" or "cpu": device, versions, date."""
     found = {"device": f"{platform.machine()} CPU", "date": str(datetime.date.today())}
     found |= {"torch": torch.__version__, "tritonnet": tritonnet.__version__, "python": platform.python_version()}
     if importlib.util.find_spec("triton"):
         import triton
 
         found["triton"] = triton.__version__
-    if device.torch_device.type == "cuda":
+    if kind == "cuda":
         properties = torch.cuda.get_device_properties()
         found |= {
             "device": properties.name, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version(),

@@ -4,19 +4,25 @@ import contextlib
 import time
 from typing import NamedTuple
 
+import torch
+
 from . import FORMATS
 from .case import CONTIGUOUS, Case
 from .lenet import Network
-from .libraries import COMPILE, COMPILE_FOR_GRAPH, Library
+from .libraries import COMPILE, COMPILE_NO_GRAPHS, Library
 from .measure import measure, measure_graph, precision
 from .operators import catalogue
 from .record import FAILED, OK, WRONG, Row
 
-# Seconds that each is expected to take before any was seen.
+# Seconds that each is expected to take before any was seen, and the share of all that torch.compile may take.
 EXPECTED = {"case": 6.0, "compile": 40.0}
-# The share of the time that torch.compile may take, and the formats that it is timed in.
-COMPILE_SHARE = 0.4
-COMPILED = "bfloat16", "tf32"
+COMPILE_SHARE = 0.5
+# Those that torch.compile is worth its time for: of the networks all in the first format, the largest in the second.
+COMPILED_NETWORKS = "bfloat16", "tf32"
+COMPILED_OPERATORS = (
+    "conv2d_relu_max_pool2d LeNet conv1", "conv2d_relu ResNet 3x3, 64", "linear_relu 4096 x 4096 x 4096",
+    "cross_entropy 1000 classes", "conv2d_relu_max_pool2d ResNet stem",
+)  # fmt: skip
 
 
 class Budget:
@@ -48,10 +54,15 @@ class Budget:
         self.expected[kind] = (self.expected[kind] + took) / 2
 
 
-def plan(formats, operator_formats):
+def plan(quick):
     """The cases, those first that are missed most if time runs out."""
     networks = [Network(training, batch) for batch in (64, 65536, 1024) for training in (True, False)]
-    return [Case(n, f) for f in formats for n in networks] + [Case(o, f) for f in operator_formats for o in catalogue()]
+    operators = catalogue()
+    order = [(networks, "bfloat16"), (operators, "bfloat16"), (networks, "tf32")]
+    if not quick:
+        order += [(networks, "float32"), (networks, "float16")]
+        order += [(operators, format) for format in ("tf32", "float32", "float16")]
+    return [Case(subject, format) for subjects, format in order for subject in subjects]
 
 
 class Entry(NamedTuple):
@@ -74,14 +85,23 @@ def entries(case, libraries, device):
         for name, library in taking_part.items() if not library.compiled
         for layout in subject.layouts
     ]  # fmt: skip
-    # Inductor lays out a network as it likes. Its strongest form comes first.
+    # Inductor lays out a network as it likes. Its strongest form comes first; the CUDA graphs of its own copy all inputs,
+    # which is worth it where launches take longer.
     layout = CONTIGUOUS if network else subject.layouts[-1]
+    as_calls = COMPILE if network and subject.small else COMPILE_NO_GRAPHS
     compiled = [
-        Entry(name, library, layout, (graph,), COMPILE_FOR_GRAPH if graph else COMPILE)
+        Entry(name, library, layout, (graph,), COMPILE_NO_GRAPHS if graph else as_calls)
         for graph in reversed(graphs)
-        for name, library in taking_part.items() if library.compiled
+        for name, library in taking_part.items() if library.compiled and worth_compiling(case)
     ]  # fmt: skip
     return plain, compiled
+
+
+def worth_compiling(case):
+    if not isinstance(case.subject, Network):
+        return case.format == "bfloat16" and case.subject.name in COMPILED_OPERATORS
+    first, second = COMPILED_NETWORKS
+    return case.format == first or (case.format == second and not case.subject.small)
 
 
 def run(record, cases, libraries, device, budget, seconds=0.1):
@@ -103,18 +123,27 @@ def run(record, cases, libraries, device, budget, seconds=0.1):
         plain, compiled = entries(case, libraries, device)
         with precision(case.format):
             with budget.spend("case"):
-                gate, problem = attempt(lambda case=case: case.subject.gate(case.format, device.torch_device), device)
+                gate, problem = attempt(lambda case=case: _gate(case, device), device)
                 if problem:
                     record.left_out.append(f"{case.name}: no truth to compare with, {problem}")
                     continue
                 for entry in plain:
                     record.rows += _enter(case, entry, gate, device, seconds)
             for entry in compiled:
-                if case.format not in COMPILED or not budget.fits("compile"):
-                    record.left_out.append(f"{case.name}: {entry.name} in {entry.mode}")
+                if not budget.fits("compile"):
+                    record.left_out.append(f"{case.name}: no time for {entry.name} in {entry.mode}")
                     continue
                 with budget.spend("compile"):
                     record.rows += _enter(case, entry, gate, device, seconds)
+
+
+def _gate(case, device):
+    """The gate of a case; cuDNN's search for its fastest algorithm is not worth it for float64."""
+    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        return case.subject.gate(case.format, device.torch_device)
+    finally:
+        torch.backends.cudnn.benchmark = tuned
 
 
 def attempt(call, device):
