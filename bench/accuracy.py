@@ -50,7 +50,7 @@ def train(library, digits, format, device, target, epochs=MOST_EPOCHS):
     train_x, train_y, test_x, test_y = (t.to(device.torch_device) for t in digits)
     train_x, test_x = train_x.to(dtype), test_x.to(dtype)
     model = initial(device.torch_device, dtype, library.lenet)
-    step = library.training_step(model, torch.nn.CrossEntropyLoss(), sgd(model, LR))
+    step = library.training_step(model, torch.nn.CrossEntropyLoss(), sgd(model, LR), format)
     order = torch.Generator().manual_seed(0)
     seconds, right, epoch = 0.0, 0.0, 0
     while right < target and epoch < epochs:

@@ -31,11 +31,15 @@ class Contestant(NamedTuple):
         steps: for each task, functions that do the same work on tensors of their own.
         first: function of a task that runs it once, on the inputs that the gate knows, and returns its Results.
         results: function of a task and what its first step returned; Results, or None where steps build on each other.
+        dtype: of the values of its results, None for that of the case's format.
+        note: function that says how it went about it, where that is not plain from its name.
     """
 
     steps: dict
     first: Callable
     results: Callable
+    dtype: torch.dtype | None = None
+    note: Callable = str
 
 
 class Case(NamedTuple):

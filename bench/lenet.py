@@ -1,6 +1,5 @@
 """LeNet as a whole: inference, and a training step with loss, gradients and optimizer."""
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -112,14 +111,15 @@ class Network:
     def contestant(self, library, layout, format, device, mode=None):
         """The Contestant of a libraries.Library, under torch.compile in `mode` unless that is None."""
         model = initial(device.torch_device, FORMATS[format][0], library.lenet)
+        model = model.float() if library.whole else model
         if layout == CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         sets = [self._laid_out(0, layout, format, device)]
         size = sets[0][0].nbytes
         sets += [self._laid_out(number, layout, format, device) for number in range(1, copies(size, device))]
         if self.training:
-            return self._trained(model, library, sets, mode)
-        run = compiled(model, mode)
+            return self._trained(model, library, sets, format, mode)
+        run = compiled(model.eval(), mode)
 
         def infer(images):
             with torch.no_grad():
@@ -136,11 +136,10 @@ class Network:
         images, labels = self.inputs(format, device.torch_device, number)
         return lay_out(images, layout), labels
 
-    def _trained(self, model, library, sets, mode):
+    def _trained(self, model, library, sets, format, mode):
         start = [p.detach().double() for p in model.parameters()]
         optimizer = sgd(model, LR_OF_THE_GATE)
-        make_step = functools.partial(library.training_step, mode=mode) if mode else library.training_step
-        step = make_step(model, torch.nn.CrossEntropyLoss(), optimizer)
+        step = library.training_step(model, torch.nn.CrossEntropyLoss(), optimizer, format, mode)
 
         def first(task):
             loss = step(*sets[0])
@@ -152,4 +151,7 @@ class Network:
             return Results([loss], changes, self.decisions)
 
         steps = [lambda images=images, labels=labels: step(images, labels) for images, labels in sets]
-        return Contestant({TRAINING: steps}, first, lambda task, returned: None)
+        dtype = torch.float32 if library.whole else None
+        return Contestant(
+            {TRAINING: steps}, first, lambda task, returned: None, dtype, lambda: getattr(step, "path", "")
+        )

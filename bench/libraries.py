@@ -51,7 +51,7 @@ def compiled(function, mode):
     return call
 
 
-def eager_step(model, loss, optimizer, mode=None):
+def eager_step(model, loss, optimizer, format, mode=None):
     """A training step as everyone writes it, model and loss under torch.compile in `mode` unless that is None."""
     forward = compiled(lambda images, labels: loss(model(images), labels), mode)
 
@@ -65,6 +65,14 @@ def eager_step(model, loss, optimizer, mode=None):
     return step
 
 
+# The formats of tritonnet.TrainStep, by their names there.
+WHOLE_STEPS = {"bfloat16": "bfloat16", "tf32": "tf32", "float32": "ieee"}
+
+
+def whole_step(model, loss, optimizer, format, mode=None):
+    return tritonnet.TrainStep(model, loss, optimizer, WHOLE_STEPS[format])
+
+
 class Library(NamedTuple):
     """How a library does what is timed.
 
@@ -72,15 +80,17 @@ class Library(NamedTuple):
         functional: its functions.
         lenet: its LeNet.
         compiled: whether torch.compile is put over it.
-        operators: whether it has single operators; otherwise networks alone.
-        training_step: function of model, loss and optimizer; its result takes images and labels and returns the loss.
+        whole: whether it is for whole training steps alone: contiguous, in WHOLE_STEPS, with weights that stay float32,
+            and in CUDA graphs of its own.
+        training_step: function of model, loss, optimizer, format and mode; its result takes images and labels and
+            returns the loss.
         context: what it has to run inside.
     """
 
     functional: ModuleType
     lenet: type
     compiled: bool = False
-    operators: bool = True
+    whole: bool = False
     training_step: Callable = eager_step
     context: Callable = contextlib.nullcontext
 
@@ -89,7 +99,7 @@ def installed():
     """{name: Library} of those that are there."""
     found = {"tritonnet": Library(F, tritonnet.LeNet)}
     if hasattr(tritonnet, "TrainStep"):
-        found["TrainStep"] = Library(F, tritonnet.LeNet, operators=False, training_step=tritonnet.TrainStep)
+        found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=whole_step)
     found["torch"] = Library(unfused, TutorialLeNet)
     found["torch.compile"] = Library(unfused, TutorialLeNet, compiled=True)
     if importlib.util.find_spec("flag_gems"):

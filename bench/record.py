@@ -26,7 +26,7 @@ class Row:
         graph: whether the calls are part of a CUDA graph.
         library: the contestant, of libraries.installed().
         bytes, flops: that one call cannot do without.
-        status, detail: OK, or WRONG or FAILED and how.
+        status, detail: OK, or WRONG or FAILED and how; of one that is OK, which of several paths it took.
         ms, low, high: the median of one call in milliseconds, and the quartiles; None without a time.
     """
 

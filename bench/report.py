@@ -107,6 +107,8 @@ def page(record, plots=()):
         parts.append("## Time to a test accuracy on MNIST\n\n" + accuracy_table(record.accuracy))
     if faults := [row for row in record.rows if row.status != OK]:
         parts.append("## Not timed\n\n" + _bullets(dict.fromkeys(map(fault, faults))))
+    if notes := [row for row in record.rows if row.status == OK and row.detail]:
+        parts.append("## Paths taken\n\n" + _bullets(dict.fromkeys(map(fault, notes))))
     if record.left_out:
         parts.append("## Left out\n\n" + _bullets(record.left_out))
     parts += [f"![{name}]({name})\n" for name in plots]
@@ -120,7 +122,7 @@ def accuracy_table(results):
 
 
 def fault(row):
-    """What was wrong with a row, in a line."""
+    """What was wrong with a row, or how it was done, in a line."""
     how = f"{row.layout}, {row.format}, batch {row.batch}{', graph' * row.graph}"
     return f"{row.library}, {row.subject}, {row.task} ({how}): {row.status}: {row.detail}"
 

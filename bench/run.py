@@ -9,7 +9,7 @@ import torch
 from . import FORMATS
 from .case import CONTIGUOUS, Case
 from .lenet import Network
-from .libraries import COMPILE, COMPILE_NO_GRAPHS, Library
+from .libraries import COMPILE, COMPILE_NO_GRAPHS, WHOLE_STEPS, Library
 from .measure import measure, measure_graph, precision
 from .operators import catalogue
 from .record import FAILED, OK, WRONG, Row
@@ -79,13 +79,14 @@ def entries(case, libraries, device):
     """(those as they are, those under torch.compile)."""
     subject, network = case.subject, isinstance(case.subject, Network)
     graphs = (False, True) if subject.small and device.capture else (False,)
-    taking_part = {name: library for name, library in libraries.items() if library.operators or network}
+    whole_too = network and subject.training and case.format in WHOLE_STEPS
+    taking_part = {name: library for name, library in libraries.items() if whole_too or not library.whole}
     plain = [
         Entry(name, library, layout, graphs)
         for name, library in taking_part.items() if not library.compiled
-        for layout in subject.layouts
+        for layout in (subject.layouts[:1] if library.whole else subject.layouts)
     ]  # fmt: skip
-    # Inductor lays out a network as it likes. Its strongest form comes first; the CUDA graphs of its own copy all inputs,
+    # Inductor lays out a network as it likes. Its strongest form comes first; CUDA graphs of its own copy all inputs,
     # which is worth it where launches take longer.
     layout = CONTIGUOUS if network else subject.layouts[-1]
     as_calls = COMPILE if network and subject.small else COMPILE_NO_GRAPHS
@@ -167,8 +168,8 @@ def _enter(case, entry, gate, device, seconds):
         for graph in entry.graphs
     }  # fmt: skip
 
-    def complaint(task, results):
-        if wrong := gate.complaint(results, dtype):
+    def complaint(task, contestant, results):
+        if wrong := gate.complaint(results, contestant.dtype or dtype):
             for row in rows.values():
                 if row.task == task and not row.ms:
                     row.status, row.detail = WRONG, wrong
@@ -178,16 +179,17 @@ def _enter(case, entry, gate, device, seconds):
         with entry.library.context():
             contestant = case.subject.contestant(entry.library, entry.layout, case.format, device, entry.mode)
             # All are checked before any is timed: time changes the parameters of a network in training.
-            right = [task for task in contestant.steps if not complaint(task, contestant.first(task))]
+            right = [task for task in contestant.steps if not complaint(task, contestant, contestant.first(task))]
             for (task, graph), row in rows.items():
                 if task not in right:
                     continue
-                if not graph:
+                row.detail = contestant.note()
+                if not graph or entry.library.whole:
                     row.set_time(measure(contestant.steps[task], device, seconds))
                     continue
                 timing, returned = measure_graph(contestant.steps[task], device, seconds)
                 results = contestant.results(task, returned)
-                if results is None or not complaint(task, results):
+                if results is None or not complaint(task, contestant, results):
                     row.set_time(timing)
 
     _, problem = attempt(time_all, device)

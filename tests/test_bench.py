@@ -124,15 +124,16 @@ def test_bytes_go_by_the_format():
 def test_what_is_right_passes_the_gate(format, layout):
     """Ours, fused, and torch's, in parts, in every format; the interpreter's sums are those of float32."""
     with precision(format):
+        training = [Network(True, 3)] if format in libraries.WHOLE_STEPS else []
         for subject in (*small_operators(), Network(True, 3), Network(False, 3)):
             gate = subject.gate(format, "cpu")
             for name, library in libraries.installed().items():
-                if library.compiled or not (library.operators or isinstance(subject, Network)):
+                if library.compiled or (library.whole and (layout != CONTIGUOUS or subject not in training)):
                     continue
                 with tritonnet.backend("reference"):
                     contestant = subject.contestant(library, layout, format, Host())
                     for task in contestant.steps:
-                        complaint = gate.complaint(contestant.first(task), FORMATS[format][0])
+                        complaint = gate.complaint(contestant.first(task), contestant.dtype or FORMATS[format][0])
                         assert complaint is None, (subject.name, name, task, complaint)
 
 
@@ -166,15 +167,45 @@ def test_what_is_wrong_is_named_and_not_timed(way):
 
 
 def test_a_step_that_trains_wrongly_is_named():
-    def lazy_step(model, loss, optimizer):
+    def lazy_step(model, loss, optimizer, format, mode):
         optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
-        return libraries.eager_step(model, loss, optimizer)
+        return libraries.eager_step(model, loss, optimizer, format)
 
     record = Record({})
-    taking_part = {"TrainStep": library()._replace(training_step=lazy_step, operators=False)}
+    taking_part = {"TrainStep": library()._replace(training_step=lazy_step, whole=True)}
     run(record, [Case(Network(True, 2), "float32")], taking_part, Clockwork(), Budget(1e9), seconds=0.001)
     assert record.rows and {row.status for row in record.rows} == {WRONG}
     assert record.rows[0].detail.startswith("gradient 0 is off by")
+
+
+def test_train_step_takes_part_where_it_is_there(monkeypatch):
+    """Steps of float32 weights, whatever the products are in, in graphs of their own; they say which way."""
+
+    class Step:
+        path = "three launches"
+
+        def __init__(self, model, loss, optimizer, precision):
+            taken.append((precision, next(model.parameters()).dtype))
+            self.step = libraries.eager_step(model.float(), loss, optimizer, None)
+
+        def __call__(self, images, labels):
+            return self.step(images.float(), labels)
+
+    taken = []
+    monkeypatch.setattr(tritonnet, "TrainStep", Step, raising=False)
+    there, device, record = {"TrainStep": libraries.installed()["TrainStep"]}, Clockwork(), Record(MACHINE)
+    cases = [Case(subject, format) for subject in (Network(True, 2), Network(False, 2), small_operators()[0])
+             for format in TIMED]  # fmt: skip
+    with tritonnet.backend("reference"):
+        run(record, cases, there, device, Budget(1e9), seconds=0.001)
+    assert taken == [("bfloat16", torch.float32), ("tf32", torch.float32), ("ieee", torch.float32)]
+    assert [(r.task, r.format, r.graph, r.status) for r in record.rows] == [
+        (TRAINING, format, graph, OK) for format in TIMED[:2] + TIMED[3:] for graph in (False, True)
+    ]
+    assert not device.captured
+    assert "TrainStep, LeNet training step, training step (contiguous, tf32, batch 2, graph): ok: three launches" in (
+        report.page(record)
+    )
 
 
 def test_a_contestant_that_fails_is_a_line_of_the_report():
@@ -258,7 +289,7 @@ def test_compiled_contestants_and_those_in_graphs(monkeypatch):
     case, device, record = Case(Network(True, 2), "bfloat16"), Clockwork(), Record({})
     plain, compiled = entries(case, taking_part, device)
     assert {e.name for e in plain} == set(taking_part) - {"torch.compile"}
-    assert {e.layout for e in plain} == {CONTIGUOUS, CHANNELS_LAST}
+    assert {e.layout for e in plain if not e.library.whole} == {CONTIGUOUS, CHANNELS_LAST}
     assert [(e.graphs, e.mode) for e in compiled] == [
         ((True,), libraries.COMPILE_NO_GRAPHS),
         ((False,), libraries.COMPILE),
@@ -266,7 +297,7 @@ def test_compiled_contestants_and_those_in_graphs(monkeypatch):
     with tritonnet.backend("reference"):
         run(record, [case, Case(Network(False, 2), "float32")], taking_part, device, Budget(1e9), seconds=0.001)
     assert modes == [libraries.COMPILE_NO_GRAPHS, libraries.COMPILE]
-    assert device.captured == 2 * len(plain) + 1
+    assert device.captured == 2 * len([e for e in plain if not e.library.whole]) + 1
     assert {row.status for row in record.rows} == {OK}, [row.detail for row in record.rows]
     assert not record.left_out
     with tritonnet.backend("reference"):
