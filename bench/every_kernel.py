@@ -39,6 +39,14 @@ def calls(t):
     yield F.linear(t(4096, 8), t(8, 8), t(8))
 
 
+def train(device):
+    """A step in launches of its own; on a GPU of a batch that is not captured, which sanitizers' allocations forbid."""
+    batch = 8192 if device == "cuda" else 2
+    model = tritonnet.LeNet().to(device)
+    step = tritonnet.TrainStep(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.01))
+    step(torch.randn(batch, 1, 32, 32, device=device), torch.arange(batch, device=device) % 10)
+
+
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -55,6 +63,8 @@ def main():
         (dx,) = torch.autograd.grad(F.max_pool2d(x, 2).square().sum(), x, create_graph=True)
         dx.sum().backward()
         F.max_pool2d(x, 2, return_indices=True)
+        if hasattr(tritonnet, "TrainStep"):
+            train(device)
     if device == "cuda":
         torch.cuda.synchronize()
     print(", ".join(f"{name} {count}" for name, count in sorted(launches.items())))

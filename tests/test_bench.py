@@ -4,6 +4,7 @@ What only a GPU has, events and CUDA graphs, is stood in for by a device that ca
 """
 
 import dataclasses
+import functools
 import math
 import types
 
@@ -475,6 +476,30 @@ def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
     with pytest.raises(SystemExit) as e:
         __main__.main([*argument])
     assert "\n" not in e.value.code and e.value.code.startswith("no GPU")
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "lost"])
+def test_a_whole_run_on_a_made_up_device(broken, tmp_path, monkeypatch, capsys):
+    """Everything but events and graphs; a device that is lost half-way leaves a report of what came before."""
+    device = Clockwork()
+    cases = [Case(small_operators()[0], "bfloat16"), Case(small_operators()[2], "float32")]
+    if broken:
+        lost = types.SimpleNamespace(name="lost", format="tf32", subject=None)
+        cases.insert(1, lost)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(__main__, "Cuda", lambda: device)
+    monkeypatch.setattr(__main__, "machine", lambda kind: MACHINE)
+    monkeypatch.setattr(__main__, "ceilings", functools.partial(ceilings, size=8))
+    monkeypatch.setattr(__main__, "plan", lambda quick: cases)
+    with tritonnet.backend("reference"), pytest.raises(AttributeError if broken else SystemExit) as e:
+        __main__.main(["--quick", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "conv2d LeNet small" in out and "| product in tf32, TFLOP/s" in out and "- --quick: float16" in out
+    record = Record.read(tmp_path / "made-up-gpu-quick.json")
+    assert {row.subject for row in record.rows} == {case.subject.name for case in cases[: 1 if broken else 2]}
+    assert (tmp_path / "made-up-gpu-quick.md").read_text().startswith("# Made-up GPU")
+    assert broken or e.value.code == 0
 
 
 def test_cpu_quick_prints_a_table():
