@@ -20,6 +20,7 @@ setup(
     # A GPU build of torch brings the Triton that fits it; the extra is for Triton's interpreter on a CPU build.
     extras_require={
         "interpreter": ["triton>=3.6"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "triton>=3.6", "tomli; python_version < '3.11'"],
+        "bench": ["matplotlib"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "triton>=3.6", "tomli; python_version < '3.11'"],
     },
 )

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.func as tf
-import unfused as TF
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import tritonnet
 import tritonnet.nn.functional as F
+from bench import unfused as TF
 
 # name: function of a module of functionals and its tensors, their sizes; the first size starts with the batch.
 OPERATORS = {

@@ -19,6 +19,7 @@ def test_data_parallel_and_sharded(backend):
 
 def test_training_under_torchrun(tmp_path):
     """Rank 0 alone prints and saves, and two processes reach what one reaches."""
+    pytest.importorskip("tqdm")
     save = tmp_path / "lenet.pt"
     result = run_python(
         *TORCHRUN, "-m", "tritonnet.train", "--device", "cpu", "--save", str(save), TRITON_INTERPRET=None,

@@ -8,6 +8,8 @@ import torch
 from conftest import run_python
 
 import tritonnet
+
+pytest.importorskip("tqdm")
 from tritonnet import data, train
 
 TUTORIAL = """

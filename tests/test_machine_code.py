@@ -11,6 +11,8 @@ import pytest
 import triton
 
 import tritonnet.kernels
+
+pytest.importorskip("tqdm")
 from bench import FORMATS, TARGETS, budgets, machine_code
 from tritonnet.kernels import _common, linear_chain
 

@@ -78,6 +78,7 @@ except RuntimeError as e: print(e)
     result = run_python("-c", code, TRITON_INTERPRET=None)
     assert result.returncode == 0, result.stderr
     assert "needs the triton package" in result.stdout
+    pytest.importorskip("tqdm")
     code = """
 from triton.runtime.driver import driver
 class Fail:

@@ -1,8 +1,11 @@
 """Any geometry that torch takes gives torch's numbers, and any that it refuses is refused."""
 
+import pytest
 import torch
 import torch.nn.functional as TF
 from conftest import DEVICE
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

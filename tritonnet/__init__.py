@@ -1,5 +1,12 @@
 """Triton kernels for convolutional networks, behind the layers and functions of torch.nn."""
 
+from importlib.util import find_spec as _find_spec
+from pathlib import Path as _Path
+
+# An installation puts the folder kernels/ into this package (see setup.py); in a bare clone it stays beside it.
+if _find_spec(f"{__name__}.kernels") is None:
+    __path__.append(str(_Path(__file__).parents[1]))
+
 from . import nn
 from .conversion import convert, revert
 from .dispatch import backend, count_launches

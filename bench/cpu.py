@@ -1,0 +1,84 @@
+"""What can be compared without a GPU: what a call costs in Python, and the reference beside torch's own operators."""
+
+import torch
+from torch.utils.benchmark import Timer
+
+import tritonnet.nn.functional as F
+
+from . import operators, unfused
+from .case import BOTH, FORWARD, Case
+from .lenet import Network
+from .libraries import installed
+from .measure import Host
+from .progress import progress
+from .run import Budget, run
+
+FORMAT = "float32"
+# Seconds for the cases.
+FULL, QUICK = 120, 15
+
+
+def tiny():
+    """Each operator on so little that its call is all there is."""
+    return [
+        operators.relu("tiny", 2, 4),
+        operators.max_pool2d("tiny", (1, 2, 4, 4), 2, 2),
+        operators.linear("tiny", 2, 4, 4),
+        operators.linear("tiny", 2, 4, 4, relu=True),
+        operators.conv2d("tiny", (1, 2, 4, 4), (2, 3)),
+        operators.conv2d("tiny", (1, 2, 4, 4), (2, 3), relu=True),
+        operators.conv2d("tiny", (1, 2, 4, 4), (2, 3), relu=True, pool=(2, 2, 0)),
+        operators.cross_entropy(2, 4),
+    ]
+
+
+def small():
+    """Networks and operators that a CPU runs in milliseconds."""
+    return [
+        Network(True, 16),
+        Network(False, 16),
+        operators.conv2d("LeNet conv1", (16, 1, 32, 32), (6, 5), relu=True, pool=(2, 2, 0)),
+        operators.conv2d("LeNet conv2", (16, 6, 14, 14), (16, 5), relu=True, pool=(2, 2, 0)),
+        operators.conv2d("ResNet 3x3, 64", (2, 64, 28, 28), (64, 3), padding=1),
+        operators.conv2d("depthwise 3x3, 32", (2, 32, 28, 28), (32, 3), padding=1, groups=32),
+        operators.relu("LeNet", 64, 6, 28, 28),
+        operators.max_pool2d("LeNet 2x2", (64, 6, 28, 28), 2, 2),
+        operators.linear("LeNet fc1", 64, 400, 120),
+        operators.linear("LeNet fc1", 64, 400, 120, relu=True),
+        operators.cross_entropy(1024, 10),
+    ]
+
+
+def overhead(seconds):
+    """Microseconds of a call of torch and of ours on tiny tensors, a dict for each operator and task.
+
+    Args:
+        seconds: how long to measure each.
+    """
+    found = []
+    for operator in tiny():
+        tensors, dy = operator.inputs(FORMAT, torch.device("cpu"), 0)
+        leaves = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
+        inputs = [t for t in leaves if t.requires_grad]
+        for task, statement in (
+            (FORWARD, "call(f, *tensors)"),
+            (BOTH, "torch.autograd.grad(call(f, *leaves), inputs, dy)"),
+        ):
+            times = {}
+            for name, f in (("torch_us", unfused), ("tritonnet_us", F)):
+                space = {"f": f, "call": operator.call, "dy": dy, "leaves": leaves, "inputs": inputs, "torch": torch}
+                space["tensors"] = [t.detach() for t in leaves]
+                times[name] = Timer(statement, globals=space).blocked_autorange(min_run_time=seconds).median * 1e6
+            found.append({"operator": operator.name.removesuffix(" tiny"), "task": task, **times})
+    return found
+
+
+def compare(record):
+    """Fills the Record of a run on the CPU; to be called inside tritonnet.backend("reference")."""
+    quick = record.quick
+    record.overhead = overhead(0.02 if quick else 0.2)
+    cases = [Case(subject, FORMAT) for subject in small()]
+    libraries = {name: library for name, library in installed().items() if not library.compiled}
+    budget = Budget(QUICK if quick else FULL)
+    budget.expected["case"] = 1.0
+    run(record, progress(cases), libraries, Host(), budget, seconds=0.02 if quick else 0.2)

@@ -1,0 +1,109 @@
+"""Who takes part: this library, torch as it is and compiled, and FlagGems where it is installed."""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as TF
+from torch import nn
+
+import tritonnet
+import tritonnet.nn.functional as F
+
+from . import unfused
+
+# What torch.compile is asked for: all that it has, or without CUDA graphs of its own.
+COMPILE, COMPILE_NO_GRAPHS = "max-autotune", "max-autotune-no-cudagraphs"
+
+
+class TutorialLeNet(nn.Module):
+    """tritonnet.LeNet as the tutorials of torch write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x):
+        x = TF.max_pool2d(TF.relu(self.conv1(x)), 2)
+        x = TF.max_pool2d(TF.relu(self.conv2(x)), 2)
+        x = TF.relu(self.fc1(torch.flatten(x, 1)))
+        return self.fc3(TF.relu(self.fc2(x)))
+
+
+def compiled(function, mode):
+    """`function` under torch.compile, or as it is if mode is None."""
+    if mode is None:
+        return function
+    torch.compiler.reset()
+    run = torch.compile(function, mode=mode, dynamic=False)
+
+    def call(*args):
+        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
+        return run(*args)
+
+    return call
+
+
+def eager_step(model, loss, optimizer, format, mode=None):
+    """A training step as everyone writes it, model and loss under torch.compile in `mode` unless that is None."""
+    forward = compiled(lambda images, labels: loss(model(images), labels), mode)
+
+    def step(images, labels):
+        value = forward(images, labels)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+# The formats of tritonnet.TrainStep, by their names there.
+WHOLE_STEPS = {"bfloat16": "bfloat16", "tf32": "tf32", "float32": "ieee"}
+
+
+def whole_step(model, loss, optimizer, format, mode=None):
+    return tritonnet.TrainStep(model, loss, optimizer, WHOLE_STEPS[format])
+
+
+class Library(NamedTuple):
+    """How a library does what is timed.
+
+    Attributes:
+        functional: its functions.
+        lenet: its LeNet.
+        compiled: whether torch.compile is put over it.
+        whole: whether it is for whole training steps alone: contiguous, in WHOLE_STEPS, with weights that stay float32,
+            and in CUDA graphs of its own.
+        training_step: function of model, loss, optimizer, format and mode; its result takes images and labels and
+            returns the loss.
+        context: what it has to run inside.
+    """
+
+    functional: ModuleType
+    lenet: type
+    compiled: bool = False
+    whole: bool = False
+    training_step: Callable = eager_step
+    context: Callable = contextlib.nullcontext
+
+
+def installed():
+    """{name: Library} of those that are there."""
+    found = {"tritonnet": Library(F, tritonnet.LeNet)}
+    if hasattr(tritonnet, "TrainStep"):
+        found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=whole_step)
+    found["torch"] = Library(unfused, TutorialLeNet)
+    found["torch.compile"] = Library(unfused, TutorialLeNet, compiled=True)
+    if importlib.util.find_spec("flag_gems"):
+        import flag_gems
+
+        found["FlagGems"] = Library(unfused, TutorialLeNet, context=flag_gems.use_gems)
+    return found

@@ -1,0 +1,131 @@
+"""A record as tables: times, how they compare with each peer, and how near they come to what the device can do."""
+
+from .case import BOTH, FORWARD, INFERENCE, TRAINING
+from .record import OK, OURS
+from .table import markdown
+
+TASKS = {TRAINING: "LeNet, training step", INFERENCE: "LeNet, inference", FORWARD: "Operators, forward",
+         BOTH: "Operators, forward + backward"}  # fmt: skip
+
+
+def groups(rows):
+    """{(subject, batch, format, task, layout, graph): {library: Row}}, of rows that did the same work."""
+    found = {}
+    for row in rows:
+        key = row.subject, row.batch, row.format, row.task, row.layout, row.graph
+        found.setdefault(key, {})[row.library] = row
+    return found
+
+
+def best_of_ours(group):
+    """The fastest Row of this project in a group, or None."""
+    timed = [group[name] for name in OURS if name in group and group[name].ms]
+    return min(timed, key=lambda row: row.ms, default=None)
+
+
+def ratio(group, library):
+    """How many times as long as ours a library takes, in words."""
+    row, ours = group.get(library), best_of_ours(group)
+    if row is None:
+        return "-"
+    if row.status != OK:
+        return row.status
+    return f"{row.ms / ours.ms:.2f}x" if ours else "-"
+
+
+def _microseconds(row):
+    if row is None:
+        return "-"
+    return f"{row.ms * 1e3:.4g}" if row.ms else row.status
+
+
+def table(record, task):
+    """(header, rows) for one task: a line for each group, with our times and the ratio of every peer's to the best."""
+    found = {key: group for key, group in groups(record.rows).items() if key[3] == task}
+    libraries = list(dict.fromkeys(row.library for row in record.rows if row.task == task))
+    ours = [name for name in libraries if name in OURS]
+    peers = [name for name in libraries if name not in OURS]
+    lines = []
+    for (subject, batch, format, _, layout, graph), group in found.items():
+        lines.append((
+            subject, batch, format, layout, "graph" if graph else "calls",
+            *(_microseconds(group.get(name)) for name in ours), *(ratio(group, name) for name in peers),
+            *_rates(best_of_ours(group), record.ceilings),
+        ))  # fmt: skip
+    header = ("case", "batch", "format", "layout", "as", *(f"{name} us" for name in ours), *peers)
+    return (*header, "floor us", "of it", "GB/s", "TFLOP/s") if record.ceilings else header, lines
+
+
+def _rates(row, ceilings):
+    """The floor of a Row in microseconds, the share of its time, bytes/s and FLOP/s; nothing without ceilings."""
+    if not ceilings:
+        return ()
+    if row is None:
+        return ("-",) * 4
+    floor, seconds = row.floor_ms(ceilings), row.ms / 1e3
+    return (
+        f"{floor * 1e3:.3g}", f"{floor / row.ms:.0%}", f"{row.bytes / seconds / 1e9:.4g}",
+        f"{row.flops / seconds / 1e12:.3g}",
+    )  # fmt: skip
+
+
+PAGE = """\
+# {title}
+
+Microseconds of one call, the median over many; beside them how many times as long each peer takes on the same inputs in
+the same layout. Every result was checked against float64 before it was timed.
+"""
+# What is there to say where there are ceilings.
+RATES = """\
+"graph" is a call among others in one CUDA graph, "calls" are launched one by one. The floor is the longer of two times:
+the bytes that the work cannot do without (counted in bench/operators.py and bench/lenet.py) at the rate of a large
+copy, and its FLOPs at the rate of a large product of matrices. Both rates were measured in this run:
+
+{ceilings}
+"""
+
+
+def _ceilings(ceilings):
+    rates = [(f"product in {format}, TFLOP/s", rate / 1e12) for format, rate in ceilings["flops_per_s"].items()]
+    return markdown(("at most", "measured"), [("copy, GB/s", ceilings["bytes_per_s"] / 1e9), *rates])
+
+
+def page(record, plots=()):
+    """The whole report in Markdown; `plots` are file names of pictures."""
+    parts = [PAGE.format(title=record.title)]
+    if record.ceilings:
+        parts.append(RATES.format(ceilings=_ceilings(record.ceilings)))
+    for task, heading in TASKS.items():
+        header, lines = table(record, task)
+        if lines:
+            parts.append(f"## {heading}\n\n{markdown(header, lines)}")
+    if record.overhead:
+        header = "operator", "task", "torch us", "tritonnet us", "more us"
+        lines = [(*r.values(), r["tritonnet_us"] - r["torch_us"]) for r in record.overhead]
+        parts.append("## Calls on tiny tensors: the Python and the dispatch of each\n\n" + markdown(header, lines))
+    if record.accuracy:
+        parts.append("## Time to a test accuracy on MNIST\n\n" + accuracy_table(record.accuracy))
+    if faults := [row for row in record.rows if row.status != OK]:
+        parts.append("## Not timed\n\n" + _bullets(dict.fromkeys(map(fault, faults))))
+    if notes := [row for row in record.rows if row.status == OK and row.detail]:
+        parts.append("## Paths taken\n\n" + _bullets(dict.fromkeys(map(fault, notes))))
+    if record.left_out:
+        parts.append("## Left out\n\n" + _bullets(record.left_out))
+    parts += [f"![{name}]({name})\n" for name in plots]
+    return "\n".join(parts)
+
+
+def accuracy_table(results):
+    header = "step", "format", "accuracy", "epochs", "seconds of training", "reached"
+    return markdown(header, [[result[name] for name in ("library", "format", "accuracy", "epochs", "seconds")]
+                             + ["yes" if result["reached"] else "no"] for result in results])  # fmt: skip
+
+
+def fault(row):
+    """What was wrong with a row, or how it was done, in a line."""
+    how = f"{row.layout}, {row.format}, batch {row.batch}{', graph' * row.graph}"
+    return f"{row.library}, {row.subject}, {row.task} ({how}): {row.status}: {row.detail}"
+
+
+def _bullets(lines):
+    return "".join(f"- {line}\n" for line in lines)

@@ -1,0 +1,510 @@
+"""The benches without a GPU: what is counted, what the gate lets pass, times on a clock that is made up, reports.
+
+What only a GPU has, events and CUDA graphs, is stood in for by a device that calls functions and counts.
+"""
+
+import dataclasses
+import functools
+import math
+import types
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+import tritonnet
+from bench import (
+    FORMATS,
+    __main__,
+    accuracy,
+    every_kernel,
+    libraries,
+    operators,
+    plots,
+    report,
+    results,
+    unfused,
+    verify,
+)
+from bench.case import BOTH, CHANNELS_LAST, CONTIGUOUS, FORWARD, INFERENCE, TIMED, TRAINING, Case
+from bench.lenet import Network
+from bench.measure import Host, ceilings, copies, measure, precision
+from bench.record import FAILED, OK, WRONG, Record, Row
+from bench.run import Budget, entries, plan, run
+
+
+class Clockwork(Host):
+    """A device whose time goes on by `tick` and between two marks, and whose graphs are lists of steps."""
+
+    l2_bytes = 1000
+
+    def __init__(self, between=1.0):
+        self.now, self.between = 0.0, between
+        self.captured = 0
+
+    def tick(self, ms):
+        self.now += ms
+
+    def mark(self):
+        self.tick(self.between)
+        return self.now
+
+    def milliseconds(self, start, end):
+        return end - start
+
+    def free_bytes(self):
+        return 2**12
+
+    def capture(self, steps):
+        self.captured += 1
+        return lambda: [step() for step in steps], steps[0]()
+
+
+def small_operators():
+    return [
+        operators.conv2d("LeNet small", (2, 2, 6, 6), (3, 3), padding=1),
+        operators.conv2d("small", (2, 2, 8, 8), (3, 3), relu=True, pool=(2, 2, 0)),
+        operators.cross_entropy(6, 5),
+    ]
+
+
+def library(**replaced):
+    """torch's functions with some replaced."""
+    functions = types.SimpleNamespace(**{name: getattr(unfused, name) for name in ("conv2d", "linear", "relu")})
+    return libraries.Library(types.SimpleNamespace(**{**vars(functions), **replaced}), libraries.TutorialLeNet)
+
+
+def test_every_case_is_named_once_and_quick_is_a_part_of_all():
+    everything, quick = plan(quick=False), plan(quick=True)
+    names = [case.name for case in everything]
+    assert len(set(names)) == len(names) == 4 * (2 * 3 + len(operators.catalogue()))
+    assert {case.name for case in quick} < set(names)
+    assert {o.name.split()[0] for o in operators.catalogue()} == {
+        "relu", "max_pool2d", "linear", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "linear_relu",
+        "cross_entropy",
+    }  # fmt: skip
+    for case in everything:
+        for task, work in case.subject.works.items():
+            assert work.flops > 0 and work.bytes(FORMATS[case.format][0]) > 0, (case.name, task)
+
+
+@pytest.mark.parametrize(
+    "operator, forward, both",
+    [
+        # 2 images of 3 x 4 x 4, 5 filters of 3 x 3 x 3 without padding, 2 x 2 pixels left: 96, 135, 5 and 40 elements.
+        (operators.conv2d("", (2, 3, 4, 4), (5, 3)), (2 * 40 * 27, 276, 0), (6 * 40 * 27, 276 + 40 + 2 * 231 + 5, 0)),
+        # One window each is left of the four pixels: 10 elements, whose gradient goes to one pixel each.
+        (
+            operators.conv2d("", (2, 3, 4, 4), (5, 3), relu=True, pool=(2, 2, 0)),
+            (2 * 40 * 27, 246, 0), (2 * 40 * 27 + 4 * 10 * 27, 246 + 10 + 2 * 231 + 5, 20),
+        ),
+        (operators.linear("", 3, 4, 5), (120, 12 + 20 + 5 + 15, 0), (360, 52 + 15 + 2 * 32 + 5, 0)),
+        (operators.relu("", 10), (10, 20, 0), (20, 50, 0)),
+        (operators.max_pool2d("", (1, 1, 4, 4), 2, 2), (16, 20, 0), (16, 40, 8)),
+        (operators.cross_entropy(2, 3), (24, 7, 16), (36, 14, 16)),
+        # 416,520 products an image forward, 267,240 backward; 61,706 parameters.
+        (Network(False, 2), (4 * 416_520, 2 * 1024 + 61_706 + 20, 0), None),
+        (Network(True, 2), None, (4 * 683_760, 2 * 1024 + 4 * 61_706 + 1, 16)),
+    ],
+    ids=lambda value: value.name if hasattr(value, "name") else "",
+)  # fmt: skip
+def test_work_counted_by_hand(operator, forward, both):
+    works = operator.works
+    assert works.get(FORWARD, works.get(INFERENCE)) == forward
+    assert works.get(BOTH, works.get(TRAINING)) == both
+
+
+def test_bytes_go_by_the_format():
+    work = operators.max_pool2d("", (1, 1, 4, 4), 2, 2).works[BOTH]
+    assert (work.bytes(torch.float32), work.bytes(torch.bfloat16)) == (4 * 40 + 8, 2 * 40 + 8)
+    assert sum(p.numel() for p in tritonnet.LeNet().parameters()) == 61_706
+
+
+@pytest.mark.parametrize("format", TIMED)
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST])
+def test_what_is_right_passes_the_gate(format, layout):
+    """Ours, fused, and torch's, in parts, in every format; the interpreter's sums are those of float32."""
+    with precision(format):
+        training = [Network(True, 3)] if format in libraries.WHOLE_STEPS else []
+        for subject in (*small_operators(), Network(True, 3), Network(False, 3)):
+            gate = subject.gate(format, "cpu")
+            for name, library in libraries.installed().items():
+                if library.compiled or (library.whole and (layout != CONTIGUOUS or subject not in training)):
+                    continue
+                with tritonnet.backend("reference"):
+                    contestant = subject.contestant(library, layout, format, Host())
+                    for task in contestant.steps:
+                        complaint = gate.complaint(contestant.first(task), contestant.dtype or FORMATS[format][0])
+                        assert complaint is None, (subject.name, name, task, complaint)
+
+
+def _in_tf32(x, w, b=None, **geometry):
+    cut = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (x.detach(), w.detach())]
+    # The values of the cut operands, the gradients of the whole.
+    x, w = (t + (c - t).detach() for t, c in zip((x, w), cut))
+    return torch.conv2d(x, w, b, **geometry)
+
+
+WRONG_WAYS = {
+    "one element of the edge": lambda x, w, b, **g: torch.conv2d(x, w, b, **g).index_fill(3, torch.tensor([5]), 0.0),
+    "no bias": lambda x, w, b, **g: torch.conv2d(x, w, None, **g) + 0 * b.sum(),
+    "tf32 for exact": _in_tf32,
+    "NaN": lambda x, w, b, **g: torch.conv2d(x, w, b, **g) * math.nan,
+    "another dtype": lambda x, w, b, **g: torch.conv2d(x, w, b, **g).double(),
+    "half of a gradient": lambda x, w, b, **g: torch.conv2d(x, w.detach() * 0.5 + w * 0.5, b, **g),
+}
+
+
+@pytest.mark.parametrize("way", WRONG_WAYS)
+def test_what_is_wrong_is_named_and_not_timed(way):
+    device, record = Clockwork(), Record({})
+    case = Case(small_operators()[0], "float32")
+    taking_part = {"tritonnet": library(conv2d=WRONG_WAYS[way]), "torch": library()}
+    run(record, [case], taking_part, device, Budget(1e9), seconds=0.001)
+    ours = [row for row in record.rows if row.library == "tritonnet"]
+    assert len(ours) == 2 * 2 * 2 and record.faults  # tasks, layouts, as calls and in a graph
+    assert {(row.status, row.ms) for row in ours if row.task == BOTH} == {(WRONG, None)}
+    assert {row.status for row in record.rows if row.library == "torch"} == {OK}
+
+
+def test_a_step_that_trains_wrongly_is_named():
+    def lazy_step(model, loss, optimizer, format, mode):
+        optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+        return libraries.eager_step(model, loss, optimizer, format)
+
+    record = Record({})
+    taking_part = {"TrainStep": library()._replace(training_step=lazy_step, whole=True)}
+    run(record, [Case(Network(True, 2), "float32")], taking_part, Clockwork(), Budget(1e9), seconds=0.001)
+    assert record.rows and {row.status for row in record.rows} == {WRONG}
+    assert record.rows[0].detail.startswith("gradient 0 is off by")
+
+
+def test_train_step_takes_part_where_it_is_there(monkeypatch):
+    """Steps of float32 weights, whatever the products are in, in graphs of their own; they say which way."""
+
+    class Step:
+        path = "three launches"
+
+        def __init__(self, model, loss, optimizer, precision):
+            taken.append((precision, next(model.parameters()).dtype))
+            self.step = libraries.eager_step(model.float(), loss, optimizer, None)
+
+        def __call__(self, images, labels):
+            return self.step(images.float(), labels)
+
+    taken = []
+    monkeypatch.setattr(tritonnet, "TrainStep", Step, raising=False)
+    there, device, record = {"TrainStep": libraries.installed()["TrainStep"]}, Clockwork(), Record(MACHINE)
+    cases = [Case(subject, format) for subject in (Network(True, 2), Network(False, 2), small_operators()[0])
+             for format in TIMED]  # fmt: skip
+    with tritonnet.backend("reference"):
+        run(record, cases, there, device, Budget(1e9), seconds=0.001)
+    assert taken == [("bfloat16", torch.float32), ("tf32", torch.float32), ("ieee", torch.float32)]
+    assert [(r.task, r.format, r.graph, r.status) for r in record.rows] == [
+        (TRAINING, format, graph, OK) for format in TIMED[:2] + TIMED[3:] for graph in (False, True)
+    ]
+    assert not device.captured
+    assert "TrainStep, LeNet training step, training step (contiguous, tf32, batch 2, graph): ok: three launches" in (
+        report.page(record)
+    )
+
+
+def test_a_contestant_that_fails_is_a_line_of_the_report():
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no such kernel\nand more")
+
+    record = Record({})
+    case = Case(small_operators()[0], "bfloat16")
+    taking_part = {"tritonnet": library(), "FlagGems": library(conv2d=refuse)}
+    run(record, [case], taking_part, Clockwork(), Budget(1e9), seconds=0.001)
+    assert {(r.library, r.status, r.detail) for r in record.rows} == {
+        ("tritonnet", OK, ""), ("FlagGems", FAILED, "RuntimeError: no such kernel")
+    }  # fmt: skip
+    assert not record.faults
+
+
+def test_times_are_medians_of_calls_in_turn():
+    device, calls = Clockwork(between=0.0), []
+
+    def step(number):
+        calls.append(number)
+        device.tick(100.0 if len(calls) == 20 else 0.25)  # once something else had the device
+
+    timing = measure([lambda: step(0), lambda: step(1), lambda: step(2)], device, seconds=0.01)
+    assert timing == (0.25, 0.25, 0.25)
+    assert calls == [number % 3 for number in range(len(calls))]
+    # 3 to warm up, 3 to see how long one takes, then 20 pairs of events around two calls each.
+    assert len(calls) == 3 + 3 + 2 * 20
+
+
+def test_inputs_overflow_the_cache():
+    device = Clockwork()
+    assert [copies(size, device) for size in (1, 999, 1000, 2000, 10**6)] == [1001, 2, 2, 1, 1]
+    contestant = operators.relu("", 25).contestant(library(), CONTIGUOUS, "float32", device)
+    assert len(contestant.steps[FORWARD]) == len(contestant.steps[BOTH]) == 11
+    assert len({step()[0].sum().item() for step in contestant.steps[FORWARD]}) == 11
+
+
+def test_ceilings():
+    found = ceilings(["float32", "bfloat16"], Clockwork(), size=8)
+    # Each pair of events is 1 ms apart, and so many calls are between them as one took of the first five.
+    assert found == {
+        "bytes_per_s": 2 * 4 * 2**8 * 2e3,
+        "flops_per_s": dict.fromkeys(("float32", "bfloat16"), 2**10 * 2e3),
+    }
+
+
+def test_precision_is_set_for_both_and_put_back():
+    def flags():
+        return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+    before = flags()
+    with precision("tf32"):
+        assert flags() == ("tf32", "tf32")
+        with precision("float32"):
+            assert "tf32" not in flags()
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32  # Inductor reads these
+    assert flags() == before or before[1] == "none"
+
+
+def test_time_runs_out_in_words():
+    now = [0.0]
+    budget = Budget(100, now=lambda: now[0])
+    assert budget.fits("case") and budget.fits("compile")
+    with budget.spend("compile"):
+        now[0] += 30
+    assert not budget.fits("compile")  # half of the time is for torch.compile
+    with budget.spend("case"):
+        now[0] += 50
+    assert budget.expected["case"] == 28 and not budget.fits("case")
+    record = Record({})
+    run(record, [Case(small_operators()[0], "tf32")], {"torch": library()}, Clockwork(), budget)
+    assert record.left_out == ["conv2d LeNet small, batch 2, tf32: no time"] and not record.rows
+
+
+def test_compiled_contestants_and_those_in_graphs(monkeypatch):
+    """Which run in which form; torch.compile itself is stood in for."""
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: modes.append(mode) or function)
+    taking_part = libraries.installed()
+    case, device, record = Case(Network(True, 2), "bfloat16"), Clockwork(), Record({})
+    plain, compiled = entries(case, taking_part, device)
+    assert {e.name for e in plain} == set(taking_part) - {"torch.compile"}
+    assert {e.layout for e in plain if not e.library.whole} == {CONTIGUOUS, CHANNELS_LAST}
+    assert [(e.graphs, e.mode) for e in compiled] == [
+        ((True,), libraries.COMPILE_NO_GRAPHS),
+        ((False,), libraries.COMPILE),
+    ]
+    with tritonnet.backend("reference"):
+        run(record, [case, Case(Network(False, 2), "float32")], taking_part, device, Budget(1e9), seconds=0.001)
+    assert modes == [libraries.COMPILE_NO_GRAPHS, libraries.COMPILE]
+    assert device.captured == 2 * len([e for e in plain if not e.library.whole]) + 1
+    assert {row.status for row in record.rows} == {OK}, [row.detail for row in record.rows]
+    assert not record.left_out
+    with tritonnet.backend("reference"):
+        run(record, [case], {"torch.compile": taking_part["torch.compile"]}, device, Budget(60), seconds=0.001)
+    assert record.left_out == [
+        f"LeNet training step, batch 2, bfloat16: no time for torch.compile in {mode}"
+        for mode in ("max-autotune-no-cudagraphs", "max-autotune")
+    ]
+
+
+MACHINE = {
+    "device": "Made-up GPU",
+    "torch": "2.0",
+    "triton": "3.0",
+    "CUDA": "12",
+    "tritonnet": "0",
+    "date": "2000-01-01",
+}
+
+
+def made_up(quick=False):
+    """A record with figures that nobody measured."""
+    record = Record(MACHINE, quick, {"bytes_per_s": 1e12, "flops_per_s": {"bfloat16": 1e14, "tf32": 5e13}})
+    for case in plan(quick=True)[:20]:
+        for task, work in case.subject.works.items():
+            for factor, name in enumerate(("tritonnet", "torch", "torch.compile"), 1):
+                for graph in (False, True) if case.subject.small else (False,):
+                    row = Row(
+                        case.subject.name, case.subject.batch, case.format, task, CONTIGUOUS, graph, name,
+                        work.bytes(FORMATS[case.format][0]), work.flops,
+                    )  # fmt: skip
+                    ms = 2 * factor * row.floor_ms(record.ceilings)
+                    row.set_time((ms / 2 if graph else ms, ms, ms))
+                    record.rows.append(row)
+    record.rows[2] = dataclasses.replace(
+        record.rows[2], status=WRONG, detail="value 0 is off by 1, 0.1 allowed", ms=None
+    )
+    record.left_out = ["some case: no time"]
+    record.accuracy = [
+        {"library": "torch", "format": "tf32", "accuracy": 0.991, "epochs": 3, "seconds": 1.5, "reached": True}
+    ]
+    return record
+
+
+def test_floor_rates_and_ratios():
+    ceilings = {"bytes_per_s": 1e12, "flops_per_s": {"bfloat16": 1e14}}
+    ours = Row("relu", 8, "bfloat16", FORWARD, CONTIGUOUS, False, "tritonnet", 2 * 10**9, 10**6)
+    assert ours.floor_ms(ceilings) == 2.0
+    assert dataclasses.replace(ours, flops=10**12).floor_ms(ceilings) == 10.0
+    ours.set_time((4.0, 3.9, 4.1))
+    theirs = dataclasses.replace(ours, library="torch", ms=5.0)
+    broken = dataclasses.replace(ours, library="FlagGems", status=WRONG, ms=None)
+    record = Record(MACHINE, ceilings=ceilings, rows=[ours, theirs, broken])
+    header, (line,) = report.table(record, FORWARD)
+    cells = dict(zip(header, line))
+    assert cells["tritonnet us"] == "4000" and cells["torch"] == "1.25x" and cells["FlagGems"] == "WRONG"
+    assert cells["floor us"] == "2e+03" and cells["of it"] == "50%" and cells["GB/s"] == "500"
+    # Where TrainStep is there and faster, it is what the others are compared with.
+    record.rows.append(dataclasses.replace(ours, library="TrainStep", ms=2.5))
+    assert dict(zip(header, report.table(record, FORWARD)[1][0]))["torch"] != "1.25x"
+
+
+def test_report_and_record(tmp_path):
+    record = made_up()
+    text = report.page(record, ["a.png"])
+    assert text.startswith("# Made-up GPU, torch 2.0, triton 3.0, CUDA 12, tritonnet 0, 2000-01-01\n")
+    for part in (*report.TASKS.values(), "off by 1", "- some case: no time", "![a.png](a.png)", "99", "2.00x", "3.00x"):
+        assert part in text, part
+    record.write(tmp_path / "r.json")
+    assert Record.read(tmp_path / "r.json") == record
+    assert not record.faults
+    record.rows[0].status = FAILED
+    assert record.faults == [record.rows[0]]
+
+
+def test_pictures_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert plots.missing() is None
+    names = plots.draw(made_up(), tmp_path)
+    assert names == ["made-up-gpu-roofline.png", "made-up-gpu-batch.png"]
+    for name in names:
+        content = (tmp_path / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    assert plots.draw(Record(MACHINE, ceilings={"flops_per_s": {}}), tmp_path) == []
+
+
+def test_without_matplotlib_there_is_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "missing", lambda: "no pictures, because")
+    __main__.save(made_up(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made-up-gpu.json", "made-up-gpu.md"]
+    assert capsys.readouterr().out.startswith("no pictures, because\nwritten: ")
+
+
+README = f"before\n{results.START}\nold\n{results.END}\nafter\n"
+
+
+def test_results_in_the_readme(tmp_path):
+    nothing = f"before\n{results.START}\n{results.NOTHING}\n{results.END}\nafter\n"
+    assert results.written(README, results.records(tmp_path)) == nothing
+    made_up(quick=True).write(tmp_path / "made-up-gpu-quick.json")
+    assert [r.quick for r in results.records(tmp_path)] == [True]
+    made_up().write(tmp_path / "made-up-gpu.json")
+    assert [r.quick for r in results.records(tmp_path)] == [False]
+    (tmp_path / "README.md").write_text(README)
+    results.main(tmp_path / "README.md", tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n<!-- results -->\n**Made-up GPU") and text.endswith("<!-- /results -->\nafter\n")
+    line = next(line for line in text.splitlines() if "LeNet training step" in line and "65536" in line)
+    assert line.split("|")[5].strip() == "2.00x" and line.split("|")[6].strip() == "3.00x"
+    assert line.split("|")[7].strip() == "50%"
+    results.main(tmp_path / "README.md", tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+    for broken in ("", README + results.START, README.replace(results.END, "")):
+        with pytest.raises(ValueError, match="the README needs"):
+            results.written(broken, [])
+
+
+def test_the_readme_shows_what_is_recorded():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.written(text, results.records(ROOT / "bench" / "results")) == text
+
+
+def test_time_to_an_accuracy():
+    """Every library trains from the same numbers in the same order, until it is good enough or its epochs are over."""
+    torch.manual_seed(0)
+    labels = torch.arange(10).repeat(20)
+    images = torch.randn(10, 1, 32, 32)[labels] + 0.1 * torch.randn(200, 1, 32, 32)
+    with tritonnet.backend("reference"):
+        taken = {
+            name: accuracy.train(library, (images, labels, images, labels), "float32", Host(), 0.99, epochs=30)
+            for name, library in libraries.installed().items() if not library.compiled
+        }  # fmt: skip
+    for name, result in taken.items():
+        assert result["reached"] and result["accuracy"] >= 0.99 and 1 < result["epochs"] <= 30, (name, result)
+        assert result["seconds"] > 0
+    too_short = accuracy.train(
+        libraries.installed()["torch"], (images, labels, images, labels), "float32", Host(), 1.1, 1
+    )
+    assert not too_short["reached"] and too_short["epochs"] == 1
+
+
+def test_every_kernel_is_launched_for_the_sanitizers(monkeypatch, capsys):
+    monkeypatch.setattr(every_kernel, "DTYPES", [torch.float32])
+    every_kernel.main()
+    assert "conv2d_forward_kernel" in capsys.readouterr().out
+
+
+def test_verification_goes_on_after_a_failure(monkeypatch, capsys):
+    ran = []
+
+    def fake_run(command, cwd, env):
+        ran.append(command)
+        return types.SimpleNamespace(returncode=int("pytest" in command))
+
+    monkeypatch.setattr(verify.subprocess, "run", fake_run)
+    monkeypatch.setattr(verify.shutil, "which", lambda name: "/bin/" + name)
+    assert verify.main(types.SimpleNamespace(out=None)) == 1
+    out = capsys.readouterr().out
+    assert ["tests: FAILED, status 1", "memcheck: passed", "racecheck: passed", "bench: passed"] == [
+        line.partition(" in ")[0]
+        for line in out.splitlines()
+        if " in " in line and ("passed" in line or "FAILED" in line)
+    ]
+    monkeypatch.setattr(verify.shutil, "which", lambda name: None)
+    planned, left_out = verify.commands(ROOT)
+    assert [title for title, *_ in planned] == ["tests", "bench"] and any(
+        "compute-sanitizer" in line for line in left_out
+    )
+    assert planned[-1][1][-2:] == ["--out", str(ROOT)]
+
+
+@pytest.mark.parametrize("argument", [(), ("--quick",), ("--verify",)], ids=["all", "quick", "verify"])
+def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as e:
+        __main__.main([*argument])
+    assert "\n" not in e.value.code and e.value.code.startswith("no GPU")
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["whole", "lost"])
+def test_a_whole_run_on_a_made_up_device(broken, tmp_path, monkeypatch, capsys):
+    """Everything but events and graphs; a device that is lost half-way leaves a report of what came before."""
+    device = Clockwork()
+    cases = [Case(small_operators()[0], "bfloat16"), Case(small_operators()[2], "float32")]
+    if broken:
+        lost = types.SimpleNamespace(name="lost", format="tf32", subject=None)
+        cases.insert(1, lost)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(__main__, "Cuda", lambda: device)
+    monkeypatch.setattr(__main__, "machine", lambda kind: MACHINE)
+    monkeypatch.setattr(__main__, "ceilings", functools.partial(ceilings, size=8))
+    monkeypatch.setattr(__main__, "plan", lambda quick: cases)
+    with tritonnet.backend("reference"), pytest.raises(AttributeError if broken else SystemExit) as e:
+        __main__.main(["--quick", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "conv2d LeNet small" in out and "| product in tf32, TFLOP/s" in out and "- --quick: float16" in out
+    record = Record.read(tmp_path / "made-up-gpu-quick.json")
+    assert {row.subject for row in record.rows} == {case.subject.name for case in cases[: 1 if broken else 2]}
+    assert (tmp_path / "made-up-gpu-quick.md").read_text().startswith("# Made-up GPU")
+    assert broken or e.value.code == 0
+
+
+def test_cpu_quick_prints_a_table():
+    result = run_python("-m", "bench", "--cpu", "--quick", TRITON_INTERPRET=None, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    for part in ("## LeNet, training step", "| conv2d_relu_max_pool2d ", "more us"):
+        assert part in result.stdout, part
+    assert "WRONG" not in result.stdout and "failed" not in result.stdout
