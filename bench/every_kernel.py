@@ -30,6 +30,8 @@ def calls(t):
     yield F.conv2d(last, t(4, 1, 3, 3), padding="same", groups=4)
     yield F.conv2d_relu(last, w, b)
     yield F.conv2d_relu_max_pool2d(images, w, b, padding=1)
+    yield F.conv2d_relu_max_pool2d(last, w, b, padding=1, pool_kernel_size=3)
+    yield F.linear_chain(x, (t(9, 7), t(4, 9)), (t(9), t(4)))
     yield F.max_pool2d(last, 3, 2, 1)
     yield F.max_pool2d(images, 2, return_indices=True)[0]
     yield F.cross_entropy(x, torch.arange(5, device=x.device))
@@ -58,6 +60,10 @@ def main():
 
             for y in calls(t):
                 y.backward(torch.randn_like(y))
+        # What only full float32 launches.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        images = torch.randn(3, 4, 9, 11, device=device)
+        F.conv2d_relu_max_pool2d(images, torch.randn(6, 4, 3, 3, device=device))
         # What only second derivatives launch.
         x = torch.randn(2, 2, 6, 6, device=device, requires_grad=True)
         (dx,) = torch.autograd.grad(F.max_pool2d(x, 2).square().sum(), x, create_graph=True)
