@@ -67,6 +67,19 @@ def backend_name(device):
     return "Triton kernels" if device.type != "cpu" else "Triton kernels (interpreter)"
 
 
+def backend_reason(device):
+    """Why that serves them, in words."""
+    if _backend != "auto":
+        return f'tritonnet.backend("{_backend}")'
+    if launchers is None:
+        return "the triton package is not installed"
+    if device.type in ("cuda", "xpu"):
+        return "a GPU, and the triton package"
+    if device.type == "cpu" and knobs.runtime.interpret:
+        return "TRITON_INTERPRET=1"
+    return "not a GPU, and TRITON_INTERPRET=1 was not set"
+
+
 @contextlib.contextmanager
 def count_launches():
     """Count the kernel launches inside a `with` block.
