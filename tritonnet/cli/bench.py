@@ -1,6 +1,5 @@
 """tritonnet bench: the benchmarks of a clone of the repository, which are not installed."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,4 @@ def main(arguments: Sequence[str] | None) -> int:
             "the benchmarks are not part of the package: run this from a clone of the repository "
             "that is installed with pip install -e '.[cli]'"
         )
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run([sys.executable, "-m", "bench", *(arguments or ())], env=environment).returncode
+    return subprocess.run([sys.executable, "-m", "bench", *(arguments or ())], cwd=ROOT).returncode

@@ -34,10 +34,18 @@ def load(path: Path) -> Any:
     """What torch.save has written to `path`: tensors and plain values only, on the CPU."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; `tritonnet train` writes one")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a checkpoint: give a file that torch.save wrote, such as model.pt of a run")
+    content = io.BytesIO(path.read_bytes())
+    # torch.save writes zip archives, and their checksums tell a damaged file before its content is believed.
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(content) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError):
+        raise UserError(f"{path} is not a checkpoint: give a file of `tritonnet train`, such as model.pt") from None
+    if damaged:
+        raise UserError(f"{path} is damaged (in {damaged}): use another copy")
+    content.seek(0)
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as e:
         raise UserError(
             f"{path} is not a checkpoint of tensors alone, and other files are not opened: {str(e).splitlines()[0]}"

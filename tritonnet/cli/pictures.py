@@ -85,7 +85,7 @@ def confusion_matrix(figure: Figure | SubFigure, confusion: torch.Tensor) -> Non
     axes = figure.subplots()
     classes = range(len(confusion))
     mistakes = confusion.clone().fill_diagonal_(0)
-    axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=max(1, 1.6 * mistakes.max().item()))
+    axes.imshow(mistakes.numpy(), cmap="Reds", vmin=0, vmax=max(1, 1.6 * mistakes.max().item()))
     for row in classes:
         for column in classes:
             count = int(confusion[row, column])
@@ -114,7 +114,7 @@ def worst_mistakes(
         axes.axis("off")
         if index < len(worst):
             i = worst[index]
-            axes.imshow(images[i, 0, 2:-2, 2:-2] * STD + MEAN, cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow((images[i, 0, 2:-2, 2:-2] * STD + MEAN).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(f"is {labels[i]}, read {read[i]}\n{100 * sure[i]:.0f} % sure", fontsize=8.5)
 
 
@@ -123,7 +123,7 @@ def first_filters(figure: Figure | SubFigure, filters: torch.Tensor) -> None:
     figure.suptitle(f"The {len(filters)} filters of conv1", fontsize=12)
     largest = filters.abs().max().item()
     row = figure.subplots(1, len(filters))
-    for axes, weight in zip(row, filters[:, 0]):
+    for axes, weight in zip(row, filters[:, 0].numpy()):
         shown = axes.imshow(weight, cmap="RdBu_r", vmin=-largest, vmax=largest)
         axes.set(xticks=(), yticks=())
         axes.spines[:].set_color(GRID)

@@ -30,8 +30,10 @@ def whole(least: int) -> Callable[[str], int]:
             number = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if not least <= number < 2**63:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, and below 2^63, got {number}")
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        if number >= 2**63:
+            raise argparse.ArgumentTypeError(f"must be below 2^63, got {number}")
         return number
 
     return parse
@@ -61,8 +63,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
             grid.add_column(column, overflow="fold")
         for row in rows:
             grid.add_row(*map(Text, row))
-        # A file or a pipe has no width of its own, and lines that are cut or wrapped help nobody there.
-        Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(grid)
+        # A file or a pipe has no width, and wrapped lines help nobody there.
+        Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(grid)
         return
     lines = [list(columns), *rows] if any(columns) else list(rows)
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
