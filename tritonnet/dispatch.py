@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
@@ -23,7 +25,7 @@ _backend = "auto"
 
 
 @contextlib.contextmanager
-def backend(name):
+def backend(name: str) -> Iterator[None]:
     """Choose the implementation inside a `with` block, for the whole process and for compiled code too.
 
     Args:
@@ -44,7 +46,7 @@ def backend(name):
         _backend = previous
 
 
-def implementation(tensor):
+def implementation(tensor: torch.Tensor) -> ModuleType:
     """The module whose functions serve an operator on this tensor."""
     if _backend == "reference":
         return reference
@@ -60,14 +62,14 @@ def implementation(tensor):
     return reference
 
 
-def backend_name(device):
+def backend_name(device: torch.device) -> str:
     """What serves tensors on this torch.device now, in words."""
     if implementation(torch.empty(0, device=device)) is reference:
         return "reference (plain torch)"
     return "Triton kernels" if device.type != "cpu" else "Triton kernels (interpreter)"
 
 
-def backend_reason(device):
+def backend_reason(device: torch.device) -> str:
     """Why that serves them, in words."""
     if _backend != "auto":
         return f'tritonnet.backend("{_backend}")'
@@ -81,13 +83,13 @@ def backend_reason(device):
 
 
 @contextlib.contextmanager
-def count_launches():
+def count_launches() -> Iterator[collections.Counter[str]]:
     """Count the kernel launches inside a `with` block.
 
     Yields:
         collections.Counter: launches so far by kernel name, such as "conv2d_forward_kernel".
     """
-    launches = collections.Counter()
+    launches: collections.Counter[str] = collections.Counter()
     hooks = []
     for kernel in launchers.KERNELS if launchers else ():
         name = kernel.fn.__name__

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import types
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as torch_functional
@@ -13,7 +14,7 @@ from torch import fx
 from torch.nn.modules import module as torch_module
 
 from . import nn
-from .conversion import _check
+from .conversion import Model, _check
 from .nn import functional as F
 
 _CONV, _LINEAR = (torch.nn.Conv2d, nn.Conv2d), (torch.nn.Linear, nn.Linear)
@@ -281,7 +282,7 @@ def _fuse_module(model):
     return found
 
 
-def fuse(model, report=None):
+def fuse(model: Model, report: Callable[[str], object] | None = None) -> Model:
     """Have convolution, rectifier and max-pooling in a row run as one kernel, and linear with rectifier.
 
     Looks at the forward of every module in `model`: the order of an nn.Sequential, and whatever torch.fx can follow of

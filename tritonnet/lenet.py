@@ -1,5 +1,7 @@
 """LeNet-5, its layers fused."""
 
+import torch
+
 from . import nn
 
 
@@ -12,7 +14,7 @@ class LeNet(nn.Module):
     Source: LeCun et al. 1998, Gradient-based learning applied to document recognition, with max-pooling and relu.
     """
 
-    def __init__(self, classes=10):
+    def __init__(self, classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2dReLUMaxPool2d(1, 6, 5)
         self.conv2 = nn.Conv2dReLUMaxPool2d(6, 16, 5)
@@ -20,6 +22,6 @@ class LeNet(nn.Module):
         self.fc2 = nn.LinearReLU(120, 84)
         self.fc3 = nn.Linear(84, classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv2(self.conv1(x))
         return self.fc3(self.fc2(self.fc1(x.flatten(1))))

@@ -56,7 +56,7 @@ def tensor(*size: int) -> torch.Tensor:
     return torch.randn(size).bfloat16().double()
 
 
-def run(layer: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, dy: torch.Tensor | None):
+def run(layer: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, dy: torch.Tensor | None) -> list[torch.Tensor]:
     """(result, gradients) of a layer or of a loss, in float64 on the CPU."""
     x = x.detach().clone().requires_grad_()
     y = layer(x, target) if isinstance(layer, torch.nn.CrossEntropyLoss) else layer(x)

@@ -46,7 +46,8 @@ def find_device(name: str | None) -> torch.device:
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """torch's two flags, which the kernels follow as well."""
-    owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    # torch's annotations do not know the first.
+    owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     previous = [owner.fp32_precision for owner in owners]
     for owner in owners:
         owner.fp32_precision = precision

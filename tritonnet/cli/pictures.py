@@ -34,7 +34,7 @@ def draw(
     whole = figures["overview.png"]
     accuracy = f"{metrics['test_accuracy']:.2%} of {len(labels):,} test digits right"
     whole.suptitle(f"LeNet after {len(metrics['epochs'])} epochs: {accuracy}", fontsize=15, weight="bold")
-    top, bottom = whole.subfigures(2, 1, height_ratios=(1, 1.15), hspace=0.04)
+    top, bottom = whole.subfigures(2, 1, height_ratios=(1, 1.15), hspace=0.04)  # type: ignore[misc]
     left, right = bottom.subfigures(1, 2, width_ratios=(1, 1.25), wspace=0.03)
     curves(top, metrics["losses"], metrics["epochs"])
     confusion_matrix(left, confusion)

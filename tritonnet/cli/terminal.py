@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 HAS_RICH = importlib.util.find_spec("rich") is not None
 
@@ -39,7 +39,7 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-def say(line: str, file=None) -> None:
+def say(line: str, file: TextIO | None = None) -> None:
     """Print a line at once, also into a pipe."""
     print(line, file=file, flush=True)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -27,8 +28,15 @@ from .terminal import HAS_RICH, Parser, UserError, progress, say, table, whole
 
 # Options that a resumed run takes from its checkpoint; the others may change on the way.
 FIXED = {"epochs": 10, "batch_size": 64, "optimizer": "adam", "lr": None, "precision": "float32", "seed": 0}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+}
 # Largest learning rate of the one-cycle schedule, by optimizer.
 RATES = {"adam": 2e-3, "adamw": 2e-3, "sgd": 5e-2}
+# step(images, labels) -> loss, which also takes one step of the optimizer.
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bfloat16": "ieee"}
 
 
@@ -170,8 +178,8 @@ class Interruption:
 
 def training_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """step(images, labels) -> loss, which also takes one step of the optimizer."""
+) -> Step:
+    """One forward, backward and step of the optimizer on `model`, which may be data-parallel."""
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -197,11 +205,7 @@ class Run:
         world = options["processes"]
         self.share = math.ceil(options["batch_size"] / world)  # images of a batch in one process
         self.steps = math.ceil(math.ceil(images / world) / self.share)  # of one epoch
-        self.optimizer = {
-            "adam": torch.optim.Adam,
-            "adamw": torch.optim.AdamW,
-            "sgd": lambda parameters: torch.optim.SGD(parameters, lr=options["lr"], momentum=0.9, nesterov=True),
-        }[options["optimizer"]](self.net.parameters())
+        self.optimizer = OPTIMIZERS[options["optimizer"]](self.net.parameters(), options["lr"])
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, options["lr"], total_steps=options["epochs"] * self.steps
         )
@@ -229,7 +233,10 @@ class Run:
             setattr(self, name, state[name])
 
 
-def train_epoch(run: Run, step, images, labels, indices: torch.Tensor, stop: Interruption, shown: bool) -> None:
+def train_epoch(
+    run: Run, step: Step, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, stop: Interruption,
+    shown: bool,
+) -> None:  # fmt: skip
     """What is left of an epoch, or as much of it as there is time for."""
     world = run.options["processes"]
     run.net.train()
@@ -342,7 +349,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         run.load(saved)
     model = run.net if world == 1 else torch.nn.parallel.DistributedDataParallel(run.net)
     step = training_step(model, run.optimizer, device, options["precision"])
-    sampler = DistributedSampler(data[1], world, rank, seed=options["seed"])
+    sampler = DistributedSampler(range(len(train_x)), world, rank, seed=options["seed"])  # type: ignore[var-annotated, arg-type]
     tell = say if rank == 0 else lambda *line: None
     tell(f"LeNet on {len(train_x)} digits, {world} x {device.type}, backend: {backend_name(device)}")
     with Interruption() as stop, float32_products(PRECISIONS[options["precision"]]):
