@@ -1,11 +1,13 @@
 """What is shipped: the wheel, and the style and types of the source."""
 
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_python
 
 import tritonnet
@@ -87,3 +89,19 @@ def test_types(tmp_path):
     said = run_python("-m", "mypy", str(program), MYPYPATH=str(ROOT)).stdout
     assert '"tritonnet.nn.Conv2d"' in said and '"torch.nn.modules.rnn.LSTM"' in said, said
     assert 'program.py:5: error: Argument 1 to "relu"' in said and "Found 1 error" in said, said
+
+
+def test_the_code_in_the_readme_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    space = {"tritonnet": tritonnet}
+    for block in blocks:
+        with tritonnet.backend("reference"):
+            exec(block, space)
+    assert len(blocks) == 3 and type(space["model"][0]) is torch.nn.Conv2d  # converted back at the end
+
+
+def test_the_files_that_the_readme_shows_are_there():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"\]\(([^)h][^)]*)\)", readme) + [".github/photo.jpg"]:
+        assert (ROOT / path).is_file() and path in readme, path

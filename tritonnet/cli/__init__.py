@@ -46,7 +46,7 @@ def run(command: str, arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] not in _EXTRA:
             raise
-        message = f"{command} needs {e.name}, which is not installed: pip install 'tritonnet[cli]'"
+        message = f"{e.name} is not installed: pip install 'tritonnet[cli]'"
     except BrokenPipeError:
         # Whoever read the output has gone (tritonnet predict DIR | head), and so would the interpreter's last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
