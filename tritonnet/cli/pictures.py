@@ -33,7 +33,7 @@ def draw(
     first_filters(figures["filters.png"], filters)
     whole = figures["overview.png"]
     accuracy = f"{metrics['test_accuracy']:.2%} of {len(labels):,} test digits right"
-    whole.suptitle(f"LeNet after {len(metrics['epochs'])} epochs: {accuracy}", fontsize=15, weight="bold")
+    whole.suptitle(f"LeNet, {accuracy}", fontsize=15, weight="bold")
     top, bottom = whole.subfigures(2, 1, height_ratios=(1, 1.15), hspace=0.04)  # type: ignore[misc]
     left, right = bottom.subfigures(1, 2, width_ratios=(1, 1.25), wspace=0.03)
     curves(top, metrics["losses"], metrics["epochs"])
@@ -73,6 +73,7 @@ def curves(figure: Figure | SubFigure, losses: list[float], epochs: list[dict[st
         f"{percent[-1]:.2f} %", (ends[-1], percent[-1]), (-6, -16), textcoords="offset points", ha="right", color=TEST
     )
     accuracy.set(title="Accuracy on the test digits", xlabel="epoch", ylabel="% right", xlim=(0, ends[-1]))
+    accuracy.set_ylim(top=min(accuracy.get_ylim()[1], 100.5))
     for axes in (loss, accuracy):
         axes.grid(color=GRID, lw=0.6)
         axes.set_axisbelow(True)

@@ -251,7 +251,7 @@ def train_epoch(
             run.schedule.step()
             update(len(batch) * world, losses[done].item)
             done += 1
-            if stop.check(first + done, world, run.device):
+            if stop.check(len(run.losses) + done, world, run.device):
                 break
     if world > 1:
         dist.all_reduce(losses)
@@ -303,7 +303,7 @@ def write_results(run: Run, out: Path, answers: torch.Tensor, images: torch.Tens
     seconds = sum(epoch["seconds"] for epoch in run.history)
     rows = [
         ("test accuracy", f"{metrics['test_accuracy']:.2%}: {wrong} of {len(labels):,} digits are read wrong"),
-        ("trained", f"{run.options['epochs']} epochs of {run.images:,} digits in {seconds:.1f} s"),
+        ("trained", f"{run.images:,} digits, {run.options['epochs']} times, in {seconds:.1f} s"),
         ("speed", f"{run.images * len(run.history) / seconds:,.0f} images/s"),
         (
             "on",
@@ -368,7 +368,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         tell(f"tritonnet train --resume {args.out}", sys.stderr)
         return 130
     if rank == 0:
-        checkpoint.save(args.out / "model.pt", {name: t.cpu() for name, t in run.net.state_dict().items()})
+        checkpoint.save(args.out / "model.pt", {name: t.cpu().clone() for name, t in run.net.state_dict().items()})
         write_results(run, args.out, answers.cpu(), data[2], data[3])
     return 0
 
