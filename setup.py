@@ -4,6 +4,8 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+# What the command line needs beside torch; the package itself needs torch alone.
+CLI = ["matplotlib", "pillow", "rich"]
 
 setup(
     name="tritonnet",
@@ -13,14 +15,38 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     # The kernels keep their own folder at the top, but no package called `kernels` is ever installed.
-    packages=["tritonnet", "tritonnet.nn", "tritonnet.data", "tritonnet.kernels"],
+    packages=[
+        "tritonnet",
+        "tritonnet.cli",
+        "tritonnet.data",
+        "tritonnet.examples",
+        "tritonnet.kernels",
+        "tritonnet.nn",
+    ],  # fmt: skip
     package_dir={"tritonnet.kernels": "kernels"},
-    package_data={"tritonnet.data": ["*.npz", "*.md"]},
-    install_requires=["torch>=2.11", "numpy", "tqdm"],
+    package_data={"tritonnet": ["py.typed"], "tritonnet.data": ["*.npz", "*.md"]},
+    install_requires=["torch>=2.11"],
     # A GPU build of torch brings the Triton that fits it; the extra is for Triton's interpreter on a CPU build.
     extras_require={
-        "interpreter": ["triton>=3.6"],
-        "bench": ["matplotlib"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "triton>=3.6", "tomli; python_version < '3.11'"],
-    },
+        "interpreter": ["triton>=3.6", "numpy"],
+        "cli": CLI,
+        "bench": ["matplotlib", "tqdm"],
+        "test": [
+            *CLI,
+            "hypothesis",
+            "mypy",
+            "numpy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "setuptools>=77",
+            "tqdm",
+            "triton>=3.6",
+            "tomli; python_version < '3.11'",
+            "wheel",
+        ],
+    },  # fmt: skip
+    entry_points={"console_scripts": ["tritonnet = tritonnet.cli:main"]},
+    license="MIT AND CC-BY-SA-3.0",
+    license_files=["LICENSE", "tritonnet/data/README.md"],
 )

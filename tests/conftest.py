@@ -1,8 +1,10 @@
 """Without a GPU the kernels run in Triton's interpreter, with one on the GPU; TRITONNET_TEST_DEVICE=cpu overrules."""
 
 import dataclasses
+import gzip
 import importlib.util
 import os
+import struct
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 # bench is never installed, and in a bare clone tritonnet is not either.
 ROOT = Path(__file__).parents[1]
@@ -105,3 +108,34 @@ def run_python(*args, **variables):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
     environment = {name: value for name, value in environment.items() if value is not None}
     return subprocess.run([sys.executable, *args], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def write_idx(folder, name, array, zipped=False):
+    """A uint8 tensor as one of MNIST's files."""
+    content = struct.pack(f">HBB{array.dim()}I", 0, 8, array.dim(), *array.shape) + bytes(array.flatten().tolist())
+    (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
+
+
+def write_mnist(folder, train_x, train_y, test_x, test_y, zipped=False):
+    """The four files of MNIST."""
+    for part, images, labels in (("train", train_x, train_y), ("t10k", test_x, test_y)):
+        write_idx(folder, f"{part}-images-idx3-ubyte", images, zipped)
+        write_idx(folder, f"{part}-labels-idx1-ubyte", labels, zipped)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(folder of a run, what it printed): the README's command on the CPU, once for all tests.
+
+    In one process of pytest -n, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "lenet"
+    printed = folder.with_suffix(".txt")
+    with FileLock(str(folder) + ".lock"):
+        if not printed.exists():
+            arguments = ("-m", "tritonnet", "train", "--device", "cpu", "--out", str(folder))
+            result = run_python(*arguments, TRITON_INTERPRET=None, OMP_NUM_THREADS="1")
+            assert result.returncode == 0, result.stderr
+            printed.write_text(result.stdout, encoding="utf-8")
+    return folder, printed.read_text(encoding="utf-8")

@@ -1,5 +1,11 @@
 """Two processes over gloo: DistributedDataParallel, fully_shard, and the training program under torchrun."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import INTERPRETER_RUNS, run_python
@@ -18,16 +24,21 @@ def test_data_parallel_and_sharded(backend):
 
 
 def test_training_under_torchrun(tmp_path):
-    """Rank 0 alone prints and saves, and two processes reach what one reaches."""
-    pytest.importorskip("tqdm")
-    save = tmp_path / "lenet.pt"
-    result = run_python(
-        *TORCHRUN, "-m", "tritonnet.train", "--device", "cpu", "--save", str(save), TRITON_INTERPRET=None,
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    """Rank 0 alone prints and saves, Ctrl-C stops both after the same batch, and two processes reach what one does."""
+    out = tmp_path / "out"
+    command = (*TORCHRUN, "-m", "tritonnet.train", "--device", "cpu")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, *command, "--out", str(out)], env=environment, **pipes) as process:
+        assert process.stdout.readline() == "LeNet on 8000 digits, 2 x cpu, backend: reference (plain torch)\n"
+        assert process.stdout.readline().startswith("epoch 1:")
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert f"tritonnet train --resume {out}" in error, error[-3000:]
+    result = run_python(*command, "--resume", str(out), TRITON_INTERPRET=None, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
-    lines = result.stdout.splitlines()
-    assert lines[0] == "LeNet on 8000 digits, 2 x cpu, backend: reference (plain torch)", result.stdout
-    assert len(lines) == 12 and lines[-1] == f"saved {save}", result.stdout
-    assert float(lines[-2].split()[-1].rstrip("%")) > 97
-    tritonnet.LeNet().load_state_dict(torch.load(save, weights_only=True))
+    epochs = [line.partition(":")[0] for line in result.stdout.splitlines() if line.startswith("epoch ")]
+    assert epochs[0] != "epoch 1" and epochs[-1] == "epoch 10" and result.stdout.count("model.pt") == 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["losses"]) == 1250 and metrics["test_accuracy"] > 0.97
+    tritonnet.LeNet().load_state_dict(torch.load(out / "model.pt", weights_only=True))

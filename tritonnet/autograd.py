@@ -537,7 +537,11 @@ class LinearChain(torch.autograd.Function):
     def backward(ctx, dy, dhidden):
         x, hidden, weights = LinearChain.saved(ctx)
         widths, layers = shapes.widths(weights), range(len(weights))
-        needs_x, needs_w, needs_bias = ctx.needs_input_grad[0], *(ctx.needs_input_grad[i:-1:2] for i in (1, 2))
+        needs_x, needs_w, needs_bias = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1:-1:2],
+            ctx.needs_input_grad[2:-1:2],
+        )
         if not ctx.keep:
             dhidden = None
         if dy is None:

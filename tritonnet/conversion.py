@@ -1,6 +1,7 @@
 """Swaps the torch.nn layers inside an existing model for tritonnet's, and back."""
 
 import functools
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -8,7 +9,11 @@ from torch.nn.utils import parametrize
 
 from . import nn
 
-_LAYERS = {ours.__base__: ours for ours in (nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Linear, nn.CrossEntropyLoss)}
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_LAYERS: dict[Any, Any] = {
+    ours.__base__: ours for ours in (nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Linear, nn.CrossEntropyLoss)
+}
 _REVERTED = {ours: theirs for theirs, ours in _LAYERS.items()}
 
 
@@ -44,7 +49,7 @@ def _check(model):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def convert(model):
+def convert(model: Model) -> Model:
     """Make every torch.nn layer in `model` that tritonnet serves one of tritonnet's.
 
     A module stays the same object: parameters, buffers, hooks, training mode, device, dtype, names and state_dict are
@@ -64,11 +69,12 @@ def convert(model):
     _check(model)
     for module in model.modules():
         if not isinstance(module, LazyModuleMixin) and not parametrize.is_parametrized(module):
-            module.__class__ = _converted(type(module))
+            cls: Any = type(module)
+            module.__class__ = _converted(cls)
     return model
 
 
-def revert(model):
+def revert(model: Model) -> Model:
     """Undo `convert` and `fuse`: make tritonnet's layers in `model` torch.nn's again, and run the forwards as written.
 
     Args:

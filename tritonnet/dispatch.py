@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
@@ -23,7 +25,7 @@ _backend = "auto"
 
 
 @contextlib.contextmanager
-def backend(name):
+def backend(name: str) -> Iterator[None]:
     """Choose the implementation inside a `with` block, for the whole process and for compiled code too.
 
     Args:
@@ -44,7 +46,7 @@ def backend(name):
         _backend = previous
 
 
-def implementation(tensor):
+def implementation(tensor: torch.Tensor) -> ModuleType:
     """The module whose functions serve an operator on this tensor."""
     if _backend == "reference":
         return reference
@@ -60,21 +62,34 @@ def implementation(tensor):
     return reference
 
 
-def backend_name(device):
+def backend_name(device: torch.device) -> str:
     """What serves tensors on this torch.device now, in words."""
     if implementation(torch.empty(0, device=device)) is reference:
         return "reference (plain torch)"
     return "Triton kernels" if device.type != "cpu" else "Triton kernels (interpreter)"
 
 
+def backend_reason(device: torch.device) -> str:
+    """Why that serves them, in words."""
+    if _backend != "auto":
+        return f'tritonnet.backend("{_backend}")'
+    if launchers is None:
+        return "the triton package is not installed"
+    if device.type in ("cuda", "xpu"):
+        return "a GPU, and the triton package"
+    if device.type == "cpu" and knobs.runtime.interpret:
+        return "TRITON_INTERPRET=1"
+    return "not a GPU, and TRITON_INTERPRET=1 was not set"
+
+
 @contextlib.contextmanager
-def count_launches():
+def count_launches() -> Iterator[collections.Counter[str]]:
     """Count the kernel launches inside a `with` block.
 
     Yields:
         collections.Counter: launches so far by kernel name, such as "conv2d_forward_kernel".
     """
-    launches = collections.Counter()
+    launches: collections.Counter[str] = collections.Counter()
     hooks = []
     for kernel in launchers.KERNELS if launchers else ():
         name = kernel.fn.__name__

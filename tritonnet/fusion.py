@@ -6,13 +6,14 @@ import functools
 import inspect
 import math
 import types
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as torch_functional
 from torch import fx
 
 from . import nn
-from .conversion import _check
+from .conversion import Model, _check
 from .kernels import shapes
 from .nn import functional as F
 from .nn._plain import is_plain
@@ -312,7 +313,7 @@ def _fuse_module(model):
     return found
 
 
-def fuse(model, report=None):
+def fuse(model: Model, report: Callable[[str], object] | None = None) -> Model:
     """Have convolution, rectifier and max-pooling in a row run as one kernel, linear with rectifier, chains of these.
 
     Looks at the forward of every module in `model`: the order of an nn.Sequential, and whatever torch.fx can follow of

@@ -1,5 +1,7 @@
 """LeNet-5, its layers fused."""
 
+import torch
+
 from . import nn
 from .nn import functional as F
 from .nn._plain import is_plain
@@ -14,7 +16,7 @@ class LeNet(nn.Module):
     Source: LeCun et al. 1998, Gradient-based learning applied to document recognition, with max-pooling and relu.
     """
 
-    def __init__(self, classes=10):
+    def __init__(self, classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2dReLUMaxPool2d(1, 6, 5)
         self.conv2 = nn.Conv2dReLUMaxPool2d(6, 16, 5)
@@ -22,7 +24,7 @@ class LeNet(nn.Module):
         self.fc2 = nn.LinearReLU(120, 84)
         self.fc3 = nn.Linear(84, classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv2(self.conv1(x)).flatten(1)
         head = self.fc1, self.fc2, self.fc3
         if all(is_plain(fc, (cls,)) for fc, cls in zip(head, (nn.LinearReLU, nn.LinearReLU, nn.Linear))):

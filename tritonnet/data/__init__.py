@@ -1,10 +1,13 @@
 """Handwritten digits as tensors: 10,000 that come with the package, or the four files of MNIST."""
 
 import gzip
+import math
+import zipfile
+import zlib
 from importlib import resources
+from os import PathLike
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +20,9 @@ _FILES = {
 }
 
 
-def load_digits(folder=None):
+def load_digits(
+    folder: str | PathLike[str] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Digits to train and to test on.
 
     Args:
@@ -35,36 +40,52 @@ def load_digits(folder=None):
     Source: http://yann.lecun.com/exdb/mnist/ for the format.
     """
     if folder is None:
-        with resources.files(__package__).joinpath("mnist10k.npz").open("rb") as f, np.load(f) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-        parts = (images[:8000], labels[:8000], images[8000:], labels[8000:])
+        images, labels = _packaged("images").view(-1, 28, 28), _packaged("labels")
+        parts = [images[:8000], labels[:8000], images[8000:], labels[8000:]]
     else:
         parts = [read_idx(Path(folder) / name) for names in _FILES.values() for name in names]
-    train, test = _as_tensors(*parts[:2]), _as_tensors(*parts[2:])
-    return *train, *test
+    return *as_tensors(*parts[:2]), *as_tensors(*parts[2:])
 
 
-def read_idx(path):
-    """The uint8 array in the IDX file `path`, or in `path`.gz if there is no such file."""
+def _packaged(name: str) -> torch.Tensor:
+    """The bytes of an array in the package's NumPy file, which is read without NumPy: torch does not require it."""
+    with resources.files(__name__).joinpath("mnist10k.npz").open("rb") as f, zipfile.ZipFile(f) as arrays:
+        content = bytearray(arrays.read(f"{name}.npy"))
+    # Eight bytes of magic and version, two for the length of the header, the header, the array.
+    return torch.frombuffer(content, dtype=torch.uint8, offset=10 + int.from_bytes(content[8:10], "little"))
+
+
+def read_idx(path: Path) -> torch.Tensor:
+    """The uint8 tensor in the IDX file `path`, or in `path`.gz if there is no such file."""
     zipped = path.with_name(path.name + ".gz")
     if path.exists():
         content = path.read_bytes()
     elif zipped.exists():
-        content = gzip.decompress(zipped.read_bytes())
+        try:
+            content = gzip.decompress(zipped.read_bytes())
+        except (OSError, EOFError, zlib.error) as e:
+            raise ValueError(f"{zipped} is not a gzip file: {e}") from None
     else:
         raise FileNotFoundError(f"no file {path} or {zipped.name} beside it")
     # Two zeros, 8 for uint8, the number of dimensions; then each size as four bytes, the highest first.
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an IDX file of bytes: it starts with {content[:4].hex(' ')}")
     start = 4 + 4 * content[3]
-    sizes = np.frombuffer(content[4:start], ">u4").astype(int)
-    if len(content) - start != sizes.prod():
-        raise ValueError(f"{path} should hold {sizes.prod()} bytes for {sizes.tolist()}, got {len(content) - start}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
+    sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
+    if len(content) - start != math.prod(sizes):
+        raise ValueError(f"{path} should hold {math.prod(sizes)} bytes for {sizes}, got {len(content) - start}")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
 
 
-def _as_tensors(images, labels):
-    if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise ValueError(f"images must be (N, 28, 28) and labels (N,), got {images.shape} and {labels.shape}")
-    pixels = torch.tensor(images, dtype=torch.float32)[:, None] / 255
-    return (F.pad(pixels, (2, 2, 2, 2)) - MEAN) / STD, torch.tensor(labels, dtype=torch.int64)
+def as_tensors(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images (N, 28, 28) and labels (N,) as `load_digits` returns them."""
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"images must be (N, 28, 28) and labels (N,), got {tuple(images.shape)} and {tuple(labels.shape)}"
+        )
+    return normalize(images[:, None] / 255), labels.long()
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (N, 1, 28, 28), 0 background to 1 ink, as LeNet takes them: (N, 1, 32, 32), normalised."""
+    return (F.pad(pixels, (2, 2, 2, 2)) - MEAN) / STD

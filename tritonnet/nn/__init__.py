@@ -6,7 +6,10 @@ import tritonnet.nn as nn
 import tritonnet.nn.functional as F
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch.nn as _torch
+from torch import Tensor
 
 from . import functional
 from ._plain import is_plain
@@ -24,7 +27,7 @@ class Conv2d(_torch.Conv2d):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return functional._conv2d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
         )
@@ -36,7 +39,7 @@ class MaxPool2d(_torch.MaxPool2d):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
     """
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Any:
         return functional.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )
@@ -48,7 +51,7 @@ class ReLU(_torch.ReLU):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html
     """
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return functional.relu(input, self.inplace)
 
 
@@ -58,14 +61,14 @@ class Linear(_torch.Linear):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
     """
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias)
 
 
 class Conv2dReLU(Conv2d):
     """Conv2d followed by ReLU, in one kernel: the arguments, parameters and state_dict of Conv2d."""
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return functional._conv2d_relu(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
         )
@@ -81,17 +84,20 @@ class Conv2dReLUMaxPool2d(Conv2d):
         pool_padding: pixels on every side, up to half of pool_kernel_size.
     """
 
-    def __init__(self, *args, pool_kernel_size=2, pool_stride=None, pool_padding=0, **kwargs):
+    def __init__(
+        self, *args: Any, pool_kernel_size: functional.Pixels = 2, pool_stride: functional.Pixels | None = None,
+        pool_padding: functional.Pixels = 0, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.pool_kernel_size = pool_kernel_size
         self.pool_stride = pool_stride if pool_stride is not None else pool_kernel_size
         self.pool_padding = pool_padding
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = "pool_kernel_size", "pool_stride", "pool_padding"
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return functional._conv2d_relu_max_pool2d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode,
             self.pool_kernel_size, self.pool_stride, self.pool_padding,
@@ -101,7 +107,7 @@ class Conv2dReLUMaxPool2d(Conv2d):
 class LinearReLU(Linear):
     """Linear followed by ReLU, in one kernel: the arguments, parameters and state_dict of Linear."""
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return functional.linear_relu(input, self.weight, self.bias)
 
 
@@ -146,8 +152,12 @@ class CrossEntropyLoss(_torch.CrossEntropyLoss):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
     """
 
-    def forward(self, input, target):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
             input, target, self.weight,
             ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing,
         )  # fmt: skip
+
+
+if TYPE_CHECKING:  # what stand_in does, for type checkers and editors; the names above come first
+    from torch.nn import *  # type: ignore[assignment, no-redef]  # noqa: F403

@@ -4,15 +4,19 @@ Some of them come fused into one too; every other name is torch's.
 """
 
 import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as _torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
 from ._stand_in import stand_in
 
+Pixels = int | Sequence[int]
 # The dtypes of the kernels; torch serves the others.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -83,7 +87,10 @@ def _batched(function, input):
     return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pixels = 1, padding: Pixels | str = 0,
+    dilation: Pixels = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
     """torch.nn.functional.conv2d on tritonnet's kernels.
 
     Args:
@@ -136,7 +143,10 @@ def _convolve(name, operator, rest, input, weight, bias, stride, padding, dilati
     return y.squeeze(0) if unbatched else y
 
 
-def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d_relu(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pixels = 1, padding: Pixels | str = 0,
+    dilation: Pixels = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
     """relu(conv2d(...)) in one kernel: the same numbers and gradients, one pass over memory less.
 
     Args:
@@ -159,9 +169,10 @@ def _conv2d_relu(*arguments):
 
 
 def conv2d_relu_max_pool2d(
-    input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
-    pool_kernel_size=2, pool_stride=None, pool_padding=0,
-):  # fmt: skip
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pixels = 1, padding: Pixels | str = 0,
+    dilation: Pixels = 1, groups: int = 1,
+    pool_kernel_size: Pixels = 2, pool_stride: Pixels | None = None, pool_padding: Pixels = 0,
+) -> Tensor:  # fmt: skip
     """max_pool2d(relu(conv2d(...))) in one kernel, which writes the pooled result and one byte a window.
 
     Numbers and gradients are those of the three functions one after the other: the convolution's result is rounded to
@@ -181,7 +192,7 @@ def conv2d_relu_max_pool2d(
         RuntimeError: sizes, dtypes, devices or values that do not fit.
     """
     tensors = input, weight, bias
-    arguments = stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding
+    arguments: Any = (stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding)
     if has_torch_function(tensors):
         return handle_torch_function(conv2d_relu_max_pool2d, tensors, *tensors, *arguments)
     return _conv2d_relu_max_pool2d(*tensors, *arguments[:4], "zeros", *arguments[4:])
@@ -255,7 +266,10 @@ def _check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode):
         raise RuntimeError(f"{name}: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
 
 
-def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+def max_pool2d(
+    input: Tensor, kernel_size: Pixels, stride: Pixels | None = None, padding: Pixels = 0, dilation: Pixels = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> Any:  # fmt: skip
     """torch.nn.functional.max_pool2d on tritonnet's kernels.
 
     Args:
@@ -276,7 +290,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.max_pool2d.html
     """
-    arguments = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    arguments: Any = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     if has_torch_function((input,)):
         return handle_torch_function(max_pool2d, (input,), input, *arguments)
     name = "max_pool2d"
@@ -293,8 +307,9 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
 
 
 def max_pool2d_with_indices(
-    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
-):
+    input: Tensor, kernel_size: Pixels, stride: Pixels | None = None, padding: Pixels = 0, dilation: Pixels = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """max_pool2d with return_indices=True, whatever the last argument, as in torch."""
     return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
@@ -324,7 +339,7 @@ def _check_max_pool2d(name, prefix, images, kernel, stride, padding, dilation, c
     return kernel, stride, padding, dilation
 
 
-def relu(input, inplace=False):
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """torch.nn.functional.relu on tritonnet's kernels.
 
     Args:
@@ -351,12 +366,12 @@ def relu(input, inplace=False):
     return input
 
 
-def relu_(input):
+def relu_(input: Tensor) -> Tensor:
     """relu in place; returns input."""
     return relu(input, inplace=True)
 
 
-def linear(input, weight, bias=None):
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear on tritonnet's kernels.
 
     Args:
@@ -378,7 +393,7 @@ def linear(input, weight, bias=None):
     return _linear("linear", ops.linear, lambda y: y, input, weight, bias)
 
 
-def linear_relu(input, weight, bias=None):
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """relu(linear(...)) in one kernel: the same numbers and gradients, one pass over memory less.
 
     Args:
@@ -498,8 +513,9 @@ def _check_linear_chain(name, input, weights, biases):
 
 
 def cross_entropy(
-    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
-):
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
     """torch.nn.functional.cross_entropy on tritonnet's kernel, which gives loss and gradient in one pass.
 
     Args:
@@ -544,3 +560,7 @@ def cross_entropy(
     rows, unbatched = (input.unsqueeze(0), True) if input.dim() == 1 else (input, False)
     loss, _ = ops.cross_entropy(rows, target.view(-1), weight, reduction, ignore_index, float(label_smoothing))
     return loss.squeeze(0) if unbatched and reduction == "none" else loss
+
+
+if TYPE_CHECKING:  # what stand_in does, for type checkers and editors; the names above come first
+    from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403

@@ -1,0 +1,64 @@
+"""The command line: tritonnet train, predict, bench, doctor."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from .terminal import Parser, UserError, say
+
+COMMANDS = {
+    "train": "train LeNet on handwritten digits",
+    "predict": "read the digits in image files",
+    "bench": "check and time the kernels on this machine",
+    "doctor": "say what is installed, what runs where and why, and check it",
+}
+# What the extra `cli` installs.
+_EXTRA = ("matplotlib", "numpy", "PIL", "rich")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 for a check that failed, 2 for a user's error, 130 for Ctrl-C."""
+    from .. import __version__
+
+    commands = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+    parser = Parser(
+        "tritonnet",
+        usage="tritonnet COMMAND ... (tritonnet COMMAND --help lists its options)",
+        description="LeNet and its layers on Triton kernels.",
+        epilog=f"commands:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tritonnet {__version__}")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.error(f"name a command: {', '.join(COMMANDS)}")
+    return run(args.command, args.arguments)
+
+
+def run(command: str, arguments: Sequence[str] | None = None) -> int:
+    """Run one command with its arguments (None: those of this process) and return its exit code."""
+    try:
+        return importlib.import_module(f".{command}", __name__).main(arguments)
+    except UserError as e:
+        message = str(e)
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        message = f"{e.name} is not installed: pip install 'tritonnet[cli]'"
+    except BrokenPipeError:
+        # Whoever read the output has gone (tritonnet predict DIR | head), and so would the interpreter's last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as e:
+        message = f"{e.filename or command}: {e.strerror or e}"
+    except KeyboardInterrupt:
+        say("", sys.stderr)
+        return 130
+    # Every process of torchrun meets the same error.
+    if os.environ.get("RANK", "0") == "0":
+        say(f"tritonnet {command}: {message}", sys.stderr)
+    return 2

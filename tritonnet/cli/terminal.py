@@ -1,0 +1,112 @@
+"""What all commands share: how they read options, refuse, and show tables and progress (through rich, where it is)."""
+
+import argparse
+import contextlib
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn, TextIO
+
+HAS_RICH = importlib.util.find_spec("rich") is not None
+
+
+class UserError(Exception):
+    """What a user can put right: one line that names the cause and says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser that refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        if number >= 2**63:
+            raise argparse.ArgumentTypeError(f"must be below 2^63, got {number}")
+        return number
+
+    return parse
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, file=file, flush=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table.
+
+    Args:
+        title: the line above it.
+        columns: heads of the columns; all empty for none.
+        rows: cells as text.
+    """
+    if HAS_RICH:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_header=any(columns))
+        for column in columns:
+            grid.add_column(column, overflow="fold")
+        for row in rows:
+            grid.add_row(*map(Text, row))
+        # A file or a pipe has no width, and wrapped lines help nobody there.
+        Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(grid)
+        return
+    lines = [list(columns), *rows] if any(columns) else list(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    say(title)
+    for line in lines:
+        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, done: int, shown: bool) -> Iterator[Callable[[int, Callable[[], float]], None]]:
+    """A bar with loss and images per second on stderr, if that is a terminal and `shown`.
+
+    Args:
+        title: what stands before the bar.
+        total, done: steps in all, and steps that lie behind already.
+
+    Yields:
+        update(images, loss): one more step, of so many images; the loss is a function, called a few times a second
+        alone, because to ask a GPU for it is to wait for the GPU.
+    """
+    if not (shown and HAS_RICH and sys.stderr.isatty()):
+        yield lambda images, loss: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=done, loss="-", rate="-")
+        start = shown_at = time.perf_counter()
+        seen = 0
+
+        def update(images: int, loss: Callable[[], float]) -> None:
+            nonlocal seen, shown_at
+            seen += images
+            bar.advance(task)
+            now = time.perf_counter()
+            if now - shown_at > 0.2:
+                shown_at = now
+                bar.update(task, loss=f"{loss():.4f}", rate=f"{seen / (now - start):,.0f}")
+
+        yield update

@@ -1,0 +1,383 @@
+"""tritonnet train: LeNet on handwritten digits, in one process or, under torchrun, data-parallel in several."""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+from .. import LeNet, backend
+from ..data import load_digits
+from ..dispatch import backend_name
+from ..nn import functional as F
+from . import checkpoint
+from .machine import find_device, float32_products, versions
+from .terminal import HAS_RICH, Parser, UserError, progress, say, table, whole
+
+# Options that a resumed run takes from its checkpoint; the others may change on the way.
+FIXED = {"epochs": 10, "batch_size": 64, "optimizer": "adam", "lr": None, "precision": "float32", "seed": 0}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+}
+# Largest learning rate of the one-cycle schedule, by optimizer.
+RATES = {"adam": 2e-3, "adamw": 2e-3, "sgd": 5e-2}
+# step(images, labels) -> loss, which also takes one step of the optimizer.
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bfloat16": "ieee"}
+
+
+def rate(text: str) -> float:
+    """The type of --lr."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        "tritonnet train",
+        description="Train LeNet on handwritten digits. Ctrl-C saves a checkpoint, and --resume goes on from there "
+        "to what the run would have been without the pause.",
+    )
+    rates = ", ".join(f"{value} for {name}" for name, value in RATES.items())
+    add = parser.add_argument
+    add(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        help="folder of the four MNIST files (default: 10,000 digits of the package)",
+    )
+    add("--epochs", type=whole(1), help=f"passes over the digits (default: {FIXED['epochs']})")
+    add("--batch-size", type=whole(1), help=f"of all processes together (default: {FIXED['batch_size']})")
+    add("--lr", type=rate, help=f"largest learning rate of the one-cycle schedule (default: {rates})")
+    add("--optimizer", choices=RATES, help=f"(default: {FIXED['optimizer']})")
+    add("--device", help="cpu, cuda, cuda:1, xpu (default: the GPU, if there is one)")
+    add("--backend", choices=("auto", "triton", "reference"), default="auto", help="(default: %(default)s)")
+    add("--precision", choices=PRECISIONS, help="float32 is exact, tf32 and bfloat16 are for GPUs (default: float32)")
+    add("--seed", type=whole(0), help=f"of weights and order (default: {FIXED['seed']})")
+    add("--resume", metavar="RUN", type=Path, help="folder (or checkpoint.pt) of a run to go on with")
+    add("--out", metavar="DIR", type=Path, help="folder for all that comes out (default: lenet, or that of --resume)")
+    return parser.parse_args(argv)
+
+
+def settle(args: argparse.Namespace, world: int, device: torch.device) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The options of this run, and the checkpoint that it goes on from (None: it starts)."""
+    saved = None
+    if args.resume is not None:
+        path = args.resume / "checkpoint.pt" if args.resume.is_dir() else args.resume
+        saved = read_checkpoint(path)
+        args.out = args.out or path.parent
+        if saved["options"]["processes"] != world:
+            raise UserError(f"{path} is of a run in {saved['options']['processes']} processes; resume it in as many")
+        for name in FIXED:
+            given, kept = getattr(args, name), saved["options"][name]
+            if given not in (None, kept):
+                option = "--" + name.replace("_", "-")
+                raise UserError(f"{option} {given}: the run in {path} has {option} {kept}; leave {option} out")
+        args.data = args.data or (Path(saved["options"]["data"]) if saved["options"]["data"] else None)
+    args.out = args.out or Path("lenet")
+    there = args.out / "checkpoint.pt"
+    if args.resume is None and there.exists():
+        unfinished = read_checkpoint(there)
+        if unfinished["epoch"] < unfinished["options"]["epochs"]:
+            raise UserError(
+                f"{there} is of a run that is not finished: go on with --resume {args.out}, choose another --out, "
+                "or delete it"
+            )
+    if saved:
+        options = saved["options"]
+    else:
+        options = {
+            name: default if getattr(args, name) is None else getattr(args, name) for name, default in FIXED.items()
+        }
+        options["lr"] = options["lr"] or RATES[options["optimizer"]]
+        options["processes"] = world
+    options["data"] = str(args.data) if args.data else None
+    if options["precision"] == "tf32" and device.type == "cpu":
+        raise UserError("--precision tf32 is a format of GPUs: leave it out on the CPU")
+    try:
+        backend_name(device)
+    except RuntimeError as e:
+        raise UserError(f"--backend {args.backend}: {e}") from None
+    return options, saved
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of `tritonnet train`."""
+    value = checkpoint.load(path)
+    if not isinstance(value, dict) or not {"options", "model", "optimizer", "schedule"} <= value.keys():
+        raise UserError(f"{path} holds no run to go on with: give the folder or the checkpoint.pt of `tritonnet train`")
+    return value
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
+    """Join the other processes of torchrun, if it started this one: (rank, world size, device of this process)."""
+    if not dist.is_torchelastic_launched():
+        yield 0, 1, device
+        return
+    if device.type != "cpu":
+        device = find_device(f"{device.type}:{os.environ['LOCAL_RANK']}")
+        torch.accelerator.set_device_index(device.index)
+    dist.init_process_group({"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}[device.type])
+    try:
+        yield dist.get_rank(), dist.get_world_size(), device
+        # Rank 0 tests and saves when the others are done already; leaving together, none loses its connections.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+class Interruption:
+    """Ctrl-C, or SIGTERM from a cluster, as a request that is answered between two batches."""
+
+    def __init__(self) -> None:
+        self.requested = self.granted = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+
+    def check(self, step: int, world: int, device: torch.device) -> bool:
+        """Whether to stop after this step, all processes after the same one."""
+        if world == 1:
+            self.granted = self.requested
+        elif step % 10 == 0:  # asking the others costs a message and, on a GPU, a wait
+            flag = torch.tensor(float(self.requested), device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.granted = flag.item() > 0
+        return self.granted
+
+
+def training_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str
+) -> Step:
+    """One forward, backward and step of the optimizer on `model`, which may be data-parallel."""
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+class Run:
+    """A LeNet in training: all that a checkpoint holds, and nothing else that could change the result.
+
+    The order of the digits needs no state: it follows from the seed and the epoch.
+    """
+
+    def __init__(self, options: dict[str, Any], images: int, device: torch.device) -> None:
+        torch.manual_seed(options["seed"])
+        self.options, self.images, self.device = options, images, device
+        self.net = LeNet().to(device)
+        world = options["processes"]
+        self.share = math.ceil(options["batch_size"] / world)  # images of a batch in one process
+        self.steps = math.ceil(math.ceil(images / world) / self.share)  # of one epoch
+        self.optimizer = OPTIMIZERS[options["optimizer"]](self.net.parameters(), options["lr"])
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, options["lr"], total_steps=options["epochs"] * self.steps
+        )
+        self.epoch = 0  # epochs that are finished
+        self.losses: list[float] = []  # of every step so far
+        self.seconds = 0.0  # of training, in the epoch that is not finished
+        self.history: list[dict[str, float]] = []  # one entry an epoch
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "options": self.options, "images": self.images, "epoch": self.epoch, "losses": self.losses,
+            "seconds": self.seconds, "history": self.history, "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+            "random": torch.get_rng_state(),
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        if state["images"] != self.images:
+            raise UserError(f"the run was on {state['images']} digits, but --data has {self.images}: give the same")
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        for name in ("epoch", "losses", "seconds", "history"):
+            setattr(self, name, state[name])
+
+
+def train_epoch(
+    run: Run, step: Step, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, stop: Interruption,
+    shown: bool,
+) -> None:  # fmt: skip
+    """What is left of an epoch, or as much of it as there is time for."""
+    world = run.options["processes"]
+    run.net.train()
+    batches = indices.split(run.share)
+    first = len(run.losses) - run.epoch * run.steps
+    losses = torch.zeros(len(batches) - first, device=run.device)
+    start, done = time.perf_counter(), 0
+    title = f"epoch {run.epoch + 1}/{run.options['epochs']}"
+    with progress(title, len(batches), first, shown) as update:
+        for batch in batches[first:]:
+            losses[done] = step(images[batch], labels[batch])
+            run.schedule.step()
+            update(len(batch) * world, losses[done].item)
+            done += 1
+            if stop.check(len(run.losses) + done, world, run.device):
+                break
+    if world > 1:
+        dist.all_reduce(losses)
+    run.losses += (losses[:done] / world).tolist()  # waits for the GPU
+    run.seconds += time.perf_counter() - start
+    if not all(map(math.isfinite, run.losses)):
+        raise UserError(f"the loss has become infinite or NaN in {title}: try an --lr below {run.options['lr']}")
+
+
+@torch.no_grad()
+def logits(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The net's answers to all images, (N, classes)."""
+    net.eval()
+    return torch.cat([net(part) for part in images.split(1000)])
+
+
+def finish_epoch(run: Run, answers: torch.Tensor, labels: torch.Tensor) -> str:
+    """Note how good the net is now, and say it in a line."""
+    right = (answers.argmax(1) == labels).float().mean().item()
+    train_loss = sum(run.losses[-run.steps :]) / run.steps
+    speed = run.images / run.seconds
+    run.epoch += 1
+    run.history.append(
+        {
+            "epoch": run.epoch, "train_loss": train_loss, "test_loss": F.cross_entropy(answers, labels).item(),
+            "test_accuracy": right, "seconds": run.seconds, "images_per_second": speed,
+        }
+    )  # fmt: skip
+    run.seconds = 0.0
+    return f"epoch {run.epoch}: loss {train_loss:.4f}, {speed:,.0f} images/s, test accuracy {right:.2%}"
+
+
+def write_results(run: Run, out: Path, answers: torch.Tensor, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """metrics.json, the pictures, and the table at the end; all tensors on the CPU."""
+    classes = answers.shape[1]
+    confusion = torch.bincount(labels * classes + answers.argmax(1), minlength=classes**2).view(classes, classes)
+    metrics = {
+        "options": run.options, "environment": versions(), "device": str(run.device),
+        "backend": backend_name(run.device), "test_accuracy": run.history[-1]["test_accuracy"],
+        "confusion": confusion.tolist(), "epochs": run.history, "losses": run.losses,
+    }  # fmt: skip
+    checkpoint.write(out / "metrics.json", json.dumps(metrics, indent=1).encode())
+    pictures: list[str] = []
+    if importlib.util.find_spec("matplotlib"):
+        from .pictures import draw
+
+        pictures = draw(out, metrics, images, labels, answers, run.net.conv1.weight.detach().cpu())
+    wrong = int((answers.argmax(1) != labels).sum())
+    seconds = sum(epoch["seconds"] for epoch in run.history)
+    rows = [
+        ("test accuracy", f"{metrics['test_accuracy']:.2%}: {wrong} of {len(labels):,} digits are read wrong"),
+        ("trained", f"{run.images:,} digits, {run.options['epochs']} times, in {seconds:.1f} s"),
+        ("speed", f"{run.images * len(run.history) / seconds:,.0f} images/s"),
+        (
+            "on",
+            f"{run.options['processes']} x {run.device.type}, {run.options['precision']}, {backend_name(run.device)}",
+        ),
+        ("weights", str(out / "model.pt")),
+        ("metrics", str(out / "metrics.json")),
+        *(("pictures" if i == 0 else "", str(out / name)) for i, name in enumerate(pictures)),
+    ]
+    table("LeNet", ("", ""), rows)
+    if not (pictures and HAS_RICH):
+        say("for the pictures and a progress bar: pip install 'tritonnet[cli]'")
+
+
+def prepare_folder(out: Path) -> None:
+    """Find out before the training, not after it, that nothing can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be made a folder ({e.strerror}): choose another") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} cannot be written to: choose another")
+
+
+def read_data(folder: Path | None) -> tuple[torch.Tensor, ...]:
+    try:
+        data = load_digits(folder)
+    except (FileNotFoundError, ValueError) as e:
+        raise UserError(f"{e}; --data takes the folder of the four MNIST files") from None
+    if max(data[1].max(), data[3].max()) > 9:
+        raise UserError("--data: the labels must be digits from 0 to 9")
+    return data
+
+
+def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> int:
+    """Train, print, save; returns the exit code."""
+    options, saved = settle(args, world, device)
+    prepare_folder(args.out)
+    data = read_data(args.data)
+    train_x, train_y, test_x, test_y = (t.to(device) for t in data)
+    run = Run(options, len(train_x), device)
+    if saved:
+        run.load(saved)
+    model = run.net if world == 1 else torch.nn.parallel.DistributedDataParallel(run.net)
+    step = training_step(model, run.optimizer, device, options["precision"])
+    sampler = DistributedSampler(range(len(train_x)), world, rank, seed=options["seed"])  # type: ignore[var-annotated, arg-type]
+    tell = say if rank == 0 else lambda *line: None
+    tell(f"LeNet on {len(train_x)} digits, {world} x {device.type}, backend: {backend_name(device)}")
+    with Interruption() as stop, float32_products(PRECISIONS[options["precision"]]):
+        while run.epoch < options["epochs"] and not stop.granted:
+            sampler.set_epoch(run.epoch + 1)
+            indices = torch.tensor(list(sampler), device=device)
+            train_epoch(run, step, train_x, train_y, indices, stop, shown=rank == 0)
+            if len(run.losses) == (run.epoch + 1) * run.steps:
+                tell(finish_epoch(run, logits(run.net, test_x), test_y))
+            if rank == 0:
+                checkpoint.save(args.out / "checkpoint.pt", run.state())
+        answers = logits(run.net, test_x)
+    if run.epoch < options["epochs"]:
+        done = len(run.losses) - run.epoch * run.steps
+        tell(f"stopped in epoch {run.epoch + 1} after {done} of {run.steps} batches; to go on:", sys.stderr)
+        tell(f"tritonnet train --resume {args.out}", sys.stderr)
+        return 130
+    if rank == 0:
+        checkpoint.save(args.out / "model.pt", {name: t.cpu().clone() for name, t in run.net.state_dict().items()})
+        write_results(run, args.out, answers.cpu(), data[2], data[3])
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    device = find_device(args.device)
+    try:
+        with processes(device) as (rank, world, device), backend(args.backend):
+            return train(args, rank, world, device)
+    except torch.OutOfMemoryError:
+        raise UserError(f"the memory of {device} is full: try a smaller --batch-size") from None
