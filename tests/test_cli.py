@@ -11,8 +11,9 @@ import time
 import pytest
 import torch
 
-for package in ("matplotlib", "PIL", "rich"):
-    pytest.importorskip(package)
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+pytest.importorskip("rich")
 from conftest import run_python, write_mnist
 from photos import photo
 from PIL import Image, ImageOps

@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as TF
-import unfused
 from exact import DTYPES, assert_exact
 from test_linear import strided
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonnet
 import tritonnet.nn as nn
 import tritonnet.nn.functional as F
+from bench import unfused
 from tritonnet import ops
 
 # name: rows, features of the input and widths of the layers, which of them have a bias
