@@ -4,6 +4,7 @@ import functools
 
 from . import conv2d as _conv2d
 from . import conv2d_pool as _conv2d_pool
+from . import conv2d_pool_grad as _conv2d_pool_grad
 from . import cross_entropy as _cross_entropy
 from . import depthwise as _depthwise
 from . import linear as _linear
@@ -45,12 +46,16 @@ def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode,
 
 def conv2d_relu_max_pool2d_input_grad(dy, code, w, size, *geometry):
     (stride, padding, dilation, _, _), pool = geometry[:5], geometry[5:]
+    if _conv2d_pool_grad.serves(dy, w.shape, *geometry):
+        return _conv2d_pool_grad.input_grad(dy, code, w, size, stride, padding, dilation, *pool)
     before = shapes.conv2d_size(size[2:], w.shape[2:], stride, padding, dilation)
     return conv2d_input_grad(max_pool2d_scatter(dy, code, before, *pool, (1, 1)), w, size, *geometry[:5])
 
 
 def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, *geometry):
     (stride, padding, dilation, _, _), pool, with_bias = geometry[:5], geometry[5:-1], geometry[-1]
+    if _conv2d_pool_grad.serves(dy, size, *geometry[:-1]):
+        return _conv2d_pool_grad.weight_grad(dy, code, x, size, stride, padding, dilation, *pool, with_bias)
     before = shapes.conv2d_size(x.shape[2:], size[2:], stride, padding, dilation)
     dz = max_pool2d_scatter(dy, code, before, *pool, (1, 1))
     return conv2d_weight_grad(dz, x, size, *geometry[:5], with_bias)
@@ -68,10 +73,6 @@ linear = _linear.forward
 linear_relu = functools.partial(_linear.forward, relu=True)
 linear_weight_grad = _linear.weight_grad
 
-KERNELS = [
-    kernel
-    for module in (_conv2d, _conv2d_pool, _cross_entropy, _depthwise, _linear, _max_pool2d, _padding, _reduce, _relu)
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
-]
+_FILES = _conv2d, _conv2d_pool, _conv2d_pool_grad, _cross_entropy, _depthwise, _linear, _max_pool2d, _padding, _reduce
+KERNELS = [kernel for module in (*_FILES, _relu) for name, kernel in vars(module).items() if name.endswith("_kernel")]
 """Every kernel that can be launched; the other jit functions are parts of these."""

@@ -62,6 +62,24 @@ RESULTS = {
             many(16, 8, 8), empty(257, 16, 1, 1), empty(257), *plain(), (2, 2), (1, 1), (1, 1)
         ),
     ],
+    "conv2d_relu_max_pool2d_input_grad_kernel": [
+        lambda: L.conv2d_relu_max_pool2d_input_grad(
+            many(1, 32, 32), many(1, 32, 32, dtype=torch.uint8), empty(1, 15, 2, 2), (BIG, 15, 34, 34),
+            *plain(), *WINDOW[:3],
+        ),
+    ],
+    "conv2d_relu_max_pool2d_weight_grad_kernel": [
+        lambda: L.conv2d_relu_max_pool2d_weight_grad(
+            empty(1, 2**23 + 8, 1, 1), torch.zeros(1, 2**23 + 8, 1, 1, dtype=torch.uint8),
+            empty(1, 1, 16, 16), (2**23 + 8, 1, 16, 16), *plain(), (1, 1), (1, 1), (0, 0), True,
+        ),
+    ],
+    "filters_for_blocks_kernel": [  # of more filters than a test has the time to sum over
+        lambda: L.conv2d_relu_max_pool2d_input_grad(
+            empty(1, 2**19 + 16, 0, 0), empty(1, 2**19 + 16, 0, 0), empty(2**19 + 16, 15, 2, 2), (1, 15, 2, 2),
+            *plain(), *WINDOW[:3],
+        ),
+    ],
     "depthwise_forward_kernel": [
         lambda: L.conv2d(many(8, 16, 16), empty(72, 1, 1, 1), None, *plain(8)),
         lambda: L.conv2d(many(8, 16, 16, last=False), empty(72, 1, 1, 1), None, *plain(8)),
@@ -121,8 +139,21 @@ IMAGES = (3, 3, 6, 6)
 PADDED = (1, 1), (1,) * 4, (1, 1)
 
 
+POOLED = (3, 3, 4, 5)
+POOL = (2, 2), (2, 1), (1, 0)
+
+
 def fused(x, w, b):
-    return L.conv2d_relu_max_pool2d(x, w, b, *PADDED, 1, "zeros", (2, 2), (2, 1), (1, 0))[0]
+    return L.conv2d_relu_max_pool2d(x, w, b, *PADDED, 1, "zeros", *POOL)[0]
+
+
+def input_grad(dy, code, w):
+    return L.conv2d_relu_max_pool2d_input_grad(dy, code, w, IMAGES, *PADDED, 1, "zeros", *POOL)
+
+
+def pooled_weight_grad(dy, code, x):
+    gradients = L.conv2d_relu_max_pool2d_weight_grad(dy, code, x, (3, 3, 3, 3), *PADDED, 1, "zeros", *POOL, True)
+    return torch.cat([g.flatten() for g in gradients])
 
 
 # By kernel: calls and their tensors, each of which is tried with each of its strides too long for 32 bits.
@@ -142,6 +173,16 @@ INPUTS = {
     "conv2d_relu_max_pool2d_forward_kernel": [
         (fused, randn(*IMAGES), randn(3, 3, 3, 3), randn(3)),
         (fused, last(3, 16, 5, 4), last(3, 16, 3, 3), randn(3)),
+    ],
+    "conv2d_relu_max_pool2d_input_grad_kernel": [
+        (input_grad, randn(*POOLED), code(*POOLED), randn(3, 3, 3, 3)),
+        (input_grad, last(*POOLED), code(*POOLED).contiguous(memory_format=torch.channels_last), randn(3, 3, 3, 3)),
+    ],
+    "conv2d_relu_max_pool2d_weight_grad_kernel": [
+        (pooled_weight_grad, randn(*POOLED), code(*POOLED), randn(*IMAGES)),
+    ],
+    "filters_for_blocks_kernel": [
+        (lambda w: input_grad(torch.ones_like(w), torch.zeros_like(w, dtype=torch.uint8), w), randn(3, 3, 3, 3)),
     ],
     "depthwise_forward_kernel": [
         (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 3, "zeros"), randn(*IMAGES), randn(6, 1, 3, 3), randn(6)),

@@ -104,8 +104,8 @@ def test_a_training_step_runs_on_the_kernels(device):
     assert launches == {
         "conv2d_relu_max_pool2d_forward_kernel": 2,
         "linear_forward_kernel": 3 + 3,  # the layers, and their input gradients
-        # Each gradient of a convolution scatters its pooled gradient anew.
-        "conv2d_input_grad_kernel": 1, "conv2d_weight_grad_kernel": 2, "max_pool2d_scatter_kernel": 1 + 2,
+        "filters_for_blocks_kernel": 1, "conv2d_relu_max_pool2d_input_grad_kernel": 1,
+        "conv2d_relu_max_pool2d_weight_grad_kernel": 2,
         "relu_grad_kernel": 2, "linear_weight_grad_kernel": 3,
     } and splits <= 5  # fmt: skip
 
@@ -160,7 +160,7 @@ def test_training_on_idx_files_through_the_kernels(zipped, tmp_path, capsys, dev
                 str(device),
             ]
         )
-    assert launches["conv2d_weight_grad_kernel"] == 2 * 3
+    assert launches["conv2d_relu_max_pool2d_weight_grad_kernel"] == 2 * 3
     said = capsys.readouterr().out
     assert "40 digits" in said and "Triton kernels" in said and save.exists()
 
