@@ -57,6 +57,25 @@ def _weight_grad(a):
     return blocks, [blocks / columns], a.dy_ptr.numel() * a.C * a.KH * a.KW
 
 
+def _reached(size, block, step, low, reach, pooled):
+    """How many pooled pixels the blocks of `size` pixels reach on average, along one dimension."""
+    blocks = _cdiv(size, block)
+    return sum(min(pooled, i * step + low + reach) - max(0, i * step + low) for i in range(blocks)) / blocks
+
+
+def _input_grad_pooled(a):
+    rows = _reached(a.H, a.BH, a.STEP_H, a.LOW_H, a.REACH_H, a.QH)
+    columns = _reached(a.W, a.BW, a.STEP_W, a.LOW_W, a.REACH_W, a.QW)
+    blocks = _cdiv(a.H, a.BH) * _cdiv(a.W, a.BW)
+    # Once a pooled pixel, not at each of its positions; of a block's filters some are zeros.
+    products = blocks * rows * columns * a.N * a.OC * a.C * a.BH * a.BW
+    return rows * columns * _cdiv(a.OC, a.BLOCK_OC), [], products
+
+
+def _weight_grad_pooled(a):
+    return min(a.per_split, a.turns), [], a.dy_ptr.numel() * a.C * a.KH * a.KW
+
+
 def _linear(a):
     return _cdiv(a.K, a.BLOCK_K), [], a.M * a.N * a.K
 
@@ -109,6 +128,8 @@ MODEL = {
     "conv2d_relu_max_pool2d_lanes_kernel": _pooled_lanes,
     "conv2d_input_grad_kernel": _input_grad,
     "conv2d_weight_grad_kernel": _weight_grad,
+    "conv2d_relu_max_pool2d_input_grad_kernel": _input_grad_pooled,
+    "conv2d_relu_max_pool2d_weight_grad_kernel": _weight_grad_pooled,
     "linear_forward_kernel": _linear,
     "linear_weight_grad_kernel": _linear_weight_grad,
     "linear_chain_forward_kernel": _chain_forward,

@@ -45,11 +45,14 @@ class Calls:
         launchers.conv2d_input_grad(dy, w, x.shape, *g)
         launchers.conv2d_weight_grad(dy, x, w.shape, *g, bias)
 
-    def conv_pool(self, n, c, h, oc, k, pad=0, pool=(2, 2, 0), last=True):
-        """Forward through rectifier and pooling, whose window, stride and padding are `pool`."""
+    def conv_pool(self, n, c, h, oc, k, pad=0, pool=(2, 2, 0), last=True, gradients=False):
+        """Forward through rectifier and pooling, whose window, stride and padding are `pool`, and both gradients."""
         x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c, k, k, last=last)
-        window = [(value, value) for value in pool]
-        launchers.conv2d_relu_max_pool2d(x, w, self.tensor(oc), (1, 1), (pad,) * 4, (1, 1), 1, "zeros", *window)
+        g = ((1, 1), (pad,) * 4, (1, 1), 1, "zeros", *((value, value) for value in pool))
+        y, code = launchers.conv2d_relu_max_pool2d(x, w, self.tensor(oc), *g)
+        if gradients:
+            launchers.conv2d_relu_max_pool2d_input_grad(y, code, w, x.shape, *g)
+            launchers.conv2d_relu_max_pool2d_weight_grad(y, code, x, w.shape, *g, True)
 
     def conv_forward(self, c, oc, k):
         """Forward alone: the product is (4096, c * k * k) x (c * k * k, oc)."""
@@ -119,6 +122,7 @@ class Calls:
         self.conv(1, 1, 2**15 + 1, 1, 3, mode="reflect", last=False)
         self.pool((1, 1, 2**16, 2**15 + 1), 2, 2, 0, False)
         self.conv_pool(1, 16, 11600, 16, 1)
+        self.conv_pool(big // 2**10, 1, 32, 6, 5, last=False, gradients=True)
         self.cross_entropy(big // 64, 128)
         self.relu(big + 8)
         self.linear(big // 16, 64, 32)
@@ -131,8 +135,8 @@ def shapes(c):
     yield "LeNet conv2", lambda: c.conv(1024, 6, 14, 16, 5, pad=0, last=False, bias=True)
     yield "LeNet pool", lambda: c.pool((1024, 6, 28, 28), 2, 2, 0, False, all=False)
     yield "LeNet relu", lambda: c.relu(1024, 6, 28, 28)
-    yield "LeNet conv1 to pool", lambda: c.conv_pool(1024, 1, 32, 6, 5, last=False)
-    yield "LeNet conv2 to pool", lambda: c.conv_pool(1024, 6, 14, 16, 5, last=False)
+    yield "LeNet conv1 to pool", lambda: c.conv_pool(1024, 1, 32, 6, 5, last=False, gradients=True)
+    yield "LeNet conv2 to pool", lambda: c.conv_pool(1024, 6, 14, 16, 5, last=False, gradients=True)
     yield "LeNet loss", lambda: c.cross_entropy(1024, 10)
     yield "LeNet fc1", lambda: c.linear(1024, 400, 120)
     yield "LeNet fc3", lambda: c.linear(1024, 84, 10)
@@ -165,11 +169,18 @@ def coverage(c, format):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
             yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
     if rows != "fp64":
-        # One patch for side-by-side windows and one for each, pixels or channels in a row, and padding that is masked.
-        yield "patch to pool, 1 channel", lambda: c.conv_pool(4, 1, 32, 6, 5, last=False)
-        yield "patch to pool, 6 channels", lambda: c.conv_pool(4, 6, 14, 16, 5, last=False)
-        yield "patch to pool, padded", lambda: c.conv_pool(4, 3, 32, 40, 5, pad=2)
-        yield "patch to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
+        # Windows that share a patch and windows with one each, runs of pixels and of channels, padding that is masked.
+        gradients = rows != "ieee"
+        yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, last=False)
+        yield (
+            "one channel to pool, padded",
+            lambda: c.conv_pool(64, 1, 28, 6, 5, pad=2, last=False, gradients=gradients),
+        )
+        for last in (False, True):
+            name = "few channels to pool" + ", channels_last" * last
+            yield name, lambda last=last: c.conv_pool(128, 6, 14, 16, 5, last=last, gradients=gradients)
+        yield "few channels to pool, padded", lambda: c.conv_pool(4, 3, 32, 40, 5, pad=2)
+        yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
     for tile in _common.SQUARE[rows]:
         for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
             if walk == "flat" and tile.N > conv2d.NARROW_N:

@@ -5,6 +5,7 @@ import sys
 
 from . import conv2d as _conv2d
 from . import conv2d_pool as _conv2d_pool
+from . import conv2d_pool_grad as _conv2d_pool_grad
 from . import conv2d_pool_lanes as _conv2d_pool_lanes
 from . import conv2d_pool_patch as _conv2d_pool_patch
 from . import cross_entropy as _cross_entropy
@@ -53,12 +54,16 @@ def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode,
 
 def conv2d_relu_max_pool2d_input_grad(dy, code, w, size, *geometry):
     (stride, padding, dilation, _, _), pool = geometry[:5], geometry[5:]
+    if _conv2d_pool_grad.serves(dy, w.shape, *geometry):
+        return _conv2d_pool_grad.input_grad(dy, code, w, size, stride, padding, dilation, *pool)
     before = shapes.conv2d_size(size[2:], w.shape[2:], stride, padding, dilation)
     return conv2d_input_grad(max_pool2d_scatter(dy, code, before, *pool, (1, 1)), w, size, *geometry[:5])
 
 
 def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, *geometry):
     (stride, padding, dilation, _, _), pool, with_bias = geometry[:5], geometry[5:-1], geometry[-1]
+    if _conv2d_pool_grad.serves(dy, size, *geometry[:-1]):
+        return _conv2d_pool_grad.weight_grad(dy, code, x, size, stride, padding, dilation, *pool, with_bias)
     before = shapes.conv2d_size(x.shape[2:], size[2:], stride, padding, dilation)
     dz = max_pool2d_scatter(dy, code, before, *pool, (1, 1))
     return conv2d_weight_grad(dz, x, size, *geometry[:5], with_bias)
@@ -99,8 +104,8 @@ def linear_chain_weight_grad(dy, dz, x, hidden, widths, with_bias):
 
 
 _MODULES = (
-    _conv2d, _conv2d_pool, _conv2d_pool_lanes, _conv2d_pool_patch, _cross_entropy, _depthwise, _linear, _linear_chain,
-    _max_pool2d, _padding, _reduce, _relu,
+    _conv2d, _conv2d_pool, _conv2d_pool_grad, _conv2d_pool_lanes, _conv2d_pool_patch, _cross_entropy, _depthwise,
+    _linear, _linear_chain, _max_pool2d, _padding, _reduce, _relu,
 )  # fmt: skip
 KERNELS = [kernel for module in _MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")]
 """Every kernel that can be launched; the other jit functions are parts of these."""

@@ -86,6 +86,15 @@ def conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_st
     return _empty(x, size, x, w), _empty(x, size, x, w, dtype=code)
 
 
+def conv2d_relu_max_pool2d_input_grad(dy, code, w, size):
+    return _empty(dy, size, code, w)
+
+
+def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, with_bias):
+    """As in conv2d_weight_grad; like the image before pooling, whose layout is the code's, are the gradients."""
+    return _empty(dy, size, code, x), dy.new_empty(size[0] if with_bias else 0)
+
+
 def max_pool2d_scatter(dy, code, size):
     return _empty(dy, (*dy.shape[:2], *size), code)
 

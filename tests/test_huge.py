@@ -94,6 +94,24 @@ RESULTS = {
     "place_filters_kernel": [lambda: L.conv2d_relu_max_pool2d(
         empty(1, 15, 3, 4), empty(2**23 + 8, 15, 1, 1), None, *plain(), (2, 2), (8, 8), (0, 0)
     )],
+    "conv2d_relu_max_pool2d_input_grad_kernel": [
+        lambda: L.conv2d_relu_max_pool2d_input_grad(
+            many(1, 32, 32), many(1, 32, 32, dtype=torch.uint8), empty(1, 15, 2, 2), (BIG, 15, 34, 34),
+            *plain(), *WINDOW[:3],
+        ),
+    ],
+    "conv2d_relu_max_pool2d_weight_grad_kernel": [
+        lambda: L.conv2d_relu_max_pool2d_weight_grad(
+            empty(1, 2**23 + 8, 1, 1), torch.zeros(1, 2**23 + 8, 1, 1, dtype=torch.uint8),
+            empty(1, 1, 16, 16), (2**23 + 8, 1, 16, 16), *plain(), (1, 1), (1, 1), (0, 0), True,
+        ),
+    ],
+    "filters_for_blocks_kernel": [  # of more filters than a test has the time to sum over
+        lambda: L.conv2d_relu_max_pool2d_input_grad(
+            empty(1, 2**19 + 16, 0, 0), empty(1, 2**19 + 16, 0, 0), empty(2**19 + 16, 15, 2, 2), (1, 15, 2, 2),
+            *plain(), *WINDOW[:3],
+        ),
+    ],
     "depthwise_forward_kernel": [
         lambda: L.conv2d(many(8, 16, 16), empty(72, 1, 1, 1), None, *plain(8)),
         lambda: L.conv2d(many(8, 16, 16, last=False), empty(72, 1, 1, 1), None, *plain(8)),
@@ -167,8 +185,21 @@ IMAGES = (3, 3, 6, 6)
 PADDED = (1, 1), (1,) * 4, (1, 1)
 
 
+POOLED = (3, 3, 4, 5)
+POOL = (2, 2), (2, 1), (1, 0)
+
+
 def fused(x, w, b):
-    return L.conv2d_relu_max_pool2d(x, w, b, *PADDED, 1, "zeros", (2, 2), (2, 1), (1, 0))[0]
+    return L.conv2d_relu_max_pool2d(x, w, b, *PADDED, 1, "zeros", *POOL)[0]
+
+
+def input_grad(dy, code, w):
+    return L.conv2d_relu_max_pool2d_input_grad(dy, code, w, IMAGES, *PADDED, 1, "zeros", *POOL)
+
+
+def pooled_weight_grad(dy, code, x):
+    gradients = L.conv2d_relu_max_pool2d_weight_grad(dy, code, x, (3, 3, 3, 3), *PADDED, 1, "zeros", *POOL, True)
+    return torch.cat([g.flatten() for g in gradients])
 
 
 # By kernel: calls and their tensors, each of which is tried with each of its strides too long for 32 bits.
@@ -197,6 +228,16 @@ INPUTS = {
         (pooled, *(whole(*size, dtype=torch.float32) for size in ((2, 2, 5, 6), (3, 2, 2, 2), (3,)))),
     ],
     "place_filters_kernel": [(pooled, whole(*IMAGES), whole(5, 3, 3, 3))],
+    "conv2d_relu_max_pool2d_input_grad_kernel": [
+        (input_grad, whole(*POOLED), code(*POOLED), whole(3, 3, 3, 3)),
+        (input_grad, last(*POOLED), code(*POOLED).contiguous(memory_format=torch.channels_last), whole(3, 3, 3, 3)),
+    ],
+    "conv2d_relu_max_pool2d_weight_grad_kernel": [
+        (pooled_weight_grad, whole(*POOLED), code(*POOLED), whole(*IMAGES)),
+    ],
+    "filters_for_blocks_kernel": [
+        (lambda w: input_grad(torch.ones_like(w), torch.zeros_like(w, dtype=torch.uint8), w), whole(3, 3, 3, 3)),
+    ],
     "depthwise_forward_kernel": [
         (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 3, "zeros"), whole(*IMAGES), whole(6, 1, 3, 3), whole(6)),
     ],

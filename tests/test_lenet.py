@@ -107,8 +107,8 @@ def test_a_training_step_runs_on_the_kernels(device):
     splits = launches.pop("sum_partials_kernel", 0)
     assert launches == {
         "conv2d_relu_max_pool2d_product_kernel": 2, "place_filters_kernel": 2,
-        # Each gradient of a convolution scatters its pooled gradient anew.
-        "conv2d_input_grad_kernel": 1, "conv2d_weight_grad_kernel": 2, "max_pool2d_scatter_kernel": 1 + 2,
+        "filters_for_blocks_kernel": 1, "conv2d_relu_max_pool2d_input_grad_kernel": 1,
+        "conv2d_relu_max_pool2d_weight_grad_kernel": 2,
         "linear_chain_forward_kernel": 1, "linear_chain_input_grad_kernel": 1, "linear_chain_weight_grad_kernel": 1,
     } and splits <= 3  # fmt: skip
 
@@ -131,7 +131,7 @@ def test_training_on_idx_files_through_the_kernels(zipped, tmp_path, capsys, dev
     monkeypatch.setattr(pictures, "draw", lambda *args: [])
     with tritonnet.count_launches() as launches:
         assert cli.main(["train", "--backend", "triton", *map(str, options)]) == 0
-    assert launches["conv2d_weight_grad_kernel"] == 2 * 3
+    assert launches["conv2d_relu_max_pool2d_weight_grad_kernel"] == 2 * 3
     said = capsys.readouterr().out
     assert "40 digits" in said and "Triton kernels" in said and (out / "model.pt").exists()
 

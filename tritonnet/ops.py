@@ -65,12 +65,14 @@ conv2d_relu_max_pool2d = _operator(
 conv2d_relu_max_pool2d_input_grad = _operator(
     f"conv2d_relu_max_pool2d_input_grad(Tensor dy, Tensor code, Tensor w, SymInt[] size, {_GEOMETRY}, {_POOL}) "
     "-> Tensor",
-    lambda dy, code, w, size, *geometry: shapes.conv2d_input_grad(dy, w, size),
+    lambda dy, code, w, size, *geometry: shapes.conv2d_relu_max_pool2d_input_grad(dy, code, w, size),
 )
 conv2d_relu_max_pool2d_weight_grad = _operator(
     f"conv2d_relu_max_pool2d_weight_grad(Tensor dy, Tensor code, Tensor x, SymInt[] size, {_GEOMETRY}, {_POOL}, "
     "bool with_bias) -> (Tensor, Tensor)",
-    lambda dy, code, x, size, *geometry_with_bias: shapes.conv2d_weight_grad(dy, x, size, geometry_with_bias[-1]),
+    lambda dy, code, x, size, *geometry_with_bias: shapes.conv2d_relu_max_pool2d_weight_grad(
+        dy, code, x, size, geometry_with_bias[-1]
+    ),
 )
 max_pool2d = _operator(
     f"max_pool2d(Tensor x, {_WINDOW}, bool ceil_mode) -> (Tensor, Tensor)",
