@@ -85,9 +85,10 @@ class Host:
 def precision(format):
     """Has torch and tritonnet take float32 products in what `format` says, for convolutions and matrices alike.
 
-    By the older flags: Inductor reads them, and torch raises from that once "ieee" was set by the newer ones.
+    By the older flags: Inductor reads them, and torch raises from that once "ieee" was set by the newer ones, which say
+    what was set before without raising.
     """
-    previous = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    previous = [owner.fp32_precision == "tf32" for owner in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
     tf32 = FORMATS[format][1] == "tf32"
     torch.backends.cudnn.allow_tf32 = tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -95,7 +96,7 @@ def precision(format):
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = previous[0]
-        torch.set_float32_matmul_precision(previous[1])
+        torch.set_float32_matmul_precision("high" if previous[1] else "highest")
 
 
 def copies(size, device):
