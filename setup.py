@@ -17,6 +17,7 @@ setup(
     # The kernels keep their own folder at the top, but no package called `kernels` is ever installed.
     packages=[
         "tritonnet",
+        "tritonnet.autograd",
         "tritonnet.cli",
         "tritonnet.data",
         "tritonnet.examples",

@@ -1,0 +1,263 @@
+"""The derivatives of convolutions, with a rectifier and with pooling behind them too."""
+
+import torch
+
+from .. import ops
+from ..kernels import shapes
+from ..registration import below_autograd, register_autograd
+from ._common import save, total
+
+
+@register_autograd(ops.conv2d)
+class Conv2d(torch.autograd.Function):
+    """y = x * w + bias."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, *geometry):
+        save(ctx, x, w)
+        ctx.geometry = geometry
+        y = below_autograd(ops.conv2d, x, w, bias, *geometry)
+        ctx.size = y.shape
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _conv2d_grads(ctx, dy, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, tx, tw, tbias, *_):
+        return _conv2d_tangent(*ctx.saved_tensors, tx, tw, tbias, ctx.size, ctx.geometry)
+
+
+def _conv2d_grads(ctx, dy, x, w):
+    """The gradients of the arguments of a convolution whose result has the gradient dy."""
+    needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+    dx = dw = db = None
+    if needs_x:
+        dx = ops.conv2d_input_grad(dy, w, x.shape, *ctx.geometry)
+    if needs_w:
+        dw, db = ops.conv2d_weight_grad(dy, x, w.shape, *ctx.geometry, needs_bias)
+    elif needs_bias:
+        db = dy.sum((0, 2, 3))
+    return dx, dw, db if needs_bias else None, *(None,) * len(ctx.geometry)
+
+
+def _conv2d_tangent(x, w, tx, tw, tbias, size, geometry):
+    return total(
+        ops.conv2d(tx, w, None, *geometry) if tx is not None else None,
+        ops.conv2d(x, tw, None, *geometry) if tw is not None else None,
+        tbias[:, None, None].expand(size) if tbias is not None else None,
+    )
+
+
+@register_autograd(ops.conv2d_relu)
+class Conv2dReLU(torch.autograd.Function):
+    """y = max(x * w + bias, 0)."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, *geometry):
+        y = below_autograd(ops.conv2d_relu, x, w, bias, *geometry)
+        save(ctx, x, w, y)
+        ctx.geometry = geometry
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, y = ctx.saved_tensors
+        return _conv2d_grads(ctx, ops.relu_grad(dy, y), x, w)
+
+    @staticmethod
+    def jvp(ctx, tx, tw, tbias, *_):
+        x, w, y = ctx.saved_tensors
+        return ops.relu_grad(_conv2d_tangent(x, w, tx, tw, tbias, y.shape, ctx.geometry), y)
+
+
+class _Pooled:
+    """How the operators that end in a pooling reach the convolution in front of it: geometry is both of theirs."""
+
+    @staticmethod
+    def keep(ctx, geometry, size, kernel_size):
+        ctx.geometry, ctx.pool = geometry[:5], geometry[5:]
+        stride, padding, dilation = geometry[:3]
+        ctx.before = shapes.conv2d_size(size[2:], kernel_size[2:], stride, padding, dilation)
+
+    @staticmethod
+    def scatter(ctx, dy, code):
+        return ops.max_pool2d_scatter(dy, code, ctx.before, *ctx.pool, (1, 1))
+
+    @staticmethod
+    def gather(ctx, z, code):
+        return ops.max_pool2d_gather(z, code, *ctx.pool, (1, 1))
+
+
+@register_autograd(ops.conv2d_relu_max_pool2d)
+class Conv2dReLUMaxPool2d(torch.autograd.Function):
+    """y = the elements of x * w + bias that the code names, and 0 where it names none."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, *geometry):
+        y, code = below_autograd(ops.conv2d_relu_max_pool2d, x, w, bias, *geometry)
+        ctx.mark_non_differentiable(code)
+        ctx.set_materialize_grads(False)
+        save(ctx, x, w, code)
+        _Pooled.keep(ctx, geometry, x.shape, w.shape)
+        return y, code
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        x, w, code = ctx.saved_tensors
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        geometry = *ctx.geometry, *ctx.pool
+        dx = dw = db = None
+        if needs_x and dy is not None:
+            dx = ops.conv2d_relu_max_pool2d_input_grad(dy, code, w, x.shape, *geometry)
+        if needs_w and dy is not None:
+            dw, db = ops.conv2d_relu_max_pool2d_weight_grad(dy, code, x, w.shape, *geometry, needs_bias)
+        elif needs_bias and dy is not None:
+            db = _Pooled.scatter(ctx, dy, code).sum((0, 2, 3))
+        return dx, dw, db if needs_bias else None, *(None,) * len(geometry)
+
+    @staticmethod
+    def jvp(ctx, tx, tw, tbias, *_):
+        x, w, code = ctx.saved_tensors
+        size = (*code.shape[:2], *ctx.before)
+        return _Pooled.gather(ctx, _conv2d_tangent(x, w, tx, tw, tbias, size, ctx.geometry), code), None
+
+
+@register_autograd(ops.conv2d_relu_max_pool2d_input_grad)
+class Conv2dReLUMaxPool2dInputGrad(torch.autograd.Function):
+    """dx = transpose(* w) of dy where the code names a pixel."""
+
+    @staticmethod
+    def forward(ctx, dy, code, w, size, *geometry):
+        save(ctx, dy, code, w)
+        ctx.size = size
+        _Pooled.keep(ctx, geometry, size, w.shape)
+        return below_autograd(ops.conv2d_relu_max_pool2d_input_grad, dy, code, w, size, *geometry)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        dy, code, w = ctx.saved_tensors
+        needs_dy, _, needs_w = ctx.needs_input_grad[:3]
+        ddy = _Pooled.gather(ctx, ops.conv2d(ddx, w, None, *ctx.geometry), code) if needs_dy else None
+        dw = None
+        if needs_w:
+            pool = *ctx.geometry, *ctx.pool, False
+            dw, _ = ops.conv2d_relu_max_pool2d_weight_grad(dy, code, ddx, w.shape, *pool)
+        return ddy, None, dw, None, *(None,) * 8
+
+    @staticmethod
+    def jvp(ctx, tdy, _, tw, *__):
+        dy, code, w = ctx.saved_tensors
+        geometry = ctx.size, *ctx.geometry, *ctx.pool
+        return total(
+            ops.conv2d_relu_max_pool2d_input_grad(tdy, code, w, *geometry) if tdy is not None else None,
+            ops.conv2d_relu_max_pool2d_input_grad(dy, code, tw, *geometry) if tw is not None else None,
+        )
+
+
+@register_autograd(ops.conv2d_relu_max_pool2d_weight_grad)
+class Conv2dReLUMaxPool2dWeightGrad(torch.autograd.Function):
+    """dw = dy x, summed over the pixels that the code names, and db = the sum of dy over them."""
+
+    @staticmethod
+    def forward(ctx, dy, code, x, size, *geometry_with_bias):
+        (*geometry, ctx.with_bias), ctx.size = geometry_with_bias, size
+        save(ctx, dy, code, x)
+        ctx.set_materialize_grads(False)
+        _Pooled.keep(ctx, geometry, x.shape, size)
+        return below_autograd(ops.conv2d_relu_max_pool2d_weight_grad, dy, code, x, size, *geometry_with_bias)
+
+    @staticmethod
+    def backward(ctx, ddw, ddb):
+        dy, code, x = ctx.saved_tensors
+        needs_dy, _, needs_x = ctx.needs_input_grad[:3]
+        ddb = ddb if ctx.with_bias else None
+        ddz = ddy = dx = None
+        if needs_dy and ddw is not None:
+            ddz = ops.conv2d(x, ddw, ddb, *ctx.geometry)
+        elif needs_dy and ddb is not None:
+            ddz = ddb[:, None, None].expand(*dy.shape[:2], *ctx.before)
+        if ddz is not None:
+            ddy = _Pooled.gather(ctx, ddz, code)
+        if needs_x and ddw is not None:
+            dx = ops.conv2d_relu_max_pool2d_input_grad(dy, code, ddw, x.shape, *ctx.geometry, *ctx.pool)
+        return ddy, None, dx, None, *(None,) * 9
+
+    @staticmethod
+    def jvp(ctx, tdy, _, tx, *__):
+        dy, code, x = ctx.saved_tensors
+        geometry = ctx.size, *ctx.geometry, *ctx.pool
+        tdw = tdb = None
+        if tdy is not None:
+            tdw, tdb = ops.conv2d_relu_max_pool2d_weight_grad(tdy, code, x, *geometry, ctx.with_bias)
+        else:
+            tdb = dy.new_zeros(ctx.size[0] if ctx.with_bias else 0)
+        if tx is not None:
+            tdw = total(tdw, ops.conv2d_relu_max_pool2d_weight_grad(dy, code, tx, *geometry, False)[0])
+        return tdw, tdb
+
+
+@register_autograd(ops.conv2d_input_grad)
+class Conv2dInputGrad(torch.autograd.Function):
+    """dx = transpose(* w) dy."""
+
+    @staticmethod
+    def forward(ctx, dy, w, size, *geometry):
+        save(ctx, dy, w)
+        ctx.size, ctx.geometry = size, geometry
+        return below_autograd(ops.conv2d_input_grad, dy, w, size, *geometry)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        dy, w = ctx.saved_tensors
+        needs_dy, needs_w = ctx.needs_input_grad[:2]
+        ddy = ops.conv2d(ddx, w, None, *ctx.geometry) if needs_dy else None
+        dw = ops.conv2d_weight_grad(dy, ddx, w.shape, *ctx.geometry, False)[0] if needs_w else None
+        return ddy, dw, None, *(None,) * len(ctx.geometry)
+
+    @staticmethod
+    def jvp(ctx, tdy, tw, *_):
+        dy, w = ctx.saved_tensors
+        return total(
+            ops.conv2d_input_grad(tdy, w, ctx.size, *ctx.geometry) if tdy is not None else None,
+            ops.conv2d_input_grad(dy, tw, ctx.size, *ctx.geometry) if tw is not None else None,
+        )
+
+
+@register_autograd(ops.conv2d_weight_grad)
+class Conv2dWeightGrad(torch.autograd.Function):
+    """dw = dy x, summed over pixels, and db = the sum of dy."""
+
+    @staticmethod
+    def forward(ctx, dy, x, size, *geometry_with_bias):
+        save(ctx, dy, x)
+        ctx.set_materialize_grads(False)
+        ctx.size, (*ctx.geometry, ctx.with_bias) = size, geometry_with_bias
+        return below_autograd(ops.conv2d_weight_grad, dy, x, size, *geometry_with_bias)
+
+    @staticmethod
+    def backward(ctx, ddw, ddb):
+        dy, x = ctx.saved_tensors
+        needs_dy, needs_x = ctx.needs_input_grad[:2]
+        ddb = ddb if ctx.with_bias else None
+        ddy = dx = None
+        if needs_dy and ddw is not None:
+            ddy = ops.conv2d(x, ddw, ddb, *ctx.geometry)
+        elif needs_dy and ddb is not None:
+            ddy = ddb[:, None, None].expand(dy.shape)
+        if needs_x and ddw is not None:
+            dx = ops.conv2d_input_grad(dy, ddw, x.shape, *ctx.geometry)
+        return ddy, dx, None, *(None,) * len(ctx.geometry), None
+
+    @staticmethod
+    def jvp(ctx, tdy, tx, *_):
+        dy, x = ctx.saved_tensors
+        tdw = tdb = None
+        if tdy is not None:
+            tdw, tdb = ops.conv2d_weight_grad(tdy, x, ctx.size, *ctx.geometry, ctx.with_bias)
+        else:
+            tdb = dy.new_zeros(ctx.size[0] if ctx.with_bias else 0)
+        if tx is not None:
+            tdw = total(tdw, ops.conv2d_weight_grad(dy, tx, ctx.size, *ctx.geometry, False)[0])
+        return tdw, tdb

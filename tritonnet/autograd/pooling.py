@@ -1,0 +1,140 @@
+"""The derivatives of max-pooling and of the rectifier."""
+
+import torch
+
+from .. import ops
+from ..registration import below_autograd, register_autograd
+from ._common import save
+
+
+@register_autograd(ops.max_pool2d)
+class MaxPool2d(torch.autograd.Function):
+    """y = the elements of x that the code names."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, stride, padding, dilation, ceil_mode):
+        y, code = below_autograd(ops.max_pool2d, x, kernel, stride, padding, dilation, ceil_mode)
+        ctx.mark_non_differentiable(code)
+        ctx.set_materialize_grads(False)
+        save(ctx, code)
+        ctx.size, ctx.window = x.shape[2:], (kernel, stride, padding, dilation)
+        return y, code
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        (code,) = ctx.saved_tensors
+        dx = None if dy is None else ops.max_pool2d_scatter(dy, code, ctx.size, *ctx.window)
+        return dx, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tx, *_):
+        (code,) = ctx.saved_tensors
+        return ops.max_pool2d_gather(tx, code, *ctx.window), None
+
+
+@register_autograd(ops.max_pool2d_scatter)
+class MaxPool2dScatter(torch.autograd.Function):
+    """dx = dy where the code names a pixel; the transpose of the gather."""
+
+    @staticmethod
+    def forward(ctx, dy, code, size, *window):
+        save(ctx, code)
+        ctx.size, ctx.window = size, window
+        return below_autograd(ops.max_pool2d_scatter, dy, code, size, *window)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        (code,) = ctx.saved_tensors
+        return ops.max_pool2d_gather(ddx, code, *ctx.window), None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tdy, *_):
+        (code,) = ctx.saved_tensors
+        return ops.max_pool2d_scatter(tdy, code, ctx.size, *ctx.window)
+
+
+@register_autograd(ops.max_pool2d_gather)
+class MaxPool2dGather(torch.autograd.Function):
+    """t = the elements of x that the code names; the transpose of the scatter."""
+
+    @staticmethod
+    def forward(ctx, x, code, *window):
+        save(ctx, code)
+        ctx.size, ctx.window = x.shape[2:], window
+        return below_autograd(ops.max_pool2d_gather, x, code, *window)
+
+    @staticmethod
+    def backward(ctx, dt):
+        (code,) = ctx.saved_tensors
+        return ops.max_pool2d_scatter(dt, code, ctx.size, *ctx.window), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tx, *_):
+        (code,) = ctx.saved_tensors
+        return ops.max_pool2d_gather(tx, code, *ctx.window)
+
+
+@register_autograd(ops.relu)
+class ReLU(torch.autograd.Function):
+    """y = max(x, 0); its result says all that the gradient needs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = below_autograd(ops.relu, x)
+        save(ctx, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        return ops.relu_grad(dy, y)
+
+    @staticmethod
+    def jvp(ctx, tx):
+        (y,) = ctx.saved_tensors
+        return ops.relu_grad(tx, y)
+
+
+@register_autograd(ops.relu_)
+class ReLUInplace(torch.autograd.Function):
+    """x = max(x, 0), overwritten."""
+
+    @staticmethod
+    def forward(ctx, x):
+        below_autograd(ops.relu_, x)
+        ctx.mark_dirty(x)
+        save(ctx, x)
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        return ops.relu_grad(dy, y)
+
+    @staticmethod
+    def jvp(ctx, tx):
+        (y,) = ctx.saved_tensors
+        tx.copy_(ops.relu_grad(tx, y))
+        # The engine tells by its version that the tangent was overwritten, and that of a batch does not count copies.
+        torch.autograd.graph.increment_version(tx)
+        return tx
+
+
+@register_autograd(ops.relu_grad)
+class ReLUGrad(torch.autograd.Function):
+    """dx = dy where y > 0; a constant factor in dy."""
+
+    @staticmethod
+    def forward(ctx, dy, y):
+        save(ctx, y)
+        return below_autograd(ops.relu_grad, dy, y)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        (y,) = ctx.saved_tensors
+        return ops.relu_grad(ddx, y) if ctx.needs_input_grad[0] else None, None
+
+    @staticmethod
+    def jvp(ctx, tdy, _):
+        (y,) = ctx.saved_tensors
+        return ops.relu_grad(tdy if tdy is not None else torch.zeros_like(y), y)
