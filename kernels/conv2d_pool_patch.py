@@ -258,7 +258,7 @@ def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_
         TH=pool_stride[0], TW=pool_stride[1],
         stride_xc=x.stride(1), stride_xh=x.stride(2), stride_xw=x.stride(3),
         PATCH_H=form.patch[0], PATCH_W=form.patch[1], SIDE=form.side, CHANNELS_LAST=channels_last,
-        LENGTH=length, BLOCK_OC=form.channels, INDEX=index_type(w, placed), BLOCK=block, num_warps=4, **OPTIONS,
+        LENGTH=length, BLOCK_OC=form.channels, INDEX=index_type(x, w, placed), BLOCK=block, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
     block_m = _block(M // 5, 32, 4096) if INTERPRETED else 64
@@ -271,6 +271,7 @@ def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_
         0 if bias is None else bias.stride(0),
         CHANNELS_LAST=channels_last, LENGTH=length, OPERAND=operand_type(x.dtype), PRECISION=precision(),
         INDEX=index_type(x, placed, bias, y), BLOCK_M=block_m, BLOCK_K=form.block_k, **constants,
-        num_warps=4, num_stages=1, **OPTIONS,
+        # Wide tiles with several blocks of filters would spill registers.
+        num_warps=8 if columns == COLUMNS and length > 64 else 4, num_stages=1, **OPTIONS,
     )  # fmt: skip
     return y, code
