@@ -1,0 +1,256 @@
+"""Every weight and bias gradient of LeNet in one launch, each program a partial sum of one of them.
+
+    dconv1[oc, c, kh, kw] = sum over images and pixels of dx1 x,  dx1 = the gradient of p1 at the pixel of its code
+    dconv2[oc, c, kh, kw] = sum over images and pixels of dz p1,  dfc = grads^T acts
+    gradient of p1 = dz WD, for squares of 2 x 2 of its pixels    (see lenet.py for the layouts)
+
+Programs take roles by number: first those of the first convolution, then those of the second, then tiles of the
+linears. Each keeps its sum in registers, folds what window positions share into the weights, and writes it once.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
+from .lenet import Splits
+from .lenet_forward import load_patches
+
+
+class Tile(NamedTuple):
+    """Blocks of a number format: squares, windows and images that one turn of each role adds."""
+
+    M1: int
+    K1: int
+    M2: int
+    M3: int
+    num_warps: int
+
+
+TILES = {
+    "bfloat16": Tile(64, 64, 64, 64, 8),
+    "tf32": Tile(64, 32, 64, 32, 8),
+    "ieee": Tile(16, 16, 16, 16, 8),
+}
+# Programs of each role for a batch that fills the card.
+MOST = Splits(160, 64, 12)
+
+
+def tile_for(format, images, geometry):
+    if not INTERPRETED:
+        return TILES[format]
+    Q1, Q2 = geometry.pooled
+    rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in ((Q1 // 2) ** 2, Q2 * Q2, 1)]
+    return Tile(rows[0], 64, rows[1], rows[2], 4)
+
+
+def splits_for(format, images, geometry):
+    """How many programs share each gradient: no more than there are tiles, see Splits."""
+    tile, (Q1, Q2) = tile_for(format, images, geometry), geometry.pooled
+    most = Splits(2, 2, 1) if INTERPRETED else MOST
+    tiles = images * (Q1 // 2) ** 2 / tile.M1, images * Q2 * Q2 / tile.M2, images / (4 * tile.M3)
+    return Splits(*(max(1, min(limit, int(-(-n // 1)))) for limit, n in zip(most, tiles)))
+
+
+@triton.jit
+def fold(
+    scratch_ptr, partial_ptr, elements, offs, TERMS: tl.constexpr, BLOCK: tl.constexpr,
+    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """partial[offs] = the sum of TERMS values from scratch[elements] on, in steps by the bits of the term's number."""
+    term = tl.arange(0, TERMS)
+    steps = term // 8 * S0 + term // 4 % 2 * S1 + term // 2 % 2 * S2 + term % 2 * S3
+    return tl.sum(tl.load(scratch_ptr + steps[:, None] + elements[None, :]), axis=0)
+
+
+@triton.jit
+def first_convolution(
+    x_ptr, code_ptr, dz_ptr, wd_ptr, scratch_ptr, partial_ptr, split, N,
+    SPLITS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    SIDE: tl.constexpr = Q1 // 2
+    lanes, positions = tl.arange(0, 32), tl.arange(0, 4)
+    offs_k, offs_n = tl.arange(0, CHANNELS * 64), tl.arange(0, 128)
+    acc = tl.zeros((CHANNELS * 64, 128), tl.float32)
+    acc_b = tl.zeros((BLOCK_M, 32), tl.float32)
+    for m0 in range(split * BLOCK_M, N * (SIDE * SIDE), SPLITS * BLOCK_M):
+        offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
+        image, square = offs_m // (SIDE * SIDE), offs_m % (SIDE * SIDE)
+        row, column = square // SIDE, square % SIDE
+        mask = image < N
+
+        # Nine windows of the second convolution reach the square.
+        dp = tl.zeros((BLOCK_M, 32), tl.float32)
+        for k0 in range(0, 576, BLOCK_K):
+            j, k = k0 // 64, k0 % 64 + tl.arange(0, BLOCK_K)
+            above, left = row - j // 3, column - j % 3
+            inside = mask & (above >= 0) & (above < Q2) & (left >= 0) & (left < Q2)
+            offs = ((image * Q2 + above) * Q2 + left) * 64
+            dz = tl.load(dz_ptr + offs[:, None] + k[None, :], mask=inside[:, None], other=0.0)
+            w = tl.load(wd_ptr + ((j * 64 + k) * 32)[:, None] + lanes[None, :])
+            dp = tl.dot(dz.to(OPERAND), w.to(OPERAND), dp, input_precision=PRECISION)
+
+        offs = image * (Q1 * Q1 * 8) + row * (Q1 * 16) + column * 16
+        offs = offs[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]
+        code = tl.load(code_ptr + offs, mask=mask[:, None], other=4)
+        acc_b += tl.where(code < 4, dp, 0.0)
+        dx = tl.where(code[:, :, None] == positions[None, None, :], dp[:, :, None], 0.0)
+        dx = round_to(tl.reshape(dx, (BLOCK_M, 128)), dz_ptr.dtype.element_ty)
+        x = load_patches(x_ptr, image, square, mask, offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+        acc = tl.dot(tl.trans(x.to(OPERAND)), dx.to(OPERAND), acc, input_precision=PRECISION)
+
+    offs = (offs_k * 128)[:, None] + offs_n[None, :]
+    tl.store(scratch_ptr + offs, acc, mask=(offs_k < C * 64)[:, None])
+    tl.debug_barrier()
+    for i0 in tl.static_range(0, C * 150, 256):
+        i = i0 + tl.arange(0, 256)
+        inside = tl.where(i < C * 150, i, 0)
+        elements = inside // 25 % C * (64 * 128) + inside // 5 % 5 * (8 * 128) + inside % 5 * 128 + inside // (25 * C) * 4
+        dw = fold(
+            scratch_ptr, partial_ptr, elements, i, 16, 256, 16 * 128 + 64, 2 * 128 + 32, 8 * 128 + 2, 128 + 1
+        )
+        tl.store(partial_ptr + i, dw, mask=i < C * 150)
+    db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
+    oc = tl.arange(0, 8)
+    tl.store(partial_ptr + C * 150 + oc, db, mask=oc < 6)
+
+
+@triton.jit
+def second_convolution(
+    dz_ptr, p1_ptr, scratch_ptr, partial_ptr, split, N,
+    SPLITS: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    WINDOWS: tl.constexpr = Q2 * Q2
+    lanes = tl.arange(0, 64)
+    # The 288 pixels of a patch, as powers of two.
+    k, k_rest = tl.arange(0, 256), 256 + tl.arange(0, 32)
+    acc, acc_rest = tl.zeros((64, 256), tl.float32), tl.zeros((64, 32), tl.float32)
+    acc_b = tl.zeros((64, BLOCK_M), tl.float32)
+    for m0 in range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M):
+        offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
+        image, window = offs_m // WINDOWS, offs_m % WINDOWS
+        mask = image < N
+        rows = image * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
+        dz = tl.trans(tl.load(dz_ptr + (offs_m * 64)[:, None] + lanes[None, :], mask=mask[:, None], other=0.0))
+        p = tl.load(p1_ptr + rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :], mask=mask[:, None], other=0.0)
+        acc = tl.dot(dz.to(OPERAND), p.to(OPERAND), acc, input_precision=PRECISION)
+        offs = rows[:, None] + (k_rest // 48 * (Q1 * 8) + k_rest % 48)[None, :]
+        p = tl.load(p1_ptr + offs, mask=mask[:, None], other=0.0)
+        acc_rest = tl.dot(dz.to(OPERAND), p.to(OPERAND), acc_rest, input_precision=PRECISION)
+        acc_b += dz.to(tl.float32)
+
+    tl.store(scratch_ptr + (lanes * 288)[:, None] + k[None, :], acc)
+    tl.store(scratch_ptr + (lanes * 288)[:, None] + k_rest[None, :], acc_rest)
+    tl.debug_barrier()
+    for i0 in range(0, 2400, 512):
+        i = i0 + tl.arange(0, 512)
+        inside = tl.where(i < 2400, i, 0)
+        elements = inside // 150 * 288 + inside // 25 % 6 + inside // 5 % 5 * 48 + inside % 5 * 8
+        dw = fold(scratch_ptr, partial_ptr, elements, i, 4, 512, 0, 0, 2 * 16 * 288 + 48, 16 * 288 + 8)
+        tl.store(partial_ptr + i, dw, mask=i < 2400)
+    db = tl.sum(tl.reshape(tl.sum(acc_b, axis=1), (4, 16)), axis=0)
+    tl.store(partial_ptr + 2400 + tl.arange(0, 16), db)
+
+
+@triton.jit
+def linear(
+    acts_ptr, grads_ptr, partial_ptr, tile, split, N,
+    SPLITS: tl.constexpr, F: tl.constexpr, CP: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    # Tiles of 128 x 64: those of fc1 along its features, the two of fc2, and for 128 classes each the two of fc3.
+    TILES: tl.constexpr = (F + 63) // 64
+    first, second = tile < TILES, tile < TILES + 2
+    block = tl.where(first | second, 0, (tile - TILES - 2) // 2)
+    n0 = tl.where(first, 0, tl.where(second, 128, 256 + block * 128))
+    within = tl.where(first, tile, tl.where(second, tile - TILES, (tile - TILES) % 2)) * 64
+    k0 = tl.where(first, 0, tl.where(second, F, F + 128)) + within
+    K = tl.where(first, F, 128)
+    start = tl.where(first, 0, tl.where(second, 128 * F, 128 * F + 128 * 128 + block * (128 * 128)))
+    lanes_n, lanes_k = tl.arange(0, 128), tl.arange(0, 64)
+    mask_n, mask_k = n0 + lanes_n < 256 + CP, within + lanes_k < K
+
+    acc = tl.zeros((128, 64), tl.float32)
+    acc_b = tl.zeros((BLOCK_M, 128), tl.float32)
+    for m0 in range(split * BLOCK_M, N, SPLITS * BLOCK_M):
+        offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
+        mask_m = offs_m < N
+        offs = (offs_m * (256 + CP))[:, None] + (n0 + lanes_n)[None, :]
+        dy = tl.load(grads_ptr + offs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        offs = (offs_m * (F + 256))[:, None] + (k0 + lanes_k)[None, :]
+        a = tl.load(acts_ptr + offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dy.to(OPERAND)), a.to(OPERAND), acc, input_precision=PRECISION)
+        acc_b += dy.to(tl.float32)
+
+    offs = start + (lanes_n * K)[:, None] + (within + lanes_k)[None, :]
+    tl.store(partial_ptr + offs, acc, mask=mask_n[:, None] & mask_k[None, :])
+    if within == 0:
+        biases = 128 * F + 128 * 128 + CP * 128
+        tl.store(partial_ptr + biases + n0 + lanes_n, tl.sum(acc_b, axis=0), mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["N"])
+def lenet_gradient_kernel(
+    x_ptr, packed_ptr, p1_ptr, code1_ptr, acts_ptr, grads_ptr, dz_ptr, scratch_ptr, partial_ptr,
+    N,
+    WD: tl.constexpr, SPLITS1: tl.constexpr, SPLITS2: tl.constexpr, SPLITS3: tl.constexpr,
+    PARTIAL2: tl.constexpr, PARTIAL3: tl.constexpr, ROW3: tl.constexpr,
+    C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr,
+    CLASSES: tl.constexpr, CP: tl.constexpr,
+    FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_M3: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < SPLITS1:
+        first_convolution(
+            x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr + pid * (C * 64 * 128),
+            partial_ptr + pid * (C * 150 + 6), pid, N,
+            SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, CHANNELS,
+        )  # fmt: skip
+    elif pid < SPLITS1 + SPLITS2:
+        split = pid - SPLITS1
+        second_convolution(
+            dz_ptr, p1_ptr, scratch_ptr + SPLITS1 * (C * 64 * 128) + split * (64 * 288),
+            partial_ptr + PARTIAL2 + split * 2416, split, N,
+            SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2,
+        )  # fmt: skip
+    else:
+        split = (pid - SPLITS1 - SPLITS2) % SPLITS3
+        linear(
+            acts_ptr, grads_ptr, partial_ptr + PARTIAL3 + split * ROW3, (pid - SPLITS1 - SPLITS2) // SPLITS3, split, N,
+            SPLITS3, F, CP, INDEX, OPERAND, PRECISION, BLOCK_M3,
+        )  # fmt: skip
+
+
+def sums(geometry, splits, device):
+    """The tensors of a launch's sums: before they are folded, and partial."""
+    scratch = splits.conv1 * geometry.channels * 64 * 128 + splits.conv2 * 64 * 288
+    sizes = scratch, splits.partials(geometry)[-1]
+    return [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
+
+
+def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, partial):
+    """Fills `partial` with the partial sums of all gradients of the images x, whose forward has filled `memory`."""
+    N, tile = x.shape[0], tile_for(format, x.shape[0], geometry)
+    tiles = triton.cdiv(geometry.features, 64) + 2 + 2 * triton.cdiv(geometry.padded_classes, 128)
+    _, partial2, partial3, _ = splits.partials(geometry)
+    lenet_gradient_kernel[(splits.conv1 + splits.conv2 + splits.linear * tiles,)](
+        x, packed, memory["p1"], memory["code1"], memory["acts"], memory["grads"], memory["dz"], scratch, partial,
+        N,
+        WD=geometry.packed[2], SPLITS1=splits.conv1, SPLITS2=splits.conv2, SPLITS3=splits.linear,
+        PARTIAL2=partial2, PARTIAL3=partial3, ROW3=geometry.row[-1],
+        **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
+        INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
+        PRECISION="ieee" if format == "ieee" else "tf32",
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_M3=tile.M3,
+        CHANNELS=triton.next_power_of_2(geometry.channels),
+        num_warps=tile.num_warps, num_stages=1, **OPTIONS,
+    )  # fmt: skip
