@@ -6,6 +6,9 @@ from . import conv2d as _conv2d
 from . import conv2d_pool as _conv2d_pool
 from . import cross_entropy as _cross_entropy
 from . import depthwise as _depthwise
+from . import lenet_forward as _lenet_forward
+from . import lenet_gradient as _lenet_gradient
+from . import lenet_update as _lenet_update
 from . import linear as _linear
 from . import max_pool2d as _max_pool2d
 from . import padding as _padding
@@ -70,8 +73,11 @@ linear_weight_grad = _linear.weight_grad
 
 KERNELS = [
     kernel
-    for module in (_conv2d, _conv2d_pool, _cross_entropy, _depthwise, _linear, _max_pool2d, _padding, _reduce, _relu)
+    for module in (
+        _conv2d, _conv2d_pool, _cross_entropy, _depthwise, _lenet_forward, _lenet_gradient, _lenet_update, _linear,
+        _max_pool2d, _padding, _reduce, _relu,
+    )
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
-]
+]  # fmt: skip
 """Every kernel that can be launched; the other jit functions are parts of these."""

@@ -110,10 +110,10 @@ def first_convolution(
     for i0 in tl.static_range(0, C * 150, 256):
         i = i0 + tl.arange(0, 256)
         inside = tl.where(i < C * 150, i, 0)
-        elements = inside // 25 % C * (64 * 128) + inside // 5 % 5 * (8 * 128) + inside % 5 * 128 + inside // (25 * C) * 4
-        dw = fold(
-            scratch_ptr, partial_ptr, elements, i, 16, 256, 16 * 128 + 64, 2 * 128 + 32, 8 * 128 + 2, 128 + 1
+        elements = (
+            inside // 25 % C * (64 * 128) + inside // 5 % 5 * (8 * 128) + inside % 5 * 128 + inside // (25 * C) * 4
         )
+        dw = fold(scratch_ptr, partial_ptr, elements, i, 16, 256, 16 * 128 + 64, 2 * 128 + 32, 8 * 128 + 2, 128 + 1)
         tl.store(partial_ptr + i, dw, mask=i < C * 150)
     db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
     oc = tl.arange(0, 8)

@@ -2,7 +2,7 @@
 
     g = sum over the splits of partial / number of targets, added to what earlier calls of a group have left
     SGD (Sutskever et al. 2013), with g + weight_decay * w for g:
-        buffer = momentum * buffer + (1 - dampening) * g,   w -= lr * buffer, or lr * (g + momentum * buffer) by Nesterov
+        b = momentum * b + (1 - dampening) * g,   w -= lr * b, and by Nesterov lr * (g + momentum * b)
     Adam (Kingma and Ba 2015) likewise, AdamW (Loshchilov and Hutter 2019) with w *= 1 - lr * weight_decay instead:
         m += (1 - beta1) * (g - m),   v = beta2 * v + (1 - beta2) * g^2
         w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps), by AMSGrad of the largest v so far
@@ -10,7 +10,6 @@
 Rates and moments come from a small tensor, a row for each parameter, so that a captured launch follows schedules.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -136,11 +135,11 @@ def lenet_update_kernel(
         if pid == 0:
             loss = loss / count
             tl.store(loss_ptr, loss)
-            before = tl.load(trouble_ptr)
-            # The first call whose loss was no finite number, by the optimiser's count of calls.
-            finite = tl.abs(loss) < float("inf")
-            call = tl.load(numbers_ptr + 15 * NUMBERS)
-            tl.store(trouble_ptr, tl.where((before == 0) & (finite == 0), call, before))
+            # Of the calls so far the first whose loss was no finite number, and how many there were.
+            first_bad, call = tl.load(trouble_ptr), tl.load(trouble_ptr + 1) + 1
+            bad = (first_bad == 0) & ((tl.abs(loss) < float("inf")) == 0)
+            tl.store(trouble_ptr, tl.where(bad, call, first_bad))
+            tl.store(trouble_ptr + 1, call)
         if RULE > 0:
             w = updated(
                 w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr + row * NUMBERS,
@@ -160,9 +159,10 @@ def update(
     Args:
         flat, grad, moments: (geometry.flat[-1]) float32, elements of the parameters, of gradients and of the
             optimiser's state; grad takes the gradients, on top of what is there if `add`.
-        numbers: (16, NUMBERS) float32, rows of the optimiser's numbers by parameter, and in the last the call's number.
+        numbers: (10, NUMBERS) float32, the optimiser's numbers for each parameter.
         losses: (programs, 2), sums of losses and numbers of targets; loss (): their quotient.
-        trouble: (1) float32, the number of the first call whose loss was not finite, 0 while there is none.
+        trouble: (2) int32, the number of the first call whose loss was not finite, 0 while there is none, and how many
+            calls there were.
         scale: factor of the gradients.
     """
     gradient = partial is not None
