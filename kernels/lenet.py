@@ -31,7 +31,7 @@ import triton
 from ._common import INTERPRETED
 
 # Elements of the flat buffer that one program updates; the interpreter's time goes by the program.
-BLOCK = 8192 if INTERPRETED else 64
+BLOCK = 16384 if INTERPRETED else 64
 # Columns of the table that says where a parameter's gradient lies and where its packed copies go.
 COLUMNS = 32
 # Columns of the optimiser's numbers for each parameter.
@@ -79,8 +79,8 @@ class Geometry(NamedTuple):
     @property
     def packed(self):
         """Where W1, W2, WD, W3, W4 and W5 begin in the packed buffer, and the buffer's size."""
-        # Whole blocks of 64 features: those past the last have weight 0.
-        features = triton.cdiv(self.features, 64) * 64
+        # Whole blocks of features: those past the last have weight 0.
+        features = triton.cdiv(self.features, 128) * 128
         rows = (64 * self.channels, 128), (288, 64), (576, 32), (features, 128), (128, 128), (128, self.padded_classes)
         return _starts([math.prod(shape) for shape in rows])
 

@@ -19,20 +19,21 @@ from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: squares and windows a product takes, and its depth in each layer."""
+    """Blocks of a number format: squares and windows of a product, its depth in each layer, features of a gradient."""
 
     M1: int
     K1: int
     M2: int
     K2: int
     K: int
+    F: int
     num_warps: int
 
 
 TILES = {
-    "bfloat16": Tile(128, 64, 128, 32, 64, 4),
-    "tf32": Tile(128, 32, 128, 32, 32, 8),
-    "ieee": Tile(32, 16, 64, 16, 16, 4),
+    "bfloat16": Tile(128, 64, 128, 32, 64, 64, 4),
+    "tf32": Tile(128, 32, 128, 32, 32, 64, 8),
+    "ieee": Tile(32, 16, 64, 16, 16, 64, 4),
 }
 
 
@@ -43,7 +44,7 @@ def tile_for(format, images, geometry):
         block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
         squares = (geometry.pooled[0] // 2) ** 2
         rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
-        return block, Tile(rows[0], 64, rows[1], 32, 64, 4)
+        return block, Tile(rows[0], 64, rows[1], 32, 128, 128, 4)
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
     return 1 if images <= 256 else 8 if images <= 4096 else 64, tile
 
@@ -228,7 +229,7 @@ def lenet_forward_kernel(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_K2: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(INDEX)
     for group in range(pid, tl.cdiv(N, BLOCK_I), tl.num_programs(0)):
@@ -296,9 +297,9 @@ def lenet_forward_kernel(
                 OPERAND, PRECISION, BLOCK_R, BLOCK_K,
             )  # fmt: skip
             tl.debug_barrier()
-            for f0 in range(0, F, 64):
-                f = f0 + tl.arange(0, 64)
-                dp = tl.zeros((BLOCK_R, 64), tl.float32)
+            for f0 in range(0, F, BLOCK_F):
+                f = f0 + tl.arange(0, BLOCK_F)
+                dp = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
                 dp = add_product(
                     dp, grads_ptr, grads_rows, mask_m, packed_ptr + W3, f * 128, 128, 1, OPERAND, PRECISION, BLOCK_K
                 )
@@ -362,7 +363,7 @@ def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, i
         INDEX=index_type(x, p1, acts, dz, logits), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
         BLOCK_I=block, BLOCK_R=max(16, block), BLOCK_C=geometry.block_classes,
-        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_K2=tile.K2, BLOCK_K=tile.K,
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_K2=tile.K2, BLOCK_K=tile.K, BLOCK_F=tile.F,
         num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip
     return logits

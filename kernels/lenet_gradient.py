@@ -20,19 +20,20 @@ from .lenet_forward import load_patches
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: squares, windows and images that one turn of each role adds."""
+    """Blocks of a number format: squares, windows and images that a turn of each role adds; columns of a linear's."""
 
     M1: int
     K1: int
     M2: int
     M3: int
+    N3: int
     num_warps: int
 
 
 TILES = {
-    "bfloat16": Tile(64, 64, 64, 64, 8),
-    "tf32": Tile(64, 32, 64, 32, 8),
-    "ieee": Tile(16, 16, 16, 16, 8),
+    "bfloat16": Tile(64, 64, 64, 64, 64, 8),
+    "tf32": Tile(64, 32, 64, 32, 64, 8),
+    "ieee": Tile(16, 16, 16, 16, 64, 8),
 }
 # Programs of each role for a batch that fills the card.
 MOST = Splits(160, 64, 12)
@@ -43,7 +44,7 @@ def tile_for(format, images, geometry):
         return TILES[format]
     Q1, Q2 = geometry.pooled
     rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in ((Q1 // 2) ** 2, Q2 * Q2, 1)]
-    return Tile(rows[0], 64, rows[1], rows[2], 4)
+    return Tile(rows[0], 64, rows[1], rows[2], 128, 4)
 
 
 def splits_for(format, images, geometry):
@@ -56,10 +57,9 @@ def splits_for(format, images, geometry):
 
 @triton.jit
 def fold(
-    scratch_ptr, partial_ptr, elements, offs, TERMS: tl.constexpr, BLOCK: tl.constexpr,
-    S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
-):  # fmt: skip
-    """partial[offs] = the sum of TERMS values from scratch[elements] on, in steps by the bits of the term's number."""
+    scratch_ptr, elements, TERMS: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr
+):
+    """The sums of TERMS values from scratch[elements] on, in steps by the bits of the term's number."""
     term = tl.arange(0, TERMS)
     steps = term // 8 * S0 + term // 4 % 2 * S1 + term // 2 % 2 * S2 + term % 2 * S3
     return tl.sum(tl.load(scratch_ptr + steps[:, None] + elements[None, :]), axis=0)
@@ -113,7 +113,7 @@ def first_convolution(
         elements = (
             inside // 25 % C * (64 * 128) + inside // 5 % 5 * (8 * 128) + inside % 5 * 128 + inside // (25 * C) * 4
         )
-        dw = fold(scratch_ptr, partial_ptr, elements, i, 16, 256, 16 * 128 + 64, 2 * 128 + 32, 8 * 128 + 2, 128 + 1)
+        dw = fold(scratch_ptr, elements, 16, 16 * 128 + 64, 2 * 128 + 32, 8 * 128 + 2, 128 + 1)
         tl.store(partial_ptr + i, dw, mask=i < C * 150)
     db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
     oc = tl.arange(0, 8)
@@ -152,7 +152,7 @@ def second_convolution(
         i = i0 + tl.arange(0, 512)
         inside = tl.where(i < 2400, i, 0)
         elements = inside // 150 * 288 + inside // 25 % 6 + inside // 5 % 5 * 48 + inside % 5 * 8
-        dw = fold(scratch_ptr, partial_ptr, elements, i, 4, 512, 0, 0, 2 * 16 * 288 + 48, 16 * 288 + 8)
+        dw = fold(scratch_ptr, elements, 4, 0, 0, 2 * 16 * 288 + 48, 16 * 288 + 8)
         tl.store(partial_ptr + i, dw, mask=i < 2400)
     db = tl.sum(tl.reshape(tl.sum(acc_b, axis=1), (4, 16)), axis=0)
     tl.store(partial_ptr + 2400 + tl.arange(0, 16), db)
@@ -162,21 +162,22 @@ def second_convolution(
 def linear(
     acts_ptr, grads_ptr, partial_ptr, tile, split, N,
     SPLITS: tl.constexpr, F: tl.constexpr, CP: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of 128 x 64: those of fc1 along its features, the two of fc2, and for 128 classes each the two of fc3.
-    TILES: tl.constexpr = (F + 63) // 64
-    first, second = tile < TILES, tile < TILES + 2
-    block = tl.where(first | second, 0, (tile - TILES - 2) // 2)
+    # Tiles of 128 x BLOCK_N: those of fc1 along its features, those of fc2, and for 128 classes each those of fc3.
+    TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    HIDDEN: tl.constexpr = 128 // BLOCK_N
+    first, second = tile < TILES, tile < TILES + HIDDEN
+    block = tl.where(first | second, 0, (tile - TILES - HIDDEN) // HIDDEN)
     n0 = tl.where(first, 0, tl.where(second, 128, 256 + block * 128))
-    within = tl.where(first, tile, tl.where(second, tile - TILES, (tile - TILES) % 2)) * 64
+    within = tl.where(first, tile, (tile - TILES) % HIDDEN) * BLOCK_N
     k0 = tl.where(first, 0, tl.where(second, F, F + 128)) + within
     K = tl.where(first, F, 128)
     start = tl.where(first, 0, tl.where(second, 128 * F, 128 * F + 128 * 128 + block * (128 * 128)))
-    lanes_n, lanes_k = tl.arange(0, 128), tl.arange(0, 64)
+    lanes_n, lanes_k = tl.arange(0, 128), tl.arange(0, BLOCK_N)
     mask_n, mask_k = n0 + lanes_n < 256 + CP, within + lanes_k < K
 
-    acc = tl.zeros((128, 64), tl.float32)
+    acc = tl.zeros((128, BLOCK_N), tl.float32)
     acc_b = tl.zeros((BLOCK_M, 128), tl.float32)
     for m0 in range(split * BLOCK_M, N, SPLITS * BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
@@ -206,7 +207,7 @@ def lenet_gradient_kernel(
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_M3: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_N3: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < SPLITS1:
@@ -226,7 +227,7 @@ def lenet_gradient_kernel(
         split = (pid - SPLITS1 - SPLITS2) % SPLITS3
         linear(
             acts_ptr, grads_ptr, partial_ptr + PARTIAL3 + split * ROW3, (pid - SPLITS1 - SPLITS2) // SPLITS3, split, N,
-            SPLITS3, F, CP, INDEX, OPERAND, PRECISION, BLOCK_M3,
+            SPLITS3, F, CP, INDEX, OPERAND, PRECISION, BLOCK_M3, BLOCK_N3,
         )  # fmt: skip
 
 
@@ -240,7 +241,8 @@ def sums(geometry, splits, device):
 def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, partial):
     """Fills `partial` with the partial sums of all gradients of the images x, whose forward has filled `memory`."""
     N, tile = x.shape[0], tile_for(format, x.shape[0], geometry)
-    tiles = triton.cdiv(geometry.features, 64) + 2 + 2 * triton.cdiv(geometry.padded_classes, 128)
+    hidden = 128 // tile.N3 * (1 + triton.cdiv(geometry.padded_classes, 128))
+    tiles = triton.cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
     lenet_gradient_kernel[(splits.conv1 + splits.conv2 + splits.linear * tiles,)](
         x, packed, memory["p1"], memory["code1"], memory["acts"], memory["grads"], memory["dz"], scratch, partial,
@@ -250,7 +252,7 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_M3=tile.M3,
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_M3=tile.M3, BLOCK_N3=tile.N3,
         CHANNELS=triton.next_power_of_2(geometry.channels),
         num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip

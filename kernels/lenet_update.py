@@ -73,27 +73,24 @@ def updated(
 
 
 @triton.jit
-def pack(
-    w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def pack(w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD: tl.constexpr):
     """Stores the weights of the row's parameter at each place of the packed buffer that holds one of them."""
-    start, copies = tl.load(row_ptr + 12), tl.load(row_ptr + 13)
+    copy = tl.arange(0, 16)
+    starts = tl.load(row_ptr + 12) + copy // 8 * tl.load(row_ptr + 18) + copy // 4 % 2 * tl.load(row_ptr + 19)
+    starts += copy // 2 % 2 * tl.load(row_ptr + 20) + copy % 2 * tl.load(row_ptr + 21)
     offs = a * tl.load(row_ptr + 14) + b * tl.load(row_ptr + 15)
     offs += c * tl.load(row_ptr + 16) + d * tl.load(row_ptr + 17)
-    step0, step1 = tl.load(row_ptr + 18), tl.load(row_ptr + 19)
-    step2, step3 = tl.load(row_ptr + 20), tl.load(row_ptr + 21)
-    value = round_to(w, packed_ptr.dtype.element_ty)
-    for copy in range(0, copies):
-        steps = copy // 8 * step0 + copy // 4 % 2 * step1 + copy // 2 % 2 * step2 + copy % 2 * step3
-        tl.store(packed_ptr + start + steps + offs, value, mask=mask)
+    value = round_to(w, packed_ptr.dtype.element_ty)[None, :]
+    exists = (copy < tl.load(row_ptr + 13))[:, None] & mask[None, :]
+    tl.store(packed_ptr + starts[:, None] + offs[None, :], value, mask=exists)
     if row == 2:
         # WD: of the 16 pairs of a pixel q in its window and a pixel r in its square, those that meet in this weight.
-        for pair in tl.static_range(16):
-            qy, qx, ry, rx = pair // 8, pair // 4 % 2, pair // 2 % 2, pair % 2
-            y, x = c + qy - ry, d + qx - rx
-            meet = mask & (y >= 0) & (y % 2 == 0) & (x >= 0) & (x % 2 == 0)
-            offs = ((y // 2 * 3 + x // 2) * 64 + (qy * 2 + qx) * 16 + a) * 32 + (ry * 2 + rx) * 8 + b
-            tl.store(packed_ptr + WD + offs, value, mask=meet)
+        qy, qx, ry, rx = copy // 8, copy // 4 % 2, copy // 2 % 2, copy % 2
+        y, x = (qy - ry)[:, None] + c[None, :], (qx - rx)[:, None] + d[None, :]
+        meet = mask[None, :] & (y >= 0) & (y % 2 == 0) & (x >= 0) & (x % 2 == 0)
+        offs = (y // 2 * 3 + x // 2) * (64 * 32) + (a * 32 + b)[None, :]
+        offs += ((qy * 2 + qx) * (16 * 32) + (ry * 2 + rx) * 8)[:, None]
+        tl.store(packed_ptr + WD + offs, value, mask=meet)
 
 
 @triton.jit(do_not_specialize=["PARTS"])
@@ -147,7 +144,7 @@ def lenet_update_kernel(
             )  # fmt: skip
             tl.store(flat_ptr + offs, w)
     if RULE > 0 or not GRADIENT:
-        pack(w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD, BLOCK)
+        pack(w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD)
 
 
 def update(

@@ -9,7 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
+
+# The suite is spread over the cores by processes (pytest -n auto), not by threads; read when numpy loads its library.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 # bench is not installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -43,8 +47,7 @@ if DEVICE == "cpu":
     memory.watch.install()
 
 
-# The suite is spread over the cores by processes (pytest -n auto), not by threads.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # for the same reason
 
 
 def pytest_collection_modifyitems(items):
