@@ -115,7 +115,7 @@ class Splits(NamedTuple):
 
     def partials(self, geometry):
         """Where the partial sums of each begin, and the size of all."""
-        rows = 150 * geometry.channels + 6, 2400 + 16, geometry.row[-1]
+        rows = 150 * geometry.channels + 6, 64 * 288 + 64, geometry.row[-1]
         return _starts([splits * row for splits, row in zip(self, rows)])
 
 
@@ -125,33 +125,33 @@ def _rows(geometry, splits):
     conv1, conv2, linear, _ = splits.partials(geometry)
     (fc1, fc2, fc3, biases, row), (W1, W2, _, W3, W4, W5, _) = geometry.row, geometry.packed
     flat, counts = geometry.flat, [math.prod(shape) for shape in geometry.shapes]
-    nothing = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    nothing, one = (0,) * 10, (1, 0, 0)
 
-    def biased(split_row, count, first, weight, packing):
-        """The rows of a weight (radices, steps in the partial sum) and of its bias."""
-        start, weight_offset, bias_offset = first
-        yield *weight[0], start + weight_offset, split_row, count, *weight[1], *packing
-        yield 1, 1, 1, start + bias_offset, split_row, count, 1, 0, 0, 0, *nothing
+    def biased(splits, row, weight, bias, radices, steps, packing, terms=one, bias_terms=one):
+        """The rows of a weight and of its bias, whose sums start at `weight` and `bias` and go on after `row`."""
+        yield *radices, weight, row, splits, *steps, *packing, *terms
+        yield 1, 1, 1, bias, row, splits, 1, 0, 0, 0, *nothing, *bias_terms
 
     rows = [
         *biased(
-            150 * C + 6, splits.conv1, (conv1, 0, 150 * C), ((C, 5, 5), (25 * C, 25, 5, 1)),
+            splits.conv1, 150 * C + 6, conv1, conv1 + 150 * C, (C, 5, 5), (25 * C, 25, 5, 1),
             (W1, 16, 1, 64 * 128, 8 * 128, 128, 16 * 128 + 16, 2 * 128 + 8, 8 * 128 + 64, 128 + 32),
         ),
         *biased(
-            2416, splits.conv2, (conv2, 0, 2400), ((6, 5, 5), (150, 25, 5, 1)),
+            splits.conv2, 64 * 288 + 64, conv2, conv2 + 64 * 288, (6, 5, 5), (288, 1, 48, 8),
             (W2, 4, 1, 64, 48 * 64, 8 * 64, 0, 0, 48 * 64 + 32, 8 * 64 + 16),
+            (4, 2 * 16 * 288 + 48, 16 * 288 + 8), (4, 32, 16),
         ),
         *biased(
-            row, splits.linear, (linear, fc1, biases), ((16, 1, Q2 * Q2), (F, 1, 0, 16)),
+            splits.linear, row, linear + fc1, linear + biases, (16, 1, Q2 * Q2), (F, 1, 0, 16),
             (W3, 1, 1, 128, 0, 16 * 128, 0, 0, 0, 0),
         ),
         *biased(
-            row, splits.linear, (linear, fc2, biases + 128), ((1, 1, 120), (128, 0, 0, 1)),
+            splits.linear, row, linear + fc2, linear + biases + 128, (1, 1, 120), (128, 0, 0, 1),
             (W4, 1, 1, 0, 0, 128, 0, 0, 0, 0),
         ),
         *biased(
-            row, splits.linear, (linear, fc3, biases + 256), ((1, 1, 84), (128, 0, 0, 1)),
+            splits.linear, row, linear + fc3, linear + biases + 256, (1, 1, 84), (128, 0, 0, 1),
             (W5, 1, 1, 0, 0, CP, 0, 0, 0, 0),
         ),
     ]  # fmt: skip
@@ -163,7 +163,8 @@ def table(geometry, splits, device):
 
     A parameter's element has the digits (a, b, c, d) in the radices (-, D1, D2, D3). Columns: first block, elements,
     D1, D2, D3; the partial sums' start, step from split to split and number of splits; their steps by a, b, c, d; the
-    packed copies' start, number and steps by a, b, c, d; their steps by the four bits of a copy's number.
+    packed copies' start, number and steps by a, b, c, d; their steps by the four bits of a copy's number; of what a split
+    holds for an element the number of terms, and their steps by the two bits of a term's number.
     """
     rows = torch.zeros(16, COLUMNS, dtype=torch.int32)
     rows[:, 0] = 2**30  # no block belongs to the rows past the parameters

@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "bfloat16": Tile(128, 64, 128, 32, 64, 64, 4),
+    "bfloat16": Tile(128, 64, 128, 32, 64, 64, 8),
     "tf32": Tile(128, 32, 128, 32, 32, 64, 8),
     "ieee": Tile(32, 16, 64, 16, 16, 64, 4),
 }
@@ -46,7 +46,7 @@ def tile_for(format, images, geometry):
         rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
         return block, Tile(rows[0], 64, rows[1], 32, 128, 128, 4)
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
-    return 1 if images <= 256 else 8 if images <= 4096 else 64, tile
+    return min(64, triton.next_power_of_2(triton.cdiv(images, 132))), tile
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def second_convolution(
         mask = (offs_m < BLOCK_I * WINDOWS) & (i0 + image < N)
         rows = (s0 + image) * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
         acc = tl.zeros((BLOCK_M, 64), tl.float32)
-        for k0 in tl.static_range(0, 288, BLOCK_K):
+        for k0 in range(0, 288, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             p = tl.load(p1_ptr + rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :], mask=mask[:, None], other=0.0)
             w = tl.load(packed_ptr + (k * 64)[:, None] + offs_n[None, :])
@@ -197,10 +197,22 @@ def hidden_gradient(
 
 @triton.jit
 def loss_and_gradient(
-    logits_ptr, target_ptr, grads_ptr, grads_rows, n, mask_m, lse, ignore_index,
-    CLASSES: tl.constexpr, CP: tl.constexpr, BLOCK_C: tl.constexpr,
+    logits_ptr, target_ptr, grads_ptr, grads_rows, n, mask_m, ignore_index,
+    CLASSES: tl.constexpr, CP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """(loss of each row, whether it has a target); the gradient of the logits goes to column 256 of grads."""
+    # The largest so far, and the sum of exponentials relative to it (Milakov and Gimelshein 2018).
+    largest, sum_exp = tl.full((BLOCK_R,), float("-inf"), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+    for c0 in range(0, CP, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        mask = mask_m[:, None] & (c < CLASSES)[None, :]
+        y = tl.load(logits_ptr + (n * CLASSES)[:, None] + c[None, :], mask=mask, other=float("-inf"))
+        new = tl.maximum(largest, tl.max(y, axis=1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        sum_exp = sum_exp * tl.exp(largest - base) + tl.sum(tl.exp(y - base[:, None]), axis=1)
+        largest = new
+    lse = largest + tl.log(sum_exp)
+
     target = tl.load(target_ptr + n, mask=mask_m, other=0).to(tl.int64)
     kept, valid = mask_m & (target != ignore_index), (target >= 0) & (target < CLASSES)
     y_target = tl.load(logits_ptr + n * CLASSES + target, mask=kept & valid, other=float("nan"))
@@ -232,8 +244,8 @@ def lenet_forward_kernel(
     BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(INDEX)
-    for group in range(pid, tl.cdiv(N, BLOCK_I), tl.num_programs(0)):
-        # In training every image keeps its activations; otherwise a program uses its own again and again.
+    # In training every image keeps its activations; otherwise a program uses its own again and again.
+    for group in range(pid, pid + 1 if TRAIN else tl.cdiv(N, BLOCK_I), 1 if TRAIN else tl.num_programs(0)):
         i0, s0 = group * BLOCK_I, (group if TRAIN else pid) * BLOCK_I
         first_convolution(
             x_ptr, packed_ptr, flat_ptr + B1, p1_ptr, code1_ptr, i0, s0, N,
@@ -260,8 +272,6 @@ def lenet_forward_kernel(
         )  # fmt: skip
         tl.debug_barrier()
 
-        # The largest so far, and the sum of exponentials relative to it (Milakov and Gimelshein 2018).
-        largest, sum_exp = tl.full((BLOCK_R,), float("-inf"), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
         for c0 in range(0, CP, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             y = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -270,19 +280,12 @@ def lenet_forward_kernel(
             y += tl.load(flat_ptr + B5 + c, mask=c < CLASSES, other=0.0)[None, :]
             mask = mask_m[:, None] & (c < CLASSES)[None, :]
             tl.store(logits_ptr + (n * CLASSES)[:, None] + c[None, :], y.to(logits_ptr.dtype.element_ty), mask=mask)
-            if TRAIN:
-                y = tl.where((c < CLASSES)[None, :], y, float("-inf"))
-                new = tl.maximum(largest, tl.max(y, axis=1))
-                base = tl.where(new == float("-inf"), 0.0, new)
-                sum_exp = sum_exp * tl.exp(largest - base) + tl.sum(tl.exp(y - base[:, None]), axis=1)
-                largest = new
         tl.debug_barrier()
 
         if TRAIN:
             grads_rows = n * (256 + CP)
             loss, kept = loss_and_gradient(
-                logits_ptr, target_ptr, grads_ptr, grads_rows, n, mask_m, largest + tl.log(sum_exp), ignore_index,
-                CLASSES, CP, BLOCK_C,
+                logits_ptr, target_ptr, grads_ptr, grads_rows, n, mask_m, ignore_index, CLASSES, CP, BLOCK_R, BLOCK_C
             )  # fmt: skip
             tl.store(loss_ptr + 2 * group, tl.sum(loss, axis=0))
             tl.store(loss_ptr + 2 * group + 1, tl.sum(kept.to(tl.float32), axis=0))

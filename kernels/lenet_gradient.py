@@ -5,7 +5,7 @@
     gradient of p1 = dz WD, for squares of 2 x 2 of its pixels    (see lenet.py for the layouts)
 
 Programs take roles by number: first those of the first convolution, then those of the second, then tiles of the
-linears. Each keeps its sum in registers, folds what window positions share into the weights, and writes it once.
+linears. Each keeps its sum in registers and writes it once.
 """
 
 from typing import NamedTuple
@@ -20,20 +20,21 @@ from .lenet_forward import load_patches
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: squares, windows and images that a turn of each role adds; columns of a linear's."""
+    """Blocks of a number format: squares, windows and images that a turn of each role adds, and columns of its sum."""
 
     M1: int
     K1: int
     M2: int
+    N2: int
     M3: int
     N3: int
     num_warps: int
 
 
 TILES = {
-    "bfloat16": Tile(64, 64, 64, 64, 64, 8),
-    "tf32": Tile(64, 32, 64, 32, 64, 8),
-    "ieee": Tile(16, 16, 16, 16, 64, 8),
+    "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8),
+    "tf32": Tile(64, 32, 64, 128, 32, 64, 8),
+    "ieee": Tile(16, 16, 16, 128, 16, 64, 8),
 }
 # Programs of each role for a batch that fills the card.
 MOST = Splits(160, 64, 12)
@@ -44,7 +45,7 @@ def tile_for(format, images, geometry):
         return TILES[format]
     Q1, Q2 = geometry.pooled
     rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in ((Q1 // 2) ** 2, Q2 * Q2, 1)]
-    return Tile(rows[0], 64, rows[1], rows[2], 128, 4)
+    return Tile(rows[0], 64, rows[1], 512, rows[2], 128, 4)
 
 
 def splits_for(format, images, geometry):
@@ -74,9 +75,10 @@ def first_convolution(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     SIDE: tl.constexpr = Q1 // 2
-    lanes, positions = tl.arange(0, 32), tl.arange(0, 4)
-    offs_k, offs_n = tl.arange(0, CHANNELS * 64), tl.arange(0, 128)
-    acc = tl.zeros((CHANNELS * 64, 128), tl.float32)
+    lanes, offs_k = tl.arange(0, 32), tl.arange(0, CHANNELS * 64)
+    # One for each pixel of a window.
+    acc0 = tl.zeros((CHANNELS * 64, 32), tl.float32)
+    acc1, acc2, acc3 = acc0, acc0, acc0
     acc_b = tl.zeros((BLOCK_M, 32), tl.float32)
     for m0 in range(split * BLOCK_M, N * (SIDE * SIDE), SPLITS * BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
@@ -99,21 +101,25 @@ def first_convolution(
         offs = offs[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]
         code = tl.load(code_ptr + offs, mask=mask[:, None], other=4)
         acc_b += tl.where(code < 4, dp, 0.0)
-        dx = tl.where(code[:, :, None] == positions[None, None, :], dp[:, :, None], 0.0)
-        dx = round_to(tl.reshape(dx, (BLOCK_M, 128)), dz_ptr.dtype.element_ty)
         x = load_patches(x_ptr, image, square, mask, offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
-        acc = tl.dot(tl.trans(x.to(OPERAND)), dx.to(OPERAND), acc, input_precision=PRECISION)
+        x = tl.trans(x.to(OPERAND))
+        dp = round_to(dp, dz_ptr.dtype.element_ty).to(OPERAND)
+        acc0 = tl.dot(x, tl.where(code == 0, dp, 0.0).to(OPERAND), acc0, input_precision=PRECISION)
+        acc1 = tl.dot(x, tl.where(code == 1, dp, 0.0).to(OPERAND), acc1, input_precision=PRECISION)
+        acc2 = tl.dot(x, tl.where(code == 2, dp, 0.0).to(OPERAND), acc2, input_precision=PRECISION)
+        acc3 = tl.dot(x, tl.where(code == 3, dp, 0.0).to(OPERAND), acc3, input_precision=PRECISION)
 
-    offs = (offs_k * 128)[:, None] + offs_n[None, :]
-    tl.store(scratch_ptr + offs, acc, mask=(offs_k < C * 64)[:, None])
+    offs, mask_k = (offs_k * 128)[:, None] + lanes[None, :], (offs_k < C * 64)[:, None]
+    tl.store(scratch_ptr + offs, acc0, mask=mask_k)
+    tl.store(scratch_ptr + offs + 32, acc1, mask=mask_k)
+    tl.store(scratch_ptr + offs + 64, acc2, mask=mask_k)
+    tl.store(scratch_ptr + offs + 96, acc3, mask=mask_k)
     tl.debug_barrier()
     for i0 in tl.static_range(0, C * 150, 256):
         i = i0 + tl.arange(0, 256)
         inside = tl.where(i < C * 150, i, 0)
-        elements = (
-            inside // 25 % C * (64 * 128) + inside // 5 % 5 * (8 * 128) + inside % 5 * 128 + inside // (25 * C) * 4
-        )
-        dw = fold(scratch_ptr, elements, 16, 16 * 128 + 64, 2 * 128 + 32, 8 * 128 + 2, 128 + 1)
+        elements = inside // 25 % C * (64 * 128) + inside // 5 % 5 * (8 * 128) + inside % 5 * 128 + inside // (25 * C)
+        dw = fold(scratch_ptr, elements, 16, 16 * 128 + 16, 2 * 128 + 8, 8 * 128 + 64, 128 + 32)
         tl.store(partial_ptr + i, dw, mask=i < C * 150)
     db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
     oc = tl.arange(0, 8)
@@ -122,40 +128,28 @@ def first_convolution(
 
 @triton.jit
 def second_convolution(
-    dz_ptr, p1_ptr, scratch_ptr, partial_ptr, split, N,
+    dz_ptr, p1_ptr, partial_ptr, part, split, N,
     SPLITS: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    # The four pixels of a window stay apart: what they share is added by the last launch.
     WINDOWS: tl.constexpr = Q2 * Q2
-    lanes = tl.arange(0, 64)
-    # The 288 pixels of a patch, as powers of two.
-    k, k_rest = tl.arange(0, 256), 256 + tl.arange(0, 32)
-    acc, acc_rest = tl.zeros((64, 256), tl.float32), tl.zeros((64, 32), tl.float32)
-    acc_b = tl.zeros((64, BLOCK_M), tl.float32)
+    lanes, k = tl.arange(0, 64), part * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc, acc_b = tl.zeros((64, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, 64), tl.float32)
     for m0 in range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
         image, window = offs_m // WINDOWS, offs_m % WINDOWS
         mask = image < N
         rows = image * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
-        dz = tl.trans(tl.load(dz_ptr + (offs_m * 64)[:, None] + lanes[None, :], mask=mask[:, None], other=0.0))
-        p = tl.load(p1_ptr + rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :], mask=mask[:, None], other=0.0)
-        acc = tl.dot(dz.to(OPERAND), p.to(OPERAND), acc, input_precision=PRECISION)
-        offs = rows[:, None] + (k_rest // 48 * (Q1 * 8) + k_rest % 48)[None, :]
-        p = tl.load(p1_ptr + offs, mask=mask[:, None], other=0.0)
-        acc_rest = tl.dot(dz.to(OPERAND), p.to(OPERAND), acc_rest, input_precision=PRECISION)
+        dz = tl.load(dz_ptr + (offs_m * 64)[:, None] + lanes[None, :], mask=mask[:, None], other=0.0)
+        offs = rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :]
+        p = tl.load(p1_ptr + offs, mask=mask[:, None] & (k < 288)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc, input_precision=PRECISION)
         acc_b += dz.to(tl.float32)
 
-    tl.store(scratch_ptr + (lanes * 288)[:, None] + k[None, :], acc)
-    tl.store(scratch_ptr + (lanes * 288)[:, None] + k_rest[None, :], acc_rest)
-    tl.debug_barrier()
-    for i0 in range(0, 2400, 512):
-        i = i0 + tl.arange(0, 512)
-        inside = tl.where(i < 2400, i, 0)
-        elements = inside // 150 * 288 + inside // 25 % 6 + inside // 5 % 5 * 48 + inside % 5 * 8
-        dw = fold(scratch_ptr, elements, 4, 0, 0, 2 * 16 * 288 + 48, 16 * 288 + 8)
-        tl.store(partial_ptr + i, dw, mask=i < 2400)
-    db = tl.sum(tl.reshape(tl.sum(acc_b, axis=1), (4, 16)), axis=0)
-    tl.store(partial_ptr + 2400 + tl.arange(0, 16), db)
+    tl.store(partial_ptr + (lanes * 288)[:, None] + k[None, :], acc, mask=(k < 288)[None, :])
+    if part == 0:
+        tl.store(partial_ptr + 64 * 288 + lanes, tl.sum(acc_b, axis=0))
 
 
 @triton.jit
@@ -206,35 +200,34 @@ def lenet_gradient_kernel(
     CLASSES: tl.constexpr, CP: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_M3: tl.constexpr,
-    BLOCK_N3: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr,
+    BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    PARTS: tl.constexpr = (288 + BLOCK_N2 - 1) // BLOCK_N2
     if pid < SPLITS1:
         first_convolution(
             x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr + pid * (C * 64 * 128),
             partial_ptr + pid * (C * 150 + 6), pid, N,
             SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, CHANNELS,
         )  # fmt: skip
-    elif pid < SPLITS1 + SPLITS2:
-        split = pid - SPLITS1
+    elif pid < SPLITS1 + SPLITS2 * PARTS:
+        split = (pid - SPLITS1) % SPLITS2
         second_convolution(
-            dz_ptr, p1_ptr, scratch_ptr + SPLITS1 * (C * 64 * 128) + split * (64 * 288),
-            partial_ptr + PARTIAL2 + split * 2416, split, N,
-            SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2,
+            dz_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (64 * 288 + 64), (pid - SPLITS1) // SPLITS2, split, N,
+            SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2,
         )  # fmt: skip
     else:
-        split = (pid - SPLITS1 - SPLITS2) % SPLITS3
+        tile, split = (pid - SPLITS1 - SPLITS2 * PARTS) // SPLITS3, (pid - SPLITS1 - SPLITS2 * PARTS) % SPLITS3
         linear(
-            acts_ptr, grads_ptr, partial_ptr + PARTIAL3 + split * ROW3, (pid - SPLITS1 - SPLITS2) // SPLITS3, split, N,
+            acts_ptr, grads_ptr, partial_ptr + PARTIAL3 + split * ROW3, tile, split, N,
             SPLITS3, F, CP, INDEX, OPERAND, PRECISION, BLOCK_M3, BLOCK_N3,
         )  # fmt: skip
 
 
 def sums(geometry, splits, device):
-    """The tensors of a launch's sums: before they are folded, and partial."""
-    scratch = splits.conv1 * geometry.channels * 64 * 128 + splits.conv2 * 64 * 288
-    sizes = scratch, splits.partials(geometry)[-1]
+    """The tensors of a launch's sums: those of the first convolution before they are folded, and the partial ones."""
+    sizes = splits.conv1 * geometry.channels * 64 * 128, splits.partials(geometry)[-1]
     return [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
 
 
@@ -244,7 +237,8 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
     hidden = 128 // tile.N3 * (1 + triton.cdiv(geometry.padded_classes, 128))
     tiles = triton.cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
-    lenet_gradient_kernel[(splits.conv1 + splits.conv2 + splits.linear * tiles,)](
+    parts = triton.cdiv(288, tile.N2)
+    lenet_gradient_kernel[(splits.conv1 + splits.conv2 * parts + splits.linear * tiles,)](
         x, packed, memory["p1"], memory["code1"], memory["acts"], memory["grads"], memory["dz"], scratch, partial,
         N,
         WD=geometry.packed[2], SPLITS1=splits.conv1, SPLITS2=splits.conv2, SPLITS3=splits.linear,
@@ -252,7 +246,7 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_M3=tile.M3, BLOCK_N3=tile.N3,
-        CHANNELS=triton.next_power_of_2(geometry.channels),
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2,
+        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3,        CHANNELS=triton.next_power_of_2(geometry.channels),
         num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip

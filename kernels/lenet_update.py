@@ -20,7 +20,7 @@ from .lenet import BLOCK, COLUMNS, NUMBERS
 LR, WEIGHT_DECAY, SIGN, KEEP1, ADD1, KEEP2, ADD2, EPS, CORRECTION1, CORRECTION2 = range(10)
 RULES = {"none": 0, "SGD": 1, "Adam": 2}
 # Partial sums that a program adds at a time.
-BLOCK_S = 4 if INTERPRETED else 32
+BLOCK_S = 8 if INTERPRETED else 32
 BLOCK_L = 1024
 
 
@@ -117,12 +117,14 @@ def lenet_update_kernel(
     if GRADIENT:
         elements = tl.load(row_ptr + 5) + a * tl.load(row_ptr + 8) + b * tl.load(row_ptr + 9)
         elements += c * tl.load(row_ptr + 10) + d * tl.load(row_ptr + 11)
-        step, splits = tl.load(row_ptr + 6), tl.load(row_ptr + 7)
+        step, terms = tl.load(row_ptr + 6), tl.load(row_ptr + 22)
+        step0, step1, count_s = tl.load(row_ptr + 23), tl.load(row_ptr + 24), tl.load(row_ptr + 7) * terms
         acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-        for s0 in range(0, splits, BLOCK_S):
+        for s0 in range(0, count_s, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
-            here = (s < splits)[:, None] & mask[None, :]
-            acc += tl.load(partial_ptr + (s * step)[:, None] + elements[None, :], mask=here, other=0.0)
+            starts = s // terms * step + s % terms // 2 * step0 + s % 2 * step1
+            here = (s < count_s)[:, None] & mask[None, :]
+            acc += tl.load(partial_ptr + starts[:, None] + elements[None, :], mask=here, other=0.0)
         loss, count = mean_factor(losses_ptr, PARTS, BLOCK_L)
         g = tl.sum(acc, axis=0) * (SCALE / count)
         if ADD:
