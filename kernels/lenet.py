@@ -163,8 +163,8 @@ def table(geometry, splits, device):
 
     A parameter's element has the digits (a, b, c, d) in the radices (-, D1, D2, D3). Columns: first block, elements,
     D1, D2, D3; the partial sums' start, step from split to split and number of splits; their steps by a, b, c, d; the
-    packed copies' start, number and steps by a, b, c, d; their steps by the four bits of a copy's number; of what a split
-    holds for an element the number of terms, and their steps by the two bits of a term's number.
+    packed copies' start, number and steps by a, b, c, d; their steps by the four bits of a copy's number; the number of
+    terms that a split holds for an element, and their steps by the two bits of a term's number.
     """
     rows = torch.zeros(16, COLUMNS, dtype=torch.int32)
     rows[:, 0] = 2**30  # no block belongs to the rows past the parameters

@@ -19,8 +19,9 @@ from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: squares and windows of a product, its depth in each layer, features of a gradient."""
+    """Blocks of a number format: most images; squares and windows of a product, its depth, features of a gradient."""
 
+    images: int
     M1: int
     K1: int
     M2: int
@@ -31,9 +32,9 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "bfloat16": Tile(128, 64, 128, 32, 64, 64, 8),
-    "tf32": Tile(128, 32, 128, 32, 32, 64, 8),
-    "ieee": Tile(32, 16, 64, 16, 16, 64, 4),
+    "bfloat16": Tile(64, 128, 64, 128, 32, 32, 64, 8),
+    "tf32": Tile(32, 128, 32, 128, 32, 32, 32, 8),
+    "ieee": Tile(32, 32, 16, 64, 16, 16, 32, 4),
 }
 
 
@@ -44,9 +45,9 @@ def tile_for(format, images, geometry):
         block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
         squares = (geometry.pooled[0] // 2) ** 2
         rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
-        return block, Tile(rows[0], 64, rows[1], 32, 128, 128, 4)
+        return block, Tile(64, rows[0], 64, rows[1], 32, 128, 128, 4)
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
-    return min(64, triton.next_power_of_2(triton.cdiv(images, 132))), tile
+    return min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132))), tile
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def first_convolution(
         image, square = offs_m // SQUARES, offs_m % SQUARES
         mask = (offs_m < BLOCK_I * SQUARES) & (i0 + image < N)
         acc = tl.zeros((BLOCK_M, 128), tl.float32)
-        for k0 in tl.static_range(0, C * 64, BLOCK_K):
+        for k0 in range(0, C * 64, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             x = load_patches(x_ptr, i0 + image, square, mask, k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
             w = tl.load(packed_ptr + (k * 128)[:, None] + offs_n[None, :])

@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 TILES = {
     "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8),
     "tf32": Tile(64, 32, 64, 128, 32, 64, 8),
-    "ieee": Tile(16, 16, 16, 128, 16, 64, 8),
+    "ieee": Tile(16, 16, 16, 64, 16, 64, 4),
 }
 # Programs of each role for a batch that fills the card.
 MOST = Splits(160, 64, 12)
@@ -57,27 +57,26 @@ def splits_for(format, images, geometry):
 
 
 @triton.jit
-def fold(
-    scratch_ptr, elements, TERMS: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr
-):
-    """The sums of TERMS values from scratch[elements] on, in steps by the bits of the term's number."""
-    term = tl.arange(0, TERMS)
-    steps = term // 8 * S0 + term // 4 % 2 * S1 + term // 2 % 2 * S2 + term % 2 * S3
-    return tl.sum(tl.load(scratch_ptr + steps[:, None] + elements[None, :]), axis=0)
+def fold(scratch_ptr, elements):
+    """Of each weight the sum over the windows r of a square and the pixels q of a window, from scratch[elements] on."""
+    term = tl.arange(0, 16)
+    y, x = term // 8 * 2 + term // 2 % 2, term // 4 % 2 * 2 + term % 2
+    starts = (y * 8 + x) * 128 + term // 2 % 2 * 64 + term % 2 * 32 + term // 4 * 8
+    return tl.sum(tl.load(scratch_ptr + starts[:, None] + elements[None, :]), axis=0)
 
 
 @triton.jit
 def first_convolution(
-    x_ptr, code_ptr, dz_ptr, wd_ptr, scratch_ptr, partial_ptr, split, N,
+    x_ptr, code_ptr, dz_ptr, wd_ptr, scratch_ptr, partial_ptr, channel, split, N,
     SPLITS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     SIDE: tl.constexpr = Q1 // 2
-    lanes, offs_k = tl.arange(0, 32), tl.arange(0, CHANNELS * 64)
+    lanes, offs_k = tl.arange(0, 32), tl.arange(0, 64)
     # One for each pixel of a window.
-    acc0 = tl.zeros((CHANNELS * 64, 32), tl.float32)
+    acc0 = tl.zeros((64, 32), tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     acc_b = tl.zeros((BLOCK_M, 32), tl.float32)
     for m0 in range(split * BLOCK_M, N * (SIDE * SIDE), SPLITS * BLOCK_M):
@@ -101,7 +100,7 @@ def first_convolution(
         offs = offs[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]
         code = tl.load(code_ptr + offs, mask=mask[:, None], other=4)
         acc_b += tl.where(code < 4, dp, 0.0)
-        x = load_patches(x_ptr, image, square, mask, offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+        x = load_patches(x_ptr, image, square, mask, channel * 64 + offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
         x = tl.trans(x.to(OPERAND))
         dp = round_to(dp, dz_ptr.dtype.element_ty).to(OPERAND)
         acc0 = tl.dot(x, tl.where(code == 0, dp, 0.0).to(OPERAND), acc0, input_precision=PRECISION)
@@ -109,21 +108,20 @@ def first_convolution(
         acc2 = tl.dot(x, tl.where(code == 2, dp, 0.0).to(OPERAND), acc2, input_precision=PRECISION)
         acc3 = tl.dot(x, tl.where(code == 3, dp, 0.0).to(OPERAND), acc3, input_precision=PRECISION)
 
-    offs, mask_k = (offs_k * 128)[:, None] + lanes[None, :], (offs_k < C * 64)[:, None]
-    tl.store(scratch_ptr + offs, acc0, mask=mask_k)
-    tl.store(scratch_ptr + offs + 32, acc1, mask=mask_k)
-    tl.store(scratch_ptr + offs + 64, acc2, mask=mask_k)
-    tl.store(scratch_ptr + offs + 96, acc3, mask=mask_k)
+    offs = (offs_k * 128)[:, None] + lanes[None, :]
+    tl.store(scratch_ptr + offs, acc0)
+    tl.store(scratch_ptr + offs + 32, acc1)
+    tl.store(scratch_ptr + offs + 64, acc2)
+    tl.store(scratch_ptr + offs + 96, acc3)
     tl.debug_barrier()
-    for i0 in tl.static_range(0, C * 150, 256):
-        i = i0 + tl.arange(0, 256)
-        inside = tl.where(i < C * 150, i, 0)
-        elements = inside // 25 % C * (64 * 128) + inside // 5 % 5 * (8 * 128) + inside % 5 * 128 + inside // (25 * C)
-        dw = fold(scratch_ptr, elements, 16, 16 * 128 + 16, 2 * 128 + 8, 8 * 128 + 64, 128 + 32)
-        tl.store(partial_ptr + i, dw, mask=i < C * 150)
-    db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
-    oc = tl.arange(0, 8)
-    tl.store(partial_ptr + C * 150 + oc, db, mask=oc < 6)
+    i = tl.arange(0, 256)
+    oc, tap = tl.where(i < 150, i // 25, 0), i % 25
+    dw = fold(scratch_ptr, tap // 5 * (8 * 128) + tap % 5 * 128 + oc)
+    tl.store(partial_ptr + oc * (25 * C) + channel * 25 + tap, dw, mask=i < 150)
+    if channel == 0:
+        db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
+        filters = tl.arange(0, 8)
+        tl.store(partial_ptr + C * 150 + filters, db, mask=filters < 6)
 
 
 @triton.jit
@@ -201,24 +199,27 @@ def lenet_gradient_kernel(
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr,
-    BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     PARTS: tl.constexpr = (288 + BLOCK_N2 - 1) // BLOCK_N2
-    if pid < SPLITS1:
+    if pid < SPLITS1 * C:
+        split = pid % SPLITS1
         first_convolution(
-            x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr + pid * (C * 64 * 128),
-            partial_ptr + pid * (C * 150 + 6), pid, N,
-            SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, CHANNELS,
+            x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr + pid * (64 * 128),
+            partial_ptr + split * (C * 150 + 6), pid // SPLITS1, split, N,
+            SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1,
         )  # fmt: skip
-    elif pid < SPLITS1 + SPLITS2 * PARTS:
-        split = (pid - SPLITS1) % SPLITS2
+    elif pid < SPLITS1 * C + SPLITS2 * PARTS:
+        pid -= SPLITS1 * C
+        split = pid % SPLITS2
         second_convolution(
-            dz_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (64 * 288 + 64), (pid - SPLITS1) // SPLITS2, split, N,
+            dz_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (64 * 288 + 64), pid // SPLITS2, split, N,
             SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2,
         )  # fmt: skip
     else:
-        tile, split = (pid - SPLITS1 - SPLITS2 * PARTS) // SPLITS3, (pid - SPLITS1 - SPLITS2 * PARTS) % SPLITS3
+        pid -= SPLITS1 * C + SPLITS2 * PARTS
+        tile, split = pid // SPLITS3, pid % SPLITS3
         linear(
             acts_ptr, grads_ptr, partial_ptr + PARTIAL3 + split * ROW3, tile, split, N,
             SPLITS3, F, CP, INDEX, OPERAND, PRECISION, BLOCK_M3, BLOCK_N3,
@@ -238,7 +239,7 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
     tiles = triton.cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
     parts = triton.cdiv(288, tile.N2)
-    lenet_gradient_kernel[(splits.conv1 + splits.conv2 * parts + splits.linear * tiles,)](
+    lenet_gradient_kernel[(splits.conv1 * geometry.channels + splits.conv2 * parts + splits.linear * tiles,)](
         x, packed, memory["p1"], memory["code1"], memory["acts"], memory["grads"], memory["dz"], scratch, partial,
         N,
         WD=geometry.packed[2], SPLITS1=splits.conv1, SPLITS2=splits.conv2, SPLITS3=splits.linear,
@@ -247,6 +248,5 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
         BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2,
-        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3,        CHANNELS=triton.next_power_of_2(geometry.channels),
-        num_warps=tile.num_warps, num_stages=1, **OPTIONS,
+        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3,        num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip

@@ -21,7 +21,7 @@ LR, WEIGHT_DECAY, SIGN, KEEP1, ADD1, KEEP2, ADD2, EPS, CORRECTION1, CORRECTION2 
 RULES = {"none": 0, "SGD": 1, "Adam": 2}
 # Partial sums that a program adds at a time.
 BLOCK_S = 8 if INTERPRETED else 32
-BLOCK_L = 1024
+BLOCK_L = 256
 
 
 @triton.jit
@@ -88,9 +88,9 @@ def pack(w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD: tl.constexpr):
         qy, qx, ry, rx = copy // 8, copy // 4 % 2, copy // 2 % 2, copy % 2
         y, x = (qy - ry)[:, None] + c[None, :], (qx - rx)[:, None] + d[None, :]
         meet = mask[None, :] & (y >= 0) & (y % 2 == 0) & (x >= 0) & (x % 2 == 0)
-        offs = (y // 2 * 3 + x // 2) * (64 * 32) + (a * 32 + b)[None, :]
-        offs += ((qy * 2 + qx) * (16 * 32) + (ry * 2 + rx) * 8)[:, None]
-        tl.store(packed_ptr + WD + offs, value, mask=meet)
+        places = (y // 2 * 3 + x // 2) * (64 * 32) + (a * 32 + b)[None, :]
+        places += ((qy * 2 + qx) * (16 * 32) + (ry * 2 + rx) * 8)[:, None]
+        tl.store(packed_ptr + WD + places, value, mask=meet)
 
 
 @triton.jit(do_not_specialize=["PARTS"])
