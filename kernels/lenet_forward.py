@@ -207,7 +207,8 @@ def loss_and_gradient(
     for c0 in range(0, CP, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (c < CLASSES)[None, :]
-        y = tl.load(logits_ptr + (n * CLASSES)[:, None] + c[None, :], mask=mask, other=float("-inf"))
+        y = tl.load(logits_ptr + (n * CLASSES)[:, None] + c[None, :], mask=mask, other=0.0)
+        y = tl.where((c < CLASSES)[None, :], y, float("-inf"))
         new = tl.maximum(largest, tl.max(y, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)
         sum_exp = sum_exp * tl.exp(largest - base) + tl.sum(tl.exp(y - base[:, None]), axis=1)
@@ -220,7 +221,7 @@ def loss_and_gradient(
     for c0 in range(0, CP, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (c < CLASSES)[None, :]
-        y = tl.load(logits_ptr + (n * CLASSES)[:, None] + c[None, :], mask=mask, other=float("-inf"))
+        y = tl.load(logits_ptr + (n * CLASSES)[:, None] + c[None, :], mask=mask, other=0.0)
         dy = tl.exp(y - lse[:, None]) - (c[None, :] == target[:, None]).to(tl.float32)
         dy = tl.where(kept[:, None], tl.where(valid[:, None], dy, float("nan")), 0.0)
         dy = tl.where((c < CLASSES)[None, :], dy, 0.0)

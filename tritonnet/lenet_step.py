@@ -72,15 +72,18 @@ class Moments:
         self.buffers = [torch.zeros_like(weights.flat) for _ in self.names]
         self.views = list(zip(*map(weights.split, self.buffers))) if self.names else [()] * len(weights.parameters)
         self.counts = [0] * len(weights.parameters)
-        self.steps = [None] * len(weights.parameters)
+        self.steps, self.versions = [None] * len(weights.parameters), [0] * len(weights.parameters)
 
     def load(self):
         """Take over what was loaded into the optimiser or computed by it since the last step."""
         for i, p in enumerate(self.weights.parameters):
             # Without asking for it a state comes into being.
             state = self.optimizer.state[p] if p in self.optimizer.state else {}
-            if self.has_step and (step := state.get("step")) is not self.steps[i]:
-                self.steps[i], self.counts[i] = step, 0 if step is None else int(step)
+            if self.has_step:
+                step = state.get("step")
+                # By its version: on a GPU its value would have to be waited for.
+                if step is not self.steps[i] or step is not None and step._version != self.versions[i]:
+                    self.steps[i], self.counts[i] = step, 0 if step is None else int(step)
             for name, view in zip(self.names, self.views[i]):
                 value = state.get(name)
                 if value is None:
@@ -104,6 +107,7 @@ class Moments:
                 self.steps[i] = state["step"] = torch.tensor(0.0, **at)
         if self.has_step:
             torch._foreach_add_(self.steps, 1)
+            self.versions = [step._version for step in self.steps]
 
     def numbers(self, groups, rule):
         """The kernel's numbers for each parameter, for the update after `counts` of them."""
