@@ -41,6 +41,8 @@ TILES = {
 def tile_for(format, images, geometry):
     """(images a program, Tile) for a batch of so many images."""
     tile = TILES[format]
+    if geometry.channels > 1:
+        tile = tile._replace(M1=min(tile.M1, 64))  # sums over three channels stay longer in registers
     if INTERPRETED:
         block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
         squares = (geometry.pooled[0] // 2) ** 2
@@ -65,18 +67,18 @@ def load_patches(
     dy, dx = k // 8 % 8, k % 8
     rows = image * (C * SIDE * SIDE) + (top - FRAME) * SIDE + left - FRAME
     offs = rows[:, None] + (k // 64 * (SIDE * SIDE) + dy * SIDE + dx)[None, :]
-    inside = mask[:, None] & (k < C * 64)[None, :]
+    inside = mask[:, None]
     if PAD + FRAME > 0:
         ih, iw = top[:, None] + dy[None, :], left[:, None] + dx[None, :]
         framed = inside & (ih >= 0) & (ih < SIZE) & (iw >= 0) & (iw < SIZE)
         inside = inside & (ih >= FRAME) & (ih < SIZE - FRAME) & (iw >= FRAME) & (iw < SIZE - FRAME)
-    else:
-        framed = inside
     x = tl.load(x_ptr + offs, mask=inside, other=0)
     if x_ptr.dtype.element_ty == tl.uint8:
-        return tl.where(framed, x.to(tl.float32) * SCALE + SHIFT, 0.0)
-    else:
-        return x
+        x = x.to(tl.float32) * SCALE + SHIFT
+        # Only where the convolution pads is there anything outside the frame.
+        if PAD > 0:
+            x = tl.where(framed, x, 0.0)
+    return x
 
 
 @triton.jit

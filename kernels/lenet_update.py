@@ -174,5 +174,5 @@ def update(
         SCALE=scale, GRADIENT=gradient, ADD=add, KEEP=grad is not None,
         RULE=RULES[rule], MOMENTUM=momentum, NESTEROV=nesterov, DECOUPLED=decoupled, AMSGRAD=len(moments) == 3,
         WD=geometry.packed[2], COLUMNS=COLUMNS, NUMBERS=NUMBERS,
-        BLOCK=BLOCK, BLOCK_S=BLOCK_S, BLOCK_L=BLOCK_L, num_warps=4, **OPTIONS,
+        BLOCK=BLOCK, BLOCK_S=BLOCK_S, BLOCK_L=BLOCK_L, num_warps=8, **OPTIONS,
     )  # fmt: skip
