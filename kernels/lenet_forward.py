@@ -31,23 +31,31 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+# By whether it is for training; read off machine code (no register spills) and not yet timed.
 TILES = {
-    "bfloat16": Tile(64, 128, 64, 128, 32, 32, 64, 8),
-    "tf32": Tile(32, 128, 32, 128, 32, 32, 32, 8),
-    "ieee": Tile(32, 32, 16, 64, 16, 16, 32, 4),
+    True: {
+        "bfloat16": Tile(32, 128, 64, 128, 32, 32, 64, 8),
+        "tf32": Tile(32, 128, 32, 128, 32, 32, 32, 8),
+        "ieee": Tile(16, 32, 16, 64, 16, 16, 32, 4),
+    },
+    False: {
+        "bfloat16": Tile(64, 128, 64, 128, 32, 32, 64, 8),
+        "tf32": Tile(16, 128, 32, 128, 32, 32, 32, 8),
+        "ieee": Tile(16, 32, 16, 64, 16, 16, 32, 4),
+    },
 }
 
 
-def tile_for(format, images, geometry):
+def tile_for(format, images, geometry, train):
     """(images a program, Tile) for a batch of so many images."""
-    tile = TILES[format]
-    if geometry.channels > 1:
-        tile = tile._replace(M1=min(tile.M1, 64))  # sums over three channels stay longer in registers
+    tile = TILES[train][format]
     if INTERPRETED:
         block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
         squares = (geometry.pooled[0] // 2) ** 2
         rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
         return block, Tile(64, rows[0], 64, rows[1], 32, 128, 128, 4)
+    if geometry.channels > 1:
+        tile = tile._replace(M1=min(tile.M1, 64))  # sums over three channels stay longer in registers
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
     return min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132))), tile
 
@@ -330,7 +338,7 @@ def activations(N, geometry, format, device, train):
     """The tensors that the launches leave to each other for N images: p1, code1, acts, code2, grads, dz, loss."""
     (Q1, _), F = geometry.pooled, geometry.features
     dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
-    block, _ = tile_for(format, N, geometry)
+    block, _ = tile_for(format, N, geometry, train)
 
     def new(*size, dtype=dtype):
         return torch.empty(size, dtype=dtype, device=device)
@@ -355,7 +363,7 @@ def inference_programs(N, block):
 def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, ignore_index=-100):
     """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes); with a target all of `memory` is filled."""
     N, train = x.shape[0], target is not None
-    block, tile = tile_for(format, N, geometry)
+    block, tile = tile_for(format, N, geometry, train)
     programs = triton.cdiv(N, block) if train else inference_programs(N, block)
     p1, acts = memory["p1"], memory["acts"]
     # Pointers that inference never follows.

@@ -31,9 +31,10 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+# Read off machine code (no register spills) and not yet timed.
 TILES = {
     "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8),
-    "tf32": Tile(64, 32, 64, 128, 32, 64, 8),
+    "tf32": Tile(32, 32, 64, 128, 32, 64, 8),
     "ieee": Tile(16, 16, 16, 64, 16, 64, 4),
 }
 # Programs of each role for a batch that fills the card.
@@ -87,14 +88,15 @@ def first_convolution(
 
         # Nine windows of the second convolution reach the square.
         dp = tl.zeros((BLOCK_M, 32), tl.float32)
-        for k0 in range(0, 576, BLOCK_K):
-            j, k = k0 // 64, k0 % 64 + tl.arange(0, BLOCK_K)
+        for j in range(0, 9):
             above, left = row - j // 3, column - j % 3
             inside = mask & (above >= 0) & (above < Q2) & (left >= 0) & (left < Q2)
             offs = ((image * Q2 + above) * Q2 + left) * 64
-            dz = tl.load(dz_ptr + offs[:, None] + k[None, :], mask=inside[:, None], other=0.0)
-            w = tl.load(wd_ptr + ((j * 64 + k) * 32)[:, None] + lanes[None, :])
-            dp = tl.dot(dz.to(OPERAND), w.to(OPERAND), dp, input_precision=PRECISION)
+            for k0 in tl.static_range(0, 64, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                dz = tl.load(dz_ptr + offs[:, None] + k[None, :], mask=inside[:, None], other=0.0)
+                w = tl.load(wd_ptr + (j * (64 * 32) + k * 32)[:, None] + lanes[None, :])
+                dp = tl.dot(dz.to(OPERAND), w.to(OPERAND), dp, input_precision=PRECISION)
 
         offs = image * (Q1 * Q1 * 8) + row * (Q1 * 16) + column * 16
         offs = offs[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]

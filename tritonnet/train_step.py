@@ -130,7 +130,9 @@ class TrainStep:
     def _use_operators(self, reason):
         self.path, self.reason = "operators", reason
         self._say()
-        fuse(convert(self.model), self._report)
+        convert(self.model)
+        if type(self.model) is not LeNet:  # whose layers are fused
+            fuse(self.model, self._report)
         self._step = Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate)
 
     def _say(self):
