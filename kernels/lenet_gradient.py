@@ -8,11 +8,13 @@ Programs take roles by number: first those of the first convolution, then those 
 linears. Each keeps its sum in registers and writes it once.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.driver import driver
 
 from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
 from .lenet import Splits
@@ -34,16 +36,25 @@ class Tile(NamedTuple):
 # Read off machine code (no register spills) and not yet timed.
 TILES = {
     "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8),
-    "tf32": Tile(32, 32, 64, 128, 32, 64, 8),
+    "tf32": Tile(64, 32, 64, 128, 32, 64, 8),
     "ieee": Tile(16, 16, 16, 64, 16, 64, 4),
 }
 # Programs of each role for a batch that fills the card.
 MOST = Splits(160, 64, 12)
 
 
+@functools.cache
+def lanes():
+    """Of a warp: AMD's waves have 64."""
+    return driver.active.get_current_target().warp_size
+
+
 def tile_for(format, images, geometry):
+    """The Tile for a batch of so many images."""
     if not INTERPRETED:
-        return TILES[format]
+        tile = TILES[format]
+        # Fewer warps of more lanes have fewer registers a lane.
+        return tile._replace(M1=32) if format == "tf32" and lanes() == 64 else tile
     Q1, Q2 = geometry.pooled
     rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in ((Q1 // 2) ** 2, Q2 * Q2, 1)]
     return Tile(rows[0], 64, rows[1], 512, rows[2], 128, 4)
