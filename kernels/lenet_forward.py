@@ -35,13 +35,13 @@ class Tile(NamedTuple):
 TILES = {
     True: {
         "bfloat16": Tile(32, 128, 64, 128, 32, 32, 64, 8),
-        "tf32": Tile(32, 128, 32, 128, 32, 32, 32, 8),
+        "tf32": Tile(32, 128, 32, 64, 32, 32, 32, 8),
         "ieee": Tile(16, 32, 16, 64, 16, 16, 32, 4),
     },
     False: {
         "bfloat16": Tile(64, 128, 64, 128, 32, 32, 64, 8),
         "tf32": Tile(16, 128, 32, 128, 32, 32, 32, 8),
-        "ieee": Tile(16, 32, 16, 64, 16, 16, 32, 4),
+        "ieee": Tile(16, 64, 16, 64, 16, 16, 32, 8),
     },
 }
 
@@ -55,7 +55,8 @@ def tile_for(format, images, geometry, train):
         rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
         return block, Tile(64, rows[0], 64, rows[1], 32, 128, 128, 4)
     if geometry.channels > 1:
-        tile = tile._replace(M1=min(tile.M1, 64))  # sums over three channels stay longer in registers
+        # Sums over three channels stay in registers for longer.
+        tile = tile._replace(M1=min(tile.M1, 64), K=64 if format == "bfloat16" else tile.K)
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
     return min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132))), tile
 
