@@ -31,7 +31,7 @@ import triton
 from ._common import INTERPRETED
 
 # Elements of the flat buffer that one program updates; the interpreter's time goes by the program.
-BLOCK = 16384 if INTERPRETED else 64
+BLOCK = 16384 if INTERPRETED else 128
 # Columns of the table that says where a parameter's gradient lies and where its packed copies go.
 COLUMNS = 32
 # Columns of the optimiser's numbers for each parameter.

@@ -20,7 +20,7 @@ from .lenet import BLOCK, COLUMNS, NUMBERS
 LR, WEIGHT_DECAY, SIGN, KEEP1, ADD1, KEEP2, ADD2, EPS, CORRECTION1, CORRECTION2 = range(10)
 RULES = {"none": 0, "SGD": 1, "Adam": 2}
 # Partial sums that a program adds at a time.
-BLOCK_S = 8 if INTERPRETED else 32
+BLOCK_S = 8 if INTERPRETED else 16
 BLOCK_L = 256
 
 
@@ -174,5 +174,5 @@ def update(
         SCALE=scale, GRADIENT=gradient, ADD=add, KEEP=grad is not None,
         RULE=RULES[rule], MOMENTUM=momentum, NESTEROV=nesterov, DECOUPLED=decoupled, AMSGRAD=len(moments) == 3,
         WD=geometry.packed[2], COLUMNS=COLUMNS, NUMBERS=NUMBERS,
-        BLOCK=BLOCK, BLOCK_S=BLOCK_S, BLOCK_L=BLOCK_L, num_warps=8, **OPTIONS,
+        BLOCK=BLOCK, BLOCK_S=BLOCK_S, BLOCK_L=BLOCK_L, num_warps=4, **OPTIONS,
     )  # fmt: skip

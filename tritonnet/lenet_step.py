@@ -194,8 +194,8 @@ class ThreeLaunches:
     def __call__(self, images, labels):
         self._check_batch(images, labels)
         rule, groups = rule_of(self.optimizer, self.parameters)
-        if any(p.device != self.device for p in self.parameters):
-            raise NotServed(f"the model has moved from {self.device} since the step was built")
+        if any(p.device != self.device or p.dtype != torch.float32 or not p.requires_grad for p in self.parameters):
+            raise NotServed(f"parameters have been frozen or moved from float32 on {self.device}")
         if rule != self.rule:
             self.rule, self.moments, self._batches = rule, Moments(self.weights, self.optimizer, rule), {}
         turn, self._calls = self._calls % self.accumulate, self._calls + 1
@@ -302,8 +302,9 @@ class ThreeLaunches:
 
     def _look_for_trouble(self):
         """Ask now and then, without waiting, whether a loss was not finite; on the CPU there is nothing to wait for."""
-        if self.device.type == "cpu":
-            self.check()
+        if self.device.type != "cuda":
+            if self.device.type == "cpu" or self._calls % LOOK_EVERY == 0:
+                self.check()
         elif self._look is None and self._calls % LOOK_EVERY == 0:
             seen, event = torch.empty(2, dtype=torch.int32, pin_memory=True), torch.cuda.Event()
             seen.copy_(self.trouble, non_blocking=True)
