@@ -106,6 +106,7 @@ class Moments:
                 at = {"device": p.device, "dtype": torch.float32} if groups[i].get("fused") else {}
                 self.steps[i] = state["step"] = torch.tensor(0.0, **at)
         if self.has_step:
+            # In one call, as torch's optimisers do it.
             torch._foreach_add_(self.steps, 1)
             self.versions = [step._version for step in self.steps]
 

@@ -116,16 +116,17 @@ class TrainStep:
         else:
             self._say()
 
-    def _three_launches(self):
+    def _check_backend(self):
         p = next(self.model.parameters(), None)
         if launchers is None or p is None or implementation(p) is not launchers:
             raise NotServed("the backend is the reference")
+
+    def _three_launches(self):
+        self._check_backend()
         is_lenet = type(self.model) is LeNet
         layers = self.model.layers if is_lenet else find_layers(self.model)
         pixels = self.model.pixels if is_lenet else None
-        return ThreeLaunches(
-            self.model, layers, self.loss, self.optimizer, pixels, self.precision, self.accumulate
-        )  # fmt: skip
+        return ThreeLaunches(self.model, layers, self.loss, self.optimizer, pixels, self.precision, self.accumulate)
 
     def _use_operators(self, reason):
         self.path, self.reason = "operators", reason
@@ -155,16 +156,12 @@ class TrainStep:
                 label that is no class counts as that too, on the three launches.
             TypeError, ValueError: images or labels are not of the kinds above.
         """
-        if self.path == "three launches" and implementation(next(self.model.parameters())) is launchers:
+        if self.path == "three launches":
             try:
+                self._check_backend()
                 return self._step(images, labels)
             except NotServed as e:
-                reason = str(e)
-        elif self.path == "three launches":
-            reason = "the backend is the reference"
-        else:
-            return self._step(images, labels)
-        self._use_operators(reason)
+                self._use_operators(str(e))
         return self._step(images, labels)
 
     def check(self):
