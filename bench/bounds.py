@@ -119,8 +119,35 @@ def _scatter(a):
     return 0, [_cdiv(a.KH, a.STEP_H), _cdiv(a.KW, a.STEP_W)], 0
 
 
-# By kernel: turns of the loop with the products, turns of the other loops from the outermost in, and multiply-adds of
-# the whole launch. A kernel that is not here has no loop.
+def _lenet_forward(a):
+    # One loop after the other, as the machine code has them: short ones are unrolled, sums of float32 are not.
+    ieee, squares, windows = a.PRECISION == "ieee", (a.Q1 // 2) ** 2, a.Q2**2
+    groups = _cdiv(a.N, a.BLOCK_I)
+    turns = [] if a.TRAIN else [groups / a.programs]
+    turns += [_cdiv(a.BLOCK_I * squares, a.BLOCK_M1)] + [a.C * 64 / a.BLOCK_K1] * (a.C * 64 > a.BLOCK_K1)
+    turns += [_cdiv(a.BLOCK_I * windows, a.BLOCK_M2)]
+    unrolled = not ieee and a.TRAIN == (a.packed_ptr.element_size() == 4)
+    turns += [] if unrolled else [288 / a.BLOCK_K2]
+    turns += [_cdiv(a.F, a.BLOCK_K)] + [128 / a.BLOCK_K] * ieee
+    if a.TRAIN:
+        turns += [128 / a.BLOCK_K] * ieee + [_cdiv(a.F, a.BLOCK_F)] + [128 / a.BLOCK_K] * ieee
+    convolutions = 6 * 25 * a.C * 4 * a.Q1**2 + 16 * 150 * 4 * windows
+    linears = 120 * a.F + 84 * 120 + a.CLASSES * 84
+    return None, turns, a.N * (convolutions + linears * (2 if a.TRAIN else 1))
+
+
+def _lenet_gradient(a):
+    # Programs of one role do not turn the loops of another: each takes its share on average.
+    squares, windows, tiles = (a.Q1 // 2) ** 2, a.Q2**2, _cdiv(a.F, a.BLOCK_N3) + 256 // a.BLOCK_N3
+    first, second = _cdiv(a.N * squares, a.BLOCK_M1) * a.C, _cdiv(a.N * windows, a.BLOCK_M2) * _cdiv(288, a.BLOCK_N2)
+    turns = [first] + [9 * a.programs] * (a.PRECISION == "ieee") + [second, _cdiv(a.N, a.BLOCK_M3) * tiles]
+    # Through the largest pixels alone.
+    products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84
+    return None, [n / a.programs for n in turns], a.N * products
+
+
+# By kernel: turns of the loop with the products (None where several have some, all of them among the others), turns of
+# the other loops from the outermost in, and multiply-adds of the whole launch. A kernel that is not here has no loop.
 MODEL = {
     "conv2d_forward_kernel": _forward,
     "conv2d_relu_max_pool2d_forward_kernel": _forward_pooled,
@@ -130,6 +157,8 @@ MODEL = {
     "conv2d_weight_grad_kernel": _weight_grad,
     "conv2d_relu_max_pool2d_input_grad_kernel": _input_grad_pooled,
     "conv2d_relu_max_pool2d_weight_grad_kernel": _weight_grad_pooled,
+    "lenet_forward_kernel": _lenet_forward,
+    "lenet_gradient_kernel": _lenet_gradient,
     "linear_forward_kernel": _linear,
     "linear_weight_grad_kernel": _linear_weight_grad,
     "linear_chain_forward_kernel": _chain_forward,
@@ -145,7 +174,7 @@ def bounds(kernel, launch, instructions, format):
     """Microseconds by what sets them: the machine code's instructions, L1 and matrix units; arithmetic; memory."""
     main_turns, other_turns, products = MODEL.get(kernel, lambda a: (0, [], 0))(launch)
     weights = [1.0] * len(instructions)
-    main = sass.main_loop(instructions) if products else None
+    main = sass.main_loop(instructions) if products and main_turns is not None else None
     others = sorted(loop for loop in sass.loops(instructions) if loop != main)
     # The compiler may have unrolled loops, of a nest the inner ones.
     turns = [(main, main_turns)] if main else []

@@ -16,7 +16,17 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
-from tritonnet.kernels import _common, conv2d, launchers, linear_chain
+from tritonnet.kernels import (
+    _common,
+    conv2d,
+    launchers,
+    lenet,
+    lenet_forward,
+    lenet_gradient,
+    lenet_update,
+    linear,
+    linear_chain,
+)
 from tritonnet.kernels import shapes as kernel_shapes
 
 from . import FORMATS, TARGETS, amdgcn, sass
@@ -105,6 +115,40 @@ class Calls:
         if keep and weight_grad:
             launchers.linear_chain_weight_grad(y, dz, x, hidden, widths[1:-1], True)
 
+    def lenet(self, n, channels=1, classes=10, raw=False):
+        """The three launches of a training step of n images and the one of inference, where there are some."""
+        format = "bfloat16" if self.dtype == torch.bfloat16 else linear.precision()
+        geometry = lenet.Geometry(channels, 32, 0, classes)
+        pixels = lenet_forward.Pixels(2, 0.01, -0.4) if raw else lenet_forward.Pixels()
+        side = 28 if raw else 32
+        x = torch.empty(n, channels, side, side, dtype=torch.uint8 if raw else torch.float32)
+        flat, moments = torch.empty(geometry.flat[-1]), [torch.empty(geometry.flat[-1]) for _ in range(2)]
+        packed = torch.empty(geometry.packed[-1], dtype=self.dtype)
+        net = geometry, format, pixels
+        splits = lenet_gradient.splits_for(format, n, geometry)
+        memory = lenet_forward.activations(n, geometry, format, "cpu", train=True)
+        scratch, partial = lenet_gradient.sums(geometry, splits, "cpu")
+        table, numbers = torch.empty(16, lenet.COLUMNS, dtype=torch.int32), torch.empty(10, lenet.NUMBERS)
+        trouble = torch.empty(2, dtype=torch.int32)
+        lenet_forward.forward(x, torch.empty(n, dtype=torch.int64), flat, packed, *net, memory, memory["logits"])
+        lenet_gradient.gradients(x, packed, *net, memory, splits, scratch, partial)
+        lenet_update.update(
+            flat, packed, geometry, table, numbers, partial, memory["loss"], torch.empty(()), trouble,
+            moments=moments, rule="Adam", decoupled=True,
+        )  # fmt: skip
+
+    def lenet_inference(self, n, channels=1, classes=10, raw=False):
+        """The whole forward."""
+        format = "bfloat16" if self.dtype == torch.bfloat16 else linear.precision()
+        geometry = lenet.Geometry(channels, 32, 0, classes)
+        pixels = lenet_forward.Pixels(2, 0.01, -0.4) if raw else lenet_forward.Pixels()
+        side = 28 if raw else 32
+        x = torch.empty(n, channels, side, side, dtype=torch.uint8 if raw else torch.float32)
+        flat, packed = torch.empty(geometry.flat[-1]), torch.empty(geometry.packed[-1], dtype=self.dtype)
+        memory = lenet_forward.activations(n, geometry, format, "cpu", train=False)
+        logits = torch.empty(n, classes, dtype=self.dtype)
+        lenet_forward.forward(x, None, flat, packed, geometry, format, pixels, memory, logits)
+
     def rectified(self):
         """The products that end in a rectifier."""
         geometry = (1, 1), (1,) * 4, (1, 1)
@@ -142,6 +186,8 @@ def shapes(c):
     yield "LeNet fc3", lambda: c.linear(1024, 84, 10)
     # What a program of the weights' gradient runs depends on its layer: there is no one bound.
     yield "LeNet head", lambda: c.chain(1024, 400, 120, 84, 10, weight_grad=False)
+    yield "LeNet step", lambda: c.lenet(1024)
+    yield "LeNet inference", lambda: c.lenet_inference(1024)
     yield "ResNet 7x7/2, 3 to 64", lambda: c.conv(64, 3, 224, 64, 7, stride=2)
     yield "ResNet pool 3x3/2", lambda: c.pool((64, 64, 112, 112), 3, 2, 1, True, all=False)
     yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
@@ -200,6 +246,11 @@ def coverage(c, format):
     yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
+    if c.dtype in (torch.bfloat16, torch.float32):
+        # Blocks of images grow with the batch: this one fills them.
+        yield "LeNet step of colours", lambda: c.lenet(2**14, channels=3, classes=1000)
+        yield "LeNet step of bytes", lambda: c.lenet(2**14, raw=True)
+        yield "LeNet inference of bytes", lambda: c.lenet_inference(2**14, raw=True)
 
 
 def switches(c):

@@ -11,6 +11,9 @@ from . import conv2d_pool_patch as _conv2d_pool_patch
 from . import cross_entropy as _cross_entropy
 from . import depthwise as _depthwise
 from . import layered, shapes
+from . import lenet_forward as _lenet_forward
+from . import lenet_gradient as _lenet_gradient
+from . import lenet_update as _lenet_update
 from . import linear as _linear
 from . import linear_chain as _linear_chain
 from . import max_pool2d as _max_pool2d
@@ -105,7 +108,7 @@ def linear_chain_weight_grad(dy, dz, x, hidden, widths, with_bias):
 
 _MODULES = (
     _conv2d, _conv2d_pool, _conv2d_pool_grad, _conv2d_pool_lanes, _conv2d_pool_patch, _cross_entropy, _depthwise,
-    _linear, _linear_chain, _max_pool2d, _padding, _reduce, _relu,
+    _lenet_forward, _lenet_gradient, _lenet_update, _linear, _linear_chain, _max_pool2d, _padding, _reduce, _relu,
 )  # fmt: skip
 KERNELS = [kernel for module in _MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")]
 """Every kernel that can be launched; the other jit functions are parts of these."""

@@ -11,8 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-from filelock import FileLock
+
+# The suite is spread over the cores by processes (pytest -n auto), not by threads; read when numpy loads its library.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 # bench is never installed, and in a bare clone tritonnet is not either.
 ROOT = Path(__file__).parents[1]
@@ -44,8 +48,7 @@ if DEVICE == "cpu":
     memory.watch.install()
 
 
-# The suite is spread over the cores by processes (pytest -n auto), not by threads.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # for the same reason
 
 
 def pytest_collection_modifyitems(items):
@@ -60,8 +63,13 @@ def device():
 
 @pytest.fixture(autouse=True)
 def fresh_start():
-    """Fixed seed; results that were never written are NaN, and operators that are not deterministic raise."""
+    """Fixed seed; results that were never written are NaN, and operators that are not deterministic raise.
+
+    float32 products are taken as torch takes them by default, whatever an earlier test has asked for.
+    """
     torch.manual_seed(0)
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

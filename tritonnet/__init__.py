@@ -12,6 +12,7 @@ from .conversion import convert, revert
 from .dispatch import backend, count_launches
 from .fusion import fuse
 from .lenet import LeNet
+from .train_step import TrainStep
 
 __version__ = "0.1.0"
-__all__ = ["LeNet", "__version__", "backend", "convert", "count_launches", "fuse", "nn", "revert"]
+__all__ = ["LeNet", "TrainStep", "__version__", "backend", "convert", "count_launches", "fuse", "nn", "revert"]

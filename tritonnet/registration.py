@@ -39,6 +39,11 @@ def register_operator(schema, fake, run):
     return getattr(torch.ops.tritonnet, name).default
 
 
+def transforms_are_active():
+    """Whether torch.func's transforms stand between the caller and real tensors."""
+    return _are_functorch_transforms_active()
+
+
 def register_autograd(operator):
     """Class decorator: make an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule."""
 

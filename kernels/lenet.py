@@ -1,0 +1,173 @@
+"""How LeNet lies in memory for its three launches: parameters, their packed copies, activations and partial sums.
+
+With C channels, S = SIZE + 2 * PAD pixels, Q1 = (S - 4) / 2, Q2 = (Q1 - 4) / 2 and F = 16 * Q2 * Q2 features:
+
+    flat     every parameter in float32, one after the other, each from a whole block on
+    packed   the weights as the products read them, in the number format of the products:
+      W1[c * 64 + dy * 8 + dx, q * 32 + r * 8 + oc] = conv1[oc, c, dy - 2 * ry - qy, dx - 2 * rx - qx]
+      W2[dy * 48 + dx * 8 + c, q * 16 + oc]         = conv2[oc, c, dy - qy, dx - qx]
+      WD[j * 64 + q * 16 + oc, r * 8 + c]           = conv2[oc, c, 2 * jy + ry - qy, 2 * jx + rx - qx]
+      W3[p * 16 + oc, n] = fc1[n, oc * Q2 * Q2 + p],  W4[k, n] = fc2[n, k],  W5[k, n] = fc3[n, k]
+
+The four pixels q = 2 * qy + qx of a pooling window are columns of one product, so that one patch of pixels is read for
+all of them; in the first convolution the four windows r = 2 * ry + rx of a square are too. Entries that no weight
+reaches are 0 and stay so. WD is for the gradient of the second convolution's input: j = 3 * jy + jx counts the windows
+that reach a square of its pixels.
+
+    p1   (N, Q1, Q1, 8)         pooled result of the first convolution, two channels of padding
+    acts (N, F + 256)           p2, pixels before channels; the results of fc1 and fc2, padded to 128 each
+    dz   (N, Q2, Q2, 4, 16)     the gradient of the second convolution's result: that of p2 at the pixel of its code
+    grads (N, 256 + CP)         of the results of fc1, fc2 and fc3, the classes padded to CP
+    code1, code2                which pixel of its window was the largest, and 4 where it was not above 0
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ._common import INTERPRETED
+
+# Elements of the flat buffer that one program updates; the interpreter's time goes by the program.
+BLOCK = 16384 if INTERPRETED else 128
+# Columns of the table that says where a parameter's gradient lies and where its packed copies go.
+COLUMNS = 32
+# Columns of the optimiser's numbers for each parameter.
+NUMBERS = 16
+
+
+class Geometry(NamedTuple):
+    """A LeNet for (channels, size, size) images whose first convolution pads by `padding`."""
+
+    channels: int
+    size: int
+    padding: int
+    classes: int
+
+    @property
+    def pooled(self):
+        """(Q1, Q2): pixels a side after each pooling."""
+        first = (self.size + 2 * self.padding - 4) // 2
+        return first, (first - 4) // 2
+
+    @property
+    def features(self):
+        return 16 * self.pooled[1] ** 2
+
+    @property
+    def block_classes(self):
+        return min(128, max(16, triton.next_power_of_2(self.classes)))
+
+    @property
+    def padded_classes(self):
+        return triton.cdiv(self.classes, self.block_classes) * self.block_classes
+
+    @property
+    def shapes(self):
+        """Of the parameters, in the order of the module's."""
+        C, F = self.channels, self.features
+        weights = (6, C, 5, 5), (16, 6, 5, 5), (120, F), (84, 120), (self.classes, 84)
+        return [shape for weight in weights for shape in (weight, weight[:1])]
+
+    @property
+    def flat(self):
+        """Where each parameter begins in the flat buffer, and the buffer's size."""
+        return _starts([triton.cdiv(math.prod(shape), BLOCK) * BLOCK for shape in self.shapes])
+
+    @property
+    def packed(self):
+        """Where W1, W2, WD, W3, W4 and W5 begin in the packed buffer, and the buffer's size."""
+        # Whole blocks of features: those past the last have weight 0.
+        features = triton.cdiv(self.features, 128) * 128
+        rows = (64 * self.channels, 128), (288, 64), (576, 32), (features, 128), (128, 128), (128, self.padded_classes)
+        return _starts([math.prod(shape) for shape in rows])
+
+    @property
+    def row(self):
+        """Where fc1's, fc2's and fc3's weights and all of their biases begin in a partial sum, and its size."""
+        return _starts([128 * self.features, 128 * 128, self.padded_classes * 128, 256 + self.padded_classes])
+
+    @property
+    def constants(self):
+        """What the kernels are compiled for."""
+        Q1, Q2 = self.pooled
+        return {
+            "C": self.channels, "SIZE": self.size, "PAD": self.padding, "Q1": Q1, "Q2": Q2, "F": self.features,
+            "CLASSES": self.classes, "CP": self.padded_classes,
+        }  # fmt: skip
+
+
+def _starts(sizes):
+    return [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+
+
+class Splits(NamedTuple):
+    """How many programs share the gradients of the first convolution, of the second, and of each tile of the linears.
+
+    A function of the shapes alone, as sums that differ from card to card would not repeat.
+    """
+
+    conv1: int
+    conv2: int
+    linear: int
+
+    def partials(self, geometry):
+        """Where the partial sums of each begin, and the size of all."""
+        rows = 150 * geometry.channels + 6, 64 * 288 + 64, geometry.row[-1]
+        return _starts([splits * row for splits, row in zip(self, rows)])
+
+
+@functools.cache
+def _rows(geometry, splits):
+    C, (_, Q2), F, CP = geometry.channels, geometry.pooled, geometry.features, geometry.padded_classes
+    conv1, conv2, linear, _ = splits.partials(geometry)
+    (fc1, fc2, fc3, biases, row), (W1, W2, _, W3, W4, W5, _) = geometry.row, geometry.packed
+    flat, counts = geometry.flat, [math.prod(shape) for shape in geometry.shapes]
+    nothing, one = (0,) * 10, (1, 0, 0)
+
+    def biased(splits, row, weight, bias, radices, steps, packing, terms=one, bias_terms=one):
+        """The rows of a weight and of its bias, whose sums start at `weight` and `bias` and go on after `row`."""
+        yield *radices, weight, row, splits, *steps, *packing, *terms
+        yield 1, 1, 1, bias, row, splits, 1, 0, 0, 0, *nothing, *bias_terms
+
+    rows = [
+        *biased(
+            splits.conv1, 150 * C + 6, conv1, conv1 + 150 * C, (C, 5, 5), (25 * C, 25, 5, 1),
+            (W1, 16, 1, 64 * 128, 8 * 128, 128, 16 * 128 + 16, 2 * 128 + 8, 8 * 128 + 64, 128 + 32),
+        ),
+        *biased(
+            splits.conv2, 64 * 288 + 64, conv2, conv2 + 64 * 288, (6, 5, 5), (288, 1, 48, 8),
+            (W2, 4, 1, 64, 48 * 64, 8 * 64, 0, 0, 48 * 64 + 32, 8 * 64 + 16),
+            (4, 2 * 16 * 288 + 48, 16 * 288 + 8), (4, 32, 16),
+        ),
+        *biased(
+            splits.linear, row, linear + fc1, linear + biases, (16, 1, Q2 * Q2), (F, 1, 0, 16),
+            (W3, 1, 1, 128, 0, 16 * 128, 0, 0, 0, 0),
+        ),
+        *biased(
+            splits.linear, row, linear + fc2, linear + biases + 128, (1, 1, 120), (128, 0, 0, 1),
+            (W4, 1, 1, 0, 0, 128, 0, 0, 0, 0),
+        ),
+        *biased(
+            splits.linear, row, linear + fc3, linear + biases + 256, (1, 1, 84), (128, 0, 0, 1),
+            (W5, 1, 1, 0, 0, CP, 0, 0, 0, 0),
+        ),
+    ]  # fmt: skip
+    return [(flat[i] // BLOCK, counts[i], *rows[i]) for i in range(len(rows))]
+
+
+def table(geometry, splits, device):
+    """int32 (16, COLUMNS), a row for each parameter: where it, its gradient's partial sums and its packed copies lie.
+
+    A parameter's element has the digits (a, b, c, d) in the radices (-, D1, D2, D3). Columns: first block, elements,
+    D1, D2, D3; the partial sums' start, step from split to split and number of splits; their steps by a, b, c, d; the
+    packed copies' start, number and steps by a, b, c, d; their steps by the four bits of a copy's number; the number of
+    terms that a split holds for an element, and their steps by the two bits of a term's number.
+    """
+    rows = torch.zeros(16, COLUMNS, dtype=torch.int32)
+    rows[:, 0] = 2**30  # no block belongs to the rows past the parameters
+    for i, row in enumerate(_rows(geometry, splits)):
+        rows[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    return rows.to(device)

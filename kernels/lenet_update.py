@@ -1,0 +1,178 @@
+"""The last launch of LeNet's step: sums in a fixed order, the optimiser, and the packed copies of the new weights.
+
+    g = sum over the splits of partial / number of targets, added to what earlier calls of a group have left
+    SGD (Sutskever et al. 2013), with g + weight_decay * w for g:
+        b = momentum * b + (1 - dampening) * g,   w -= lr * b, and by Nesterov lr * (g + momentum * b)
+    Adam (Kingma and Ba 2015) likewise, AdamW (Loshchilov and Hutter 2019) with w *= 1 - lr * weight_decay instead:
+        m += (1 - beta1) * (g - m),   v = beta2 * v + (1 - beta2) * g^2
+        w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps), by AMSGrad of the largest v so far
+
+Rates and moments come from a small tensor, a row for each parameter, so that a captured launch follows schedules.
+"""
+
+import triton
+import triton.language as tl
+
+from ._common import INTERPRETED, OPTIONS, round_to
+from .lenet import BLOCK, COLUMNS, NUMBERS
+
+# The columns of the optimiser's numbers. For SGD the two moments are those of the buffer.
+LR, WEIGHT_DECAY, SIGN, KEEP1, ADD1, KEEP2, ADD2, EPS, CORRECTION1, CORRECTION2 = range(10)
+RULES = {"none": 0, "SGD": 1, "Adam": 2}
+# Partial sums that a program adds at a time.
+BLOCK_S = 8 if INTERPRETED else 16
+BLOCK_L = 256
+
+
+@triton.jit
+def mean_factor(losses_ptr, PARTS, BLOCK_L: tl.constexpr):
+    """(sum of the losses, number of targets) over what the first launch's programs have left."""
+    lanes = tl.arange(0, BLOCK_L)
+    loss, count = tl.zeros((BLOCK_L,), tl.float32), tl.zeros((BLOCK_L,), tl.float32)
+    for i0 in range(0, PARTS, BLOCK_L):
+        i = i0 + lanes
+        loss += tl.load(losses_ptr + 2 * i, mask=i < PARTS, other=0.0)
+        count += tl.load(losses_ptr + 2 * i + 1, mask=i < PARTS, other=0.0)
+    return tl.sum(loss, axis=0), tl.sum(count, axis=0)
+
+
+@triton.jit
+def updated(
+    w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr,
+    RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
+):  # fmt: skip
+    """The new weights; the moments at offs are stored."""
+    lr, decay = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    keep1, add1 = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
+    keep2, add2 = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
+    g *= tl.load(numbers_ptr + 2)
+    if DECOUPLED:
+        w *= 1 - lr * decay
+    else:
+        g += decay * w
+    if RULE == 1:
+        if MOMENTUM:
+            buffer = keep1 * tl.load(first_ptr + offs) + add1 * g
+            tl.store(first_ptr + offs, buffer)
+            # A first step keeps nothing of the buffer, and still looks ahead by the momentum.
+            g = g + keep2 * buffer if NESTEROV else buffer
+        return w - lr * g
+    else:
+        m = tl.load(first_ptr + offs)
+        m += add1 * (g - m)
+        v = keep2 * tl.load(second_ptr + offs) + add2 * g * g
+        tl.store(first_ptr + offs, m)
+        tl.store(second_ptr + offs, v)
+        if AMSGRAD:
+            v = tl.maximum(v, tl.load(third_ptr + offs), propagate_nan=tl.PropagateNan.ALL)
+            tl.store(third_ptr + offs, v)
+        eps, correction1, correction2 = (
+            tl.load(numbers_ptr + 7), tl.load(numbers_ptr + 8), tl.load(numbers_ptr + 9),
+        )  # fmt: skip
+        return w - tl.div_rn(lr, correction1) * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction2) + eps)
+
+
+@triton.jit
+def pack(w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD: tl.constexpr):
+    """Stores the weights of the row's parameter at each place of the packed buffer that holds one of them."""
+    copy = tl.arange(0, 16)
+    starts = tl.load(row_ptr + 12) + copy // 8 * tl.load(row_ptr + 18) + copy // 4 % 2 * tl.load(row_ptr + 19)
+    starts += copy // 2 % 2 * tl.load(row_ptr + 20) + copy % 2 * tl.load(row_ptr + 21)
+    offs = a * tl.load(row_ptr + 14) + b * tl.load(row_ptr + 15)
+    offs += c * tl.load(row_ptr + 16) + d * tl.load(row_ptr + 17)
+    value = round_to(w, packed_ptr.dtype.element_ty)[None, :]
+    exists = (copy < tl.load(row_ptr + 13))[:, None] & mask[None, :]
+    tl.store(packed_ptr + starts[:, None] + offs[None, :], value, mask=exists)
+    if row == 2:
+        # WD: of the 16 pairs of a pixel q in its window and a pixel r in its square, those that meet in this weight.
+        qy, qx, ry, rx = copy // 8, copy // 4 % 2, copy // 2 % 2, copy % 2
+        y, x = (qy - ry)[:, None] + c[None, :], (qx - rx)[:, None] + d[None, :]
+        meet = mask[None, :] & (y >= 0) & (y % 2 == 0) & (x >= 0) & (x % 2 == 0)
+        places = (y // 2 * 3 + x // 2) * (64 * 32) + (a * 32 + b)[None, :]
+        places += ((qy * 2 + qx) * (16 * 32) + (ry * 2 + rx) * 8)[:, None]
+        tl.store(packed_ptr + WD + places, value, mask=meet)
+
+
+@triton.jit(do_not_specialize=["PARTS"])
+def lenet_update_kernel(
+    flat_ptr, grad_ptr, first_ptr, second_ptr, third_ptr, packed_ptr,
+    partial_ptr, losses_ptr, table_ptr, numbers_ptr, loss_ptr, trouble_ptr,
+    PARTS,
+    SCALE: tl.constexpr, GRADIENT: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
+    WD: tl.constexpr, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row = tl.sum((tl.load(table_ptr + tl.arange(0, 16) * COLUMNS) <= pid).to(tl.int32), axis=0) - 1
+    row_ptr = table_ptr + row * COLUMNS
+    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    i = offs - tl.load(row_ptr) * BLOCK
+    mask = i < tl.load(row_ptr + 1)
+    d_radix, c_radix, b_radix = tl.load(row_ptr + 4), tl.load(row_ptr + 3), tl.load(row_ptr + 2)
+    d, c, b = i % d_radix, i // d_radix % c_radix, i // d_radix // c_radix % b_radix
+    a = i // d_radix // c_radix // b_radix
+
+    w = tl.load(flat_ptr + offs)
+    if GRADIENT:
+        elements = tl.load(row_ptr + 5) + a * tl.load(row_ptr + 8) + b * tl.load(row_ptr + 9)
+        elements += c * tl.load(row_ptr + 10) + d * tl.load(row_ptr + 11)
+        step, terms = tl.load(row_ptr + 6), tl.load(row_ptr + 22)
+        step0, step1, count_s = tl.load(row_ptr + 23), tl.load(row_ptr + 24), tl.load(row_ptr + 7) * terms
+        acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+        for s0 in range(0, count_s, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)
+            starts = s // terms * step + s % terms // 2 * step0 + s % 2 * step1
+            here = (s < count_s)[:, None] & mask[None, :]
+            acc += tl.load(partial_ptr + starts[:, None] + elements[None, :], mask=here, other=0.0)
+        loss, count = mean_factor(losses_ptr, PARTS, BLOCK_L)
+        g = tl.sum(acc, axis=0) * (SCALE / count)
+        if ADD:
+            g += tl.load(grad_ptr + offs)
+        if KEEP:
+            tl.store(grad_ptr + offs, g)
+        if pid == 0:
+            loss = loss / count
+            tl.store(loss_ptr, loss)
+            # Of the calls so far the first whose loss was no finite number, and how many there were.
+            first_bad, call = tl.load(trouble_ptr), tl.load(trouble_ptr + 1) + 1
+            bad = (first_bad == 0) & ((tl.abs(loss) < float("inf")) == 0)
+            tl.store(trouble_ptr, tl.where(bad, call, first_bad))
+            tl.store(trouble_ptr + 1, call)
+        if RULE > 0:
+            w = updated(
+                w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr + row * NUMBERS,
+                RULE, MOMENTUM, NESTEROV, DECOUPLED, AMSGRAD,
+            )  # fmt: skip
+            tl.store(flat_ptr + offs, w)
+    if RULE > 0 or not GRADIENT:
+        pack(w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD)
+
+
+def update(
+    flat, packed, geometry, table, numbers=None, partial=None, losses=None, loss=None, trouble=None,
+    grad=None, moments=(), scale=1.0, add=False, rule="none", momentum=False, nesterov=False, decoupled=False,
+):  # fmt: skip
+    """Packs the weights of `flat`; with partial sums it adds those up first, and with a rule it applies them.
+
+    Args:
+        flat, grad, moments: (geometry.flat[-1]) float32, elements of the parameters, of gradients and of the
+            optimiser's state; grad takes the gradients, on top of what is there if `add`.
+        numbers: (10, NUMBERS) float32, the optimiser's numbers for each parameter.
+        losses: (programs, 2), sums of losses and numbers of targets; loss (): their quotient.
+        trouble: (2) int32, the number of the first call whose loss was not finite, 0 while there is none, and how many
+            calls there were.
+        scale: factor of the gradients.
+    """
+    gradient = partial is not None
+    first, second, third = (*moments, flat, flat, flat)[:3]
+    lenet_update_kernel[(flat.numel() // BLOCK,)](
+        flat, flat if grad is None else grad, first, second, third, packed,
+        partial if gradient else flat, losses if gradient else flat, table, numbers if gradient else flat,
+        loss if gradient else flat, trouble if gradient else flat,
+        losses.shape[0] if gradient else 0,
+        SCALE=scale, GRADIENT=gradient, ADD=add, KEEP=grad is not None,
+        RULE=RULES[rule], MOMENTUM=momentum, NESTEROV=nesterov, DECOUPLED=decoupled, AMSGRAD=len(moments) == 3,
+        WD=geometry.packed[2], COLUMNS=COLUMNS, NUMBERS=NUMBERS,
+        BLOCK=BLOCK, BLOCK_S=BLOCK_S, BLOCK_L=BLOCK_L, num_warps=4, **OPTIONS,
+    )  # fmt: skip

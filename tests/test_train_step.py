@@ -1,0 +1,598 @@
+"""tritonnet.TrainStep against autograd and torch's optimisers: values, state, launches, and what it says of itself."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as theirs
+import torch.nn.functional as TF
+from conftest import DEVICE
+from exact import ROUNDOFF
+from memory import unwatched
+
+import tritonnet
+from tritonnet import lenet_step
+
+STEP = {"lenet_forward_kernel": 1, "lenet_gradient_kernel": 1, "lenet_update_kernel": 1}
+
+
+class Tutorial(theirs.Module):
+    """As PyTorch's tutorial has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = theirs.Conv2d(1, 6, 5)
+        self.conv2 = theirs.Conv2d(6, 16, 5)
+        self.fc1 = theirs.Linear(16 * 5 * 5, 120)
+        self.fc2 = theirs.Linear(120, 84)
+        self.fc3 = theirs.Linear(84, 10)
+
+    def forward(self, x):
+        x = TF.max_pool2d(TF.relu(self.conv1(x)), (2, 2))
+        x = TF.max_pool2d(TF.relu(self.conv2(x)), 2)
+        x = torch.flatten(x, 1)
+        x = TF.relu(self.fc1(x))
+        x = TF.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+def sequential():
+    """Pooled before the rectifier, at 28 pixels without padding, nested."""
+    features = theirs.Sequential(
+        theirs.Conv2d(1, 6, 5), theirs.MaxPool2d(2), theirs.ReLU(),
+        theirs.Conv2d(6, 16, 5), theirs.ReLU(), theirs.MaxPool2d((2, 2), stride=2),
+    )  # fmt: skip
+    linears = theirs.Linear(256, 120), theirs.ReLU(), theirs.Linear(120, 84), theirs.ReLU(), theirs.Linear(84, 10)
+    return theirs.Sequential(features, theirs.Flatten(), *linears)
+
+
+def padded():
+    """32 pixels padded by two."""
+    net = Tutorial()
+    net.conv1, net.fc1 = theirs.Conv2d(1, 6, 5, padding="same"), theirs.Linear(576, 120)
+    return net
+
+
+NETS = {
+    "LeNet": (tritonnet.LeNet, (6, 1, 32, 32)),
+    "colours, 28 pixels, 100 classes": (lambda: tritonnet.LeNet(100, channels=3, size=28), (5, 3, 28, 28)),
+    "1000 classes": (lambda: tritonnet.LeNet(1000), (3, 1, 32, 32)),
+    "1 class": (lambda: tritonnet.LeNet(1), (2, 1, 32, 32)),
+    "tutorial, one image": (Tutorial, (1, 1, 32, 32)),
+    "sequential": (sequential, (4, 1, 28, 28)),
+    "padded": (padded, (2, 1, 32, 32)),
+}
+
+
+def classes_of(net):
+    return [p for p in net.parameters()][-1].numel()
+
+
+def batch(net, size, device, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(size, device=device), torch.randint(classes_of(net), size[:1], device=device)
+
+
+def by_torch(net, optimizer, images, labels):
+    """A step as torch does it; the loss."""
+    with tritonnet.backend("reference"):
+        optimizer.zero_grad()
+        loss = TF.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(
+    "name, precision",
+    [*((name, "ieee") for name in NETS), ("LeNet", "bfloat16"), ("colours, 28 pixels, 100 classes", "bfloat16")],
+)
+def test_gradients(name, precision, device):
+    """One step of SGD at rate 1 shows the gradient; float64 autograd says what it is.
+
+    Errors of sums are relative to the sizes of their terms, which a gradient's own size stands for: 2,500 roundings of
+    half an eps, as many as the longest way through the net adds up, each independent of the others. In bfloat16 a
+    pixel's rounding moves some gradients to another pixel of a window, so that only the whole is compared.
+    """
+    make, size = NETS[name]
+    net = make().to(device)
+    images, labels = batch(net, size, device)
+    truth = copy.deepcopy(net).double()
+    before = [p.detach().clone() for p in net.parameters()]
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=1.0), precision)
+    assert step.path == "three launches"
+    loss = step(images, labels)
+    with tritonnet.backend("reference"):
+        true_loss = TF.cross_entropy(truth(images.double()), labels)
+        true_loss.backward()
+    u = ROUNDOFF[torch.float32 if precision == "ieee" else torch.bfloat16]
+    assert abs(loss.double() - true_loss) <= 16 * u * true_loss.abs() + 4 * u
+    for (parameter, p), q, old in zip(net.named_parameters(), truth.parameters(), before):
+        error = (old.double() - p.double() - q.grad).norm()
+        # What the weight's own rounding hides of the gradient.
+        hidden = ROUNDOFF[torch.float32] * old.double().norm() * 2
+        bound = (50 * u if precision == "ieee" else 0.25) * q.grad.norm() + hidden
+        assert error <= bound, f"{parameter}: off by {error:.3g} of {q.grad.norm():.3g}"
+
+
+def test_fifty_steps_are_torch_s_and_repeat_to_the_bit(device):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        net = tritonnet.LeNet().to(device)
+        twin = copy.deepcopy(net)
+        optimizers = [torch.optim.SGD(n.parameters(), lr=0.02, momentum=0.9) for n in (net, twin)]
+        step = tritonnet.TrainStep(net, TF.cross_entropy, optimizers[0], "ieee")
+        losses = []
+        # The second run only has to repeat the first's beginning.
+        for i in range(3 if runs else 50):
+            images, labels = batch(net, (4, 1, 32, 32), device, i % 5)
+            # All steps touch the same memory: the watch, which takes a third of the time, sees enough in the first.
+            with contextlib.nullcontext() if i < 2 else unwatched():
+                losses.append(step(images, labels))
+            if not runs:
+                true_loss = by_torch(twin, optimizers[1], images, labels)
+                torch.testing.assert_close(losses[-1], true_loss, rtol=1e-3, atol=1e-4)
+            if i == 2:
+                early = [p.detach().clone() for p in net.parameters()]
+        runs.append((losses[:3], early))
+        if len(runs) == 1:
+            assert losses[-1] < 0.75 * losses[0]
+            for p, q in zip(net.parameters(), twin.parameters()):
+                torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    assert all(map(torch.equal, runs[0][0], runs[1][0])) and all(map(torch.equal, runs[0][1], runs[1][1]))
+
+
+def test_three_launches_a_step_and_one_of_inference(device):
+    net = tritonnet.LeNet().to(device)
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), torch.optim.Adam(net.parameters()))
+    images, labels = batch(net, (3, 1, 32, 32), device)
+    step(images, labels)
+    with tritonnet.count_launches() as launches:
+        for _ in range(2):
+            step(images, labels)
+    assert launches == {kernel: 2 * count for kernel, count in STEP.items()}
+    net.eval()
+    with tritonnet.count_launches() as launches, torch.no_grad():
+        net(images)
+    # The step has left packed weights for its own format; the other formats pack once after a change.
+    assert launches == {"lenet_forward_kernel": 1}
+    with torch.no_grad():
+        net.fc3.bias += 1
+    with tritonnet.count_launches() as launches, torch.inference_mode():
+        first, second = net(images), net(images)
+    assert launches == {"lenet_update_kernel": 1, "lenet_forward_kernel": 2} and torch.equal(first, second)
+
+
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1}),
+    "SGD momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}),
+    "SGD nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    "Adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-3}),
+    "Adam amsgrad": (torch.optim.Adam, {"lr": torch.tensor(0.01), "amsgrad": True, "eps": 1e-3}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "eps": 1e-3}),
+}
+
+
+def groups_of(net, options):
+    """Two groups that differ in rate and decay."""
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    biases = [p for p in net.parameters() if p.dim() == 1]
+    return [{"params": biases, "lr": options["lr"] / 2, "weight_decay": 0.0}, {"params": weights}]
+
+
+def assert_same_state(ours, theirs_, tolerance=1e-4):
+    for group, true_group in zip(ours["param_groups"], theirs_["param_groups"]):
+        assert group == true_group
+    assert ours["state"].keys() == theirs_["state"].keys()
+    for i, state in ours["state"].items():
+        true_state = theirs_["state"][i]
+        assert state.keys() == true_state.keys()
+        for name, value in state.items():
+            assert (value.shape, value.dtype, value.device) == tuple(
+                getattr(true_state[name], attribute) for attribute in ("shape", "dtype", "device")
+            )
+            torch.testing.assert_close(value, true_state[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, device):
+    """Three steps: parameters and the whole state_dict are those that torch's own optimiser comes to."""
+    make, options = OPTIMIZERS[name]
+    net = tritonnet.LeNet().to(device)
+    twin = copy.deepcopy(net)
+    optimizer, true = (make(groups_of(n, options), **options) for n in (net, twin))
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizer, "ieee")
+    for i in range(3):
+        images, labels = batch(net, (2, 1, 32, 32), device, i)
+        step(images, labels)
+        by_torch(twin, true, images, labels)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert_same_state(optimizer.state_dict(), true.state_dict())
+
+
+def test_scheduler(device, recwarn):
+    net = tritonnet.LeNet().to(device)
+    twin = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.5) for n in (net, twin)]
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1) for optimizer in optimizers]
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizers[0], "ieee")
+    for i in range(2):
+        images, labels = batch(net, (2, 1, 32, 32), device, i)
+        step(images, labels)
+        by_torch(twin, optimizers[1], images, labels)
+        for schedule in schedules:
+            schedule.step()
+    assert optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+def test_accumulation(device):
+    """Two calls of three images are one of six."""
+    net = tritonnet.LeNet().to(device)
+    twin = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.1, momentum=0.9) for n in (net, twin)]
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizers[0], "ieee", accumulate=2)
+    for i in range(2):
+        images, labels = batch(net, (6, 1, 32, 32), device, i)
+        before = [p.detach().clone() for p in net.parameters()]
+        step(images[:3], labels[:3])
+        assert all(map(torch.equal, net.parameters(), before))
+        step(images[3:], labels[3:])
+        by_torch(twin, optimizers[1], images, labels)
+        for p, q in zip(net.parameters(), twin.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SGD momentum", "Adam amsgrad"])
+def test_saved_and_resumed(name, device, tmp_path):
+    """A run that is saved, loaded elsewhere and goes on ends where the one without a break does, to the bit."""
+    make, options = OPTIMIZERS[name]
+
+    def new():
+        torch.manual_seed(0)
+        net = tritonnet.LeNet().to(device)
+        optimizer = make(net.parameters(), **options)
+        return net, optimizer, tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizer)
+
+    net, optimizer, step = new()
+    for i in range(3):
+        if i == 2:
+            torch.save([net.state_dict(), optimizer.state_dict()], tmp_path / "run.pt")
+        step(*batch(net, (3, 1, 32, 32), device, i))
+    again, its_optimizer, its_step = new()
+    its_step(*batch(net, (3, 1, 32, 32), device, 9))  # what is loaded replaces what it has come to
+    for part, state in zip((again, its_optimizer), torch.load(tmp_path / "run.pt", weights_only=True)):
+        part.load_state_dict(state)
+    its_step(*batch(net, (3, 1, 32, 32), device, 2))
+    assert all(map(torch.equal, net.parameters(), again.parameters()))
+    assert_same_state(its_optimizer.state_dict(), optimizer.state_dict(), 0)
+
+
+def test_torch_goes_on_where_the_step_ends(device):
+    """The optimiser's own step takes over the state, and the other way round."""
+    net = tritonnet.LeNet().to(device)
+    twin = copy.deepcopy(net)
+    optimizers = [torch.optim.Adam(n.parameters(), lr=0.01, eps=1e-3) for n in (net, twin)]
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizers[0], "ieee")
+    for i in range(3):
+        images, labels = batch(net, (2, 1, 32, 32), device, i)
+        by_torch(twin, optimizers[1], images, labels)
+        if i == 1:
+            by_torch(net, optimizers[0], images, labels)
+        else:
+            step(images, labels)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_stays_an_ordinary_module(device, tmp_path):
+    net = tritonnet.LeNet().to(device)
+    names, objects = list(net.state_dict()), list(net.parameters())
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+    step(*batch(net, (2, 1, 32, 32), device))
+    assert list(net.state_dict()) == names and all(p is q for p, q in zip(net.parameters(), objects))
+    torch.save(net, tmp_path / "net.pt")
+    copies = torch.load(tmp_path / "net.pt", weights_only=False), copy.deepcopy(net)
+    images, _ = batch(net, (2, 1, 32, 32), device)
+    with tritonnet.backend("reference"):
+        y = net(images)
+        assert all(torch.equal(other(images), y) for other in copies)
+    step(*batch(net, (2, 1, 32, 32), device))
+    with tritonnet.backend("reference"):
+        assert not torch.equal(net(images), y) and all(torch.equal(other(images), y) for other in copies)
+
+
+def test_other_batches_and_ignored_labels(device):
+    """A short last batch, labels of one byte, and labels that do not count."""
+    net = tritonnet.LeNet().to(device)
+    twin = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.1) for n in (net, twin)]
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(ignore_index=3), optimizers[0], "ieee")
+    for size, labels in ((4, torch.tensor([3, 1, 9, 3])), (2, torch.tensor([0, 5]))):
+        images, _ = batch(net, (size, 1, 32, 32), device, size)
+        loss = step(images, labels.to(device, torch.uint8))
+        with tritonnet.backend("reference"):
+            optimizers[1].zero_grad()
+            true_loss = TF.cross_entropy(twin(images), labels.to(device), ignore_index=3)
+            true_loss.backward()
+            optimizers[1].step()
+        torch.testing.assert_close(loss, true_loss.detach(), rtol=1e-5, atol=1e-6)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [28, 32])
+def test_images_of_bytes(side, device):
+    """Raw digits go in and logits come out, in one launch; the layers see them normalised and framed."""
+    net = tritonnet.LeNet(7, mean=0.2, std=0.4).to(device)
+    images = torch.randint(256, (5, 1, side, side), dtype=torch.uint8, device=device)
+    net.eval()
+    with torch.no_grad():
+        net(images)
+        with tritonnet.count_launches() as launches:
+            y = net(images)
+        with tritonnet.backend("reference"):
+            truth = net(images)
+            frame = (32 - side) // 2
+            as_floats = net(TF.pad((images / 255 - 0.2) / 0.4, (frame,) * 4, value=-0.2 / 0.4))
+    assert launches == {"lenet_forward_kernel": 1}
+    torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(truth, as_floats, rtol=1e-5, atol=1e-6)
+    twin = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.1) for n in (net, twin)]
+    labels = torch.randint(7, (5,), device=device)
+    tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizers[0], "ieee")(images, labels)
+    by_torch(twin, optimizers[1], images, labels)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference(dtype, device):
+    """Many more images than programs; hooks, gradients and training bring the layers back."""
+    net = tritonnet.LeNet().to(device, dtype).eval()
+    images = torch.randn(9, 1, 32, 32, device=device).to(dtype)
+    with torch.inference_mode():
+        y = net(images)
+        with tritonnet.backend("reference"):
+            truth = copy.deepcopy(net).double()(images.double())
+    assert y.dtype == dtype
+    error, u = (y.double() - truth).norm() / truth.norm(), ROUNDOFF[dtype]
+    assert error < 16 * u
+    seen = []
+    net.conv2.register_forward_hook(lambda *_: seen.append(1))
+    with tritonnet.count_launches() as launches, torch.no_grad():
+        net(images)
+    assert seen and "lenet_forward_kernel" not in launches
+
+
+@pytest.mark.parametrize("what", ["image", "label"])
+def test_a_loss_that_is_not_finite_is_reported(what, device):
+    net = tritonnet.LeNet().to(device)
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.0))
+    images, labels = batch(net, (3, 1, 32, 32), device)
+    step(images, labels)
+    bad_images, bad_labels = images.clone(), labels.clone()
+    if what == "image":
+        bad_images[1, 0, 9, 9] = math.nan
+    else:
+        bad_labels[1] = 10
+    with pytest.raises(FloatingPointError, match="the loss of call 2 was not a finite number"):
+        step(bad_images, bad_labels)
+        step.check()
+    step.check()  # said once
+
+
+def test_what_changes_between_calls(device):
+    """Frozen parameters, another rule, another dtype: the next call goes by what is there then."""
+    net = tritonnet.LeNet().to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizer)
+    images, labels = batch(net, (2, 1, 32, 32), device)
+    step(images, labels)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    step(images, labels)
+    assert step.path == "three launches" and "momentum_buffer" in optimizer.state[net.fc1.bias]
+    net.fc3.requires_grad_(False)
+    before = net.fc3.weight.detach().clone(), net.fc2.weight.detach().clone()
+    with tritonnet.backend("auto" if device.type != "cpu" else "triton"):
+        step(images, labels)
+    assert step.path == "operators" and "frozen" in step.reason
+    assert torch.equal(net.fc3.weight, before[0]) and not torch.equal(net.fc2.weight, before[1])
+
+
+class Branching(Tutorial):
+    def forward(self, x):
+        return super().forward(x) if x.mean() > 0 else super().forward(-x)
+
+
+class Twice(Tutorial):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def hooked():
+    net = Tutorial()
+    net.fc2.register_forward_hook(lambda *_: None)
+    return net
+
+
+def frozen():
+    net = Tutorial()
+    net.fc3.bias.requires_grad_(False)
+    return net
+
+
+def sgd(net, **options):
+    return torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1, **options)
+
+
+OTHERS = {
+    "another net": (lambda: theirs.Sequential(theirs.Flatten(), theirs.Linear(1024, 10)), sgd, None, "layers are"),
+    "a branch": (Branching, sgd, None, "cannot trace"),
+    "more than layers": (Twice, sgd, None, "its forward calls"),
+    "a hook": (hooked, sgd, None, "has hooks"),
+    "frozen": (frozen, sgd, None, "frozen"),
+    "other widths": (lambda: wider(), sgd, None, "not a 5 x 5 convolution with bias to 16 filters"),
+    "another optimizer": (Tutorial, lambda net: torch.optim.RMSprop(net.parameters()), None, "RMSprop"),
+    "groups of two rules": (
+        Tutorial, lambda net: torch.optim.SGD([{"params": p, "momentum": p.dim() % 2} for p in net.parameters()]),
+        None, "differ",
+    ),
+    "some parameters": (Tutorial, lambda net: torch.optim.SGD(net.fc1.parameters()), None, "not just the parameters"),
+    "another loss": (Tutorial, sgd, theirs.CrossEntropyLoss(label_smoothing=0.1), "label smoothing"),
+}  # fmt: skip
+
+
+def wider():
+    net = Tutorial()
+    net.conv2, net.fc1 = theirs.Conv2d(6, 32, 5), theirs.Linear(800, 120)
+    return net
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_take_the_operators(name, device):
+    """Nothing that is not proved takes the short path; what does not still trains, and says why."""
+    make, optimizer, loss, reason = OTHERS[name]
+    net = make().to(device)
+    twin = copy.deepcopy(net)
+    loss = loss or theirs.CrossEntropyLoss()
+    lines = []
+    with tritonnet.backend("triton"):
+        step = tritonnet.TrainStep(net, loss, optimizer(net), report=lines.append)
+    assert step.path == "operators" and reason in step.reason
+    assert lines[0] == f"{type(twin).__name__}: operators, because {step.reason}"
+    images, labels = torch.randn(2, 1, 32, 32, device=device), torch.randint(10, (2,), device=device)
+    true = optimizer(twin)
+    with tritonnet.backend("reference"):
+        for _ in range(2):
+            value = step(images, labels)
+            true.zero_grad()
+            true_value = loss(twin(images), labels)
+            true_value.backward()
+            true.step()
+    torch.testing.assert_close(value, true_value.detach(), rtol=1e-4, atol=1e-5)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_the_operators_accumulate_and_report_too():
+    net = theirs.Sequential(theirs.Flatten(), theirs.Linear(4, 3))
+    twin = copy.deepcopy(net)
+    images, labels = torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    step = tritonnet.TrainStep(net, TF.cross_entropy, sgd(net), accumulate=2)
+    with tritonnet.backend("reference"):
+        step(images[:2], labels[:2])
+        assert all(map(torch.equal, net.parameters(), twin.parameters()))
+        step(images[2:], labels[2:])
+        by_torch(twin, sgd(twin), images, labels)
+        for p, q in zip(net.parameters(), twin.parameters()):
+            torch.testing.assert_close(p, q)
+        with pytest.raises(FloatingPointError, match="call 3"):
+            step(images * math.inf, labels)
+            step.check()
+
+
+def test_without_the_kernels_a_lenet_takes_the_operators():
+    """The reference serves a machine without triton; and a step may change its path between calls."""
+    torch.manual_seed(0)
+    net, other = (tritonnet.LeNet() for _ in range(2))
+    other.load_state_dict(net.state_dict())
+    with tritonnet.backend("reference"):
+        step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), torch.optim.Adam(net.parameters()))
+    assert step.path == "operators" and step.reason == "the backend is the reference"
+    its_step = tritonnet.TrainStep(other, theirs.CrossEntropyLoss(), torch.optim.Adam(other.parameters()), "ieee")
+    for i in range(2):
+        images, labels = batch(net, (2, 1, 32, 32), "cpu", i)
+        with tritonnet.backend("reference"):
+            step(images, labels)
+        if i == 0:
+            its_step(images, labels)
+            assert its_step.path == ("three launches" if DEVICE == "cpu" else "operators")
+        else:
+            with tritonnet.backend("reference"):
+                its_step(images, labels)
+    assert its_step.path == "operators"
+    for p, q in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU's graphs")
+def test_graphs(monkeypatch):
+    """A step is captured once for each size of batch and each part of a group of calls, and replayed from then on.
+
+    What the first run changes has to be undone, and what a replay reads has to lie in the same place: here a graph is
+    the function that launches, with the pointers that it had when it was captured.
+    """
+    captured = []
+
+    def capture(launch, restore, device):
+        launch()
+        restore()
+        captured.append(launch)
+        return launch
+
+    monkeypatch.setattr(lenet_step, "capture", capture)
+    monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ("cpu",))
+    results = []
+    for graphs in (True, False):
+        if not graphs:
+            monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ())
+        torch.manual_seed(0)
+        net = tritonnet.LeNet()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizer, accumulate=2)
+        losses = []
+        for i, size in enumerate((3, 3, 3, 2)):
+            optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+            losses.append(step(*batch(net, (size, 1, 32, 32), "cpu", i)))
+        results.append((losses, [p.detach().clone() for p in net.parameters()]))
+    assert len(captured) == 2 + 1
+    assert all(map(torch.equal, *(losses for losses, _ in results)))
+    assert all(map(torch.equal, *(parameters for _, parameters in results)))
+    assert results[0][0][0] != results[0][0][1]  # a loss that was handed out is not written to again
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
+        ({"optimizer": None}, TypeError, "optimizer must be a torch.optim.Optimizer, got NoneType"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of .* or None, got 'fp8'"),
+        ({"accumulate": 0}, ValueError, "accumulate must be a positive integer, got 0"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors(arguments, error, message):
+    net = tritonnet.LeNet()
+    arguments = {"model": net, "loss": TF.cross_entropy, "optimizer": sgd(net), **arguments}
+    with pytest.raises(error, match=message):
+        tritonnet.TrainStep(**arguments)
+
+
+def test_errors_of_batches(device):
+    net = tritonnet.LeNet().to(device)
+    step = tritonnet.TrainStep(net, TF.cross_entropy, sgd(net))
+    images, labels = batch(net, (2, 1, 32, 32), device)
+    for bad_images, bad_labels, error, message in (
+        (images[:, :, 2:], labels, ValueError, r"images must be \(N, 1, 32, 32\) with N > 0, got \[2, 1, 30, 32\]"),
+        (images[:0], labels[:0], ValueError, r"got \[0, 1, 32, 32\]"),
+        (images.double(), labels, TypeError, "images must be floating or uint8, got torch.float64"),
+        (images, labels[:1], ValueError, r"labels must be \(2\) of int64 or uint8, got \[1\]"),
+        (images, labels.float(), ValueError, "of torch.float32"),
+        (torch.zeros(2, 1, 31, 31, dtype=torch.uint8), labels, ValueError, r"uint8 images must be squares of 32"),
+    ):
+        with pytest.raises(error, match=message):
+            step(bad_images, bad_labels)
+    with pytest.raises(ValueError, match="size must be 28 or 32, got 30"):
+        tritonnet.LeNet(size=30)
+    other = Tutorial().to(device)
+    with pytest.raises(TypeError, match="images of dtype uint8 need a tritonnet.LeNet"):
+        tritonnet.TrainStep(other, TF.cross_entropy, sgd(other))(images.to(torch.uint8), labels)

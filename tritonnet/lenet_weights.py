@@ -1,0 +1,184 @@
+"""Which LeNets have launches of their own, their weights as those read them, and the whole forward in one launch."""
+
+import math
+import weakref
+
+import torch
+
+from . import nn
+from .dispatch import implementation, launchers
+from .fusion import _CONV, _LINEAR
+from .nn._plain import is_plain
+from .registration import transforms_are_active
+
+if launchers is not None:
+    from .kernels import lenet, lenet_forward, lenet_update
+    from .kernels.conv2d import precision as conv_precision
+    from .kernels.linear import precision as linear_precision
+
+FORMATS = ("ieee", "tf32", "bfloat16")
+# Pixels a side by what the first convolution pads with and the features of the first linear.
+_SIZES = {(0, 256): 28, (2, 400): 28, (0, 400): 32, (2, 576): 32}
+
+
+class NotServed(Exception):
+    """Why a net, a loss or an optimiser has no launches of its own."""
+
+
+def default_format(device):
+    """What products are taken in unless told: bfloat16 under autocast to it, tf32 where torch's flags allow it to both
+    convolutions and linears, full float32 otherwise."""
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16:
+        return "bfloat16"
+    return "tf32" if conv_precision() == linear_precision() == "tf32" else "ieee"
+
+
+def _check_convolution(name, layer, filters, paddings):
+    """The padding in pixels; NotServed unless it is a plain 5 x 5 convolution to so many filters."""
+    if not is_plain(layer, (*_CONV, nn.Conv2dReLUMaxPool2d, nn.Conv2dReLU)):
+        raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
+    padding = {"valid": (0, 0), "same": (2, 2)}.get(layer.padding, layer.padding)
+    plain = layer.kernel_size == (5, 5) and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+    if not plain or layer.padding_mode != "zeros" or layer.bias is None or layer.out_channels != filters:
+        raise NotServed(f"{name} is not a 5 x 5 convolution with bias to {filters} filters: {layer}")
+    if padding not in [(p, p) for p in paddings]:
+        raise NotServed(f"{name} has padding {layer.padding}")
+    return padding[0]
+
+
+def _check_linear(name, layer, inputs, outputs):
+    if not is_plain(layer, (*_LINEAR, nn.LinearReLU)):
+        raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
+    if layer.bias is None or (layer.in_features, layer.out_features) != (inputs, outputs):
+        raise NotServed(f"{name} is not a linear layer with bias from {inputs} to {outputs}: {layer}")
+
+
+def geometry_of(layers):
+    """The kernels' Geometry of conv1, conv2, fc1, fc2 and fc3; NotServed if they are not a LeNet's."""
+    conv1, conv2, fc1, fc2, fc3 = layers
+    padding = _check_convolution("the first convolution", conv1, 6, (0, 2))
+    _check_convolution("the second convolution", conv2, 16, (0,))
+    if conv1.in_channels not in (1, 3) or conv2.in_channels != 6:
+        raise NotServed(f"the convolutions take {conv1.in_channels} and {conv2.in_channels} channels, not 1 or 3 and 6")
+    features = getattr(fc1, "in_features", None)
+    size = _SIZES.get((padding, features))
+    if size is None:
+        raise NotServed(f"{features} features after padding by {padding} are those of no image of 28 or 32 pixels")
+    _check_linear("the first linear", fc1, features, 120)
+    _check_linear("the second linear", fc2, 120, 84)
+    _check_linear("the last linear", fc3, 84, classes := getattr(fc3, "out_features", 0))
+    if classes > 1024:
+        raise NotServed(f"{classes} classes are more than 1024")
+    return lenet.Geometry(conv1.in_channels, size, padding, classes)
+
+
+def parameters_of(layers, dtypes=(torch.float32,)):
+    """Weights and biases in the kernels' order; NotServed if they are not of one of the dtypes, apart and dense."""
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    first = parameters[0]
+    if len({id(p) for p in parameters}) < 10:
+        raise NotServed("layers share parameters")
+    for p in parameters:
+        if type(p) is not torch.nn.Parameter or p.is_inference() or not p.is_contiguous():
+            raise NotServed("a parameter is not an ordinary one")
+        if p.dtype not in dtypes or (p.dtype, p.device) != (first.dtype, first.device):
+            raise NotServed(f"parameters of {p.dtype} on {p.device}")
+    return parameters
+
+
+class Weights:
+    """A net's parameters in one buffer, and copies of its weights packed for the products of each format."""
+
+    def __init__(self, parameters, geometry):
+        self.parameters, self.geometry = parameters, geometry
+        self.device = parameters[0].device
+        self.flat = torch.zeros(geometry.flat[-1], device=self.device)
+        self.views = self.split(self.flat)
+        # Which partial sums are added up makes no difference to how weights are packed.
+        self._table = lenet.table(geometry, lenet.Splits(1, 1, 1), self.device)
+        self._packed = {}
+
+    def split(self, buffer):
+        """The part of each parameter in a buffer like `flat`, in the parameter's shape."""
+        shapes = self.geometry.shapes
+        return [buffer[i : i + math.prod(shape)].view(shape) for i, shape in zip(self.geometry.flat, shapes)]
+
+    def adopt(self):
+        """Make the parameters views of the buffer; they keep their values, and stay the same objects."""
+        with torch.no_grad():
+            for p, view in zip(self.parameters, self.views):
+                if p.data_ptr() != view.data_ptr():
+                    view.copy_(p)
+                    p.data = view
+
+    def _seen(self):
+        return [(p.data_ptr(), p._version) for p in self.parameters]
+
+    def mark(self, format):
+        """Note that parameters and the format's packed copies were written together, as one launch does."""
+        torch.autograd.graph.increment_version(self.parameters)
+        self._packed[format] = self._packed[format][0], self._seen()
+
+    def packed(self, format):
+        """The packed copies, made anew if anybody has changed the parameters."""
+        packed, seen = self._packed.get(format, (None, None))
+        if seen == (now := self._seen()):
+            return packed
+        if packed is None:
+            dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
+            packed = torch.zeros(self.geometry.packed[-1], dtype=dtype, device=self.device)
+        with torch.no_grad():
+            for p, view in zip(self.parameters, self.views):
+                if p.data_ptr() != view.data_ptr():
+                    view.copy_(p)
+        lenet_update.update(self.flat, packed, self.geometry, self._table)
+        self._packed[format] = packed, now
+        return packed
+
+
+# By net; they go when it goes, and are no part of its state.
+_WEIGHTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def weights_of(model, parameters, geometry):
+    """The Weights of a model."""
+    weights = _WEIGHTS.get(model)
+    same = weights is not None and weights.geometry == geometry and weights.device == parameters[0].device
+    if not same or any(map(lambda p, q: p is not q, weights.parameters, parameters)):
+        weights = _WEIGHTS[model] = Weights(parameters, geometry)
+    return weights
+
+
+def predict(model, layers, images, pixels):
+    """The logits of a LeNet in one launch, or None where its layers have to compute them.
+
+    Args:
+        layers: conv1, conv2, fc1, fc2 and fc3 of the model.
+        images: (N, channels, size, size) of the parameters' dtype, float32 or bfloat16, or what `pixels` takes.
+        pixels: function of uint8 images that gives how the kernel reads them.
+    """
+    if type(images) is not torch.Tensor or images.dim() != 4 or torch.compiler.is_compiling():
+        return None
+    if launchers is None or transforms_are_active() or implementation(images) is not launchers:
+        return None
+    try:
+        geometry = geometry_of(layers)
+        parameters = parameters_of(layers, (torch.float32, torch.bfloat16))
+    except NotServed:
+        return None
+    dtype, device = parameters[0].dtype, parameters[0].device
+    raw = images.dtype == torch.uint8
+    expected = (geometry.channels, *(images.shape[2:] if raw else (geometry.size,) * 2))
+    if images.device != device or images.shape[1:] != expected or (not raw and images.dtype != dtype):
+        return None
+    if len(images) == 0:
+        return None
+    format = "bfloat16" if dtype == torch.bfloat16 else default_format(device)
+    weights = weights_of(model, parameters, geometry)
+    logits = images.new_empty(len(images), geometry.classes, dtype=torch.bfloat16 if format == "bfloat16" else dtype)
+    lenet_forward.forward(
+        images.contiguous(), None, weights.flat, weights.packed(format), geometry, format,
+        pixels(images) if raw else lenet_forward.Pixels(),
+        lenet_forward.activations(len(images), geometry, format, device, train=False), logits,
+    )  # fmt: skip
+    return logits

@@ -1,0 +1,169 @@
+"""A training step as one call: three launches for a LeNet, the fused operators for any other model."""
+
+import contextlib
+
+import torch
+
+from .conversion import convert
+from .dispatch import implementation, launchers
+from .fusion import fuse
+from .lenet import LeNet
+from .lenet_step import ThreeLaunches
+from .lenet_weights import FORMATS, NotServed
+from .recognition import find_layers
+
+
+@contextlib.contextmanager
+def _products_in(precision, device):
+    """Has the operators take products in a format of TrainStep's, None for what torch's flags say."""
+    if precision == "bfloat16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    owners = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if precision else ()
+    before = [owner.fp32_precision for owner in owners]
+    for owner in owners:
+        owner.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for owner, value in zip(owners, before):
+            owner.fp32_precision = value
+
+
+class Operators:
+    """The step of any model, through autograd and the optimiser."""
+
+    def __init__(self, model, loss, optimizer, precision, accumulate):
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.precision, self.accumulate, self.calls = precision, accumulate, 0
+        self.first_bad = None
+
+    def __call__(self, images, labels):
+        device = next(self.model.parameters()).device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        turn, self.calls = self.calls % self.accumulate, self.calls + 1
+        if turn == 0:
+            self.optimizer.zero_grad()
+        with _products_in(self.precision, device):
+            loss = self.loss(self.model(images), labels)
+            (loss / self.accumulate).backward()
+        if turn == self.accumulate - 1:
+            self.optimizer.step()
+        loss = loss.detach()
+        self._note(loss)
+        return loss
+
+    def _note(self, loss):
+        """Keeps the number of the first call with a loss that is not finite, without waiting for it on a GPU."""
+        if self.first_bad is None or self.first_bad.device != loss.device:
+            self.first_bad = torch.zeros((), dtype=torch.int64, device=loss.device)
+        self.first_bad = torch.where((self.first_bad == 0) & ~loss.isfinite(), self.calls, self.first_bad)
+        if loss.device.type == "cpu":
+            self.check()
+
+    def check(self):
+        if self.first_bad is not None and (first := int(self.first_bad)):
+            self.first_bad = None
+            raise FloatingPointError(f"the loss of call {first} was not a finite number")
+
+
+class TrainStep:
+    """Forward, loss, backward and the optimiser's update as one call: loss = step(images, labels).
+
+    For a LeNet this is three launches: tritonnet.LeNet, or any model whose forward is proved to be one (1 or 3
+    channels, 28 or 32 pixels, 6 and 16 filters of 5 x 5, 120 and 84 hidden units, up to 1,024 classes), with the mean
+    cross-entropy and torch's SGD, Adam or AdamW. On a GPU they are captured as one CUDA graph for each size of batch
+    below 8,192. The same inputs give the same bits. Any other model goes through autograd, its layers converted and
+    fused in place (`tritonnet.revert` undoes it). `path` says which it is, `reason` why, and `report` hears of both.
+
+    The model stays as it is: the parameters become views of one buffer and are the same objects, of the same names.
+    The optimiser's state is where torch keeps it, for state_dict() and load_state_dict() at any time; schedulers and
+    changes of its groups act on the next call. What else may change the model, such as hooks on its layers, belongs
+    before the step is built: a model is looked at once.
+
+    Args:
+        model: torch.nn.Module on the device to train on.
+        loss: function of (logits, labels), or a module such as torch.nn.CrossEntropyLoss().
+        optimizer: torch.optim.Optimizer of the model's parameters.
+        precision: what products are taken in, sums and weights staying float32: "ieee" (float32), "tf32" or "bfloat16".
+            None for bfloat16 if autocast to it is on now, tf32 if torch's flags allow it to both convolutions and
+            matrix products, and ieee otherwise.
+        accumulate: calls whose gradients are averaged into one update, which the last of them makes. `p.grad` then
+            holds the gradients so far. With 1 they are nowhere to be seen on the short path.
+        report: function that is called with a line on the path taken, such as print.
+
+    Raises:
+        TypeError: model or optimizer is none.
+        ValueError: precision or accumulate is not one of those above.
+    """
+
+    def __init__(self, model, loss, optimizer, precision=None, accumulate=1, report=None):
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if precision not in (None, *FORMATS):
+            raise ValueError(f"precision must be one of {FORMATS} or None, got {precision!r}")
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate must be a positive integer, got {accumulate!r}")
+        self.model, self.loss, self.optimizer, self.precision = model, loss, optimizer, precision
+        self.accumulate, self._report = accumulate, report
+        try:
+            self._step, self.path, self.reason = self._three_launches(), "three launches", "the model is a LeNet"
+        except NotServed as e:
+            self._use_operators(str(e))
+        else:
+            self._say()
+
+    def _check_backend(self):
+        p = next(self.model.parameters(), None)
+        if launchers is None or p is None or implementation(p) is not launchers:
+            raise NotServed("the backend is the reference")
+
+    def _three_launches(self):
+        self._check_backend()
+        is_lenet = type(self.model) is LeNet
+        layers = self.model.layers if is_lenet else find_layers(self.model)
+        pixels = self.model.pixels if is_lenet else None
+        return ThreeLaunches(self.model, layers, self.loss, self.optimizer, pixels, self.precision, self.accumulate)
+
+    def _use_operators(self, reason):
+        self.path, self.reason = "operators", reason
+        self._say()
+        convert(self.model)
+        if type(self.model) is not LeNet:  # whose layers are fused
+            fuse(self.model, self._report)
+        self._step = Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate)
+
+    def _say(self):
+        if self._report:
+            self._report(f"{type(self.model).__name__}: {self.path}, because {self.reason}")
+
+    def __call__(self, images, labels):
+        """One step on a batch.
+
+        Args:
+            images: (N, C, H, W) on the model's device, or on the CPU, pinned to be copied without waiting; floating, or
+                uint8 for a tritonnet.LeNet (see there). Do not write into a pinned batch before the copy is over.
+            labels: (N), classes as int64 or uint8.
+
+        Returns:
+            (), the mean loss over the batch, before the update.
+
+        Raises:
+            FloatingPointError: the loss of a call was no finite number; on a GPU up to 64 calls later, or by `check`. A
+                label that is no class counts as that too, on the three launches.
+            TypeError, ValueError: images or labels are not of the kinds above.
+        """
+        if self.path == "three launches":
+            try:
+                self._check_backend()
+                return self._step(images, labels)
+            except NotServed as e:
+                self._use_operators(str(e))
+        return self._step(images, labels)
+
+    def check(self):
+        """Wait for all calls so far, and raise FloatingPointError if the loss of one was not a finite number."""
+        self._step.check()
