@@ -35,7 +35,7 @@ BLOCK = 16384 if INTERPRETED else 128
 # Columns of the table that says where a parameter's gradient lies and where its packed copies go.
 COLUMNS = 32
 # Columns of the optimiser's numbers for each parameter.
-NUMBERS = 16
+NUMBERS = 10
 
 
 def _remembered(method):
