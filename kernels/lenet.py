@@ -35,7 +35,12 @@ BLOCK = 16384 if INTERPRETED else 128
 # Columns of the table that says where a parameter's gradient lies and where its packed copies go.
 COLUMNS = 32
 # Columns of the optimiser's numbers for each parameter.
-NUMBERS = 16
+NUMBERS = 10
+
+
+def _remembered(method):
+    """A property that is worked out once for equal owners."""
+    return property(functools.cache(method))
 
 
 class Geometry(NamedTuple):
@@ -46,37 +51,37 @@ class Geometry(NamedTuple):
     padding: int
     classes: int
 
-    @property
+    @_remembered
     def pooled(self):
         """(Q1, Q2): pixels a side after each pooling."""
         first = (self.size + 2 * self.padding - 4) // 2
         return first, (first - 4) // 2
 
-    @property
+    @_remembered
     def features(self):
         return 16 * self.pooled[1] ** 2
 
-    @property
+    @_remembered
     def block_classes(self):
         return min(128, max(16, triton.next_power_of_2(self.classes)))
 
-    @property
+    @_remembered
     def padded_classes(self):
         return triton.cdiv(self.classes, self.block_classes) * self.block_classes
 
-    @property
+    @_remembered
     def shapes(self):
         """Of the parameters, in the order of the module's."""
         C, F = self.channels, self.features
         weights = (6, C, 5, 5), (16, 6, 5, 5), (120, F), (84, 120), (self.classes, 84)
         return [shape for weight in weights for shape in (weight, weight[:1])]
 
-    @property
+    @_remembered
     def flat(self):
         """Where each parameter begins in the flat buffer, and the buffer's size."""
         return _starts([triton.cdiv(math.prod(shape), BLOCK) * BLOCK for shape in self.shapes])
 
-    @property
+    @_remembered
     def packed(self):
         """Where W1, W2, WD, W3, W4 and W5 begin in the packed buffer, and the buffer's size."""
         # Whole blocks of features: those past the last have weight 0.
@@ -84,12 +89,12 @@ class Geometry(NamedTuple):
         rows = (64 * self.channels, 128), (288, 64), (576, 32), (features, 128), (128, 128), (128, self.padded_classes)
         return _starts([math.prod(shape) for shape in rows])
 
-    @property
+    @_remembered
     def row(self):
         """Where fc1's, fc2's and fc3's weights and all of their biases begin in a partial sum, and its size."""
         return _starts([128 * self.features, 128 * 128, self.padded_classes * 128, 256 + self.padded_classes])
 
-    @property
+    @_remembered
     def constants(self):
         """What the kernels are compiled for."""
         Q1, Q2 = self.pooled

@@ -9,6 +9,7 @@ out of the caches. Gradients are of the sum of the losses: the last launch divid
 knows it. See lenet.py for the layouts. Ties: the first of equal pixels wins; NaN wins over all.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ TILES = {
 }
 
 
+@functools.cache
 def tile_for(format, images, geometry, train):
     """(images a program, Tile) for a batch of so many images."""
     tile = TILES[train][format]

@@ -43,12 +43,12 @@ TILES = {
 MOST = Splits(160, 64, 12)
 
 
-@functools.cache
 def lanes():
     """Of a warp: AMD's waves have 64."""
     return driver.active.get_current_target().warp_size
 
 
+@functools.cache
 def tile_for(format, images, geometry):
     """The Tile for a batch of so many images."""
     if not INTERPRETED:

@@ -11,6 +11,7 @@ import torch.nn.functional as TF
 from conftest import DEVICE
 from exact import ROUNDOFF
 from memory import unwatched
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tritonnet
 from tritonnet import lenet_step
@@ -371,6 +372,23 @@ def test_inference(dtype, device):
     with tritonnet.count_launches() as launches, torch.no_grad():
         net(images)
     assert seen and "lenet_forward_kernel" not in launches
+
+
+def test_inference_that_somebody_watches(device):
+    """What looks at the operators of a forward is shown them: transforms, tracers, compilers."""
+    net, images = tritonnet.LeNet().to(device).eval(), torch.randn(2, 1, 32, 32, device=device)
+    with torch.no_grad():
+        y = net(images)
+        with tritonnet.count_launches() as launches:
+            seen = [
+                torch.func.vmap(lambda x: net(x[None])[0])(images),
+                make_fx(net)(images)(images),
+                torch.compile(net, fullgraph=True, backend="eager")(images),
+                torch.export.export(net, (images,)).module()(images),
+            ]
+    assert "lenet_forward_kernel" not in launches and launches
+    for other in seen:
+        torch.testing.assert_close(other, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["image", "label"])

@@ -56,9 +56,9 @@ def rule_of(optimizer, parameters):
     return rules[0], [groups[id(p)] for p in parameters]
 
 
-def _number(value):
-    """A setting of the optimiser as a float; a tensor on a GPU stays, to be copied there."""
-    return value if isinstance(value, torch.Tensor) and value.device.type != "cpu" else float(value)
+def _on_device(rate):
+    """Whether a learning rate is a tensor whose value would have to be waited for."""
+    return isinstance(rate, torch.Tensor) and rate.device.type != "cpu"
 
 
 class Moments:
@@ -111,11 +111,12 @@ class Moments:
             self.versions = [step._version for step in self.steps]
 
     def numbers(self, groups, rule):
-        """The kernel's numbers for each parameter, for the update after `counts` of them."""
+        """The kernel's numbers for each parameter, for the update after `counts` of them; no rate that is on a GPU."""
         rows = []
         for group, count in zip(groups, self.counts):
             row = [0.0] * lenet.NUMBERS
-            row[lenet_update.LR], row[lenet_update.WEIGHT_DECAY] = _number(group["lr"]), float(group["weight_decay"])
+            row[lenet_update.LR] = 0.0 if _on_device(group["lr"]) else float(group["lr"])
+            row[lenet_update.WEIGHT_DECAY] = float(group["weight_decay"])
             row[lenet_update.SIGN] = -1.0 if group["maximize"] else 1.0
             if rule["rule"] == "SGD":
                 momentum = float(group["momentum"])
@@ -234,13 +235,12 @@ class ThreeLaunches:
         self.moments.load()
         rows = self.moments.numbers(groups, self.rule)
         if rows != self._rows:
-            on_device = [(i, row[lenet_update.LR]) for i, row in enumerate(rows) if torch.is_tensor(row[0])]
-            values = [[0.0 if torch.is_tensor(value) else value for value in row] for row in rows]
             # From pageable memory: copied aside before the call returns, so that the next may follow at once.
-            self.numbers.copy_(torch.tensor(values), non_blocking=True)
-            for i, rate in on_device:
-                self.numbers[i, lenet_update.LR].copy_(rate)
-            self._rows = None if on_device else rows
+            self.numbers.copy_(torch.tensor(rows), non_blocking=True)
+            self._rows = rows
+        for i, group in enumerate(groups):
+            if _on_device(group["lr"]):
+                self.numbers[i, lenet_update.LR].copy_(group["lr"])
         if not self._told:
             self._tell_schedulers()
         self.moments.count(groups)

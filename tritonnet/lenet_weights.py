@@ -9,7 +9,7 @@ from . import nn
 from .dispatch import implementation, launchers
 from .fusion import _CONV, _LINEAR
 from .nn._plain import is_plain
-from .registration import transforms_are_active
+from .registration import watched
 
 if launchers is not None:
     from .kernels import lenet, lenet_forward, lenet_update
@@ -159,7 +159,7 @@ def predict(model, layers, images, pixels):
     """
     if type(images) is not torch.Tensor or images.dim() != 4 or torch.compiler.is_compiling():
         return None
-    if launchers is None or transforms_are_active() or implementation(images) is not launchers:
+    if launchers is None or watched() or implementation(images) is not launchers:
         return None
     try:
         geometry = geometry_of(layers)

@@ -10,10 +10,11 @@ Every private name of PyTorch that this package uses stands in this file:
 - `_set_fwd_grad_enabled`: apply turns recording off during forward, on every level; the levels below must go on
   recording, backward (torch.enable_grad) and forward mode (this). Without it a gradient of a gradient is silently zero.
 - `OpOverload._schema`: the operator's name and results, as they were defined here.
+- `_len_torch_dispatch_stack`: whether a mode, such as make_fx's, wants to see the operators that are called.
 """
 
 import torch
-from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
@@ -39,9 +40,9 @@ def register_operator(schema, fake, run):
     return getattr(torch.ops.tritonnet, name).default
 
 
-def transforms_are_active():
-    """Whether torch.func's transforms stand between the caller and real tensors."""
-    return _are_functorch_transforms_active()
+def watched():
+    """Whether torch.func's transforms or dispatch modes stand between the caller and real tensors."""
+    return _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
 
 
 def register_autograd(operator):
