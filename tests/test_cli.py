@@ -106,24 +106,21 @@ def test_ctrl_c_and_resume_change_nothing(at, options, digits, tmp_path, capsys,
     common = ["train", "--data", digits, "--epochs", 2, "--batch-size", 60, "--device", "cpu", *options]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run(capsys, *common, "--out", whole)[0] == 0
-    make_step = train.training_step
 
-    def make_interrupted(*args):
-        step, calls = make_step(*args), []
+    class Interrupted(tritonnet.TrainStep):
+        calls = 0
 
-        def interrupted(images, labels):
-            calls.append(None)
-            if len(calls) == at:
+        def __call__(self, images, labels):
+            self.calls += 1
+            if self.calls == at:
                 os.kill(os.getpid(), signal.SIGINT)
-            return step(images, labels)
+            return super().__call__(images, labels)
 
-        return interrupted
-
-    monkeypatch.setattr(train, "training_step", make_interrupted)
-    code, _, error = run(capsys, *common, "--out", halves)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "TrainStep", Interrupted)
+        code, _, error = run(capsys, *common, "--out", halves)
     assert code == 130 and error.splitlines()[-1] == f"tritonnet train --resume {halves}", error
     assert not (halves / "model.pt").exists()
-    monkeypatch.setattr(train, "training_step", make_step)
     torch.randn(3)  # other random numbers in between change nothing
     assert run(capsys, "train", "--resume", halves, "--device", "cpu")[0] == 0
     assert_same_run(whole, halves)

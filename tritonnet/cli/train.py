@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from .. import LeNet, backend
+from .. import LeNet, TrainStep, backend
 from ..data import load_digits
 from ..dispatch import backend_name
 from ..nn import functional as F
@@ -35,9 +35,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 # Largest learning rate of the one-cycle schedule, by optimizer.
 RATES = {"adam": 2e-3, "adamw": 2e-3, "sgd": 5e-2}
-# step(images, labels) -> loss, which also takes one step of the optimizer.
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bfloat16": "ieee"}
+# The words of --precision for TrainStep's.
+PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bfloat16"}
 
 
 def rate(text: str) -> float:
@@ -176,22 +175,6 @@ class Interruption:
         return self.granted
 
 
-def training_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str
-) -> Step:
-    """One forward, backward and step of the optimizer on `model`, which may be data-parallel."""
-
-    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
 class Run:
     """A LeNet in training: all that a checkpoint holds, and nothing else that could change the result.
 
@@ -233,8 +216,17 @@ class Run:
             setattr(self, name, state[name])
 
 
+@contextlib.contextmanager
+def finite_losses(run: Run, title: str) -> Iterator[None]:
+    """Says what to do when the step finds that a loss is not finite."""
+    try:
+        yield
+    except FloatingPointError as e:
+        raise UserError(f"{e}, in {title}: try an --lr below {run.options['lr']}") from None
+
+
 def train_epoch(
-    run: Run, step: Step, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, stop: Interruption,
+    run: Run, step: TrainStep, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, stop: Interruption,
     shown: bool,
 ) -> None:  # fmt: skip
     """What is left of an epoch, or as much of it as there is time for."""
@@ -245,7 +237,7 @@ def train_epoch(
     losses = torch.zeros(len(batches) - first, device=run.device)
     start, done = time.perf_counter(), 0
     title = f"epoch {run.epoch + 1}/{run.options['epochs']}"
-    with progress(title, len(batches), first, shown) as update:
+    with progress(title, len(batches), first, shown) as update, finite_losses(run, title):
         for batch in batches[first:]:
             losses[done] = step(images[batch], labels[batch])
             run.schedule.step()
@@ -253,12 +245,11 @@ def train_epoch(
             done += 1
             if stop.check(len(run.losses) + done, world, run.device):
                 break
+        step.check()
     if world > 1:
         dist.all_reduce(losses)
     run.losses += (losses[:done] / world).tolist()  # waits for the GPU
     run.seconds += time.perf_counter() - start
-    if not all(map(math.isfinite, run.losses)):
-        raise UserError(f"the loss has become infinite or NaN in {title}: try an --lr below {run.options['lr']}")
 
 
 @torch.no_grad()
@@ -348,11 +339,14 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     if saved:
         run.load(saved)
     model = run.net if world == 1 else torch.nn.parallel.DistributedDataParallel(run.net)
-    step = training_step(model, run.optimizer, device, options["precision"])
+    precision = PRECISIONS[options["precision"]]
+    step = TrainStep(model, torch.nn.CrossEntropyLoss(), run.optimizer, precision)
     sampler = DistributedSampler(range(len(train_x)), world, rank, seed=options["seed"])  # type: ignore[var-annotated, arg-type]
     tell = say if rank == 0 else lambda *line: None
     tell(f"LeNet on {len(train_x)} digits, {world} x {device.type}, backend: {backend_name(device)}")
-    with Interruption() as stop, float32_products(PRECISIONS[options["precision"]]):
+    if world == 1:
+        tell(f"a step goes by {step.path}, because {step.reason}")
+    with Interruption() as stop, float32_products("tf32" if precision == "tf32" else "ieee"):
         while run.epoch < options["epochs"] and not stop.granted:
             sampler.set_epoch(run.epoch + 1)
             indices = torch.tensor(list(sampler), device=device)
