@@ -112,26 +112,32 @@ class Moments:
 
     def numbers(self, groups, rule):
         """The kernel's numbers for each parameter, for the update after `counts` of them; no rate that is on a GPU."""
-        rows = []
+        rows = {}
         for group, count in zip(groups, self.counts):
-            row = [0.0] * lenet.NUMBERS
-            row[lenet_update.LR] = 0.0 if _on_device(group["lr"]) else float(group["lr"])
-            row[lenet_update.WEIGHT_DECAY] = float(group["weight_decay"])
-            row[lenet_update.SIGN] = -1.0 if group["maximize"] else 1.0
-            if rule["rule"] == "SGD":
-                momentum = float(group["momentum"])
-                # The first buffer is the gradient itself.
-                row[lenet_update.KEEP1] = momentum if count else 0.0
-                row[lenet_update.ADD1] = 1 - float(group["dampening"]) if count else 1.0
-                row[lenet_update.KEEP2] = momentum
-            else:
-                beta1, beta2 = map(float, group["betas"])
-                row[lenet_update.ADD1], row[lenet_update.KEEP2], row[lenet_update.ADD2] = 1 - beta1, beta2, 1 - beta2
-                row[lenet_update.EPS] = float(group["eps"])
-                row[lenet_update.CORRECTION1] = 1 - beta1 ** (count + 1)
-                row[lenet_update.CORRECTION2] = (1 - beta2 ** (count + 1)) ** 0.5
-            rows.append(row)
-        return rows
+            if (id(group), count) not in rows:
+                rows[id(group), count] = _numbers(group, count, rule)
+        return [rows[id(group), count] for group, count in zip(groups, self.counts)]
+
+
+def _numbers(group, count, rule):
+    """The numbers of a group's parameters that have been updated `count` times."""
+    row = [0.0] * lenet.NUMBERS
+    row[lenet_update.LR] = 0.0 if _on_device(group["lr"]) else float(group["lr"])
+    row[lenet_update.WEIGHT_DECAY] = float(group["weight_decay"])
+    row[lenet_update.SIGN] = -1.0 if group["maximize"] else 1.0
+    if rule["rule"] == "SGD":
+        momentum = float(group["momentum"])
+        # The first buffer is the gradient itself.
+        row[lenet_update.KEEP1] = momentum if count else 0.0
+        row[lenet_update.ADD1] = 1 - float(group["dampening"]) if count else 1.0
+        row[lenet_update.KEEP2] = momentum
+    else:
+        beta1, beta2 = map(float, group["betas"])
+        row[lenet_update.ADD1], row[lenet_update.KEEP2], row[lenet_update.ADD2] = 1 - beta1, beta2, 1 - beta2
+        row[lenet_update.EPS] = float(group["eps"])
+        row[lenet_update.CORRECTION1] = 1 - beta1 ** (count + 1)
+        row[lenet_update.CORRECTION2] = (1 - beta2 ** (count + 1)) ** 0.5
+    return row
 
 
 def capture(launch, restore, device):
@@ -238,9 +244,9 @@ class ThreeLaunches:
             # From pageable memory: copied aside before the call returns, so that the next may follow at once.
             self.numbers.copy_(torch.tensor(rows), non_blocking=True)
             self._rows = rows
-        for i, group in enumerate(groups):
-            if _on_device(group["lr"]):
-                self.numbers[i, lenet_update.LR].copy_(group["lr"])
+        if any(_on_device(group["lr"]) for group in self.optimizer.param_groups):
+            for row, group in zip(self.numbers, groups):
+                row[lenet_update.LR].copy_(group["lr"])
         if not self._told:
             self._tell_schedulers()
         self.moments.count(groups)
