@@ -94,13 +94,8 @@ def memory_is_watched():
 @pytest.fixture
 def full_precision():
     """float32 products of 24 bits, so that a GPU's results can be compared with the CPU's to four digits."""
-    owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    previous = [owner.fp32_precision for owner in owners]
-    for owner in owners:
-        owner.fp32_precision = "ieee"
-    yield
-    for owner, value in zip(owners, previous):
-        owner.fp32_precision = value
+    with tritonnet.dispatch.float32_products("ieee"):
+        yield
 
 
 @pytest.fixture(params=["triton", "reference"])

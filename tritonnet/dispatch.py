@@ -104,3 +104,18 @@ def count_launches() -> Iterator[collections.Counter[str]]:
     finally:
         for kernel, hook in hooks:
             kernel.pre_run_hooks.remove(hook)
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Have float32 products taken in "ieee" or "tf32" in a `with` block: torch's flags, which the kernels follow."""
+    # torch's annotations do not know the first.
+    owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    previous = [owner.fp32_precision for owner in owners]
+    for owner in owners:
+        owner.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for owner, value in zip(owners, previous):
+            owner.fp32_precision = value

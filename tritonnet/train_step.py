@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from .conversion import convert
-from .dispatch import implementation, launchers
+from .dispatch import float32_products, implementation, launchers
 from .fusion import fuse
 from .lenet import LeNet
 from .lenet_step import ThreeLaunches
@@ -13,22 +13,11 @@ from .lenet_weights import FORMATS, NotServed
 from .recognition import find_layers
 
 
-@contextlib.contextmanager
 def _products_in(precision, device):
     """Has the operators take products in a format of TrainStep's, None for what torch's flags say."""
     if precision == "bfloat16":
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-        return
-    owners = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if precision else ()
-    before = [owner.fp32_precision for owner in owners]
-    for owner in owners:
-        owner.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for owner, value in zip(owners, before):
-            owner.fp32_precision = value
+        return torch.autocast(device.type, torch.bfloat16)
+    return float32_products(precision) if precision else contextlib.nullcontext()
 
 
 class Operators:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import count_launches, nn
-from ..dispatch import backend_name, backend_reason
-from .machine import find_device, float32_products, versions
+from ..dispatch import backend_name, backend_reason, float32_products
+from .machine import find_device, versions
 from .terminal import Parser, say, table
 
 # Ours, the same in torch's layers, size of the input; the fused ones are rows of torch's.

@@ -1,9 +1,7 @@
 """What this machine has: versions, devices, and the precision of its float32 products."""
 
-import contextlib
 import importlib.util
 import platform
-from collections.abc import Iterator
 from importlib.metadata import version
 
 import torch
@@ -41,18 +39,3 @@ def find_device(name: str | None) -> torch.device:
     if (device.index or 0) >= there:
         raise UserError(f"--device {name}: torch {torch.__version__} sees {there} of that kind; try --device cpu")
     return device
-
-
-@contextlib.contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """torch's two flags, which the kernels follow as well."""
-    # torch's annotations do not know the first.
-    owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    previous = [owner.fp32_precision for owner in owners]
-    for owner in owners:
-        owner.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for owner, value in zip(owners, previous):
-            owner.fp32_precision = value

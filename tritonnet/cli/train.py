@@ -20,10 +20,10 @@ from torch.utils.data import DistributedSampler
 
 from .. import LeNet, TrainStep, backend
 from ..data import load_digits
-from ..dispatch import backend_name
+from ..dispatch import backend_name, float32_products
 from ..nn import functional as F
 from . import checkpoint
-from .machine import find_device, float32_products, versions
+from .machine import find_device, versions
 from .terminal import HAS_RICH, Parser, UserError, progress, say, table, whole
 
 # Options that a resumed run takes from its checkpoint; the others may change on the way.
