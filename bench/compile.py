@@ -1,6 +1,6 @@
 """Compiles every kernel for a GPU that need not be there, as its launcher would launch it.
 
-    python -m bench.compile sm_90
+    python -m bench.compile sm_90 [FORMAT ...]
 
 Runs the launchers over CPU tensors with each launch replaced by its compilation, and prints one JSON object a line for
 each kernel compiled, or one with an "error" where that failed. TRITON_INTERPRET must not be set. Compiled kernels are
@@ -299,9 +299,10 @@ def compile_instead(target, report):
     JITFunction.run = compile
 
 
-def calls(arch):
+def calls(arch, formats):
     """(format, case, call) of all that is compiled for an architecture."""
-    for format, (dtype, precision) in FORMATS.items():
+    for format in formats:
+        dtype, precision = FORMATS[format]
         torch.backends.cudnn.conv.fp32_precision = precision
         torch.backends.cuda.matmul.fp32_precision = precision
         c = Calls(dtype)
@@ -316,7 +317,7 @@ def calls(arch):
                 yield format, name, call
 
 
-def main(arch):
+def main(arch, *formats):
     target, compiled, label, seen = GPUTarget(*TARGETS[arch]), [], {}, set()
     named = {name for name, _ in shapes(None)}
 
@@ -333,7 +334,7 @@ def main(arch):
             compiled.append((record, launch, kernel, bounded))
 
     compile_instead(target, report)
-    for format, case, call in calls(arch):
+    for format, case, call in calls(arch, formats or FORMATS):
         label.update(format=format, case=case)
         print(f"{arch}, {format}, {case}:", file=sys.stderr)
         call()
@@ -355,4 +356,4 @@ def main(arch):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

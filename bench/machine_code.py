@@ -28,10 +28,11 @@ from .table import markdown
 HERE = Path(__file__).parent
 
 
-def compile_for(arch):
-    """The records of bench.compile for one architecture; RuntimeError with its output if it fails."""
+def compile_for(arch, formats=()):
+    """The records of bench.compile for one architecture, of all formats or some; RuntimeError with its output if it
+    fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile", arch]
+    command = [sys.executable, "-m", "bench.compile", arch, *formats]
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not records:
