@@ -139,11 +139,13 @@ def _lenet_forward(a):
 def _lenet_gradient(a):
     # Programs of one role do not turn the loops of another: each takes its share on average.
     squares, windows, tiles = (a.Q1 // 2) ** 2, a.Q2**2, _cdiv(a.F, a.BLOCK_N3) + 256 // a.BLOCK_N3
-    first, second = _cdiv(a.N * squares, a.BLOCK_M1) * a.C, _cdiv(a.N * windows, a.BLOCK_M2) * _cdiv(288, a.BLOCK_N2)
-    turns = [first] + [9 * a.programs] * (a.PRECISION == "ieee") + [second, _cdiv(a.N, a.BLOCK_M3) * tiles]
+    first, second = _cdiv(a.N, a.BLOCK_M1) * squares * a.C, _cdiv(a.N * windows, a.BLOCK_M2) * a.PARTS
+    first, second, third = (n / a.programs for n in (first, second, _cdiv(a.N, a.BLOCK_M3) * tiles))
+    # Each row of windows reaches three rows of squares, and each column three columns.
+    reached = 3 * a.Q2 / (a.Q1 // 2)
     # Through the largest pixels alone.
     products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84
-    return None, [n / a.programs for n in turns], a.N * products
+    return None, [first, reached, reached, second, third], a.N * products
 
 
 # By kernel: turns of the loop with the products (None where several have some, all of them among the others), turns of
