@@ -137,17 +137,21 @@ def _lenet_forward(a):
 
 
 def _lenet_gradient(a):
-    # Programs of one role do not turn the loops of another: each takes its share on average.
     squares, windows, tiles = (a.Q1 // 2) ** 2, a.Q2**2, _cdiv(a.F, a.BLOCK_N3) + 256 // a.BLOCK_N3
-    first, second = _cdiv(a.N * squares, a.BLOCK_M1) * a.C, _cdiv(a.N * windows, a.BLOCK_M2) * _cdiv(288, a.BLOCK_N2)
-    turns = [first] + [9 * a.programs] * (a.PRECISION == "ieee") + [second, _cdiv(a.N, a.BLOCK_M3) * tiles]
+    first, second = a.SPLITS1 * a.C, a.SPLITS2 * a.PARTS
+    third = a.programs - first - second
+    # Each row of windows reaches three rows of squares, and each column three columns.
+    reached = 3 * a.Q2 / (a.Q1 // 2)
+    turns = [_cdiv(a.N, a.BLOCK_M1) * squares * a.C / first, reached, reached]
+    turns += [_cdiv(a.N * windows, a.BLOCK_M2) * a.PARTS / second, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
     # Through the largest pixels alone.
     products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84
-    return None, [n / a.programs for n in turns], a.N * products
+    return None, turns, a.N * products, [(3, first / a.programs), (1, second / a.programs), (1, third / a.programs)]
 
 
 # By kernel: turns of the loop with the products (None where several have some, all of them among the others), turns of
-# the other loops from the outermost in, and multiply-adds of the whole launch. A kernel that is not here has no loop.
+# the other loops from the outermost in, and multiply-adds of the whole launch; where programs take roles, also the
+# loops of each role and its share of the programs. A kernel that is not here has no loop.
 MODEL = {
     "conv2d_forward_kernel": _forward,
     "conv2d_relu_max_pool2d_forward_kernel": _forward_pooled,
@@ -170,12 +174,27 @@ MODEL = {
 }
 
 
+def _by_role(instructions, loops, roles):
+    """How often a program runs each instruction, on average: one role's code ends where it exits before the next's."""
+    weights, start, seen = [], 0, 0
+    for count, share in roles:
+        seen += count
+        before = loops[seen][0] if seen < len(loops) else len(instructions)
+        exits = [i for i in range(loops[seen - 1][1], before) if instructions[i].opcode == "EXIT"]
+        end = exits[-1] + 1 if seen < len(loops) else before
+        weights += [share] * (end - start)
+        start = end
+    return weights
+
+
 def bounds(kernel, launch, instructions, format):
     """Microseconds by what sets them: the machine code's instructions, L1 and matrix units; arithmetic; memory."""
-    main_turns, other_turns, products = MODEL.get(kernel, lambda a: (0, [], 0))(launch)
+    main_turns, other_turns, products, *roles = MODEL.get(kernel, lambda a: (0, [], 0))(launch)
     weights = [1.0] * len(instructions)
     main = sass.main_loop(instructions) if products and main_turns is not None else None
     others = sorted(loop for loop in sass.loops(instructions) if loop != main)
+    if roles and len(others) == len(other_turns):
+        weights = _by_role(instructions, others, *roles)
     # The compiler may have unrolled loops, of a nest the inner ones.
     turns = [(main, main_turns)] if main else []
     turns += list(zip(others, other_turns))

@@ -111,7 +111,7 @@ def _starts(sizes):
 class Splits(NamedTuple):
     """How many programs share the gradients of the first convolution, of the second, and of each tile of the linears.
 
-    A function of the shapes and, in tf32, of the lanes of a warp: sums repeat on every card of a kind, however large.
+    A function of the shapes and of the card's kind of matrix units: sums repeat on every card of a kind, however large.
     """
 
     conv1: int

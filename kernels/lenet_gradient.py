@@ -17,12 +17,13 @@ import triton.language as tl
 from triton.runtime.driver import driver
 
 from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
+from .conv2d_pool_grad import one_hot
 from .lenet import Splits
 from .lenet_forward import load_patches
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: squares, windows and images that a turn of each role adds, and columns of its sum."""
+    """Blocks of a number format: images, windows and images that a turn of each role adds, and columns of its sum."""
 
     M1: int
     K1: int
@@ -35,37 +36,38 @@ class Tile(NamedTuple):
 
 # Read off machine code (no register spills) and not yet timed.
 TILES = {
-    "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8),
-    "tf32": Tile(64, 32, 64, 128, 32, 64, 8),
+    "bfloat16": Tile(64, 64, 64, 256, 64, 64, 4),
+    "tf32": Tile(64, 32, 32, 256, 32, 64, 4),
     "ieee": Tile(16, 16, 16, 64, 16, 64, 4),
 }
-# Programs of each role for a batch that fills the card.
-MOST = Splits(160, 64, 12)
-
-
-def lanes():
-    """Of a warp: AMD's waves have 64."""
-    return driver.active.get_current_target().warp_size
+# For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
+SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 64, 128, 32, 64, 8)}
+# Programs of each role for a batch that fills the card: all take about as long, and two fit a multiprocessor.
+MOST = Splits(180, 62, 2)
 
 
 @functools.cache
 def tile_for(format, images, geometry):
     """The Tile for a batch of so many images."""
     if not INTERPRETED:
-        tile = TILES[format]
-        # Fewer warps of more lanes have fewer registers a lane.
-        return tile._replace(M1=32) if format == "tf32" and lanes() == 64 else tile
-    Q1, Q2 = geometry.pooled
-    rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in ((Q1 // 2) ** 2, Q2 * Q2, 1)]
-    return Tile(rows[0], 64, rows[1], 512, rows[2], 128, 4)
+        target = driver.active.get_current_target()
+        small = target.backend == "cuda" and target.arch // 10 not in (9, 10)
+        return (SMALL_TILES if small else TILES)[format]
+    rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in (1, geometry.pooled[1] ** 2, 1)]
+    return Tile(rows[0], 64, rows[1], 128 if format == "ieee" else 256, rows[2], 128, 4)
 
 
 def splits_for(format, images, geometry):
     """How many programs share each gradient: no more than there are tiles, see Splits."""
     tile, (Q1, Q2) = tile_for(format, images, geometry), geometry.pooled
     most = Splits(2, 2, 1) if INTERPRETED else MOST
-    tiles = images * (Q1 // 2) ** 2 / tile.M1, images * Q2 * Q2 / tile.M2, images / (4 * tile.M3)
+    tiles = -(-images // tile.M1) * (Q1 // 2) ** 2, images * Q2 * Q2 / tile.M2, images / (4 * tile.M3)
     return Splits(*(max(1, min(limit, int(-(-n // 1)))) for limit, n in zip(most, tiles)))
+
+
+def parts(tile):
+    """How many programs share the 288 columns of the second convolution's sum: the last 32 go with the first 256."""
+    return 1 if tile.N2 == 256 else triton.cdiv(288, tile.N2)
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def fold(scratch_ptr, elements):
     """Of each weight the sum over the windows r of a square and the pixels q of a window, from scratch[elements] on."""
     term = tl.arange(0, 16)
     y, x = term // 8 * 2 + term // 2 % 2, term // 4 % 2 * 2 + term % 2
-    starts = (y * 8 + x) * 128 + term // 2 % 2 * 64 + term % 2 * 32 + term // 4 * 8
+    starts = (y * 8 + x) * 128 + term // 4 * 32 + term % 4
     return tl.sum(tl.load(scratch_ptr + starts[:, None] + elements[None, :]), axis=0)
 
 
@@ -85,51 +87,43 @@ def first_convolution(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    # A row is an image, and all rows of a turn see the same square: addresses are one number a row and one a column.
     SIDE: tl.constexpr = Q1 // 2
-    lanes, offs_k = tl.arange(0, 32), tl.arange(0, 64)
-    # One for each pixel of a window.
-    acc0 = tl.zeros((64, 32), tl.float32)
-    acc1, acc2, acc3 = acc0, acc0, acc0
+    rows, lanes, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, 32), tl.arange(0, 64)
+    # A column for each lane and pixel of a window.
+    acc = tl.zeros((64, 128), tl.float32)
     acc_b = tl.zeros((BLOCK_M, 32), tl.float32)
-    for m0 in range(split * BLOCK_M, N * (SIDE * SIDE), SPLITS * BLOCK_M):
-        offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
-        image, square = offs_m // (SIDE * SIDE), offs_m % (SIDE * SIDE)
+    for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * SIDE), SPLITS):
+        square = turn % (SIDE * SIDE)
         row, column = square // SIDE, square % SIDE
+        image = turn // (SIDE * SIDE) * BLOCK_M + rows.to(INDEX)
         mask = image < N
 
-        # Nine windows of the second convolution reach the square.
+        # Nine windows of the second convolution reach the square, at the edges fewer.
         dp = tl.zeros((BLOCK_M, 32), tl.float32)
-        for j in range(0, 9):
-            above, left = row - j // 3, column - j % 3
-            inside = mask & (above >= 0) & (above < Q2) & (left >= 0) & (left < Q2)
-            offs = ((image * Q2 + above) * Q2 + left) * 64
-            for k0 in tl.static_range(0, 64, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                dz = tl.load(dz_ptr + offs[:, None] + k[None, :], mask=inside[:, None], other=0.0)
-                w = tl.load(wd_ptr + (j * (64 * 32) + k * 32)[:, None] + lanes[None, :])
-                dp = tl.dot(dz.to(OPERAND), w.to(OPERAND), dp, input_precision=PRECISION)
+        for above in range(tl.maximum(row - 2, 0), tl.minimum(row + 1, Q2)):
+            for left in range(tl.maximum(column - 2, 0), tl.minimum(column + 1, Q2)):
+                j = (row - above) * 3 + column - left
+                for k0 in tl.static_range(0, 64, BLOCK_K):
+                    k = k0 + tl.arange(0, BLOCK_K)
+                    offs = (image * (Q2 * Q2 * 64))[:, None] + k[None, :]
+                    dz = tl.load(dz_ptr + (above * Q2 + left) * 64 + offs, mask=mask[:, None], other=0.0)
+                    w = tl.load(wd_ptr + j * (64 * 32) + (k * 32)[:, None] + lanes[None, :])
+                    dp = tl.dot(dz.to(OPERAND), w.to(OPERAND), dp, input_precision=PRECISION)
 
-        offs = image * (Q1 * Q1 * 8) + row * (Q1 * 16) + column * 16
-        offs = offs[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]
-        code = tl.load(code_ptr + offs, mask=mask[:, None], other=4)
+        offs = (image * (Q1 * Q1 * 8))[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]
+        code = tl.load(code_ptr + row * (Q1 * 16) + column * 16 + offs, mask=mask[:, None], other=4)
         acc_b += tl.where(code < 4, dp, 0.0)
-        x = load_patches(x_ptr, image, square, mask, channel * 64 + offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
-        x = tl.trans(x.to(OPERAND))
-        dp = round_to(dp, dz_ptr.dtype.element_ty).to(OPERAND)
-        acc0 = tl.dot(x, tl.where(code == 0, dp, 0.0).to(OPERAND), acc0, input_precision=PRECISION)
-        acc1 = tl.dot(x, tl.where(code == 1, dp, 0.0).to(OPERAND), acc1, input_precision=PRECISION)
-        acc2 = tl.dot(x, tl.where(code == 2, dp, 0.0).to(OPERAND), acc2, input_precision=PRECISION)
-        acc3 = tl.dot(x, tl.where(code == 3, dp, 0.0).to(OPERAND), acc3, input_precision=PRECISION)
+        squares = tl.full((BLOCK_M,), square, tl.int32)
+        x = load_patches(x_ptr, image, squares, mask, channel * 64 + offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+        dz1 = one_hot(round_to(dp, dz_ptr.dtype.element_ty).to(OPERAND), code, 4, 4)
+        acc = tl.dot(tl.trans(x.to(OPERAND)), dz1, acc, input_precision=PRECISION)
 
-    offs = (offs_k * 128)[:, None] + lanes[None, :]
-    tl.store(scratch_ptr + offs, acc0)
-    tl.store(scratch_ptr + offs + 32, acc1)
-    tl.store(scratch_ptr + offs + 64, acc2)
-    tl.store(scratch_ptr + offs + 96, acc3)
+    tl.store(scratch_ptr + (offs_k * 128)[:, None] + tl.arange(0, 128)[None, :], acc)
     tl.debug_barrier()
     i = tl.arange(0, 256)
     oc, tap = tl.where(i < 150, i // 25, 0), i % 25
-    dw = fold(scratch_ptr, tap // 5 * (8 * 128) + tap % 5 * 128 + oc)
+    dw = fold(scratch_ptr, tap // 5 * (8 * 128) + tap % 5 * 128 + oc * 4)
     tl.store(partial_ptr + oc * (25 * C) + channel * 25 + tap, dw, mask=i < 150)
     if channel == 0:
         db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
@@ -141,12 +135,17 @@ def first_convolution(
 def second_convolution(
     dz_ptr, p1_ptr, partial_ptr, part, split, N,
     SPLITS: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # The four pixels of a window stay apart: what they share is added by the last launch.
     WINDOWS: tl.constexpr = Q2 * Q2
+    REST: tl.constexpr = 288 - BLOCK_N if PARTS == 1 else 0
     lanes, k = tl.arange(0, 64), part * BLOCK_N + tl.arange(0, BLOCK_N)
     acc, acc_b = tl.zeros((64, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, 64), tl.float32)
+    if REST > 0:
+        rest = BLOCK_N + tl.arange(0, REST)
+        acc_rest = tl.zeros((64, REST), tl.float32)
     for m0 in range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
         image, window = offs_m // WINDOWS, offs_m % WINDOWS
@@ -156,9 +155,15 @@ def second_convolution(
         offs = rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :]
         p = tl.load(p1_ptr + offs, mask=mask[:, None] & (k < 288)[None, :], other=0.0)
         acc = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc, input_precision=PRECISION)
+        if REST > 0:
+            offs = rows[:, None] + (rest // 48 * (Q1 * 8) + rest % 48)[None, :]
+            p = tl.load(p1_ptr + offs, mask=mask[:, None], other=0.0)
+            acc_rest = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc_rest, input_precision=PRECISION)
         acc_b += dz.to(tl.float32)
 
     tl.store(partial_ptr + (lanes * 288)[:, None] + k[None, :], acc, mask=(k < 288)[None, :])
+    if REST > 0:
+        tl.store(partial_ptr + (lanes * 288)[:, None] + rest[None, :], acc_rest)
     if part == 0:
         tl.store(partial_ptr + 64 * 288 + lanes, tl.sum(acc_b, axis=0))
 
@@ -211,11 +216,10 @@ def lenet_gradient_kernel(
     CLASSES: tl.constexpr, CP: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr,
+    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    PARTS: tl.constexpr = (288 + BLOCK_N2 - 1) // BLOCK_N2
     if pid < SPLITS1 * C:
         split = pid % SPLITS1
         first_convolution(
@@ -228,7 +232,7 @@ def lenet_gradient_kernel(
         split = pid % SPLITS2
         second_convolution(
             dz_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (64 * 288 + 64), pid // SPLITS2, split, N,
-            SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2,
+            SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2, PARTS,
         )  # fmt: skip
     else:
         pid -= SPLITS1 * C + SPLITS2 * PARTS
@@ -251,8 +255,7 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
     hidden = 128 // tile.N3 * (1 + triton.cdiv(geometry.padded_classes, 128))
     tiles = triton.cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
-    parts = triton.cdiv(288, tile.N2)
-    lenet_gradient_kernel[(splits.conv1 * geometry.channels + splits.conv2 * parts + splits.linear * tiles,)](
+    lenet_gradient_kernel[(splits.conv1 * geometry.channels + splits.conv2 * parts(tile) + splits.linear * tiles,)](
         x, packed, memory["p1"], memory["code1"], memory["acts"], memory["grads"], memory["dz"], scratch, partial,
         N,
         WD=geometry.packed[2], SPLITS1=splits.conv1, SPLITS2=splits.conv2, SPLITS3=splits.linear,
@@ -260,6 +263,6 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2,
-        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3,        num_warps=tile.num_warps, num_stages=1, **OPTIONS,
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2, PARTS=parts(tile),
+        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip
