@@ -124,9 +124,10 @@ def _lenet_forward(a):
     ieee, squares, windows = a.PRECISION == "ieee", (a.Q1 // 2) ** 2, a.Q2**2
     groups = _cdiv(a.N, a.BLOCK_I)
     turns = [] if a.TRAIN else [groups / a.programs]
-    turns += [_cdiv(a.BLOCK_I * squares, a.BLOCK_M1)] + [a.C * 64 / a.BLOCK_K1] * (a.C * 64 > a.BLOCK_K1)
+    turns += [_cdiv(a.BLOCK_I * squares, a.BLOCK_M1)]
+    turns += [a.C * 64 / a.BLOCK_K1] * (not a.KEPT and a.C * 64 > a.BLOCK_K1)
     turns += [_cdiv(a.BLOCK_I * windows, a.BLOCK_M2)]
-    unrolled = not ieee and a.TRAIN == (a.packed_ptr.element_size() == 4)
+    unrolled = a.KEPT > 1 or (not ieee and a.TRAIN and a.packed_ptr.element_size() == 4)
     turns += [] if unrolled else [288 / a.BLOCK_K2]
     turns += [_cdiv(a.F, a.BLOCK_K)] + [128 / a.BLOCK_K] * ieee
     if a.TRAIN:

@@ -174,7 +174,7 @@ class Calls:
 
 
 def shapes(c):
-    """(name, call) of the layers whose times are bounded: LeNet at batch 1024, of ResNet-50 a few at batch 64."""
+    """(name, call) of what has bounded times: LeNet, at batch 1024 unless it says so, and of ResNet-50 a few at 64."""
     yield "LeNet conv1", lambda: c.conv(1024, 1, 28, 6, 5, pad=2, last=False, bias=True)
     yield "LeNet conv2", lambda: c.conv(1024, 6, 14, 16, 5, pad=0, last=False, bias=True)
     yield "LeNet pool", lambda: c.pool((1024, 6, 28, 28), 2, 2, 0, False, all=False)
@@ -188,6 +188,9 @@ def shapes(c):
     yield "LeNet head", lambda: c.chain(1024, 400, 120, 84, 10, weight_grad=False)
     yield "LeNet step", lambda: c.lenet(1024)
     yield "LeNet inference", lambda: c.lenet_inference(1024)
+    # Blocks of images grow with the batch: this one fills them.
+    yield "LeNet step, batch 65536", lambda: c.lenet(2**16)
+    yield "LeNet inference, batch 65536", lambda: c.lenet_inference(2**16)
     yield "ResNet 7x7/2, 3 to 64", lambda: c.conv(64, 3, 224, 64, 7, stride=2)
     yield "ResNet pool 3x3/2", lambda: c.pool((64, 64, 112, 112), 3, 2, 1, True, all=False)
     yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)

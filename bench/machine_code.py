@@ -89,7 +89,7 @@ compilation against, keeps it from getting worse.
 Microseconds that no run of this machine code can go below: its instructions at four a cycle and multiprocessor, its
 bytes through L1 and shared memory at 128 a cycle, its products at the rate of the matrix units; beside them what
 arithmetic and device memory alone would allow (sources in [sass.py](sass.py)). Waiting, conflicts and misses come on
-top. LeNet at batch 1024, layers of ResNet-50 at batch 64, channels_last unless it says NCHW.
+top. LeNet at batch 1024 unless it says so, layers of ResNet-50 at batch 64, channels_last unless it says NCHW.
 
 {shapes}
 """

@@ -20,7 +20,11 @@ from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: most images; squares and windows of a product, its depth, features of a gradient."""
+    """Blocks of a number format: most images; squares and windows of a product, its depth, features of a gradient.
+
+    The filters of the first `kept` convolutions stay in shared memory for all images of a program, as far as registers
+    allow it, and the loops over a product's depth are unrolled for them.
+    """
 
     images: int
     M1: int
@@ -29,20 +33,21 @@ class Tile(NamedTuple):
     K2: int
     K: int
     F: int
+    kept: int
     num_warps: int
 
 
 # By whether it is for training; read off machine code (no register spills) and not yet timed.
 TILES = {
     True: {
-        "bfloat16": Tile(32, 128, 64, 128, 32, 32, 64, 8),
-        "tf32": Tile(32, 128, 32, 64, 32, 32, 32, 8),
-        "ieee": Tile(16, 32, 16, 64, 16, 16, 32, 4),
+        "bfloat16": Tile(64, 128, 64, 128, 32, 32, 64, 1, 8),
+        "tf32": Tile(32, 128, 32, 64, 32, 32, 32, 0, 8),
+        "ieee": Tile(16, 32, 16, 64, 16, 16, 32, 0, 4),
     },
     False: {
-        "bfloat16": Tile(64, 128, 64, 128, 32, 32, 64, 8),
-        "tf32": Tile(16, 128, 32, 128, 32, 32, 32, 8),
-        "ieee": Tile(16, 64, 16, 64, 16, 16, 32, 8),
+        "bfloat16": Tile(64, 128, 64, 128, 64, 32, 64, 2, 8),
+        "tf32": Tile(16, 128, 32, 128, 32, 32, 32, 0, 8),
+        "ieee": Tile(16, 64, 16, 64, 16, 16, 32, 0, 8),
     },
 }
 
@@ -55,10 +60,12 @@ def tile_for(format, images, geometry, train):
         block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
         squares = (geometry.pooled[0] // 2) ** 2
         rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
-        return block, Tile(64, rows[0], 64, rows[1], 32, 128, 128, 4)
+        return block, Tile(64, rows[0], 64, rows[1], 32, 128, 128, TILES[train][format].kept, 4)
     if geometry.channels > 1:
         # Sums over three channels stay in registers for longer.
-        tile = tile._replace(M1=min(tile.M1, 64), K=64 if format == "bfloat16" else tile.K)
+        tile = tile._replace(M1=min(tile.M1, 64), K=64 if format == "bfloat16" else tile.K, kept=0)
+        if train:
+            tile = tile._replace(images=min(tile.images, 32))
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
     return min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132))), tile
 
@@ -123,24 +130,38 @@ def add_product(
 @triton.jit
 def first_convolution(
     x_ptr, packed_ptr, bias_ptr, p1_ptr, code_ptr, i0, s0, N,
-    TRAIN: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr,
-    FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
+    TRAIN: tl.constexpr, KEPT: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
+    Q1: tl.constexpr, FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     SQUARES: tl.constexpr = (Q1 // 2) * (Q1 // 2)
     offs_n, lanes = tl.arange(0, 128), tl.arange(0, 32)
     bias = tl.load(bias_ptr + lanes % 8, mask=lanes % 8 < 6, other=0.0)
+    filters = ()
+    if KEPT:
+        for k0 in tl.static_range(0, C * 64, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            w = tl.load(packed_ptr + (k * 128)[:, None] + offs_n[None, :])
+            filters = filters + (w.to(OPERAND),)
     for m0 in range(0, BLOCK_I * SQUARES, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         image, square = offs_m // SQUARES, offs_m % SQUARES
         mask = (offs_m < BLOCK_I * SQUARES) & (i0 + image < N)
         acc = tl.zeros((BLOCK_M, 128), tl.float32)
-        for k0 in range(0, C * 64, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            x = load_patches(x_ptr, i0 + image, square, mask, k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
-            w = tl.load(packed_ptr + (k * 128)[:, None] + offs_n[None, :])
-            acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION)
+        if KEPT:
+            for k0 in tl.static_range(0, C * 64, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                x = load_patches(x_ptr, i0 + image, square, mask, k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+                # Nothing changes, but the compiler moves a bare cast to after the way through shared memory.
+                x = tl.where(mask[:, None], x.to(OPERAND), 0.0)
+                acc = tl.dot(x, filters[k0 // BLOCK_K], acc, input_precision=PRECISION)
+        else:
+            for k0 in range(0, C * 64, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                x = load_patches(x_ptr, i0 + image, square, mask, k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+                w = tl.load(packed_ptr + (k * 128)[:, None] + offs_n[None, :])
+                acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION)
         y, code = largest_of_four(acc, bias, BLOCK_M, 32)
         rows = (s0 + image) * (Q1 * Q1 * 8) + square // (Q1 // 2) * (Q1 * 16) + square % (Q1 // 2) * 16
         offs = rows[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]
@@ -150,26 +171,44 @@ def first_convolution(
 
 
 @triton.jit
+def load_windows(p1_ptr, rows, mask, k, Q1: tl.constexpr):
+    """(BLOCK_M, BLOCK_K): elements k = dy * 48 + dx * 8 + c of the 6 x 6 patch that feeds a window."""
+    return tl.load(p1_ptr + rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit
 def second_convolution(
     p1_ptr, packed_ptr, bias_ptr, acts_ptr, code_ptr, i0, s0, N,
-    TRAIN: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr,
+    TRAIN: tl.constexpr, KEPT: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     WINDOWS: tl.constexpr = Q2 * Q2
     offs_n, lanes = tl.arange(0, 64), tl.arange(0, 16)
     bias = tl.load(bias_ptr + lanes)
+    filters = ()
+    if KEPT:
+        for k0 in tl.static_range(0, 288, BLOCK_K):
+            k = k0 + tl.arange(0, min(BLOCK_K, 288 - k0))
+            w = tl.load(packed_ptr + (k * 64)[:, None] + offs_n[None, :])
+            filters = filters + (w.to(OPERAND),)
     for m0 in range(0, BLOCK_I * WINDOWS, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         image, window = offs_m // WINDOWS, offs_m % WINDOWS
         mask = (offs_m < BLOCK_I * WINDOWS) & (i0 + image < N)
         rows = (s0 + image) * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
         acc = tl.zeros((BLOCK_M, 64), tl.float32)
-        for k0 in range(0, 288, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            p = tl.load(p1_ptr + rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :], mask=mask[:, None], other=0.0)
-            w = tl.load(packed_ptr + (k * 64)[:, None] + offs_n[None, :])
-            acc = tl.dot(p.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION)
+        if KEPT:
+            for k0 in tl.static_range(0, 288, BLOCK_K):
+                k = k0 + tl.arange(0, min(BLOCK_K, 288 - k0))
+                p = load_windows(p1_ptr, rows, mask, k, Q1)
+                acc = tl.dot(p.to(OPERAND), filters[k0 // BLOCK_K], acc, input_precision=PRECISION)
+        else:
+            for k0 in range(0, 288, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                p = load_windows(p1_ptr, rows, mask, k, Q1)
+                w = tl.load(packed_ptr + (k * 64)[:, None] + offs_n[None, :])
+                acc = tl.dot(p.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION)
         y, code = largest_of_four(acc, bias, BLOCK_M, 16)
         offs = ((s0 + image) * (F + 256) + window * 16)[:, None] + lanes[None, :]
         tl.store(acts_ptr + offs, round_to(y, acts_ptr.dtype.element_ty), mask=mask[:, None])
@@ -250,7 +289,8 @@ def lenet_forward_kernel(
     N, ignore_index,
     B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, B4: tl.constexpr, B5: tl.constexpr,
     W2: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr, W5: tl.constexpr,
-    TRAIN: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    TRAIN: tl.constexpr, KEPT: tl.constexpr,
+    C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     F: tl.constexpr, CLASSES: tl.constexpr, CP: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -264,12 +304,12 @@ def lenet_forward_kernel(
         i0, s0 = group * BLOCK_I, (group if TRAIN else pid) * BLOCK_I
         first_convolution(
             x_ptr, packed_ptr, flat_ptr + B1, p1_ptr, code1_ptr, i0, s0, N,
-            TRAIN, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT, OPERAND, PRECISION, BLOCK_I, BLOCK_M1, BLOCK_K1,
+            TRAIN, KEPT > 0, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT, OPERAND, PRECISION, BLOCK_I, BLOCK_M1, BLOCK_K1,
         )  # fmt: skip
         tl.debug_barrier()
         second_convolution(
             p1_ptr, packed_ptr + W2, flat_ptr + B2, acts_ptr, code2_ptr, i0, s0, N,
-            TRAIN, Q1, Q2, F, OPERAND, PRECISION, BLOCK_I, BLOCK_M2, BLOCK_K2,
+            TRAIN, KEPT > 1, Q1, Q2, F, OPERAND, PRECISION, BLOCK_I, BLOCK_M2, BLOCK_K2,
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -377,7 +417,7 @@ def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, i
         p1, code1, acts, code2, logits, grads, dz, loss,
         N, ignore_index,
         **{f"B{i + 1}": starts[2 * i + 1] for i in range(5)}, W2=W2, W3=W3, W4=W4, W5=W5,
-        TRAIN=train, **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
+        TRAIN=train, KEPT=tile.kept, **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, p1, acts, dz, logits), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
         BLOCK_I=block, BLOCK_R=max(16, block), BLOCK_C=geometry.block_classes,
