@@ -1,12 +1,14 @@
 """Compiles every kernel for a GPU that need not be there, as its launcher would launch it.
 
-    python -m bench.compile sm_90 [FORMAT ...]
+    python -m bench.compile sm_90 bfloat16 [--brief]
 
 Runs the launchers over CPU tensors with each launch replaced by its compilation, and prints one JSON object a line for
 each kernel compiled, or one with an "error" where that failed. TRITON_INTERPRET must not be set. Compiled kernels are
-kept in Triton's cache, so that a second run takes seconds.
+kept in Triton's cache, so that a second run takes seconds. Briefly means without second programs of a kernel, tile and
+format whose other constants (strides, widths, 64-bit offsets) make much the same code.
 """
 
+import argparse
 import json
 import sys
 
@@ -34,6 +36,8 @@ from .bounds import Launch, bounds
 
 # The architecture and the formats that times are bounded for.
 BOUNDED = "sm_90", ("bfloat16", "tf32", "float32")
+# The formats of LeNet's three launches.
+LENET = "bfloat16", "tf32", "float32"
 
 
 class Calls:
@@ -202,8 +206,8 @@ def shapes(c):
     yield "linear 4096^3", lambda: c.linear(4096, 4096, 4096)
 
 
-def coverage(c, format):
-    """(name, call) that between them reach every row of every table of tiles, and each kernel in each memory order."""
+def tiles(c, format, brief=False):
+    """(name, call) that between them reach every row of every table of tiles."""
     rows = _common.number_format(*FORMATS[format])
     for tile in _common.TALL[rows]:
         # Just what the tile holds: the launchers choose it for these sizes and nothing wider.
@@ -217,19 +221,6 @@ def coverage(c, format):
         for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
             yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
-    if rows != "fp64":
-        # Windows that share a patch and windows with one each, runs of pixels and of channels, padding that is masked.
-        gradients = rows != "ieee"
-        yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, last=False)
-        yield (
-            "one channel to pool, padded",
-            lambda: c.conv_pool(64, 1, 28, 6, 5, pad=2, last=False, gradients=gradients),
-        )
-        for last in (False, True):
-            name = "few channels to pool" + ", channels_last" * last
-            yield name, lambda last=last: c.conv_pool(128, 6, 14, 16, 5, last=last, gradients=gradients)
-        yield "few channels to pool, padded", lambda: c.conv_pool(4, 3, 32, 40, 5, pad=2)
-        yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
     for tile in _common.SQUARE[rows]:
         for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
             if walk == "flat" and tile.N > conv2d.NARROW_N:
@@ -239,9 +230,23 @@ def coverage(c, format):
         yield f"{tile.M}x{tile.N}", lambda m=tile.M, n=tile.N: c.linear(m, 4 * n, n)
     for tile in linear_chain.ROWS[rows]:
         # As many rows as choose the tile; the head of LeNet, and layers as wide as there may be.
-        m = 129 * tile.M
+        m, wide = 129 * tile.M, (256, *[kernel_shapes.MOST_WIDTH] * 3)
         yield f"chain, {tile.M} rows", lambda m=m: c.chain(m, 400, 120, 84, 10)
-        yield f"wide chain, {tile.M} rows", lambda m=m: c.chain(m, 256, *[kernel_shapes.MOST_WIDTH] * 3)
+        yield f"wide chain, {tile.M} rows", lambda m=m, wide=wide: c.chain(m, *wide, weight_grad=not brief)
+
+
+def layers(c, format, brief=False):
+    """(name, call) of the kernels without a table of tiles, in each memory order, and of switches without a name."""
+    # Windows that share a patch and windows with one each, runs of pixels and of channels, padding that is masked.
+    gradients = format in ("bfloat16", "float16", "tf32")
+    if format != "float64":
+        yield "few channels to pool, padded", lambda: c.conv_pool(4, 3, 32, 40, 5, pad=2)
+    if format != "float64" and not brief:
+        few = {"last": True, "gradients": gradients}
+        yield "few channels to pool, channels_last", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
+        one = {"pad": 2, "last": False, "gradients": gradients}
+        yield "one channel to pool, padded", lambda: c.conv_pool(64, 1, 28, 6, 5, **one)
+        yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
     yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
     yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
@@ -249,20 +254,32 @@ def coverage(c, format):
     yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
-    if c.dtype in (torch.bfloat16, torch.float32):
+    if format in LENET and not brief:
+        colours = {"channels": 3, "classes": 1000}
+        yield "LeNet step of colours", lambda: c.lenet(2**14, **colours)
+        yield "LeNet inference of colours", lambda: c.lenet_inference(2**14, **colours)
+
+
+def lenet_again(c, format):
+    """(name, call) of what `shapes` has too, where there are no bounds."""
+    if format != "float64":
+        few = {"last": False, "gradients": format in ("bfloat16", "float16", "tf32")}
+        yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, last=False)
+        yield "few channels to pool", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
+    if format in LENET:
         # Blocks of images grow with the batch: this one fills them.
-        yield "LeNet step of colours", lambda: c.lenet(2**14, channels=3, classes=1000)
         yield "LeNet step of bytes", lambda: c.lenet(2**14, raw=True)
         yield "LeNet inference of bytes", lambda: c.lenet_inference(2**14, raw=True)
 
 
-def switches(c):
+def switches(c, brief=False):
     """(name, call) that turn each switch of a kernel that no tile depends on."""
     yield "groups, dilation", lambda: c.conv(4, 32, 16, 32, 3, dilation=2, groups=2)
     yield "rectified", c.rectified
     for mode in ("reflect", "replicate", "circular"):
         yield mode, lambda mode=mode: c.conv(4, 32, 16, 32, 3, mode=mode)
-    yield "past 2^31", c.past_32_bits
+    if not brief:
+        yield "past 2^31", c.past_32_bits
 
 
 class NoDevice:
@@ -302,26 +319,38 @@ def compile_instead(target, report):
     JITFunction.run = compile
 
 
-def calls(arch, formats):
-    """(format, case, call) of all that is compiled for an architecture."""
-    for format in formats:
-        dtype, precision = FORMATS[format]
-        torch.backends.cudnn.conv.fp32_precision = precision
-        torch.backends.cuda.matmul.fp32_precision = precision
-        c = Calls(dtype)
-        if arch == BOUNDED[0] and format in BOUNDED[1]:
-            for name, call in shapes(c):
-                yield format, name, call
-        for name, call in coverage(c, format):
-            yield format, name, call
-        # What they switch is the same in every format.
-        if format == "bfloat16":
-            for name, call in switches(c):
-                yield format, name, call
+def has_tiles(arch, format, brief):
+    """Whether the tables of tiles are compiled: in a brief run NVIDIA's float32 is that of sm_90, FMA on every card."""
+    return not (brief and format == "float32" and arch in ("sm_80", "sm_100"))
 
 
-def main(arch, *formats):
-    target, compiled, label, seen = GPUTarget(*TARGETS[arch]), [], {}, set()
+def calls(arch, format, brief=False):
+    """(case, call) of what is compiled for an architecture in a format."""
+    dtype, precision = FORMATS[format]
+    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    c = Calls(dtype)
+    bounded = arch == BOUNDED[0] and format in BOUNDED[1]
+    if bounded:
+        yield from shapes(c)
+    if has_tiles(arch, format, brief):
+        yield from tiles(c, format, brief)
+    yield from layers(c, format, brief)
+    if not (brief and bounded):
+        yield from lenet_again(c, format)
+    # What they switch is the same in every format.
+    if format == "bfloat16":
+        yield from switches(c, brief)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("arch", choices=TARGETS)
+    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("--brief", action="store_true")
+    arguments = parser.parse_args()
+    arch, format = arguments.arch, arguments.format
+    target, compiled, label, seen = GPUTarget(*TARGETS[arch]), [], {"format": format}, set()
     named = {name for name, _ in shapes(None)}
 
     def report(name, launch, kernel):
@@ -337,8 +366,8 @@ def main(arch, *formats):
             compiled.append((record, launch, kernel, bounded))
 
     compile_instead(target, report)
-    for format, case, call in calls(arch, formats or FORMATS):
-        label.update(format=format, case=case)
+    for case, call in calls(arch, format, arguments.brief):
+        label["case"] = case
         print(f"{arch}, {format}, {case}:", file=sys.stderr)
         call()
 
@@ -359,4 +388,4 @@ def main(arch, *formats):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -21,23 +21,31 @@ from pathlib import Path
 import triton
 from tqdm import tqdm
 
-from . import TARGETS, budgets
+from . import FORMATS, TARGETS, budgets
 from .budgets import bound
 from .table import markdown
 
 HERE = Path(__file__).parent
 
 
-def compile_for(arch, formats=()):
-    """The records of bench.compile for one architecture, of all formats or some; RuntimeError with its output if it
-    fails."""
+def compile_for(arch, format, brief=False):
+    """The records of bench.compile for one architecture and format; RuntimeError with its output if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile", arch, *formats]
+    command = [sys.executable, "-m", "bench.compile", arch, format, *["--brief"] * brief]
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not records:
-        raise RuntimeError(f"python -m bench.compile {arch} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"python -m bench.compile {arch} {format} failed:\n{done.stderr[-2000:]}")
     return records
+
+
+def compile_all(archs, formats, brief=False):
+    """{architecture: records}, of as many processes at a time as there are cores, each for one format."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {(arch, format): pool.submit(compile_for, arch, format, brief) for arch in archs for format in formats}
+        for _ in tqdm(concurrent.futures.as_completed(jobs.values()), total=len(jobs)):
+            pass
+        return {arch: [r for format in formats for r in jobs[arch, format].result()] for arch in archs}
 
 
 def _one_of(values):
@@ -137,13 +145,7 @@ def main():
         if arch not in TARGETS:
             parser.error(f"{arch!r} is not one of {', '.join(TARGETS)}")
 
-    archs, records = arguments.arch or list(TARGETS), {}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {pool.submit(compile_for, arch): arch for arch in archs}
-        for job in tqdm(concurrent.futures.as_completed(jobs), total=len(jobs), unit="architecture"):
-            records[jobs[job]] = job.result()
-    records = {arch: records[arch] for arch in archs}
-
+    records = compile_all(arguments.arch or TARGETS, FORMATS)
     everything = [r for rs in records.values() for r in rs]
     compiled = {arch: [r for r in rs if "error" not in r] for arch, rs in records.items()}
     text = page(compiled)
