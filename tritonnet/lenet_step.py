@@ -1,5 +1,9 @@
 """A LeNet's training step in three launches: its buffers, the optimiser's state and numbers, the graph of it all."""
 
+from array import array
+from itertools import chain
+from operator import attrgetter, is_
+
 import torch
 
 from . import nn
@@ -68,47 +72,55 @@ class Moments:
         self.weights, self.optimizer = weights, optimizer
         count = rule["moments"] if rule["rule"] == "Adam" else int(rule["momentum"])
         self.names = _MOMENTS[rule["rule"]][:count]
-        self.has_step = rule["rule"] == "Adam"
         self.buffers = [torch.zeros_like(weights.flat) for _ in self.names]
-        self.views = list(zip(*map(weights.split, self.buffers))) if self.names else [()] * len(weights.parameters)
+        parts = list(zip(*map(weights.split, self.buffers))) if self.names else [()] * len(weights.parameters)
         self.counts = [0] * len(weights.parameters)
-        self.steps, self.versions = [None] * len(weights.parameters), [0] * len(weights.parameters)
+        self.steps, self._steps_version = None, 0
+        if rule["rule"] == "Adam":
+            # One tensor, so that one call counts for all; where torch looks for them.
+            on_device = any(group.get("fused") for group in optimizer.param_groups)
+            self.steps = torch.zeros(len(parts), device=weights.device if on_device else "cpu")
+            self.names, parts = (*self.names, "step"), [(*of, step) for of, step in zip(parts, self.steps)]
+        # What the optimiser's state of each parameter should be.
+        self.views = [dict(zip(self.names, of)) for of in parts]
+        self._seen = None
 
     def load(self):
         """Take over what was loaded into the optimiser or computed by it since the last step."""
+        seen = [value for state in self.optimizer.state.values() for value in state.values()]
+        counted = self.steps is None or self.steps._version == self._steps_version
+        if counted and self._seen is not None and len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
+            return
         for i, p in enumerate(self.weights.parameters):
             # Without asking for it a state comes into being.
             state = self.optimizer.state[p] if p in self.optimizer.state else {}
-            if self.has_step:
-                step = state.get("step")
-                # By its version: on a GPU its value would have to be waited for.
-                if step is not self.steps[i] or step is not None and step._version != self.versions[i]:
-                    self.steps[i], self.counts[i] = step, 0 if step is None else int(step)
-            for name, view in zip(self.names, self.views[i]):
+            known = all(state.get(name) is view for name, view in self.views[i].items())
+            if not known:
+                self.counts[i] = int(all(state.get(name) is not None for name in self.names))
+            for name, view in self.views[i].items():
                 value = state.get(name)
                 if value is None:
                     view.zero_()
-                    self.counts[i] = 0
                 elif value is not view:
                     view.copy_(value)
                     state[name] = view
-                    self.counts[i] = max(self.counts[i], 1)
+            if self.steps is not None and (not known or not counted):
+                # On a GPU this waits.
+                self.counts[i] = int(self.steps[i])
+        self._seen = [value for state in self.optimizer.state.values() for value in state.values()]
+        self._steps_version = 0 if self.steps is None else self.steps._version
 
-    def count(self, groups):
+    def count(self):
         """Another update is on its way: count it where torch does, and let the state be found there."""
-        for i, p in enumerate(self.weights.parameters):
-            self.counts[i] += 1
-            if self.counts[i] > 1 or not self.names:
-                continue
-            state = self.optimizer.state[p]
-            state.update(zip(self.names, self.views[i]))
-            if self.has_step:
-                at = {"device": p.device, "dtype": torch.float32} if groups[i].get("fused") else {}
-                self.steps[i] = state["step"] = torch.tensor(0.0, **at)
-        if self.has_step:
-            # In one call, as torch's optimisers do it.
-            torch._foreach_add_(self.steps, 1)
-            self.versions = [step._version for step in self.steps]
+        if self.names and not all(self.counts):
+            for p, count, views in zip(self.weights.parameters, self.counts, self.views):
+                if count == 0:
+                    self.optimizer.state[p].update(views)
+            self._seen = None
+        self.counts = [count + 1 for count in self.counts]
+        if self.steps is not None:
+            self.steps += 1
+            self._steps_version = self.steps._version
 
     def numbers(self, groups, rule):
         """The kernel's numbers for each parameter, for the update after `counts` of them; no rate that is on a GPU."""
@@ -116,7 +128,7 @@ class Moments:
         for group, count in zip(groups, self.counts):
             if (id(group), count) not in rows:
                 rows[id(group), count] = _numbers(group, count, rule)
-        return [rows[id(group), count] for group, count in zip(groups, self.counts)]
+        return array("f", chain.from_iterable(rows[id(group), count] for group, count in zip(groups, self.counts)))
 
 
 def _numbers(group, count, rule):
@@ -197,22 +209,21 @@ class ThreeLaunches:
         self.grad = torch.zeros_like(self.weights.flat) if accumulate > 1 else None
         self.numbers = torch.zeros(len(parameters), lenet.NUMBERS, device=self.device)
         self.trouble = torch.zeros(2, dtype=torch.int32, device=self.device)
-        self._rows, self._batches, self._calls, self._look, self._told = None, {}, 0, None, False
+        self._rows, self._settings, self._batches, self._calls, self._look, self._told = None, None, {}, 0, None, False
 
     def __call__(self, images, labels):
-        self._check_batch(images, labels)
-        rule, groups = rule_of(self.optimizer, self.parameters)
-        if any(p.device != self.device or p.dtype != torch.float32 or not p.requires_grad for p in self.parameters):
-            raise NotServed(f"parameters have been frozen or moved from float32 on {self.device}")
-        if rule != self.rule:
-            self.rule, self.moments, self._batches = rule, Moments(self.weights, self.optimizer, rule), {}
+        key = images.shape, images.dtype, labels.shape, labels.dtype
+        if key not in self._batches:
+            self._check_batch(images, labels)
+        self._follow_optimizer()
+        if not all(map(attrgetter("requires_grad"), self.parameters)):
+            raise NotServed("parameters have been frozen")
         turn, self._calls = self._calls % self.accumulate, self._calls + 1
         last = turn == self.accumulate - 1
-        self.weights.adopt()
-        packed = self.weights.packed(self.format)
+        packed = self.weights.packed(self.format, adopt=True)
         if last:
-            self._prepare_update(groups)
-        loss = self._run(images, labels, packed, add=turn > 0, update=last)
+            self._prepare_update()
+        loss = self._run(key, images, labels, packed, add=turn > 0, update=last)
         if self.grad is not None and turn == 0:
             for p, view in zip(self.parameters, self.weights.split(self.grad)):
                 p.grad = view
@@ -220,6 +231,18 @@ class ThreeLaunches:
             self.weights.mark(self.format)
         self._look_for_trouble()
         return loss
+
+    def _follow_optimizer(self):
+        """Take over what has changed about the optimizer; most calls find nothing."""
+        groups = self.optimizer.param_groups
+        hooks = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        settings = [(*map(id, group["params"]), *group.values()) for group in groups] + [tuple(map(len, hooks))]
+        if settings == self._settings:
+            return
+        rule, self._groups = rule_of(self.optimizer, self.parameters)
+        if rule != self.rule:
+            self.rule, self.moments, self._batches = rule, Moments(self.weights, self.optimizer, rule), {}
+        self._settings, self._rates_on_device = settings, any(_on_device(group["lr"]) for group in groups)
 
     def _check_batch(self, images, labels):
         C, size = self.geometry.channels, self.geometry.size
@@ -236,20 +259,21 @@ class ThreeLaunches:
                 f"labels must be ({len(images)}) of int64 or uint8, got {list(labels.shape)} of {labels.dtype}"
             )
 
-    def _prepare_update(self, groups):
+    def _prepare_update(self):
         """The optimiser's state and numbers for the coming update."""
         self.moments.load()
-        rows = self.moments.numbers(groups, self.rule)
+        rows = self.moments.numbers(self._groups, self.rule)
         if rows != self._rows:
             # From pageable memory: copied aside before the call returns, so that the next may follow at once.
-            self.numbers.copy_(torch.tensor(rows), non_blocking=True)
+            self.numbers.copy_(torch.frombuffer(rows, dtype=torch.float32).view_as(self.numbers), non_blocking=True)
             self._rows = rows
-        if any(_on_device(group["lr"]) for group in self.optimizer.param_groups):
-            for row, group in zip(self.numbers, groups):
-                row[lenet_update.LR].copy_(group["lr"])
+        if self._rates_on_device:
+            for row, group in zip(self.numbers, self._groups):
+                if _on_device(group["lr"]):
+                    row[lenet_update.LR].copy_(group["lr"])
         if not self._told:
             self._tell_schedulers()
-        self.moments.count(groups)
+        self.moments.count()
 
     def _tell_schedulers(self):
         """A scheduler warns if the optimiser's step was never called: without gradients it does nothing."""
@@ -261,14 +285,13 @@ class ThreeLaunches:
             p.grad = grad
         self._told = True
 
-    def _run(self, images, labels, packed, add, update):
-        static = self.device.type in self.graphs_on and len(images) < GRAPH_BELOW
-        key = images.shape, images.dtype, labels.dtype, static
+    def _run(self, key, images, labels, packed, add, update):
         if key not in self._batches:
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            static = self.device.type in self.graphs_on and len(images) < GRAPH_BELOW
             self._batches[key] = Batch(images, labels, self.geometry, self.format, static)
         batch = self._batches[key]
-        if not static:
+        if batch.images is None:
             images = images.to(self.device, non_blocking=True).contiguous()
             labels = labels.to(self.device, non_blocking=True).contiguous()
             self._launch(batch, images, labels, packed, add, update)

@@ -94,6 +94,7 @@ class Weights:
         self.device = parameters[0].device
         self.flat = torch.zeros(geometry.flat[-1], device=self.device)
         self.views = self.split(self.flat)
+        self._places = [view.data_ptr() for view in self.views]
         # Which partial sums are added up makes no difference to how weights are packed.
         self._table = lenet.table(geometry, lenet.Splits(1, 1, 1), self.device)
         self._packed = {}
@@ -107,6 +108,8 @@ class Weights:
         """Make the parameters views of the buffer; they keep their values, and stay the same objects."""
         with torch.no_grad():
             for p, view in zip(self.parameters, self.views):
+                if p.device != self.device or p.dtype != torch.float32:
+                    raise NotServed(f"parameters have been moved from float32 on {self.device}")
                 if p.data_ptr() != view.data_ptr():
                     view.copy_(p)
                     p.data = view
@@ -119,10 +122,14 @@ class Weights:
         torch.autograd.graph.increment_version(self.parameters)
         self._packed[format] = self._packed[format][0], self._seen()
 
-    def packed(self, format):
-        """The packed copies, made anew if anybody has changed the parameters."""
+    def packed(self, format, adopt=False):
+        """The packed copies, made anew if anybody has changed the parameters, which may be made views first."""
         packed, seen = self._packed.get(format, (None, None))
-        if seen == (now := self._seen()):
+        now = self._seen()
+        if adopt and [pointer for pointer, _ in now] != self._places:
+            self.adopt()
+            now = self._seen()
+        if seen == now:
             return packed
         if packed is None:
             dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
