@@ -426,6 +426,61 @@ def test_what_changes_between_calls(device):
     assert torch.equal(net.fc3.weight, before[0]) and not torch.equal(net.fc2.weight, before[1])
 
 
+def double_the_rate(net, optimizer):
+    optimizer.param_groups[0]["lr"] *= 2  # in place where it is a tensor
+
+
+def forget(net, optimizer):
+    del optimizer.state[net.fc1.weight]
+
+
+def replace(net, optimizer):
+    state = optimizer.state[net.conv2.weight]
+    name = next(name for name in state if name != "step")
+    state[name] = state[name] * 3
+
+
+def count_on(net, optimizer):
+    for state in optimizer.state.values():
+        state["step"].fill_(40)
+
+
+def two_groups(net, optimizer):
+    (group,) = optimizer.param_groups
+    optimizer.add_param_group({**group, "params": [group["params"].pop()], "lr": 0.5})
+
+
+@pytest.mark.parametrize(
+    "options, change",
+    [
+        ({"lr": torch.tensor(0.05)}, double_the_rate),
+        ({"lr": 0.05, "momentum": 0.9, "dampening": 0.5}, forget),
+        ({"lr": 0.05, "momentum": 0.9}, replace),
+        ({"lr": 0.05, "momentum": 0.9}, two_groups),
+        ({"betas": (0.9, 0.99), "eps": 1e-3}, count_on),
+    ],
+    ids=["rate", "state forgotten", "state replaced", "another group", "count"],
+)
+def test_what_changes_in_the_optimizer(options, change, device):
+    """Between two calls, behind the step's back: torch's optimiser, treated likewise, says what comes of it."""
+    net = tritonnet.LeNet().to(device)
+    twin = copy.deepcopy(net)
+    kind = torch.optim.Adam if "betas" in options else torch.optim.SGD
+    optimizers = [kind(n.parameters(), **copy.deepcopy(options)) for n in (net, twin)]
+    step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizers[0], "ieee")
+    for i in range(3):
+        images, labels = batch(net, (2, 1, 32, 32), device, i)
+        step(images, labels)
+        by_torch(twin, optimizers[1], images, labels)
+        if i == 1:
+            for n, optimizer in zip((net, twin), optimizers):
+                change(n, optimizer)
+    assert step.path == "three launches"
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert_same_state(optimizers[0].state_dict(), optimizers[1].state_dict(), 1e-3)
+
+
 class Branching(Tutorial):
     def forward(self, x):
         return super().forward(x) if x.mean() > 0 else super().forward(-x)
