@@ -36,8 +36,8 @@ class Tile(NamedTuple):
 
 # Read off machine code (no register spills) and not yet timed.
 TILES = {
-    "bfloat16": Tile(64, 64, 64, 256, 64, 64, 4),
-    "tf32": Tile(64, 32, 32, 256, 32, 64, 4),
+    "bfloat16": Tile(128, 64, 64, 256, 64, 64, 4),
+    "tf32": Tile(128, 32, 32, 256, 32, 64, 4),
     "ieee": Tile(16, 16, 16, 64, 16, 64, 4),
 }
 # For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
@@ -61,7 +61,7 @@ def splits_for(format, images, geometry):
     """How many programs share each gradient: no more than there are tiles, see Splits."""
     tile, (Q1, Q2) = tile_for(format, images, geometry), geometry.pooled
     most = Splits(2, 2, 1) if INTERPRETED else MOST
-    tiles = -(-images // tile.M1) * (Q1 // 2) ** 2, images * Q2 * Q2 / tile.M2, images / (4 * tile.M3)
+    tiles = -(-images // tile.M1) * (Q1 // 2) * -(-Q1 // 4), images * Q2 * Q2 / tile.M2, images / (4 * tile.M3)
     return Splits(*(max(1, min(limit, int(-(-n // 1)))) for limit, n in zip(most, tiles)))
 
 
@@ -75,7 +75,7 @@ def fold(scratch_ptr, elements):
     """Of each weight the sum over the windows r of a square and the pixels q of a window, from scratch[elements] on."""
     term = tl.arange(0, 16)
     y, x = term // 8 * 2 + term // 2 % 2, term // 4 % 2 * 2 + term % 2
-    starts = (y * 8 + x) * 128 + term // 4 * 32 + term % 4
+    starts = (y * 8 + x) * 128 + term % 4 * 32 + term // 4 * 8
     return tl.sum(tl.load(scratch_ptr + starts[:, None] + elements[None, :]), axis=0)
 
 
@@ -87,46 +87,73 @@ def first_convolution(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # A row is an image, and all rows of a turn see the same square: addresses are one number a row and one a column.
+    # All images of a turn see the same pair of squares: addresses are one number an image and one a column.
     SIDE: tl.constexpr = Q1 // 2
-    rows, lanes, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, 32), tl.arange(0, 64)
-    # A column for each lane and pixel of a window.
+    PAIRS: tl.constexpr = (SIDE + 1) // 2
+    SMALL: tl.constexpr = SIZE - 2 * FRAME
+    PACKED: tl.constexpr = PRECISION == 'tf32'
+    rows, offs_k, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, 64)
+    # A column for each pixel of a window and lane.
     acc = tl.zeros((64, 128), tl.float32)
-    acc_b = tl.zeros((BLOCK_M, 32), tl.float32)
-    for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * SIDE), SPLITS):
-        square = turn % (SIDE * SIDE)
-        row, column = square // SIDE, square % SIDE
-        image = turn // (SIDE * SIDE) * BLOCK_M + rows.to(INDEX)
-        mask = image < N
+    acc_b = tl.zeros((32, 8), tl.float32)
+    for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), SPLITS):
+        block = turn % (SIDE * PAIRS)
+        row, pair = block // PAIRS, block % PAIRS
+        n0 = (turn // (SIDE * PAIRS) * BLOCK_M).to(INDEX)
+        mask = rows < N - n0
 
-        # Nine windows of the second convolution reach the square, at the edges fewer.
-        dp = tl.zeros((BLOCK_M, 32), tl.float32)
+        # Twelve windows of the second convolution reach the pair, at the edges fewer.
+        dp = tl.zeros((64, BLOCK_M), tl.float32)
         for above in range(tl.maximum(row - 2, 0), tl.minimum(row + 1, Q2)):
-            for left in range(tl.maximum(column - 2, 0), tl.minimum(column + 1, Q2)):
-                j = (row - above) * 3 + column - left
+            for left in range(tl.maximum(2 * pair - 2, 0), tl.minimum(2 * pair + 2, Q2)):
+                j = (row - above) * 4 + 2 * pair + 1 - left
+                dz_base = dz_ptr + n0 * (Q2 * Q2 * 64) + (above * Q2 + left) * 64
                 for k0 in tl.static_range(0, 64, BLOCK_K):
                     k = k0 + tl.arange(0, BLOCK_K)
-                    offs = (image * (Q2 * Q2 * 64))[:, None] + k[None, :]
-                    dz = tl.load(dz_ptr + (above * Q2 + left) * 64 + offs, mask=mask[:, None], other=0.0)
-                    w = tl.load(wd_ptr + j * (64 * 32) + (k * 32)[:, None] + lanes[None, :])
-                    dp = tl.dot(dz.to(OPERAND), w.to(OPERAND), dp, input_precision=PRECISION)
+                    offs = (rows * (Q2 * Q2 * 64))[:, None] + k[None, :]
+                    dz = tl.load(dz_base + offs, mask=mask[:, None], other=0.0)
+                    w = tl.load(wd_ptr + j * (64 * 64) + (offs_n * 64)[:, None] + k[None, :])
+                    dp = tl.dot(w.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
 
-        offs = (image * (Q1 * Q1 * 8))[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]
-        code = tl.load(code_ptr + row * (Q1 * 16) + column * 16 + offs, mask=mask[:, None], other=4)
-        acc_b += tl.where(code < 4, dp, 0.0)
-        squares = tl.full((BLOCK_M,), square, tl.int32)
-        x = load_patches(x_ptr, image, squares, mask, channel * 64 + offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
-        dz1 = one_hot(round_to(dp, dz_ptr.dtype.element_ty).to(OPERAND), code, 4, 4)
-        acc = tl.dot(tl.trans(x.to(OPERAND)), dz1, acc, input_precision=PRECISION)
+        offs = offs_n // 32 * (Q1 * 8) + offs_n // 8 % 2 * 16 + offs_n // 16 % 2 * 8 + offs_n % 8
+        inside = mask[:, None] & (2 * pair + offs_n // 8 % 2 < SIDE)[None, :]
+        code_base = code_ptr + n0 * (Q1 * Q1 * 8) + row * (Q1 * 16) + pair * 32
+        code = tl.trans(tl.load(code_base + (rows * (Q1 * Q1 * 8))[:, None] + offs[None, :], mask=inside, other=4))
+        if PACKED:
+            bits = (dp.to(tl.int32, bitcast=True) & -8) | code.to(tl.int32)
+            bits0, bits1 = tl.split(tl.permute(tl.reshape(bits, (4, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+        else:
+            code = tl.where(dp == 0, 4, code.to(tl.int32))
+            dp0, dp1 = tl.split(tl.permute(tl.reshape(dp, (4, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+            code0, code1 = tl.split(tl.permute(tl.reshape(code, (4, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+        for s in range(0, tl.minimum(2, SIDE - 2 * pair)):
+            if PACKED:
+                half = tl.reshape(tl.where(s == 0, bits0, bits1), (32, BLOCK_M))
+                at = half & 7
+                dy = (half & -8).to(tl.float32, bitcast=True)
+            else:
+                dy = tl.reshape(tl.where(s == 0, dp0, dp1), (32, BLOCK_M))
+                at = tl.reshape(tl.where(s == 0, code0, code1), (32, BLOCK_M))
+            live = tl.where(at < 4, dy, 0.0)
+            acc_b += tl.sum(tl.reshape(live, (32, BLOCK_M // 8, 8)), axis=1)
+            squares = tl.full((BLOCK_M,), row * SIDE + 2 * pair + s, tl.int32)
+            x = load_patches(
+                x_ptr + n0 * (C * SMALL * SMALL), rows, squares, mask, channel * 64 + offs_k,
+                C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
+            )  # fmt: skip
+            x = tl.where(mask[:, None], x.to(OPERAND), 0.0)
+            dz1 = one_hot(round_to(dy, dz_ptr.dtype.element_ty).to(OPERAND), at, 4, 4)
+            dz1 = tl.reshape(tl.permute(tl.reshape(dz1, (32, BLOCK_M, 4)), (2, 0, 1)), (128, BLOCK_M))
+            acc = tl.dot(tl.trans(x), tl.trans(dz1), acc, input_precision=PRECISION)
 
     tl.store(scratch_ptr + (offs_k * 128)[:, None] + tl.arange(0, 128)[None, :], acc)
     tl.debug_barrier()
     i = tl.arange(0, 256)
     oc, tap = tl.where(i < 150, i // 25, 0), i % 25
-    dw = fold(scratch_ptr, tap // 5 * (8 * 128) + tap % 5 * 128 + oc * 4)
+    dw = fold(scratch_ptr, tap // 5 * (8 * 128) + tap % 5 * 128 + oc)
     tl.store(partial_ptr + oc * (25 * C) + channel * 25 + tap, dw, mask=i < 150)
     if channel == 0:
-        db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
+        db = tl.sum(tl.reshape(tl.sum(acc_b, axis=1), (4, 8)), axis=0)
         filters = tl.arange(0, 8)
         tl.store(partial_ptr + C * 150 + filters, db, mask=filters < 6)
 
