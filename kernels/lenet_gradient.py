@@ -99,7 +99,7 @@ def first_convolution(
     for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), SPLITS):
         block = turn % (SIDE * PAIRS)
         row, pair = block // PAIRS, block % PAIRS
-        n0 = (turn // (SIDE * PAIRS) * BLOCK_M).to(INDEX)
+        n0 = tl.cast(turn // (SIDE * PAIRS) * BLOCK_M, INDEX)
         mask = rows < N - n0
 
         # Twelve windows of the second convolution reach the pair, at the edges fewer.
