@@ -91,8 +91,11 @@ def first_convolution(
     SIDE: tl.constexpr = Q1 // 2
     PAIRS: tl.constexpr = (SIDE + 1) // 2
     SMALL: tl.constexpr = SIZE - 2 * FRAME
+    STAGES: tl.constexpr = 2
     PACKED: tl.constexpr = PRECISION == 'tf32'
     rows, offs_k, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, 64)
+    dz_offs = (rows * (Q2 * Q2 * 64))[:, None] + offs_k[None, :]
+    wd_offs = (offs_n * 64)[:, None] + offs_k[None, :]
     # A column for each pixel of a window and lane.
     acc = tl.zeros((64, 128), tl.float32)
     acc_b = tl.zeros((32, 8), tl.float32)
@@ -104,16 +107,14 @@ def first_convolution(
 
         # Twelve windows of the second convolution reach the pair, at the edges fewer.
         dp = tl.zeros((64, BLOCK_M), tl.float32)
-        for above in range(tl.maximum(row - 2, 0), tl.minimum(row + 1, Q2)):
-            for left in range(tl.maximum(2 * pair - 2, 0), tl.minimum(2 * pair + 2, Q2)):
-                j = (row - above) * 4 + 2 * pair + 1 - left
-                dz_base = dz_ptr + n0 * (Q2 * Q2 * 64) + (above * Q2 + left) * 64
-                for k0 in tl.static_range(0, 64, BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    offs = (rows * (Q2 * Q2 * 64))[:, None] + k[None, :]
-                    dz = tl.load(dz_base + offs, mask=mask[:, None], other=0.0)
-                    w = tl.load(wd_ptr + j * (64 * 64) + (offs_n * 64)[:, None] + k[None, :])
-                    dp = tl.dot(w.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
+        top, left = tl.maximum(row - 2, 0), tl.maximum(2 * pair - 2, 0)
+        columns = tl.minimum(2 * pair + 2, Q2) - left
+        dz_base, wd_base = dz_ptr + n0 * (Q2 * Q2 * 64), wd_ptr + (4 * row + 2 * pair + 1) * (64 * 64)
+        for i in tl.range(0, (tl.minimum(row + 1, Q2) - top) * columns, num_stages=STAGES):
+            h, w = top + i // columns, left + i % columns
+            dz = tl.load(dz_base + (h * Q2 + w) * 64 + dz_offs, mask=mask[:, None], other=0.0)
+            f = tl.load(wd_base - (4 * h + w) * (64 * 64) + wd_offs)
+            dp = tl.dot(f.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
 
         offs = offs_n // 32 * (Q1 * 8) + offs_n // 8 % 2 * 16 + offs_n // 16 % 2 * 8 + offs_n % 8
         inside = mask[:, None] & (2 * pair + offs_n // 8 % 2 < SIDE)[None, :]
@@ -173,7 +174,7 @@ def second_convolution(
     if REST > 0:
         rest = BLOCK_N + tl.arange(0, REST)
         acc_rest = tl.zeros((64, REST), tl.float32)
-    for m0 in range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M):
+    for m0 in tl.range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M, num_stages=2):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
         image, window = offs_m // WINDOWS, offs_m % WINDOWS
         mask = image < N
@@ -216,7 +217,7 @@ def linear(
 
     acc = tl.zeros((128, BLOCK_N), tl.float32)
     acc_b = tl.zeros((BLOCK_M, 128), tl.float32)
-    for m0 in range(split * BLOCK_M, N, SPLITS * BLOCK_M):
+    for m0 in tl.range(split * BLOCK_M, N, SPLITS * BLOCK_M, num_stages=2):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
         mask_m = offs_m < N
         offs = (offs_m * (256 + CP))[:, None] + (n0 + lanes_n)[None, :]
