@@ -37,8 +37,8 @@ class Tile(NamedTuple):
 # Read off machine code (no register spills) and not yet timed.
 TILES = {
     "bfloat16": Tile(128, 64, 64, 256, 64, 64, 4),
-    "tf32": Tile(128, 32, 32, 256, 32, 64, 4),
-    "ieee": Tile(16, 16, 16, 64, 16, 64, 4),
+    "tf32": Tile(128, 64, 32, 256, 32, 64, 4),
+    "ieee": Tile(32, 16, 16, 64, 16, 64, 4),
 }
 # For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
 SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 64, 128, 32, 64, 8)}
@@ -54,7 +54,7 @@ def tile_for(format, images, geometry):
         small = target.backend == "cuda" and target.arch // 10 not in (9, 10)
         return (SMALL_TILES if small else TILES)[format]
     rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in (1, geometry.pooled[1] ** 2, 1)]
-    return Tile(rows[0], 64, rows[1], 128 if format == "ieee" else 256, rows[2], 128, 4)
+    return Tile(rows[0], max(16, rows[0] // 2), rows[1], 128 if format == "ieee" else 256, rows[2], 128, 4)
 
 
 def splits_for(format, images, geometry):
@@ -75,8 +75,17 @@ def fold(scratch_ptr, elements):
     """Of each weight the sum over the windows r of a square and the pixels q of a window, from scratch[elements] on."""
     term = tl.arange(0, 16)
     y, x = term // 8 * 2 + term // 2 % 2, term // 4 % 2 * 2 + term % 2
-    starts = (y * 8 + x) * 128 + term % 4 * 32 + term // 4 * 8
+    starts = (term // 2 % 2 * 64 + term // 4 * 16 + term % 2 * 8) * 64 + y * 8 + x
     return tl.sum(tl.load(scratch_ptr + starts[:, None] + elements[None, :]), axis=0)
+
+
+@triton.jit
+def images_of(z, k, BLOCK_K: tl.constexpr):
+    """(4, 8, M) -> (32, BLOCK_K): the kth BLOCK_K of M images."""
+    if z.shape[2] > BLOCK_K:
+        first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, BLOCK_K)), 0, 1, 3, 2))
+        z = first if k == 0 else second
+    return tl.reshape(z, (32, BLOCK_K))
 
 
 @triton.jit
@@ -92,12 +101,17 @@ def first_convolution(
     PAIRS: tl.constexpr = (SIDE + 1) // 2
     SMALL: tl.constexpr = SIZE - 2 * FRAME
     STAGES: tl.constexpr = 2
-    PACKED: tl.constexpr = PRECISION == 'tf32'
+    PACKED: tl.constexpr = PRECISION == "tf32"
+    SWAPPED: tl.constexpr = PACKED and dz_ptr.dtype.element_ty == tl.float32
     rows, offs_k, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, 64)
     dz_offs = (rows * (Q2 * Q2 * 64))[:, None] + offs_k[None, :]
     wd_offs = (offs_n * 64)[:, None] + offs_k[None, :]
-    # A column for each pixel of a window and lane.
-    acc = tl.zeros((64, 128), tl.float32)
+    images = tl.arange(0, BLOCK_K)
+    if SWAPPED:
+        images = images // 8 * 8 + images % 4 * 2 + images // 4 % 2
+    LAST: tl.constexpr = 3 if SWAPPED else 4
+    # A row for each pixel of a window and lane.
+    acc = tl.zeros((128, 64), tl.float32)
     acc_b = tl.zeros((32, 8), tl.float32)
     for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), SPLITS):
         block = turn % (SIDE * PAIRS)
@@ -129,29 +143,35 @@ def first_convolution(
             code0, code1 = tl.split(tl.permute(tl.reshape(code, (4, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
         for s in range(0, tl.minimum(2, SIDE - 2 * pair)):
             if PACKED:
-                half = tl.reshape(tl.where(s == 0, bits0, bits1), (32, BLOCK_M))
-                at = half & 7
-                dy = (half & -8).to(tl.float32, bitcast=True)
+                half = tl.where(s == 0, bits0, bits1)
             else:
-                dy = tl.reshape(tl.where(s == 0, dp0, dp1), (32, BLOCK_M))
-                at = tl.reshape(tl.where(s == 0, code0, code1), (32, BLOCK_M))
-            live = tl.where(at < 4, dy, 0.0)
-            acc_b += tl.sum(tl.reshape(live, (32, BLOCK_M // 8, 8)), axis=1)
-            squares = tl.full((BLOCK_M,), row * SIDE + 2 * pair + s, tl.int32)
-            x = load_patches(
-                x_ptr + n0 * (C * SMALL * SMALL), rows, squares, mask, channel * 64 + offs_k,
-                C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
-            )  # fmt: skip
-            x = tl.where(mask[:, None], x.to(OPERAND), 0.0)
-            dz1 = one_hot(round_to(dy, dz_ptr.dtype.element_ty).to(OPERAND), at, 4, 4)
-            dz1 = tl.reshape(tl.permute(tl.reshape(dz1, (32, BLOCK_M, 4)), (2, 0, 1)), (128, BLOCK_M))
-            acc = tl.dot(tl.trans(x), tl.trans(dz1), acc, input_precision=PRECISION)
+                half = tl.where(s == 0, dp0, dp1)
+                code_half = tl.where(s == 0, code0, code1)
+            squares = tl.full((BLOCK_K,), row * SIDE + 2 * pair + s, tl.int32)
+            for k in tl.static_range(BLOCK_M // BLOCK_K):
+                if PACKED:
+                    part = images_of(half, k, BLOCK_K)
+                    at = part & 7
+                    dy = (part & -8).to(tl.float32, bitcast=True)
+                else:
+                    dy = images_of(half, k, BLOCK_K)
+                    at = images_of(code_half, k, BLOCK_K)
+                live = tl.where(at < 4, dy, 0.0)
+                acc_b += tl.sum(tl.reshape(live, (32, BLOCK_K // 8, 8)), axis=1)
+                x = load_patches(
+                    x_ptr + n0 * (C * SMALL * SMALL), k * BLOCK_K + images, squares, k * BLOCK_K + images < N - n0,
+                    channel * 64 + offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
+                )  # fmt: skip
+                x = x.to(OPERAND)
+                dz1 = one_hot(round_to(dy, dz_ptr.dtype.element_ty).to(OPERAND), at, 4, 4)
+                dz1 = tl.permute(tl.reshape(dz1, (4, 8, BLOCK_K // 8, 4, 2, 2, 2)), 5, 0, 6, 1, 2, 7 - LAST, LAST)
+                acc = tl.dot(tl.reshape(dz1, (128, BLOCK_K)), x, acc, input_precision=PRECISION)
 
-    tl.store(scratch_ptr + (offs_k * 128)[:, None] + tl.arange(0, 128)[None, :], acc)
+    tl.store(scratch_ptr + (tl.arange(0, 128) * 64)[:, None] + offs_k[None, :], acc)
     tl.debug_barrier()
     i = tl.arange(0, 256)
     oc, tap = tl.where(i < 150, i // 25, 0), i % 25
-    dw = fold(scratch_ptr, tap // 5 * (8 * 128) + tap % 5 * 128 + oc)
+    dw = fold(scratch_ptr, oc * 64 + tap // 5 * 8 + tap % 5)
     tl.store(partial_ptr + oc * (25 * C) + channel * 25 + tap, dw, mask=i < 150)
     if channel == 0:
         db = tl.sum(tl.reshape(tl.sum(acc_b, axis=1), (4, 8)), axis=0)
