@@ -143,7 +143,8 @@ def _lenet_gradient(a):
     first, second = a.SPLITS1 * a.C, a.SPLITS2 * a.PARTS
     third = a.programs - first - second
     # Each row of windows reaches three rows of squares, and each column two columns of pairs.
-    turns = [_cdiv(a.N, a.BLOCK_M1) * side * pairs * a.C / first, 6 * a.Q2**2 / (side * pairs), side / pairs]
+    reached = 6 * windows / (side * pairs) * 64 / a.BLOCK_K1
+    turns = [_cdiv(a.N, a.BLOCK_M1) * side * pairs * a.C / first, reached, side / pairs]
     turns += [_cdiv(a.N * windows, a.BLOCK_M2) * a.PARTS / second, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
     # Through the largest pixels alone.
     products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84

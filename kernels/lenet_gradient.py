@@ -17,16 +17,21 @@ import triton.language as tl
 from triton.runtime.driver import driver
 
 from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
+from .conv2d import next_block
 from .conv2d_pool_grad import one_hot
 from .lenet import Splits
 from .lenet_forward import load_patches
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: images, windows and images that a turn of each role adds, and columns of its sum."""
+    """Blocks of a number format: images, windows and images that a turn of each role adds, and columns of its sum.
+
+    In the first role K1 is the depth of a window's product, and P1 how many images' one-hot rows are made at a time.
+    """
 
     M1: int
     K1: int
+    P1: int
     M2: int
     N2: int
     M3: int
@@ -36,12 +41,12 @@ class Tile(NamedTuple):
 
 # Read off machine code (no register spills) and not yet timed.
 TILES = {
-    "bfloat16": Tile(128, 64, 64, 256, 64, 64, 4),
-    "tf32": Tile(128, 64, 32, 256, 32, 64, 4),
-    "ieee": Tile(32, 16, 16, 64, 16, 64, 4),
+    "bfloat16": Tile(128, 64, 32, 64, 256, 64, 64, 4),
+    "tf32": Tile(128, 32, 32, 32, 256, 32, 64, 4),
+    "ieee": Tile(32, 16, 16, 16, 64, 16, 64, 4),
 }
 # For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
-SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 64, 128, 32, 64, 8)}
+SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 32, 64, 128, 32, 64, 8)}
 # Programs of each role for a batch that fills the card: all take about as long, and two fit a multiprocessor.
 MOST = Splits(180, 62, 2)
 
@@ -54,7 +59,7 @@ def tile_for(format, images, geometry):
         small = target.backend == "cuda" and target.arch // 10 not in (9, 10)
         return (SMALL_TILES if small else TILES)[format]
     rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in (1, geometry.pooled[1] ** 2, 1)]
-    return Tile(rows[0], max(16, rows[0] // 2), rows[1], 128 if format == "ieee" else 256, rows[2], 128, 4)
+    return Tile(rows[0], 64, max(16, rows[0] // 2), rows[1], 128 if format == "ieee" else 256, rows[2], 128, 4)
 
 
 def splits_for(format, images, geometry):
@@ -80,12 +85,26 @@ def fold(scratch_ptr, elements):
 
 
 @triton.jit
-def images_of(z, k, BLOCK_K: tl.constexpr):
-    """(4, 8, M) -> (32, BLOCK_K): the kth BLOCK_K of M images."""
-    if z.shape[2] > BLOCK_K:
-        first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, BLOCK_K)), 0, 1, 3, 2))
-        z = first if k == 0 else second
-    return tl.reshape(z, (32, BLOCK_K))
+def squares_of(z):
+    """(64, M) -> two (4, 8, M): the rows of each square of a pair, in which the squares take turns by eight rows."""
+    return tl.split(tl.permute(tl.reshape(z, (4, 2, 8, z.shape[1])), (0, 2, 3, 1)))
+
+
+@triton.jit
+def living(marked):
+    return tl.where((marked & 7) < 4, (marked & -8).to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit
+def of_images(z, k, P: tl.constexpr):
+    """(4, 8, M) -> (32, P): the kth P of M images, up to four times P."""
+    if z.shape[2] > 2 * P:
+        first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, 2 * P)), (0, 1, 3, 2)))
+        z = first if k < 2 else second
+    if z.shape[2] > P:
+        first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, P)), (0, 1, 3, 2)))
+        z = first if k % 2 == 0 else second
+    return tl.reshape(z, (32, P))
 
 
 @triton.jit
@@ -94,25 +113,29 @@ def first_convolution(
     SPLITS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     # All images of a turn see the same pair of squares: addresses are one number an image and one a column.
     SIDE: tl.constexpr = Q1 // 2
     PAIRS: tl.constexpr = (SIDE + 1) // 2
-    SMALL: tl.constexpr = SIZE - 2 * FRAME
-    STAGES: tl.constexpr = 2
-    PACKED: tl.constexpr = PRECISION == "tf32"
-    SWAPPED: tl.constexpr = PACKED and dz_ptr.dtype.element_ty == tl.float32
-    rows, offs_k, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, 64)
+    IMAGE: tl.constexpr = C * (SIZE - 2 * FRAME) * (SIZE - 2 * FRAME)
+    # Room for the code in the last three bits of a gradient: products in tf32 and bf16 drop or round them off.
+    MARKED: tl.constexpr = PRECISION == "tf32"
+    rows, lanes, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, BLOCK_K)
     dz_offs = (rows * (Q2 * Q2 * 64))[:, None] + offs_k[None, :]
-    wd_offs = (offs_n * 64)[:, None] + offs_k[None, :]
-    images = tl.arange(0, BLOCK_K)
+    wd_offs = (lanes * 64)[:, None] + offs_k[None, :]
+    code_columns = lanes // 32 * (Q1 * 8) + lanes // 8 % 2 * 16 + lanes // 16 % 2 * 8 + lanes % 8
+    # One product's result is the next one's left side as it lies in registers: for 32 bits in another order.
+    SWAPPED: tl.constexpr = MARKED and dz_ptr.dtype.element_ty == tl.float32
+    LAST: tl.constexpr = 3 if SWAPPED else 4
+    # In 64 bits the compiler sees steps from row to row that are constants of the loads; bytes have masks of their own.
+    ROWS: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.uint8 else tl.int64
+    images = tl.arange(0, BLOCK_P)
     if SWAPPED:
         images = images // 8 * 8 + images % 4 * 2 + images // 4 % 2
-    LAST: tl.constexpr = 3 if SWAPPED else 4
-    # A row for each pixel of a window and lane.
-    acc = tl.zeros((128, 64), tl.float32)
-    acc_b = tl.zeros((32, 8), tl.float32)
+
+    # A row for each pixel of a window and each of a square's 32 lanes, a column for each pixel of a patch.
+    acc, acc_b = tl.zeros((128, 64), tl.float32), tl.zeros((32, 8), tl.float32)
     for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), SPLITS):
         block = turn % (SIDE * PAIRS)
         row, pair = block // PAIRS, block % PAIRS
@@ -120,54 +143,55 @@ def first_convolution(
         mask = rows < N - n0
 
         # Twelve windows of the second convolution reach the pair, at the edges fewer.
+        top, first = tl.maximum(row - 2, 0), tl.maximum(2 * pair - 2, 0)
+        height, width = tl.minimum(row + 1, Q2) - top, tl.minimum(2 * pair + 2, Q2) - first
         dp = tl.zeros((64, BLOCK_M), tl.float32)
-        top, left = tl.maximum(row - 2, 0), tl.maximum(2 * pair - 2, 0)
-        columns = tl.minimum(2 * pair + 2, Q2) - left
-        dz_base, wd_base = dz_ptr + n0 * (Q2 * Q2 * 64), wd_ptr + (4 * row + 2 * pair + 1) * (64 * 64)
-        for i in tl.range(0, (tl.minimum(row + 1, Q2) - top) * columns, num_stages=STAGES):
-            h, w = top + i // columns, left + i % columns
-            dz = tl.load(dz_base + (h * Q2 + w) * 64 + dz_offs, mask=mask[:, None], other=0.0)
-            f = tl.load(wd_base - (4 * h + w) * (64 * 64) + wd_offs)
-            dp = tl.dot(f.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
+        start = tl.cast(0, tl.int32)
+        k0, h, w = start, start, start
+        for _ in tl.range(0, height * width * (64 // BLOCK_K), num_stages=2):
+            dz_base = dz_ptr + n0 * (Q2 * Q2 * 64) + ((top + h) * Q2 + first + w) * 64 + k0
+            wd_base = wd_ptr + ((row - top - h) * 4 + 2 * pair + 1 - first - w) * (64 * 64) + k0
+            dz = tl.load(dz_base + dz_offs, mask=mask[:, None], other=0.0)
+            wd = tl.load(wd_base + wd_offs)
+            dp = tl.dot(wd.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
+            k0, h, w = next_block(k0, h, w, 64, width, BLOCK_K)
 
-        offs = offs_n // 32 * (Q1 * 8) + offs_n // 8 % 2 * 16 + offs_n // 16 % 2 * 8 + offs_n % 8
-        inside = mask[:, None] & (2 * pair + offs_n // 8 % 2 < SIDE)[None, :]
         code_base = code_ptr + n0 * (Q1 * Q1 * 8) + row * (Q1 * 16) + pair * 32
-        code = tl.trans(tl.load(code_base + (rows * (Q1 * Q1 * 8))[:, None] + offs[None, :], mask=inside, other=4))
-        if PACKED:
-            bits = (dp.to(tl.int32, bitcast=True) & -8) | code.to(tl.int32)
-            bits0, bits1 = tl.split(tl.permute(tl.reshape(bits, (4, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+        exists = mask[:, None] & (2 * pair + lanes // 8 % 2 < SIDE)[None, :]
+        code = tl.load(code_base + (rows * (Q1 * Q1 * 8))[:, None] + code_columns[None, :], mask=exists, other=4)
+        code = tl.trans(code)
+        if MARKED:
+            left, right = squares_of((dp.to(tl.int32, bitcast=True) & -8) + code)
+            alive = living(left) + living(right)
         else:
-            code = tl.where(dp == 0, 4, code.to(tl.int32))
-            dp0, dp1 = tl.split(tl.permute(tl.reshape(dp, (4, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
-            code0, code1 = tl.split(tl.permute(tl.reshape(code, (4, 2, 8, BLOCK_M)), (0, 2, 3, 1)))
+            left, right = squares_of(dp)
+            code_left, code_right = squares_of(code)
+            alive = tl.where(code_left < 4, left, 0.0) + tl.where(code_right < 4, right, 0.0)
+        acc_b += tl.sum(tl.reshape(alive, (32, BLOCK_M // 8, 8)), axis=1)
         for s in range(0, tl.minimum(2, SIDE - 2 * pair)):
-            if PACKED:
-                half = tl.where(s == 0, bits0, bits1)
-            else:
-                half = tl.where(s == 0, dp0, dp1)
-                code_half = tl.where(s == 0, code0, code1)
-            squares = tl.full((BLOCK_K,), row * SIDE + 2 * pair + s, tl.int32)
-            for k in tl.static_range(BLOCK_M // BLOCK_K):
-                if PACKED:
-                    part = images_of(half, k, BLOCK_K)
-                    at = part & 7
-                    dy = (part & -8).to(tl.float32, bitcast=True)
+            square = tl.where(s == 0, left, right)
+            if not MARKED:
+                codes = tl.where(s == 0, code_left, code_right)
+            squares = tl.full((BLOCK_P,), row * SIDE + 2 * pair + s, tl.int32)
+            for k in tl.static_range(BLOCK_M // BLOCK_P):
+                if MARKED:
+                    bits = of_images(square, k, BLOCK_P)
+                    dy, position = (bits & -8).to(tl.float32, bitcast=True), bits & 7
                 else:
-                    dy = images_of(half, k, BLOCK_K)
-                    at = images_of(code_half, k, BLOCK_K)
-                live = tl.where(at < 4, dy, 0.0)
-                acc_b += tl.sum(tl.reshape(live, (32, BLOCK_K // 8, 8)), axis=1)
+                    dy, position = of_images(square, k, BLOCK_P), of_images(codes, k, BLOCK_P)
+                n = k * BLOCK_P + images
                 x = load_patches(
-                    x_ptr + n0 * (C * SMALL * SMALL), k * BLOCK_K + images, squares, k * BLOCK_K + images < N - n0,
-                    channel * 64 + offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
+                    x_ptr + n0 * IMAGE, n.to(ROWS), squares, n < N - n0, channel * 64 + lanes,
+                    C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
                 )  # fmt: skip
-                x = x.to(OPERAND)
-                dz1 = one_hot(round_to(dy, dz_ptr.dtype.element_ty).to(OPERAND), at, 4, 4)
-                dz1 = tl.permute(tl.reshape(dz1, (4, 8, BLOCK_K // 8, 4, 2, 2, 2)), 5, 0, 6, 1, 2, 7 - LAST, LAST)
-                acc = tl.dot(tl.reshape(dz1, (128, BLOCK_K)), x, acc, input_precision=PRECISION)
+                dz1 = one_hot(round_to(dy, dz_ptr.dtype.element_ty).to(OPERAND), position, 4, 4)
+                dz1 = tl.reshape(dz1, (4, 8, BLOCK_P // 8, 4, 2, 2, 2))
+                dz1 = tl.reshape(tl.permute(dz1, (5, 0, 6, 1, 2, 7 - LAST, LAST)), (128, BLOCK_P))
+                acc = tl.dot(dz1, x.to(OPERAND), acc, input_precision=PRECISION)
 
-    tl.store(scratch_ptr + (tl.arange(0, 128) * 64)[:, None] + offs_k[None, :], acc)
+    scratch_ptr += (channel * SPLITS + split) * (128 * 64)
+    partial_ptr += split * (C * 150 + 6)
+    tl.store(scratch_ptr + (tl.arange(0, 128) * 64)[:, None] + lanes[None, :], acc)
     tl.debug_barrier()
     i = tl.arange(0, 256)
     oc, tap = tl.where(i < 150, i // 25, 0), i % 25
@@ -264,16 +288,15 @@ def lenet_gradient_kernel(
     CLASSES: tl.constexpr, CP: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
+    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_P1: tl.constexpr,
+    BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, PARTS: tl.constexpr, BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < SPLITS1 * C:
         split = pid % SPLITS1
         first_convolution(
-            x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr + pid * (64 * 128),
-            partial_ptr + split * (C * 150 + 6), pid // SPLITS1, split, N,
-            SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1,
+            x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr, partial_ptr, pid // SPLITS1, split, N,
+            SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, BLOCK_P1,
         )  # fmt: skip
     elif pid < SPLITS1 * C + SPLITS2 * PARTS:
         pid -= SPLITS1 * C
@@ -311,6 +334,6 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2, PARTS=parts(tile),
-        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **OPTIONS,
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_P1=tile.P1,
+        BLOCK_M2=tile.M2, BLOCK_N2=tile.N2, PARTS=parts(tile), BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip
