@@ -145,7 +145,7 @@ def _lenet_gradient(a):
     # Each row of windows reaches three rows of squares, and each column two columns of pairs.
     reached = 6 * windows / (side * pairs) * 64 / a.BLOCK_K1
     turns = [_cdiv(a.N, a.BLOCK_M1) * side * pairs * a.C / first, reached, side / pairs]
-    turns += [_cdiv(a.N * windows, a.BLOCK_M2) * a.PARTS / second, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
+    turns += [_cdiv(a.N, a.BLOCK_M2) * windows * a.PARTS / second, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
     # Through the largest pixels alone.
     products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84
     return None, turns, a.N * products, [(3, first / a.programs), (1, second / a.programs), (1, third / a.programs)]

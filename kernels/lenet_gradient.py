@@ -48,7 +48,7 @@ TILES = {
 # For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
 SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 32, 64, 128, 32, 64, 8)}
 # Programs of each role for a batch that fills the card: all take about as long, and two fit a multiprocessor.
-MOST = Splits(180, 62, 2)
+MOST = Splits(168, 74, 2)
 
 
 @functools.cache
@@ -57,17 +57,20 @@ def tile_for(format, images, geometry):
     if not INTERPRETED:
         target = driver.active.get_current_target()
         small = target.backend == "cuda" and target.arch // 10 not in (9, 10)
-        return (SMALL_TILES if small else TILES)[format]
-    rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in (1, geometry.pooled[1] ** 2, 1)]
-    return Tile(rows[0], 64, max(16, rows[0] // 2), rows[1], 128 if format == "ieee" else 256, rows[2], 128, 4)
+        tile = (SMALL_TILES if small else TILES)[format]
+        # There results pass from a memory of their own to registers, which four warps have too few of.
+        return tile._replace(num_warps=8) if target.backend == "cuda" and target.arch // 10 == 10 else tile
+    rows = min(2048, max(16, triton.next_power_of_2(images // 2)))
+    return Tile(rows, 64, max(16, rows // 2), rows, 128 if format == "ieee" else 256, rows, 128, 4)
 
 
 def splits_for(format, images, geometry):
-    """How many programs share each gradient: no more than there are tiles, see Splits."""
+    """How many programs share each gradient: the fewest that take no longer than the most would, see Splits."""
     tile, (Q1, Q2) = tile_for(format, images, geometry), geometry.pooled
     most = Splits(2, 2, 1) if INTERPRETED else MOST
-    tiles = -(-images // tile.M1) * (Q1 // 2) * -(-Q1 // 4), images * Q2 * Q2 / tile.M2, images / (4 * tile.M3)
-    return Splits(*(max(1, min(limit, int(-(-n // 1)))) for limit, n in zip(most, tiles)))
+    turns = triton.cdiv(images, tile.M1) * (Q1 // 2) * triton.cdiv(Q1, 4), triton.cdiv(images, tile.M2) * Q2 * Q2
+    turns += (triton.cdiv(images, 4 * tile.M3),)
+    return Splits(*(triton.cdiv(n, triton.cdiv(n, limit)) for limit, n in zip(most, turns)))
 
 
 def parts(tile):
@@ -210,26 +213,28 @@ def second_convolution(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # The four pixels of a window stay apart: what they share is added by the last launch.
+    # The four pixels of a window stay apart: what they share is added by the last launch. A row is an image here too.
     WINDOWS: tl.constexpr = Q2 * Q2
     REST: tl.constexpr = 288 - BLOCK_N if PARTS == 1 else 0
-    lanes, k = tl.arange(0, 64), part * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, lanes, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), part * BLOCK_N + tl.arange(0, BLOCK_N)
+    p_rows = (rows * (Q1 * Q1 * 8))[:, None]
     acc, acc_b = tl.zeros((64, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, 64), tl.float32)
     if REST > 0:
         rest = BLOCK_N + tl.arange(0, REST)
         acc_rest = tl.zeros((64, REST), tl.float32)
-    for m0 in tl.range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M, num_stages=2):
-        offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
-        image, window = offs_m // WINDOWS, offs_m % WINDOWS
-        mask = image < N
-        rows = image * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
-        dz = tl.load(dz_ptr + (offs_m * 64)[:, None] + lanes[None, :], mask=mask[:, None], other=0.0)
-        offs = rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :]
-        p = tl.load(p1_ptr + offs, mask=mask[:, None] & (k < 288)[None, :], other=0.0)
+    for turn in tl.range(split, tl.cdiv(N, BLOCK_M) * WINDOWS, SPLITS, num_stages=2):
+        window = turn % WINDOWS
+        n0 = tl.cast(turn // WINDOWS * BLOCK_M, INDEX)
+        mask = rows < N - n0
+        dz_base = dz_ptr + n0 * (WINDOWS * 64) + window * 64
+        p_base = p1_ptr + n0 * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
+        dz = tl.load(dz_base + (rows * (WINDOWS * 64))[:, None] + lanes[None, :], mask=mask[:, None], other=0.0)
+        offs = p_rows + (k // 48 * (Q1 * 8) + k % 48)[None, :]
+        p = tl.load(p_base + offs, mask=mask[:, None] & (k < 288)[None, :], other=0.0)
         acc = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc, input_precision=PRECISION)
         if REST > 0:
-            offs = rows[:, None] + (rest // 48 * (Q1 * 8) + rest % 48)[None, :]
-            p = tl.load(p1_ptr + offs, mask=mask[:, None], other=0.0)
+            offs = p_rows + (rest // 48 * (Q1 * 8) + rest % 48)[None, :]
+            p = tl.load(p_base + offs, mask=mask[:, None], other=0.0)
             acc_rest = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc_rest, input_precision=PRECISION)
         acc_b += dz.to(tl.float32)
 
@@ -256,18 +261,18 @@ def linear(
     k0 = tl.where(first, 0, tl.where(second, F, F + 128)) + within
     K = tl.where(first, F, 128)
     start = tl.where(first, 0, tl.where(second, 128 * F, 128 * F + 128 * 128 + block * (128 * 128)))
-    lanes_n, lanes_k = tl.arange(0, 128), tl.arange(0, BLOCK_N)
+    rows, lanes_n, lanes_k = tl.arange(0, BLOCK_M), tl.arange(0, 128), tl.arange(0, BLOCK_N)
     mask_n, mask_k = n0 + lanes_n < 256 + CP, within + lanes_k < K
 
     acc = tl.zeros((128, BLOCK_N), tl.float32)
     acc_b = tl.zeros((BLOCK_M, 128), tl.float32)
     for m0 in tl.range(split * BLOCK_M, N, SPLITS * BLOCK_M, num_stages=2):
-        offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
-        mask_m = offs_m < N
-        offs = (offs_m * (256 + CP))[:, None] + (n0 + lanes_n)[None, :]
-        dy = tl.load(grads_ptr + offs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        offs = (offs_m * (F + 256))[:, None] + (k0 + lanes_k)[None, :]
-        a = tl.load(acts_ptr + offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        n = tl.cast(m0, INDEX)
+        mask_m = rows < N - m0
+        offs = (rows * (256 + CP))[:, None] + (n0 + lanes_n)[None, :]
+        dy = tl.load(grads_ptr + n * (256 + CP) + offs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        offs = (rows * (F + 256))[:, None] + (k0 + lanes_k)[None, :]
+        a = tl.load(acts_ptr + n * (F + 256) + offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(tl.trans(dy.to(OPERAND)), a.to(OPERAND), acc, input_precision=PRECISION)
         acc_b += dy.to(tl.float32)
 
