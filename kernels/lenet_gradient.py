@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 # Read off machine code (no register spills) and not yet timed.
 TILES = {
     "bfloat16": Tile(128, 64, 32, 64, 256, 64, 64, 4),
-    "tf32": Tile(128, 32, 32, 32, 256, 32, 64, 4),
+    "tf32": Tile(128, 32, 16, 32, 256, 32, 64, 4),
     "ieee": Tile(32, 16, 16, 16, 64, 16, 64, 4),
 }
 # For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
@@ -58,8 +58,10 @@ def tile_for(format, images, geometry):
         target = driver.active.get_current_target()
         small = target.backend == "cuda" and target.arch // 10 not in (9, 10)
         tile = (SMALL_TILES if small else TILES)[format]
-        # There results pass from a memory of their own to registers, which four warps have too few of.
-        return tile._replace(num_warps=8) if target.backend == "cuda" and target.arch // 10 == 10 else tile
+        if target.backend == "cuda" and target.arch // 10 == 10:
+            # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
+            tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
+        return tile
     rows = min(2048, max(16, triton.next_power_of_2(images // 2)))
     return Tile(rows, 64, max(16, rows // 2), rows, 128 if format == "ieee" else 256, rows, 128, 4)
 
@@ -100,13 +102,11 @@ def living(marked):
 
 @triton.jit
 def of_images(z, k, P: tl.constexpr):
-    """(4, 8, M) -> (32, P): the kth P of M images, up to four times P."""
-    if z.shape[2] > 2 * P:
-        first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, 2 * P)), (0, 1, 3, 2)))
-        z = first if k < 2 else second
-    if z.shape[2] > P:
-        first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, P)), (0, 1, 3, 2)))
-        z = first if k % 2 == 0 else second
+    """(4, 8, M) -> (32, P): the kth P of M images, up to eight times P."""
+    for _ in tl.static_range(3):
+        if z.shape[2] > P:
+            first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, z.shape[2] // 2)), (0, 1, 3, 2)))
+            z = first if k * P % z.shape[2] < z.shape[2] // 2 else second
     return tl.reshape(z, (32, P))
 
 
@@ -131,8 +131,7 @@ def first_convolution(
     # One product's result is the next one's left side as it lies in registers: for 32 bits in another order.
     SWAPPED: tl.constexpr = MARKED and dz_ptr.dtype.element_ty == tl.float32
     LAST: tl.constexpr = 3 if SWAPPED else 4
-    # In 64 bits the compiler sees steps from row to row that are constants of the loads; bytes have masks of their own.
-    ROWS: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.uint8 else tl.int64
+    # In 64 bits the compiler sees that steps from row to row are constants, which a load adds by itself.
     images = tl.arange(0, BLOCK_P)
     if SWAPPED:
         images = images // 8 * 8 + images % 4 * 2 + images // 4 % 2
@@ -184,7 +183,7 @@ def first_convolution(
                     dy, position = of_images(square, k, BLOCK_P), of_images(codes, k, BLOCK_P)
                 n = k * BLOCK_P + images
                 x = load_patches(
-                    x_ptr + n0 * IMAGE, n.to(ROWS), squares, n < N - n0, channel * 64 + lanes,
+                    x_ptr + n0 * IMAGE, n.to(tl.int64), squares, n < N - n0, channel * 64 + lanes,
                     C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
                 )  # fmt: skip
                 dz1 = one_hot(round_to(dy, dz_ptr.dtype.element_ty).to(OPERAND), position, 4, 4)
