@@ -11,8 +11,8 @@ With C channels, S = SIZE + 2 * PAD pixels, Q1 = (S - 4) / 2, Q2 = (Q1 - 4) / 2 
 
 The four pixels q = 2 * qy + qx of a pooling window are columns of one product, so that one patch of pixels is read for
 all of them; in the first convolution the four windows r = 2 * ry + rx of a square are too. Entries that no weight
-reaches are 0 and stay so. WD is for the gradient of the second convolution's input: j = 3 * jy + jx counts the windows
-that reach a square of its pixels.
+reaches are 0 and stay so. WD is for the gradient of the second convolution's input, by pairs of squares s side by side,
+each of 2 x 2 pixels r: j = 4 * jy + jx counts the windows that reach a pair, from the last to the first.
 
     p1   (N, Q1, Q1, 8)         pooled result of the first convolution, two channels of padding
     acts (N, F + 256)           p2, pixels before channels; the results of fc1 and fc2, padded to 128 each

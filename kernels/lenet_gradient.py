@@ -2,7 +2,7 @@
 
     dconv1[oc, c, kh, kw] = sum over images and pixels of dx1 x,  dx1 = the gradient of p1 at the pixel of its code
     dconv2[oc, c, kh, kw] = sum over images and pixels of dz p1,  dfc = grads^T acts
-    gradient of p1 = dz WD, for squares of 2 x 2 of its pixels    (see lenet.py for the layouts)
+    gradient of p1 = WD dz^T, for 2 x 4 of its pixels as rows and images as columns    (see lenet.py for the layouts)
 
 Programs take roles by number: first those of the first convolution, then those of the second, then tiles of the
 linears. Each keeps its sum in registers and writes it once.
@@ -70,8 +70,11 @@ def splits_for(format, images, geometry):
     """How many programs share each gradient: the fewest that take no longer than the most would, see Splits."""
     tile, (Q1, Q2) = tile_for(format, images, geometry), geometry.pooled
     most = Splits(2, 2, 1) if INTERPRETED else MOST
-    turns = triton.cdiv(images, tile.M1) * (Q1 // 2) * triton.cdiv(Q1, 4), triton.cdiv(images, tile.M2) * Q2 * Q2
-    turns += (triton.cdiv(images, 4 * tile.M3),)
+    turns = (
+        triton.cdiv(images, tile.M1) * (Q1 // 2) * triton.cdiv(Q1, 4),
+        triton.cdiv(images, tile.M2) * Q2 * Q2,
+        triton.cdiv(images, 4 * tile.M3),
+    )
     return Splits(*(triton.cdiv(n, triton.cdiv(n, limit)) for limit, n in zip(most, turns)))
 
 
@@ -97,6 +100,7 @@ def squares_of(z):
 
 @triton.jit
 def living(marked):
+    """The gradients that a code below 4, in their last three bits, gives a pixel; 0 for the others."""
     return tl.where((marked & 7) < 4, (marked & -8).to(tl.float32, bitcast=True), 0.0)
 
 
@@ -111,6 +115,30 @@ def of_images(z, k, P: tl.constexpr):
 
 
 @triton.jit
+def pair_gradient(
+    dz_ptr, wd_ptr, mask, row, pair,
+    Q2: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(64, BLOCK_M): the gradient of p1 at a pair of squares, a row for each of WD's, a column for each image."""
+    # Twelve windows of the second convolution reach the pair, at the edges fewer.
+    top, left = tl.maximum(row - 2, 0), tl.maximum(2 * pair - 2, 0)
+    height, width = tl.minimum(row + 1, Q2) - top, tl.minimum(2 * pair + 2, Q2) - left
+    n, i, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, BLOCK_K)
+    dz_offs, wd_offs = (n * (Q2 * Q2 * 64))[:, None] + k[None, :], (i * 64)[:, None] + k[None, :]
+    dp = tl.zeros((64, BLOCK_M), tl.float32)
+    start = tl.cast(0, tl.int32)
+    k0, h, w = start, start, start
+    for _ in tl.range(0, height * width * (64 // BLOCK_K), num_stages=2):
+        j = (row - top - h) * 4 + 2 * pair + 1 - left - w
+        dz_base, wd_base = dz_ptr + ((top + h) * Q2 + left + w) * 64 + k0, wd_ptr + j * (64 * 64) + k0
+        dz = tl.load(dz_base + dz_offs, mask=mask[:, None], other=0.0)
+        wd = tl.load(wd_base + wd_offs)
+        dp = tl.dot(wd.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
+        k0, h, w = next_block(k0, h, w, 64, width, BLOCK_K)
+    return dp
+
+
+@triton.jit
 def first_convolution(
     x_ptr, code_ptr, dz_ptr, wd_ptr, scratch_ptr, partial_ptr, channel, split, N,
     SPLITS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
@@ -122,16 +150,13 @@ def first_convolution(
     SIDE: tl.constexpr = Q1 // 2
     PAIRS: tl.constexpr = (SIDE + 1) // 2
     IMAGE: tl.constexpr = C * (SIZE - 2 * FRAME) * (SIZE - 2 * FRAME)
-    # Room for the code in the last three bits of a gradient: products in tf32 and bf16 drop or round them off.
+    # The code fits in the last three bits of a gradient: products in tf32 and bf16 do without them.
     MARKED: tl.constexpr = PRECISION == "tf32"
-    rows, lanes, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, BLOCK_K)
-    dz_offs = (rows * (Q2 * Q2 * 64))[:, None] + offs_k[None, :]
-    wd_offs = (lanes * 64)[:, None] + offs_k[None, :]
+    rows, lanes = tl.arange(0, BLOCK_M), tl.arange(0, 64)
     code_columns = lanes // 32 * (Q1 * 8) + lanes // 8 % 2 * 16 + lanes // 16 % 2 * 8 + lanes % 8
-    # One product's result is the next one's left side as it lies in registers: for 32 bits in another order.
+    # The gradients become the next product's left side where they lie, in registers: of 32 bits in another order.
     SWAPPED: tl.constexpr = MARKED and dz_ptr.dtype.element_ty == tl.float32
     LAST: tl.constexpr = 3 if SWAPPED else 4
-    # In 64 bits the compiler sees that steps from row to row are constants, which a load adds by itself.
     images = tl.arange(0, BLOCK_P)
     if SWAPPED:
         images = images // 8 * 8 + images % 4 * 2 + images // 4 % 2
@@ -144,20 +169,8 @@ def first_convolution(
         n0 = tl.cast(turn // (SIDE * PAIRS) * BLOCK_M, INDEX)
         mask = rows < N - n0
 
-        # Twelve windows of the second convolution reach the pair, at the edges fewer.
-        top, first = tl.maximum(row - 2, 0), tl.maximum(2 * pair - 2, 0)
-        height, width = tl.minimum(row + 1, Q2) - top, tl.minimum(2 * pair + 2, Q2) - first
-        dp = tl.zeros((64, BLOCK_M), tl.float32)
-        start = tl.cast(0, tl.int32)
-        k0, h, w = start, start, start
-        for _ in tl.range(0, height * width * (64 // BLOCK_K), num_stages=2):
-            dz_base = dz_ptr + n0 * (Q2 * Q2 * 64) + ((top + h) * Q2 + first + w) * 64 + k0
-            wd_base = wd_ptr + ((row - top - h) * 4 + 2 * pair + 1 - first - w) * (64 * 64) + k0
-            dz = tl.load(dz_base + dz_offs, mask=mask[:, None], other=0.0)
-            wd = tl.load(wd_base + wd_offs)
-            dp = tl.dot(wd.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
-            k0, h, w = next_block(k0, h, w, 64, width, BLOCK_K)
-
+        dz_base = dz_ptr + n0 * (Q2 * Q2 * 64)
+        dp = pair_gradient(dz_base, wd_ptr, mask, row, pair, Q2, OPERAND, PRECISION, BLOCK_M, BLOCK_K)
         code_base = code_ptr + n0 * (Q1 * Q1 * 8) + row * (Q1 * 16) + pair * 32
         exists = mask[:, None] & (2 * pair + lanes // 8 % 2 < SIDE)[None, :]
         code = tl.load(code_base + (rows * (Q1 * Q1 * 8))[:, None] + code_columns[None, :], mask=exists, other=4)
@@ -181,6 +194,7 @@ def first_convolution(
                     dy, position = (bits & -8).to(tl.float32, bitcast=True), bits & 7
                 else:
                     dy, position = of_images(square, k, BLOCK_P), of_images(codes, k, BLOCK_P)
+                # In 64 bits the compiler sees that steps from row to row are constants, which loads add by themselves.
                 n = k * BLOCK_P + images
                 x = load_patches(
                     x_ptr + n0 * IMAGE, n.to(tl.int64), squares, n < N - n0, channel * 64 + lanes,
@@ -338,6 +352,6 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_P1=tile.P1,
-        BLOCK_M2=tile.M2, BLOCK_N2=tile.N2, PARTS=parts(tile), BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **OPTIONS,
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_P1=tile.P1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2, PARTS=parts(tile),
+        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip

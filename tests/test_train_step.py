@@ -89,8 +89,10 @@ def by_torch(net, optimizer, images, labels):
 @pytest.mark.parametrize(
     "name, precision",
     [
-        *((name, "ieee") for name in NETS), ("LeNet", "tf32"),
-        ("LeNet", "bfloat16"), ("colours, 28 pixels, 100 classes", "bfloat16"),
+        *((name, "ieee") for name in NETS),
+        ("LeNet", "tf32"),
+        ("LeNet", "bfloat16"),
+        ("colours, 28 pixels, 100 classes", "bfloat16"),
     ],
 )
 def test_gradients(name, precision, device):
