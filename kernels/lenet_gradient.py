@@ -62,8 +62,8 @@ def tile_for(format, images, geometry):
             # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
             tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
         return tile
-    rows = min(2048, max(16, triton.next_power_of_2(images // 2)))
-    return Tile(rows, 64, max(16, rows // 2), rows, 128 if format == "ieee" else 256, rows, 128, 4)
+    rows = min(2048, max(32, triton.next_power_of_2(images // 2)))
+    return Tile(rows, 64, rows // 2, rows, 128 if format == "ieee" else 256, rows, 128, 4)
 
 
 def splits_for(format, images, geometry):
@@ -105,12 +105,12 @@ def living(marked):
 
 
 @triton.jit
-def of_images(z, k, P: tl.constexpr):
+def of_images(z, k, M: tl.constexpr, P: tl.constexpr):
     """(4, 8, M) -> (32, P): the kth P of M images, up to eight times P."""
-    for _ in tl.static_range(3):
-        if z.shape[2] > P:
-            first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, z.shape[2] // 2)), (0, 1, 3, 2)))
-            z = first if k * P % z.shape[2] < z.shape[2] // 2 else second
+    for i in tl.static_range(3):
+        if M >> i > P:
+            first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, M >> i + 1)), (0, 1, 3, 2)))
+            z = first if k * P // (M >> i + 1) % 2 == 0 else second
     return tl.reshape(z, (32, P))
 
 
@@ -190,10 +190,11 @@ def first_convolution(
             squares = tl.full((BLOCK_P,), row * SIDE + 2 * pair + s, tl.int32)
             for k in tl.static_range(BLOCK_M // BLOCK_P):
                 if MARKED:
-                    bits = of_images(square, k, BLOCK_P)
+                    bits = of_images(square, k, BLOCK_M, BLOCK_P)
                     dy, position = (bits & -8).to(tl.float32, bitcast=True), bits & 7
                 else:
-                    dy, position = of_images(square, k, BLOCK_P), of_images(codes, k, BLOCK_P)
+                    dy = of_images(square, k, BLOCK_M, BLOCK_P)
+                    position = of_images(codes, k, BLOCK_M, BLOCK_P)
                 # In 64 bits the compiler sees that steps from row to row are constants, which loads add by themselves.
                 n = k * BLOCK_P + images
                 x = load_patches(
