@@ -24,7 +24,7 @@ from .lenet_forward import load_patches
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: images, windows and images that a turn of each role adds, and columns of its sum.
+    """Blocks of a number format: images that a turn of each role adds, and columns of its sum.
 
     In the first role K1 is the depth of a window's product, and P1 how many images' one-hot rows are made at a time.
     """
