@@ -138,13 +138,14 @@ def _lenet_forward(a):
 
 
 def _lenet_gradient(a):
-    squares, windows, tiles = (a.Q1 // 2) ** 2, a.Q2**2, _cdiv(a.F, a.BLOCK_N3) + 256 // a.BLOCK_N3
+    side, windows, tiles = a.Q1 // 2, a.Q2**2, _cdiv(a.F, a.BLOCK_N3) + 256 // a.BLOCK_N3
+    pairs = _cdiv(side, 2)
     first, second = a.SPLITS1 * a.C, a.SPLITS2 * a.PARTS
     third = a.programs - first - second
-    # Each row of windows reaches three rows of squares, and each column three columns.
-    reached = 3 * a.Q2 / (a.Q1 // 2)
-    turns = [_cdiv(a.N, a.BLOCK_M1) * squares * a.C / first, reached, reached]
-    turns += [_cdiv(a.N * windows, a.BLOCK_M2) * a.PARTS / second, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
+    # Each row of windows reaches three rows of squares, and each column two columns of pairs.
+    reached = 6 * windows / (side * pairs) * 64 / a.BLOCK_K1
+    turns = [_cdiv(a.N, a.BLOCK_M1) * side * pairs * a.C / first, reached, side / pairs]
+    turns += [_cdiv(a.N, a.BLOCK_M2) * windows * a.PARTS / second, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
     # Through the largest pixels alone.
     products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84
     return None, turns, a.N * products, [(3, first / a.programs), (1, second / a.programs), (1, third / a.programs)]

@@ -6,13 +6,13 @@ With C channels, S = SIZE + 2 * PAD pixels, Q1 = (S - 4) / 2, Q2 = (Q1 - 4) / 2 
     packed   the weights as the products read them, in the number format of the products:
       W1[c * 64 + dy * 8 + dx, q * 32 + r * 8 + oc] = conv1[oc, c, dy - 2 * ry - qy, dx - 2 * rx - qx]
       W2[dy * 48 + dx * 8 + c, q * 16 + oc]         = conv2[oc, c, dy - qy, dx - qx]
-      WD[j * 64 + q * 16 + oc, r * 8 + c]           = conv2[oc, c, 2 * jy + ry - qy, 2 * jx + rx - qx]
+      WD[j * 64 + r * 16 + s * 8 + c, q * 16 + oc]  = conv2[oc, c, 2 * jy + ry - qy, 2 * (jx + s - 1) + rx - qx]
       W3[p * 16 + oc, n] = fc1[n, oc * Q2 * Q2 + p],  W4[k, n] = fc2[n, k],  W5[k, n] = fc3[n, k]
 
 The four pixels q = 2 * qy + qx of a pooling window are columns of one product, so that one patch of pixels is read for
 all of them; in the first convolution the four windows r = 2 * ry + rx of a square are too. Entries that no weight
-reaches are 0 and stay so. WD is for the gradient of the second convolution's input: j = 3 * jy + jx counts the windows
-that reach a square of its pixels.
+reaches are 0 and stay so. WD is for the gradient of the second convolution's input, by pairs of squares s side by side,
+each of 2 x 2 pixels r: j = 4 * jy + jx counts the windows that reach a pair, from the last to the first.
 
     p1   (N, Q1, Q1, 8)         pooled result of the first convolution, two channels of padding
     acts (N, F + 256)           p2, pixels before channels; the results of fc1 and fc2, padded to 128 each
@@ -86,7 +86,7 @@ class Geometry(NamedTuple):
         """Where W1, W2, WD, W3, W4 and W5 begin in the packed buffer, and the buffer's size."""
         # Whole blocks of features: those past the last have weight 0.
         features = triton.cdiv(self.features, 128) * 128
-        rows = (64 * self.channels, 128), (288, 64), (576, 32), (features, 128), (128, 128), (128, self.padded_classes)
+        rows = (64 * self.channels, 128), (288, 64), (768, 64), (features, 128), (128, 128), (128, self.padded_classes)
         return _starts([math.prod(shape) for shape in rows])
 
     @_remembered

@@ -2,7 +2,7 @@
 
     dconv1[oc, c, kh, kw] = sum over images and pixels of dx1 x,  dx1 = the gradient of p1 at the pixel of its code
     dconv2[oc, c, kh, kw] = sum over images and pixels of dz p1,  dfc = grads^T acts
-    gradient of p1 = dz WD, for squares of 2 x 2 of its pixels    (see lenet.py for the layouts)
+    gradient of p1 = WD dz^T, for 2 x 4 of its pixels as rows and images as columns    (see lenet.py for the layouts)
 
 Programs take roles by number: first those of the first convolution, then those of the second, then tiles of the
 linears. Each keeps its sum in registers and writes it once.
@@ -17,16 +17,21 @@ import triton.language as tl
 from triton.runtime.driver import driver
 
 from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
+from .conv2d import next_block
 from .conv2d_pool_grad import one_hot
 from .lenet import Splits
 from .lenet_forward import load_patches
 
 
 class Tile(NamedTuple):
-    """Blocks of a number format: images, windows and images that a turn of each role adds, and columns of its sum."""
+    """Blocks of a number format: images that a turn of each role adds, and columns of its sum.
+
+    In the first role K1 is the depth of a window's product, and P1 how many images' one-hot rows are made at a time.
+    """
 
     M1: int
     K1: int
+    P1: int
     M2: int
     N2: int
     M3: int
@@ -36,14 +41,14 @@ class Tile(NamedTuple):
 
 # Read off machine code (no register spills) and not yet timed.
 TILES = {
-    "bfloat16": Tile(64, 64, 64, 256, 64, 64, 4),
-    "tf32": Tile(64, 32, 32, 256, 32, 64, 4),
-    "ieee": Tile(16, 16, 16, 64, 16, 64, 4),
+    "bfloat16": Tile(128, 64, 32, 64, 256, 64, 64, 4),
+    "tf32": Tile(128, 32, 16, 32, 256, 32, 64, 4),
+    "ieee": Tile(32, 16, 16, 16, 64, 16, 64, 4),
 }
 # For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
-SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 64, 128, 32, 64, 8)}
+SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 32, 64, 128, 32, 64, 8)}
 # Programs of each role for a batch that fills the card: all take about as long, and two fit a multiprocessor.
-MOST = Splits(180, 62, 2)
+MOST = Splits(168, 74, 2)
 
 
 @functools.cache
@@ -52,17 +57,25 @@ def tile_for(format, images, geometry):
     if not INTERPRETED:
         target = driver.active.get_current_target()
         small = target.backend == "cuda" and target.arch // 10 not in (9, 10)
-        return (SMALL_TILES if small else TILES)[format]
-    rows = [min(2048, max(16, triton.next_power_of_2(images * n // 2))) for n in (1, geometry.pooled[1] ** 2, 1)]
-    return Tile(rows[0], 64, rows[1], 128 if format == "ieee" else 256, rows[2], 128, 4)
+        tile = (SMALL_TILES if small else TILES)[format]
+        if target.backend == "cuda" and target.arch // 10 == 10:
+            # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
+            tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
+        return tile
+    rows = min(2048, max(32, triton.next_power_of_2(images // 2)))
+    return Tile(rows, 64, rows // 2, rows, 128 if format == "ieee" else 256, rows, 128, 4)
 
 
 def splits_for(format, images, geometry):
-    """How many programs share each gradient: no more than there are tiles, see Splits."""
+    """How many programs share each gradient: the fewest that take no longer than the most would, see Splits."""
     tile, (Q1, Q2) = tile_for(format, images, geometry), geometry.pooled
     most = Splits(2, 2, 1) if INTERPRETED else MOST
-    tiles = -(-images // tile.M1) * (Q1 // 2) ** 2, images * Q2 * Q2 / tile.M2, images / (4 * tile.M3)
-    return Splits(*(max(1, min(limit, int(-(-n // 1)))) for limit, n in zip(most, tiles)))
+    turns = (
+        triton.cdiv(images, tile.M1) * (Q1 // 2) * triton.cdiv(Q1, 4),
+        triton.cdiv(images, tile.M2) * Q2 * Q2,
+        triton.cdiv(images, 4 * tile.M3),
+    )
+    return Splits(*(triton.cdiv(n, triton.cdiv(n, limit)) for limit, n in zip(most, turns)))
 
 
 def parts(tile):
@@ -75,8 +88,54 @@ def fold(scratch_ptr, elements):
     """Of each weight the sum over the windows r of a square and the pixels q of a window, from scratch[elements] on."""
     term = tl.arange(0, 16)
     y, x = term // 8 * 2 + term // 2 % 2, term // 4 % 2 * 2 + term % 2
-    starts = (y * 8 + x) * 128 + term // 4 * 32 + term % 4
+    starts = (term // 2 % 2 * 64 + term // 4 * 16 + term % 2 * 8) * 64 + y * 8 + x
     return tl.sum(tl.load(scratch_ptr + starts[:, None] + elements[None, :]), axis=0)
+
+
+@triton.jit
+def squares_of(z):
+    """(64, M) -> two (4, 8, M): the rows of each square of a pair, in which the squares take turns by eight rows."""
+    return tl.split(tl.permute(tl.reshape(z, (4, 2, 8, z.shape[1])), (0, 2, 3, 1)))
+
+
+@triton.jit
+def living(marked):
+    """The gradients that a code below 4, in their last three bits, gives a pixel; 0 for the others."""
+    return tl.where((marked & 7) < 4, (marked & -8).to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit
+def of_images(z, k, M: tl.constexpr, P: tl.constexpr):
+    """(4, 8, M) -> (32, P): the kth P of M images, up to eight times P."""
+    for i in tl.static_range(3):
+        if M >> i > P:
+            first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, M >> i + 1)), (0, 1, 3, 2)))
+            z = first if k * P // (M >> i + 1) % 2 == 0 else second
+    return tl.reshape(z, (32, P))
+
+
+@triton.jit
+def pair_gradient(
+    dz_ptr, wd_ptr, mask, row, pair,
+    Q2: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(64, BLOCK_M): the gradient of p1 at a pair of squares, a row for each of WD's, a column for each image."""
+    # Twelve windows of the second convolution reach the pair, at the edges fewer.
+    top, left = tl.maximum(row - 2, 0), tl.maximum(2 * pair - 2, 0)
+    height, width = tl.minimum(row + 1, Q2) - top, tl.minimum(2 * pair + 2, Q2) - left
+    n, i, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, BLOCK_K)
+    dz_offs, wd_offs = (n * (Q2 * Q2 * 64))[:, None] + k[None, :], (i * 64)[:, None] + k[None, :]
+    dp = tl.zeros((64, BLOCK_M), tl.float32)
+    start = tl.cast(0, tl.int32)
+    k0, h, w = start, start, start
+    for _ in tl.range(0, height * width * (64 // BLOCK_K), num_stages=2):
+        j = (row - top - h) * 4 + 2 * pair + 1 - left - w
+        dz_base, wd_base = dz_ptr + ((top + h) * Q2 + left + w) * 64 + k0, wd_ptr + j * (64 * 64) + k0
+        dz = tl.load(dz_base + dz_offs, mask=mask[:, None], other=0.0)
+        wd = tl.load(wd_base + wd_offs)
+        dp = tl.dot(wd.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
+        k0, h, w = next_block(k0, h, w, 64, width, BLOCK_K)
+    return dp
 
 
 @triton.jit
@@ -85,48 +144,78 @@ def first_convolution(
     SPLITS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    # A row is an image, and all rows of a turn see the same square: addresses are one number a row and one a column.
+    # All images of a turn see the same pair of squares: addresses are one number an image and one a column.
     SIDE: tl.constexpr = Q1 // 2
-    rows, lanes, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, 32), tl.arange(0, 64)
-    # A column for each lane and pixel of a window.
-    acc = tl.zeros((64, 128), tl.float32)
-    acc_b = tl.zeros((BLOCK_M, 32), tl.float32)
-    for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * SIDE), SPLITS):
-        square = turn % (SIDE * SIDE)
-        row, column = square // SIDE, square % SIDE
-        image = turn // (SIDE * SIDE) * BLOCK_M + rows.to(INDEX)
-        mask = image < N
+    PAIRS: tl.constexpr = (SIDE + 1) // 2
+    IMAGE: tl.constexpr = C * (SIZE - 2 * FRAME) * (SIZE - 2 * FRAME)
+    # The code fits in the last three bits of a gradient: products in tf32 and bf16 do without them.
+    MARKED: tl.constexpr = PRECISION == "tf32"
+    rows, lanes = tl.arange(0, BLOCK_M), tl.arange(0, 64)
+    code_columns = lanes // 32 * (Q1 * 8) + lanes // 8 % 2 * 16 + lanes // 16 % 2 * 8 + lanes % 8
+    # The gradients become the next product's left side where they lie, in registers: of 32 bits in another order.
+    SWAPPED: tl.constexpr = MARKED and dz_ptr.dtype.element_ty == tl.float32
+    LAST: tl.constexpr = 3 if SWAPPED else 4
+    images = tl.arange(0, BLOCK_P)
+    if SWAPPED:
+        images = images // 8 * 8 + images % 4 * 2 + images // 4 % 2
 
-        # Nine windows of the second convolution reach the square, at the edges fewer.
-        dp = tl.zeros((BLOCK_M, 32), tl.float32)
-        for above in range(tl.maximum(row - 2, 0), tl.minimum(row + 1, Q2)):
-            for left in range(tl.maximum(column - 2, 0), tl.minimum(column + 1, Q2)):
-                j = (row - above) * 3 + column - left
-                for k0 in tl.static_range(0, 64, BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    offs = (image * (Q2 * Q2 * 64))[:, None] + k[None, :]
-                    dz = tl.load(dz_ptr + (above * Q2 + left) * 64 + offs, mask=mask[:, None], other=0.0)
-                    w = tl.load(wd_ptr + j * (64 * 32) + (k * 32)[:, None] + lanes[None, :])
-                    dp = tl.dot(dz.to(OPERAND), w.to(OPERAND), dp, input_precision=PRECISION)
+    # A row for each pixel of a window and each of a square's 32 lanes, a column for each pixel of a patch.
+    acc, acc_b = tl.zeros((128, 64), tl.float32), tl.zeros((32, 8), tl.float32)
+    for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), SPLITS):
+        block = turn % (SIDE * PAIRS)
+        row, pair = block // PAIRS, block % PAIRS
+        n0 = tl.cast(turn // (SIDE * PAIRS) * BLOCK_M, INDEX)
+        mask = rows < N - n0
 
-        offs = (image * (Q1 * Q1 * 8))[:, None] + (lanes // 16 * (Q1 * 8) + lanes % 16)[None, :]
-        code = tl.load(code_ptr + row * (Q1 * 16) + column * 16 + offs, mask=mask[:, None], other=4)
-        acc_b += tl.where(code < 4, dp, 0.0)
-        squares = tl.full((BLOCK_M,), square, tl.int32)
-        x = load_patches(x_ptr, image, squares, mask, channel * 64 + offs_k, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
-        dz1 = one_hot(round_to(dp, dz_ptr.dtype.element_ty).to(OPERAND), code, 4, 4)
-        acc = tl.dot(tl.trans(x.to(OPERAND)), dz1, acc, input_precision=PRECISION)
+        dz_base = dz_ptr + n0 * (Q2 * Q2 * 64)
+        dp = pair_gradient(dz_base, wd_ptr, mask, row, pair, Q2, OPERAND, PRECISION, BLOCK_M, BLOCK_K)
+        code_base = code_ptr + n0 * (Q1 * Q1 * 8) + row * (Q1 * 16) + pair * 32
+        exists = mask[:, None] & (2 * pair + lanes // 8 % 2 < SIDE)[None, :]
+        code = tl.load(code_base + (rows * (Q1 * Q1 * 8))[:, None] + code_columns[None, :], mask=exists, other=4)
+        code = tl.trans(code)
+        if MARKED:
+            left, right = squares_of((dp.to(tl.int32, bitcast=True) & -8) + code)
+            alive = living(left) + living(right)
+        else:
+            left, right = squares_of(dp)
+            code_left, code_right = squares_of(code)
+            alive = tl.where(code_left < 4, left, 0.0) + tl.where(code_right < 4, right, 0.0)
+        acc_b += tl.sum(tl.reshape(alive, (32, BLOCK_M // 8, 8)), axis=1)
+        for s in range(0, tl.minimum(2, SIDE - 2 * pair)):
+            square = tl.where(s == 0, left, right)
+            if not MARKED:
+                codes = tl.where(s == 0, code_left, code_right)
+            squares = tl.full((BLOCK_P,), row * SIDE + 2 * pair + s, tl.int32)
+            for k in tl.static_range(BLOCK_M // BLOCK_P):
+                if MARKED:
+                    bits = of_images(square, k, BLOCK_M, BLOCK_P)
+                    dy, position = (bits & -8).to(tl.float32, bitcast=True), bits & 7
+                else:
+                    dy = of_images(square, k, BLOCK_M, BLOCK_P)
+                    position = of_images(codes, k, BLOCK_M, BLOCK_P)
+                # In 64 bits the compiler sees that steps from row to row are constants, which loads add by themselves.
+                n = k * BLOCK_P + images
+                x = load_patches(
+                    x_ptr + n0 * IMAGE, n.to(tl.int64), squares, n < N - n0, channel * 64 + lanes,
+                    C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
+                )  # fmt: skip
+                dz1 = one_hot(round_to(dy, dz_ptr.dtype.element_ty).to(OPERAND), position, 4, 4)
+                dz1 = tl.reshape(dz1, (4, 8, BLOCK_P // 8, 4, 2, 2, 2))
+                dz1 = tl.reshape(tl.permute(dz1, (5, 0, 6, 1, 2, 7 - LAST, LAST)), (128, BLOCK_P))
+                acc = tl.dot(dz1, x.to(OPERAND), acc, input_precision=PRECISION)
 
-    tl.store(scratch_ptr + (offs_k * 128)[:, None] + tl.arange(0, 128)[None, :], acc)
+    scratch_ptr += (channel * SPLITS + split) * (128 * 64)
+    partial_ptr += split * (C * 150 + 6)
+    tl.store(scratch_ptr + (tl.arange(0, 128) * 64)[:, None] + lanes[None, :], acc)
     tl.debug_barrier()
     i = tl.arange(0, 256)
     oc, tap = tl.where(i < 150, i // 25, 0), i % 25
-    dw = fold(scratch_ptr, tap // 5 * (8 * 128) + tap % 5 * 128 + oc * 4)
+    dw = fold(scratch_ptr, oc * 64 + tap // 5 * 8 + tap % 5)
     tl.store(partial_ptr + oc * (25 * C) + channel * 25 + tap, dw, mask=i < 150)
     if channel == 0:
-        db = tl.sum(tl.reshape(tl.sum(acc_b, axis=0), (4, 8)), axis=0)
+        db = tl.sum(tl.reshape(tl.sum(acc_b, axis=1), (4, 8)), axis=0)
         filters = tl.arange(0, 8)
         tl.store(partial_ptr + C * 150 + filters, db, mask=filters < 6)
 
@@ -138,26 +227,28 @@ def second_convolution(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # The four pixels of a window stay apart: what they share is added by the last launch.
+    # The four pixels of a window stay apart: what they share is added by the last launch. A row is an image here too.
     WINDOWS: tl.constexpr = Q2 * Q2
     REST: tl.constexpr = 288 - BLOCK_N if PARTS == 1 else 0
-    lanes, k = tl.arange(0, 64), part * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, lanes, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), part * BLOCK_N + tl.arange(0, BLOCK_N)
+    p_rows = (rows * (Q1 * Q1 * 8))[:, None]
     acc, acc_b = tl.zeros((64, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, 64), tl.float32)
     if REST > 0:
         rest = BLOCK_N + tl.arange(0, REST)
         acc_rest = tl.zeros((64, REST), tl.float32)
-    for m0 in range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M):
-        offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
-        image, window = offs_m // WINDOWS, offs_m % WINDOWS
-        mask = image < N
-        rows = image * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
-        dz = tl.load(dz_ptr + (offs_m * 64)[:, None] + lanes[None, :], mask=mask[:, None], other=0.0)
-        offs = rows[:, None] + (k // 48 * (Q1 * 8) + k % 48)[None, :]
-        p = tl.load(p1_ptr + offs, mask=mask[:, None] & (k < 288)[None, :], other=0.0)
+    for turn in tl.range(split, tl.cdiv(N, BLOCK_M) * WINDOWS, SPLITS, num_stages=2):
+        window = turn % WINDOWS
+        n0 = tl.cast(turn // WINDOWS * BLOCK_M, INDEX)
+        mask = rows < N - n0
+        dz_base = dz_ptr + n0 * (WINDOWS * 64) + window * 64
+        p_base = p1_ptr + n0 * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
+        dz = tl.load(dz_base + (rows * (WINDOWS * 64))[:, None] + lanes[None, :], mask=mask[:, None], other=0.0)
+        offs = p_rows + (k // 48 * (Q1 * 8) + k % 48)[None, :]
+        p = tl.load(p_base + offs, mask=mask[:, None] & (k < 288)[None, :], other=0.0)
         acc = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc, input_precision=PRECISION)
         if REST > 0:
-            offs = rows[:, None] + (rest // 48 * (Q1 * 8) + rest % 48)[None, :]
-            p = tl.load(p1_ptr + offs, mask=mask[:, None], other=0.0)
+            offs = p_rows + (rest // 48 * (Q1 * 8) + rest % 48)[None, :]
+            p = tl.load(p_base + offs, mask=mask[:, None], other=0.0)
             acc_rest = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc_rest, input_precision=PRECISION)
         acc_b += dz.to(tl.float32)
 
@@ -184,18 +275,18 @@ def linear(
     k0 = tl.where(first, 0, tl.where(second, F, F + 128)) + within
     K = tl.where(first, F, 128)
     start = tl.where(first, 0, tl.where(second, 128 * F, 128 * F + 128 * 128 + block * (128 * 128)))
-    lanes_n, lanes_k = tl.arange(0, 128), tl.arange(0, BLOCK_N)
+    rows, lanes_n, lanes_k = tl.arange(0, BLOCK_M), tl.arange(0, 128), tl.arange(0, BLOCK_N)
     mask_n, mask_k = n0 + lanes_n < 256 + CP, within + lanes_k < K
 
     acc = tl.zeros((128, BLOCK_N), tl.float32)
     acc_b = tl.zeros((BLOCK_M, 128), tl.float32)
-    for m0 in range(split * BLOCK_M, N, SPLITS * BLOCK_M):
-        offs_m = m0 + tl.arange(0, BLOCK_M).to(INDEX)
-        mask_m = offs_m < N
-        offs = (offs_m * (256 + CP))[:, None] + (n0 + lanes_n)[None, :]
-        dy = tl.load(grads_ptr + offs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        offs = (offs_m * (F + 256))[:, None] + (k0 + lanes_k)[None, :]
-        a = tl.load(acts_ptr + offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+    for m0 in tl.range(split * BLOCK_M, N, SPLITS * BLOCK_M, num_stages=2):
+        n = tl.cast(m0, INDEX)
+        mask_m = rows < N - m0
+        offs = (rows * (256 + CP))[:, None] + (n0 + lanes_n)[None, :]
+        dy = tl.load(grads_ptr + n * (256 + CP) + offs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        offs = (rows * (F + 256))[:, None] + (k0 + lanes_k)[None, :]
+        a = tl.load(acts_ptr + n * (F + 256) + offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(tl.trans(dy.to(OPERAND)), a.to(OPERAND), acc, input_precision=PRECISION)
         acc_b += dy.to(tl.float32)
 
@@ -216,16 +307,15 @@ def lenet_gradient_kernel(
     CLASSES: tl.constexpr, CP: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
+    BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_P1: tl.constexpr,
+    BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, PARTS: tl.constexpr, BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < SPLITS1 * C:
         split = pid % SPLITS1
         first_convolution(
-            x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr + pid * (64 * 128),
-            partial_ptr + split * (C * 150 + 6), pid // SPLITS1, split, N,
-            SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1,
+            x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr, partial_ptr, pid // SPLITS1, split, N,
+            SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, BLOCK_P1,
         )  # fmt: skip
     elif pid < SPLITS1 * C + SPLITS2 * PARTS:
         pid -= SPLITS1 * C
@@ -263,6 +353,6 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2, PARTS=parts(tile),
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_P1=tile.P1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2, PARTS=parts(tile),
         BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip

@@ -88,9 +88,10 @@ def pack(w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD: tl.constexpr):
         qy, qx, ry, rx = copy // 8, copy // 4 % 2, copy // 2 % 2, copy % 2
         y, x = (qy - ry)[:, None] + c[None, :], (qx - rx)[:, None] + d[None, :]
         meet = mask[None, :] & (y >= 0) & (y % 2 == 0) & (x >= 0) & (x % 2 == 0)
-        places = (y // 2 * 3 + x // 2) * (64 * 32) + (a * 32 + b)[None, :]
-        places += ((qy * 2 + qx) * (16 * 32) + (ry * 2 + rx) * 8)[:, None]
-        tl.store(packed_ptr + WD + places, value, mask=meet)
+        places = (y // 2 * 4 + x // 2) * (64 * 64) + (b * 64 + a)[None, :]
+        places += ((ry * 2 + rx) * (16 * 64) + (qy * 2 + qx) * 16)[:, None]
+        for s in tl.static_range(2):
+            tl.store(packed_ptr + WD + places + ((1 - s) * (64 * 64) + s * (8 * 64)), value, mask=meet)
 
 
 @triton.jit(do_not_specialize=["PARTS"])

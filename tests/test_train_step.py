@@ -88,7 +88,12 @@ def by_torch(net, optimizer, images, labels):
 
 @pytest.mark.parametrize(
     "name, precision",
-    [*((name, "ieee") for name in NETS), ("LeNet", "bfloat16"), ("colours, 28 pixels, 100 classes", "bfloat16")],
+    [
+        *((name, "ieee") for name in NETS),
+        ("LeNet", "tf32"),
+        ("LeNet", "bfloat16"),
+        ("colours, 28 pixels, 100 classes", "bfloat16"),
+    ],
 )
 def test_gradients(name, precision, device):
     """One step of SGD at rate 1 shows the gradient; float64 autograd says what it is.
