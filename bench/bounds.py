@@ -124,14 +124,14 @@ def _lenet_forward(a):
     ieee, squares, windows = a.PRECISION == "ieee", (a.Q1 // 2) ** 2, a.Q2**2
     groups = _cdiv(a.N, a.BLOCK_I)
     turns = [] if a.TRAIN else [groups / a.programs]
-    turns += [_cdiv(a.BLOCK_I * squares, a.BLOCK_M1)]
+    turns += [a.BLOCK_I / a.BLOCK_S] * (a.BLOCK_I > a.BLOCK_S)
+    turns += [_cdiv(a.BLOCK_S * squares, a.BLOCK_M1)]
     turns += [a.C * 64 / a.BLOCK_K1] * (not a.KEPT and a.C * 64 > a.BLOCK_K1)
-    turns += [_cdiv(a.BLOCK_I * windows, a.BLOCK_M2)]
-    unrolled = a.KEPT > 1 or (not ieee and a.TRAIN and a.packed_ptr.element_size() == 4)
-    turns += [] if unrolled else [288 / a.BLOCK_K2]
+    turns += [_cdiv(a.BLOCK_S * windows, a.BLOCK_M2)]
+    turns += [288 / a.BLOCK_K2] * (a.KEPT < 2)
     turns += [_cdiv(a.F, a.BLOCK_K)] + [128 / a.BLOCK_K] * ieee
     if a.TRAIN:
-        turns += [128 / a.BLOCK_K] * ieee + [_cdiv(a.F, a.BLOCK_F)] + [128 / a.BLOCK_K] * ieee
+        turns += [128 / a.BLOCK_K] * ieee + [_cdiv(a.F, a.BLOCK_F)]
     convolutions = 6 * 25 * a.C * 4 * a.Q1**2 + 16 * 150 * 4 * windows
     linears = 120 * a.F + 84 * 120 + a.CLASSES * 84
     return None, turns, a.N * (convolutions + linears * (2 if a.TRAIN else 1))

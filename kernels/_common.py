@@ -1,5 +1,6 @@
 """What the kernel files share: number formats, tiles, index types, and the steps of a strided, dilated window."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.runtime.driver import driver
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
@@ -19,6 +21,13 @@ _TRITON = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
+
+
+@functools.cache
+def compute_capability():
+    """The major number of NVIDIA's architecture that kernels are compiled for, and 0 for another maker's."""
+    target = driver.active.get_current_target()
+    return target.arch // 10 if target.backend == "cuda" else 0
 
 
 def acc_type(dtype):

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.driver import driver
 
-from ._common import INTERPRETED, OPTIONS, index_type, operand_type, round_to
+from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, operand_type, round_to
 from .conv2d import next_block
 from .conv2d_pool_grad import one_hot
 from .lenet import Splits
@@ -55,12 +54,13 @@ MOST = Splits(168, 74, 2)
 def tile_for(format, images, geometry):
     """The Tile for a batch of so many images."""
     if not INTERPRETED:
-        target = driver.active.get_current_target()
-        small = target.backend == "cuda" and target.arch // 10 not in (9, 10)
-        tile = (SMALL_TILES if small else TILES)[format]
-        if target.backend == "cuda" and target.arch // 10 == 10:
+        tile = (TILES if compute_capability() in (0, 9, 10) else SMALL_TILES)[format]
+        if compute_capability() == 10:
             # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
             tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
+        elif geometry.padding and format == "bfloat16":
+            # Registers that the conditions on padding take.
+            tile = tile._replace(P1=16)
         return tile
     rows = min(2048, max(32, triton.next_power_of_2(images // 2)))
     return Tile(rows, 64, rows // 2, rows, 128 if format == "ieee" else 256, rows, 128, 4)
