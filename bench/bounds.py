@@ -124,14 +124,21 @@ def _lenet_forward(a):
     ieee, squares, windows = a.PRECISION == "ieee", (a.Q1 // 2) ** 2, a.Q2**2
     groups = _cdiv(a.N, a.BLOCK_I)
     turns = [] if a.TRAIN else [groups / a.programs]
-    turns += [a.BLOCK_I / a.BLOCK_S] * (a.BLOCK_I > a.BLOCK_S)
-    turns += [_cdiv(a.BLOCK_S * squares, a.BLOCK_M1)]
-    turns += [a.C * 64 / a.BLOCK_K1] * (not a.KEPT and a.C * 64 > a.BLOCK_K1)
-    turns += [_cdiv(a.BLOCK_S * windows, a.BLOCK_M2)]
-    turns += [288 / a.BLOCK_K2] * (a.KEPT < 2)
+    if a.LANES:
+        # Patches, turns of one or two filters and channels; patches, halves of the filters, channels.
+        turns += [_cdiv(a.BLOCK_I * squares, a.BLOCK_M1), 6] if a.C == 1 else []
+        turns += [_cdiv(a.BLOCK_I * squares, a.BLOCK_M1), 3, a.C] if a.C > 1 else []
+        blocks = _cdiv(a.BLOCK_I * windows, a.BLOCK_M2)
+        turns += [blocks] * (blocks > 1) + [4, 6]
+    else:
+        turns += [a.BLOCK_I / a.BLOCK_S] * (a.BLOCK_I > a.BLOCK_S)
+        turns += [_cdiv(a.BLOCK_S * squares, a.BLOCK_M1)]
+        turns += [a.C * 64 / a.BLOCK_K1] * (not a.KEPT and a.C * 64 > a.BLOCK_K1)
+        turns += [_cdiv(a.BLOCK_S * windows, a.BLOCK_M2)]
+        turns += [288 / a.BLOCK_K2] * (a.KEPT < 2)
     turns += [_cdiv(a.F, a.BLOCK_K)] + [128 / a.BLOCK_K] * ieee
     if a.TRAIN:
-        turns += [128 / a.BLOCK_K] * ieee + [_cdiv(a.F, a.BLOCK_F)]
+        turns += [128 / a.BLOCK_K] * ieee + [_cdiv(a.F, a.BLOCK_F)] + [128 / a.BLOCK_K] * ieee
     convolutions = 6 * 25 * a.C * 4 * a.Q1**2 + 16 * 150 * 4 * windows
     linears = 120 * a.F + 84 * 120 + a.CLASSES * 84
     return None, turns, a.N * (convolutions + linears * (2 if a.TRAIN else 1))
@@ -140,15 +147,24 @@ def _lenet_forward(a):
 def _lenet_gradient(a):
     side, windows, tiles = a.Q1 // 2, a.Q2**2, _cdiv(a.F, a.BLOCK_N3) + 256 // a.BLOCK_N3
     pairs = _cdiv(side, 2)
-    first, second = a.SPLITS1 * a.C, a.SPLITS2 * a.PARTS
+    first, second = a.SPLITS1 * a.PARTS1, a.SPLITS2 * a.PARTS2
     third = a.programs - first - second
-    # Each row of windows reaches three rows of squares, and each column two columns of pairs.
-    reached = 6 * windows / (side * pairs) * 64 / a.BLOCK_K1
-    turns = [_cdiv(a.N, a.BLOCK_M1) * side * pairs * a.C / first, reached, side / pairs]
-    turns += [_cdiv(a.N, a.BLOCK_M2) * windows * a.PARTS / second, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
+    if a.LANES:
+        # Blocks of images and pairs of rows, windows that reach them (each row three), filters; channels, such blocks,
+        # their squares.
+        blocks = _cdiv(a.N, a.BLOCK_M1) * side / a.SPLITS1
+        turns = [blocks, 3 * a.Q2 / side, 16, *[a.C] * (a.C > 1), blocks, side]
+    else:
+        # Each row of windows reaches three rows of squares, and each column two columns of pairs.
+        reached = 6 * windows / (side * pairs) * 64 / a.BLOCK_K1
+        turns = [_cdiv(a.N, a.BLOCK_M1) * side * pairs * a.C / first, reached, side / pairs]
+    loops = len(turns)
+    seconds = _cdiv(a.N * windows, a.BLOCK_M2) / a.SPLITS2 if a.LANES else _cdiv(a.N, a.BLOCK_M2) * windows / a.SPLITS2
+    turns += [seconds, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
     # Through the largest pixels alone.
     products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84
-    return None, turns, a.N * products, [(3, first / a.programs), (1, second / a.programs), (1, third / a.programs)]
+    roles = [(loops, first / a.programs), (1, second / a.programs), (1, third / a.programs)]
+    return None, turns, a.N * products, roles
 
 
 # By kernel: turns of the loop with the products (None where several have some, all of them among the others), turns of

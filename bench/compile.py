@@ -119,12 +119,12 @@ class Calls:
         if keep and weight_grad:
             launchers.linear_chain_weight_grad(y, dz, x, hidden, widths[1:-1], True)
 
-    def lenet(self, n, channels=1, classes=10, raw=False):
+    def lenet(self, n, channels=1, classes=10, size=32, raw=False):
         """The three launches of a training step of n images and the one of inference, where there are some."""
         format = "bfloat16" if self.dtype == torch.bfloat16 else linear.precision()
-        geometry = lenet.Geometry(channels, 32, 0, classes)
-        pixels = lenet_forward.Pixels(2, 0.01, -0.4) if raw else lenet_forward.Pixels()
-        side = 28 if raw else 32
+        geometry = lenet.Geometry(channels, size, (32 - size) // 2, classes)
+        pixels = lenet_forward.Pixels((size - 28) // 2, 0.01, -0.4) if raw else lenet_forward.Pixels()
+        side = 28 if raw else size
         x = torch.empty(n, channels, side, side, dtype=torch.uint8 if raw else torch.float32)
         flat, moments = torch.empty(geometry.flat[-1]), [torch.empty(geometry.flat[-1]) for _ in range(2)]
         packed = torch.empty(geometry.packed[-1], dtype=self.dtype)
@@ -141,12 +141,12 @@ class Calls:
             moments=moments, rule="Adam", decoupled=True,
         )  # fmt: skip
 
-    def lenet_inference(self, n, channels=1, classes=10, raw=False):
+    def lenet_inference(self, n, channels=1, classes=10, size=32, raw=False):
         """The whole forward."""
         format = "bfloat16" if self.dtype == torch.bfloat16 else linear.precision()
-        geometry = lenet.Geometry(channels, 32, 0, classes)
-        pixels = lenet_forward.Pixels(2, 0.01, -0.4) if raw else lenet_forward.Pixels()
-        side = 28 if raw else 32
+        geometry = lenet.Geometry(channels, size, (32 - size) // 2, classes)
+        pixels = lenet_forward.Pixels((size - 28) // 2, 0.01, -0.4) if raw else lenet_forward.Pixels()
+        side = 28 if raw else size
         x = torch.empty(n, channels, side, side, dtype=torch.uint8 if raw else torch.float32)
         flat, packed = torch.empty(geometry.flat[-1]), torch.empty(geometry.packed[-1], dtype=self.dtype)
         memory = lenet_forward.activations(n, geometry, format, "cpu", train=False)

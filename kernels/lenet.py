@@ -19,6 +19,12 @@ each of 2 x 2 pixels r: j = 4 * jy + jx counts the windows that reach a pair, fr
     dz   (N, Q2, Q2, 4, 16)     the gradient of the second convolution's result: that of p2 at the pixel of its code
     grads (N, 256 + CP)         of the results of fc1, fc2 and fc3, the classes padded to CP
     code1, code2                which pixel of its window was the largest, and 4 where it was not above 0
+
+Full float32 on NVIDIA's cards, see lenet_lanes.py, has instead
+
+    p1, code1, dp1 (N, 6, Q1, Q1)   dp1 is p1's gradient, a place to work for the second launch
+    dz   (N, F)                     the gradient of p2; code2 says of which pixel
+    dz_columns, code2_columns (ceil(N / 32), F, 32)   the same once more, images innermost
 """
 
 import functools
@@ -117,10 +123,12 @@ class Splits(NamedTuple):
     conv1: int
     conv2: int
     linear: int
+    # Whether by lenet_lanes_grad, which adds up the pixels of a window at once.
+    lanes: bool = False
 
     def partials(self, geometry):
         """Where the partial sums of each begin, and the size of all."""
-        rows = 150 * geometry.channels + 6, 64 * 288 + 64, geometry.row[-1]
+        rows = 150 * geometry.channels + 6, 16 * 150 + 16 if self.lanes else 64 * 288 + 64, geometry.row[-1]
         return _starts([splits * row for splits, row in zip(self, rows)])
 
 
@@ -131,6 +139,12 @@ def _rows(geometry, splits):
     (fc1, fc2, fc3, biases, row), (W1, W2, _, W3, W4, W5, _) = geometry.row, geometry.packed
     flat, counts = geometry.flat, [math.prod(shape) for shape in geometry.shapes]
     nothing, one = (0,) * 10, (1, 0, 0)
+    if splits.lanes:
+        second = 16 * 150 + 16, conv2, conv2 + 16 * 150, (6, 5, 5), (150, 25, 5, 1)
+        terms = one, one
+    else:
+        second = 64 * 288 + 64, conv2, conv2 + 64 * 288, (6, 5, 5), (288, 1, 48, 8)
+        terms = (4, 2 * 16 * 288 + 48, 16 * 288 + 8), (4, 32, 16)
 
     def biased(splits, row, weight, bias, radices, steps, packing, terms=one, bias_terms=one):
         """The rows of a weight and of its bias, whose sums start at `weight` and `bias` and go on after `row`."""
@@ -143,9 +157,7 @@ def _rows(geometry, splits):
             (W1, 16, 1, 64 * 128, 8 * 128, 128, 16 * 128 + 16, 2 * 128 + 8, 8 * 128 + 64, 128 + 32),
         ),
         *biased(
-            splits.conv2, 64 * 288 + 64, conv2, conv2 + 64 * 288, (6, 5, 5), (288, 1, 48, 8),
-            (W2, 4, 1, 64, 48 * 64, 8 * 64, 0, 0, 48 * 64 + 32, 8 * 64 + 16),
-            (4, 2 * 16 * 288 + 48, 16 * 288 + 8), (4, 32, 16),
+            splits.conv2, *second, (W2, 4, 1, 64, 48 * 64, 8 * 64, 0, 0, 48 * 64 + 32, 8 * 64 + 16), *terms,
         ),
         *biased(
             splits.linear, row, linear + fc1, linear + biases, (16, 1, Q2 * Q2), (F, 1, 0, 16),

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import lenet_lanes
 from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, operand_type, round_to
 from .lane_order import columns_of_lanes, from_result, load_weights, rows_of_lanes, to_operand, vectors
 from .lenet_linears import add_product, features_gradient, hidden_gradient, hidden_layer, loss_and_gradient
@@ -44,17 +45,20 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# By whether it is for training; read off machine code (no register spills) and not yet timed.
+# By whether it is for training; read off machine code (no register spills) and not yet timed. A turn of the lanes takes
+# M1 or M2 patches.
 TILES = {
     True: {
         "bfloat16": Tile(64, 64, 64, 64, 128, 64, 32, 64, 2, 8),
         "tf32": Tile(32, 32, 128, 32, 64, 32, 32, 64, 0, 8),
-        "ieee": Tile(16, 16, 32, 16, 64, 16, 16, 16, 0, 4),
+        "ieee": Tile(16, 16, 32, 16, 64, 16, 16, 32, 0, 4),
+        "lanes": Tile(64, 64, 128, 16, 256, 16, 16, 64, 0, 4),
     },
     False: {
         "bfloat16": Tile(64, 64, 64, 64, 128, 64, 32, 64, 1, 8),
         "tf32": Tile(64, 32, 128, 32, 128, 32, 32, 32, 1, 8),
         "ieee": Tile(16, 16, 64, 16, 64, 16, 16, 32, 0, 8),
+        "lanes": Tile(64, 64, 128, 16, 256, 16, 16, 64, 0, 4),
     },
 }
 # For sm_90, whose matrix units take rows from registers and filters from shared memory, which holds them all. 16 rows
@@ -72,17 +76,21 @@ HOPPER_TILES = {
 
 
 @functools.cache
-def tile_for(format, images, geometry, train):
+def tile_for(form, images, geometry, train):
     """(images a program, Tile) for a batch of so many images."""
-    tile = TILES[train][format]
+    tile = TILES[train][form]
     if INTERPRETED:
         block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
         squares = (geometry.pooled[0] // 2) ** 2
         rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
         return block, Tile(64, max(1, block // 2), rows[0], 64, rows[1], 32, 128, 128, tile.kept, 4)
-    colours, half = geometry.channels > 1, format == "bfloat16"
-    if compute_capability() == 9 and format != "ieee":
-        tile = HOPPER_TILES[train][format]
+    colours, half = geometry.channels > 1, form == "bfloat16"
+    if form == "lanes":
+        # Elsewhere products of 64 rows would spill registers.
+        spacious = compute_capability() in ((9, 10) if train else (9,))
+        tile = tile if spacious else tile._replace(images=32, S=32)
+    elif compute_capability() == 9 and form != "ieee":
+        tile = HOPPER_TILES[train][form]
         if colours and not half:
             # Three channels of filters would fill shared memory, and their sums stay in registers for longer.
             tile = tile._replace(images=64 if train else tile.images, kept=1)
@@ -96,7 +104,8 @@ def tile_for(format, images, geometry, train):
     elif half and not train and compute_capability() not in (0, 10):
         tile = tile._replace(kept=2)
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
-    return min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132))), tile
+    block = min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132)))
+    return block, tile._replace(F=128) if form == "lanes" and block < 32 else tile
 
 
 @triton.jit
@@ -241,11 +250,11 @@ def second_convolution(
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def lenet_forward_kernel(
     x_ptr, target_ptr, flat_ptr, packed_ptr,
-    p1_ptr, code1_ptr, acts_ptr, code2_ptr, logits_ptr, grads_ptr, dz_ptr, loss_ptr,
+    p1_ptr, code1_ptr, acts_ptr, code2_ptr, logits_ptr, grads_ptr, dz_ptr, dz_columns_ptr, code2_columns_ptr, loss_ptr,
     N, ignore_index,
     B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, B4: tl.constexpr, B5: tl.constexpr,
-    W2: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr, W5: tl.constexpr,
-    TRAIN: tl.constexpr, KEPT: tl.constexpr,
+    CONV2: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr, W5: tl.constexpr,
+    LANES: tl.constexpr, TRAIN: tl.constexpr, KEPT: tl.constexpr,
     C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     F: tl.constexpr, CLASSES: tl.constexpr, CP: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
@@ -267,15 +276,28 @@ def lenet_forward_kernel(
         # The convolutions of some of the images at a time: the first's result stays in the caches for the second.
         for j0 in range(0, BLOCK_I, BLOCK_S):
             p0 = i0 + j0 if TRAIN else pid * BLOCK_S
-            first_convolution(
-                x_ptr, packed_ptr, first, flat_ptr + B1, p1_ptr, code1_ptr, i0 + j0, p0, N,
-                TRAIN, KEPT > 0, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT, OPERAND, PRECISION, BLOCK_S, BLOCK_M1, BLOCK_K1,
-            )  # fmt: skip
+            if LANES:
+                lenet_lanes.first_convolution(
+                    x_ptr, flat_ptr, flat_ptr + B1, p1_ptr, code1_ptr, i0 + j0, p0, N,
+                    TRAIN, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT, BLOCK_S, BLOCK_M1,
+                )  # fmt: skip
+            else:
+                first_convolution(
+                    x_ptr, packed_ptr, first, flat_ptr + B1, p1_ptr, code1_ptr, i0 + j0, p0, N,
+                    TRAIN, KEPT > 0, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
+                    OPERAND, PRECISION, BLOCK_S, BLOCK_M1, BLOCK_K1,
+                )  # fmt: skip
             tl.debug_barrier()
-            second_convolution(
-                p1_ptr, packed_ptr + W2, second, flat_ptr + B2, acts_ptr, code2_ptr, i0 + j0, p0, s0 + j0, N,
-                TRAIN, KEPT > 1, Q1, Q2, F, OPERAND, PRECISION, BLOCK_S, BLOCK_M2, BLOCK_K2,
-            )  # fmt: skip
+            if LANES:
+                lenet_lanes.second_convolution(
+                    p1_ptr, flat_ptr + CONV2, flat_ptr + B2, acts_ptr, code2_ptr, i0 + j0, p0, s0 + j0, N,
+                    TRAIN, Q1, Q2, F, BLOCK_S, BLOCK_M2,
+                )  # fmt: skip
+            else:
+                second_convolution(
+                    p1_ptr, packed_ptr + W2, second, flat_ptr + B2, acts_ptr, code2_ptr, i0 + j0, p0, s0 + j0, N,
+                    TRAIN, KEPT > 1, Q1, Q2, F, OPERAND, PRECISION, BLOCK_S, BLOCK_M2, BLOCK_K2,
+                )  # fmt: skip
             tl.debug_barrier()
 
         # The matrix units take sixteen rows at the least.
@@ -326,8 +348,8 @@ def lenet_forward_kernel(
             )  # fmt: skip
             tl.debug_barrier()
             features_gradient(
-                grads_ptr, grads_rows, code2_ptr, dz_ptr, i0 + rows, mask, packed_ptr + W3, F,
-                OPERAND, PRECISION, BLOCK_R, BLOCK_F,
+                grads_ptr, grads_rows, code2_ptr, dz_ptr, dz_columns_ptr, code2_columns_ptr, i0 + rows, mask,
+                packed_ptr + W3, F, LANES, OPERAND, PRECISION, BLOCK_R, BLOCK_K, BLOCK_F,
             )  # fmt: skip
 
 
@@ -343,24 +365,30 @@ def activations(N, geometry, format, device, train):
     """The tensors that the launches leave to each other for N images: p1, code1, acts, code2, grads, dz, loss."""
     (Q1, _), F = geometry.pooled, geometry.features
     dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
-    block, tile = tile_for(format, N, geometry, train)
+    form = lenet_lanes.form(format)
+    block, tile = tile_for(form, N, geometry, train)
 
     def new(*size, dtype=dtype):
         return torch.empty(size, dtype=dtype, device=device)
 
+    pixels = (6, Q1, Q1) if form == "lanes" else (Q1, Q1, 8)
     if not train:
         programs = inference_programs(N, block, tile, torch.device(device))
         # The last program may have fewer images than the others.
         block_s, last = min(block, tile.S), N - (programs - 1) * block
-        p1 = new((programs - 1) * block_s + min(block_s, last), Q1, Q1, 8)
+        p1 = new((programs - 1) * block_s + min(block_s, last), *pixels)
         return {"p1": p1, "acts": new(min(N, programs * block), F + 256)}
-    return {
-        "p1": new(N, Q1, Q1, 8), "code1": new(N, Q1, Q1, 8, dtype=torch.uint8),
+    tensors = {
+        "p1": new(N, *pixels), "code1": new(N, *pixels, dtype=torch.uint8),
         "acts": new(N, F + 256), "code2": new(N, F, dtype=torch.uint8),
         "logits": new(N, geometry.classes, dtype=torch.float32),
-        "grads": new(N, 256 + geometry.padded_classes), "dz": new(N, F // 16, 4, 16),
+        "grads": new(N, 256 + geometry.padded_classes), "dz": new(N, F) if form == "lanes" else new(N, F // 16, 4, 16),
         "loss": new(triton.cdiv(N, block), 2, dtype=torch.float32),
     }  # fmt: skip
+    if form == "lanes":
+        tensors["dz_columns"], tensors["dp1"] = new(triton.cdiv(N, 32), F, 32), new(N, *pixels)
+        tensors["code2_columns"] = new(triton.cdiv(N, 32), F, 32, dtype=torch.uint8)
+    return tensors
 
 
 def inference_programs(N, block, tile, device):
@@ -378,21 +406,25 @@ def multiprocessors(device):
 def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, ignore_index=-100):
     """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes); with a target all of `memory` is filled."""
     N, train = x.shape[0], target is not None
-    block, tile = tile_for(format, N, geometry, train)
+    form = lenet_lanes.form(format)
+    block, tile = tile_for(form, N, geometry, train)
     programs = triton.cdiv(N, block) if train else inference_programs(N, block, tile, x.device)
     p1, acts = memory["p1"], memory["acts"]
     # Pointers that inference never follows.
-    code1, code2, grads, dz, loss = (memory.get(name, acts) for name in ("code1", "code2", "grads", "dz", "loss"))
+    names = "code1", "code2", "grads", "dz", "loss", "dz_columns", "code2_columns"
+    code1, code2, grads, dz, loss, dz_columns, code2_columns = (memory.get(name, acts) for name in names)
     (_, W2, _, W3, W4, W5, _), starts = geometry.packed, geometry.flat
     lenet_forward_kernel[(programs,)](
         x, target if train else x, flat, packed,
-        p1, code1, acts, code2, logits, grads, dz, loss,
+        p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss,
         N, ignore_index,
-        **{f"B{i + 1}": starts[2 * i + 1] for i in range(5)}, W2=W2, W3=W3, W4=W4, W5=W5,
-        TRAIN=train, KEPT=tile.kept, **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
+        **{f"B{i + 1}": starts[2 * i + 1] for i in range(5)}, CONV2=starts[2], W2=W2, W3=W3, W4=W4, W5=W5,
+        LANES=form == "lanes", TRAIN=train, KEPT=tile.kept, **geometry.constants,
+        FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, p1, acts, dz, logits), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_I=block, BLOCK_S=min(block, tile.S), BLOCK_R=max(16, block), BLOCK_C=geometry.block_classes,
+        BLOCK_I=block, BLOCK_S=min(block, tile.S), BLOCK_R=max(16, block),
+        BLOCK_C=min(32 if form == "lanes" else 128, geometry.block_classes),
         BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_K2=tile.K2, BLOCK_K=tile.K, BLOCK_F=tile.F,
         num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip

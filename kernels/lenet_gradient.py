@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import lenet_lanes, lenet_lanes_grad
 from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, operand_type, round_to
 from .conv2d import next_block
 from .conv2d_pool_grad import one_hot
@@ -38,49 +39,61 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# Read off machine code (no register spills) and not yet timed.
+# Read off machine code (no register spills) and not yet timed. Lanes take K1 patches a turn once M1 images are through.
 TILES = {
     "bfloat16": Tile(128, 64, 32, 64, 256, 64, 64, 4),
     "tf32": Tile(128, 32, 16, 32, 256, 32, 64, 4),
     "ieee": Tile(32, 16, 16, 16, 64, 16, 64, 4),
+    "lanes": Tile(128, 128, 1, 128, 1, 16, 64, 4),
 }
 # For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
 SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 32, 64, 128, 32, 64, 8)}
 # Programs of each role for a batch that fills the card: all take about as long, and two fit a multiprocessor.
 MOST = Splits(168, 74, 2)
+MOST_LANES = Splits(64, 4, 3, lanes=True)
 
 
 @functools.cache
-def tile_for(format, images, geometry):
+def tile_for(form, images, geometry):
     """The Tile for a batch of so many images."""
     if not INTERPRETED:
-        tile = (TILES if compute_capability() in (0, 9, 10) else SMALL_TILES)[format]
-        if compute_capability() == 10:
+        tile = (TILES if compute_capability() in (0, 9, 10) else SMALL_TILES)[form]
+        if compute_capability() == 10 and form != "lanes":
             # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
             tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
-        elif geometry.padding and format == "bfloat16":
+        elif geometry.padding and form == "bfloat16":
             # Registers that the conditions on padding take.
             tile = tile._replace(P1=16)
         return tile
     rows = min(2048, max(32, triton.next_power_of_2(images // 2)))
-    return Tile(rows, 64, rows // 2, rows, 128 if format == "ieee" else 256, rows, 128, 4)
+    if form == "lanes":
+        windows = min(2048, triton.next_power_of_2(images * geometry.pooled[1] ** 2 // 2))
+        return Tile(rows, rows * 8, 1, windows, 1, rows, 128, 4)
+    return Tile(rows, 64, rows // 2, rows, 128 if form == "ieee" else 256, rows, 128, 4)
 
 
 def splits_for(format, images, geometry):
     """How many programs share each gradient: the fewest that take no longer than the most would, see Splits."""
-    tile, (Q1, Q2) = tile_for(format, images, geometry), geometry.pooled
-    most = Splits(2, 2, 1) if INTERPRETED else MOST
+    form = lenet_lanes.form(format)
+    tile, (Q1, Q2), lanes = tile_for(form, images, geometry), geometry.pooled, form == "lanes"
+    most = Splits(2, 2, 1) if INTERPRETED else MOST_LANES if lanes else MOST
     turns = (
-        triton.cdiv(images, tile.M1) * (Q1 // 2) * triton.cdiv(Q1, 4),
-        triton.cdiv(images, tile.M2) * Q2 * Q2,
+        triton.cdiv(images, tile.M1) * (Q1 // 2) * (1 if lanes else triton.cdiv(Q1, 4)),
+        triton.cdiv(images * Q2 * Q2, tile.M2) if lanes else triton.cdiv(images, tile.M2) * Q2 * Q2,
         triton.cdiv(images, 4 * tile.M3),
     )
-    return Splits(*(triton.cdiv(n, triton.cdiv(n, limit)) for limit, n in zip(most, turns)))
+    return Splits(*(triton.cdiv(n, triton.cdiv(n, limit)) for limit, n in zip(most, turns)), lanes=lanes)
 
 
-def parts(tile):
-    """How many programs share the 288 columns of the second convolution's sum: the last 32 go with the first 256."""
-    return 1 if tile.N2 == 256 else triton.cdiv(288, tile.N2)
+def parts(tile, geometry, lanes):
+    """How many programs share a split of the first convolution's gradient, and of the second's.
+
+    Of products the channels of the images, and the columns of the sum: the last 32 of 288 go with the first 256. Of
+    lanes halves of the filters, and the channels of quarters of them.
+    """
+    if lanes:
+        return 2, 24
+    return geometry.channels, 1 if tile.N2 == 256 else triton.cdiv(288, tile.N2)
 
 
 @triton.jit
@@ -299,33 +312,49 @@ def linear(
 
 @triton.jit(do_not_specialize=["N"])
 def lenet_gradient_kernel(
-    x_ptr, packed_ptr, p1_ptr, code1_ptr, acts_ptr, grads_ptr, dz_ptr, scratch_ptr, partial_ptr,
+    x_ptr, packed_ptr, p1_ptr, code1_ptr, acts_ptr, code2_ptr, grads_ptr, dz_ptr,
+    dz_columns_ptr, code2_columns_ptr, dp1_ptr, scratch_ptr, partial_ptr,
     N,
-    WD: tl.constexpr, SPLITS1: tl.constexpr, SPLITS2: tl.constexpr, SPLITS3: tl.constexpr,
+    W2: tl.constexpr, WD: tl.constexpr, LANES: tl.constexpr, PARTS1: tl.constexpr, PARTS2: tl.constexpr,
+    SPLITS1: tl.constexpr, SPLITS2: tl.constexpr, SPLITS3: tl.constexpr,
     PARTIAL2: tl.constexpr, PARTIAL3: tl.constexpr, ROW3: tl.constexpr,
     C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr,
     CLASSES: tl.constexpr, CP: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M1: tl.constexpr, BLOCK_K1: tl.constexpr, BLOCK_P1: tl.constexpr,
-    BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, PARTS: tl.constexpr, BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
+    BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if pid < SPLITS1 * C:
-        split = pid % SPLITS1
-        first_convolution(
-            x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr, partial_ptr, pid // SPLITS1, split, N,
-            SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT, INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, BLOCK_P1,
-        )  # fmt: skip
-    elif pid < SPLITS1 * C + SPLITS2 * PARTS:
-        pid -= SPLITS1 * C
-        split = pid % SPLITS2
-        second_convolution(
-            dz_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (64 * 288 + 64), pid // SPLITS2, split, N,
-            SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2, PARTS,
-        )  # fmt: skip
+    if pid < SPLITS1 * PARTS1:
+        part, split = pid // SPLITS1, pid % SPLITS1
+        if LANES:
+            lenet_lanes_grad.first_convolution(
+                x_ptr, dz_columns_ptr, code2_columns_ptr, code1_ptr, packed_ptr + W2, dp1_ptr,
+                partial_ptr + split * (C * 150 + 6), part, split, N,
+                SPLITS1, C, SIZE, PAD, Q1, Q2, F, FRAME, SCALE, SHIFT, INDEX, BLOCK_M1, BLOCK_K1,
+            )  # fmt: skip
+        else:
+            first_convolution(
+                x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr, partial_ptr, part, split, N,
+                SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT,
+                INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, BLOCK_P1,
+            )  # fmt: skip
+    elif pid < SPLITS1 * PARTS1 + SPLITS2 * PARTS2:
+        pid -= SPLITS1 * PARTS1
+        part, split = pid // SPLITS2, pid % SPLITS2
+        if LANES:
+            lenet_lanes_grad.second_convolution(
+                dz_ptr, code2_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (16 * 150 + 16), part, split, N,
+                SPLITS2, Q1, Q2, INDEX, BLOCK_M2,
+            )  # fmt: skip
+        else:
+            second_convolution(
+                dz_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (64 * 288 + 64), part, split, N,
+                SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2, PARTS2,
+            )  # fmt: skip
     else:
-        pid -= SPLITS1 * C + SPLITS2 * PARTS
+        pid -= SPLITS1 * PARTS1 + SPLITS2 * PARTS2
         tile, split = pid // SPLITS3, pid % SPLITS3
         linear(
             acts_ptr, grads_ptr, partial_ptr + PARTIAL3 + split * ROW3, tile, split, N,
@@ -335,24 +364,29 @@ def lenet_gradient_kernel(
 
 def sums(geometry, splits, device):
     """The tensors of a launch's sums: those of the first convolution before they are folded, and the partial ones."""
-    sizes = splits.conv1 * geometry.channels * 64 * 128, splits.partials(geometry)[-1]
+    sizes = 0 if splits.lanes else splits.conv1 * geometry.channels * 64 * 128, splits.partials(geometry)[-1]
     return [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
 
 
 def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, partial):
     """Fills `partial` with the partial sums of all gradients of the images x, whose forward has filled `memory`."""
-    N, tile = x.shape[0], tile_for(format, x.shape[0], geometry)
+    N, lanes = x.shape[0], splits.lanes
+    tile = tile_for("lanes" if lanes else format, N, geometry)
+    parts1, parts2 = parts(tile, geometry, lanes)
     hidden = 128 // tile.N3 * (1 + triton.cdiv(geometry.padded_classes, 128))
     tiles = triton.cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
-    lenet_gradient_kernel[(splits.conv1 * geometry.channels + splits.conv2 * parts(tile) + splits.linear * tiles,)](
-        x, packed, memory["p1"], memory["code1"], memory["acts"], memory["grads"], memory["dz"], scratch, partial,
+    dz, code2 = memory["dz"], memory["code2"]
+    lenet_gradient_kernel[(splits.conv1 * parts1 + splits.conv2 * parts2 + splits.linear * tiles,)](
+        x, packed, memory["p1"], memory["code1"], memory["acts"], code2, memory["grads"], dz,
+        memory.get("dz_columns", dz), memory.get("code2_columns", code2), memory.get("dp1", dz), scratch, partial,
         N,
-        WD=geometry.packed[2], SPLITS1=splits.conv1, SPLITS2=splits.conv2, SPLITS3=splits.linear,
+        W2=geometry.packed[1], WD=geometry.packed[2], LANES=lanes, PARTS1=parts1, PARTS2=parts2,
+        SPLITS1=splits.conv1, SPLITS2=splits.conv2, SPLITS3=splits.linear,
         PARTIAL2=partial2, PARTIAL3=partial3, ROW3=geometry.row[-1],
         **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_P1=tile.P1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2, PARTS=parts(tile),
+        BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_P1=tile.P1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2,
         BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip

@@ -51,6 +51,19 @@ def hidden_layer(
 
 
 @triton.jit
+def add_transposed_product(
+    acc, a_ptr, rows, mask_m, w_ptr, offs_n,
+    K: tl.constexpr, VECTOR: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + a w^T: a (BLOCK_R, K) of rows, w (BLOCK_N, K) the rows offs_n of K columns each."""
+    for k0 in range(0, K, BLOCK_K):
+        a = load_rows(a_ptr, rows, mask_m, k0, K, BLOCK_K, VECTOR).to(OPERAND)
+        w = load_transposed(w_ptr, offs_n, k0, K, BLOCK_K, VECTOR, OPERAND)
+        acc = tl.dot(to_operand(a, 32 // OPERAND.primitive_bitwidth), w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def hidden_gradient(
     acts_ptr, acts_rows, grads_ptr, grads_rows, mask_m, packed_ptr, FROM: tl.constexpr, TO: tl.constexpr,
     K: tl.constexpr, ACTS: tl.constexpr,
@@ -58,36 +71,50 @@ def hidden_gradient(
 ):  # fmt: skip
     """The gradient at column TO of grads: that at FROM through the weights, where the layer's result is above 0."""
     MOST: tl.constexpr = 128 // grads_ptr.dtype.element_ty.primitive_bitwidth
-    VECTOR: tl.constexpr = min(MOST, BLOCK_K // 4)
-    offs_n = columns_of_lanes(128, MOST, 2)
-    acc = tl.zeros((BLOCK_R, 128), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        a = load_rows(grads_ptr + FROM, grads_rows, mask_m, k0, K, BLOCK_K, VECTOR).to(OPERAND)
-        w = load_transposed(packed_ptr, offs_n, k0, K, BLOCK_K, VECTOR, OPERAND)
-        acc = tl.dot(to_operand(a, 32 // OPERAND.primitive_bitwidth), w, acc, input_precision=PRECISION)
+    dh = add_transposed_product(
+        tl.zeros((BLOCK_R, 128), tl.float32), grads_ptr + FROM, grads_rows, mask_m,
+        packed_ptr, columns_of_lanes(128, MOST, 2), K, min(MOST, BLOCK_K // 4), OPERAND, PRECISION, BLOCK_K,
+    )  # fmt: skip
     h = load_rows(acts_ptr + ACTS, acts_rows, mask_m, 0, 128, 128, MOST)
-    dh = tl.where(h.to(tl.float32) > 0, from_result(acc, MOST), 0.0)
+    dh = tl.where(h.to(tl.float32) > 0, from_result(dh, MOST), 0.0)
     tl.store(grads_ptr + grads_rows + TO + vectors(128, MOST), round_to(dh, grads_ptr.dtype.element_ty), mask=mask_m)
 
 
 @triton.jit
 def features_gradient(
-    grads_ptr, grads_rows, code_ptr, dz_ptr, n, mask_m, packed_ptr, F: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    grads_ptr, grads_rows, code_ptr, dz_ptr, dz_columns_ptr, code_columns_ptr, n, mask_m, packed_ptr, F: tl.constexpr,
+    LANES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the second convolution's result: that of fc1's through its weights, at the pixel of the code."""
     VECTOR: tl.constexpr = 128 // grads_ptr.dtype.element_ty.primitive_bitwidth
-    dh = load_rows(grads_ptr, grads_rows, mask_m, 0, 128, 128, VECTOR).to(OPERAND)
-    dh = to_operand(dh, 32 // OPERAND.primitive_bitwidth)
+    # Full float32 has no registers for all of dh.
+    WHOLE: tl.constexpr = PRECISION != "ieee"
+    if WHOLE:
+        dh = load_rows(grads_ptr, grads_rows, mask_m, 0, 128, 128, VECTOR).to(OPERAND)
+        dh = to_operand(dh, 32 // OPERAND.primitive_bitwidth)
     for f0 in range(0, F, BLOCK_F):
-        w = load_transposed(packed_ptr, f0 + columns_of_lanes(BLOCK_F, VECTOR, 2), 0, 128, 128, VECTOR, OPERAND)
-        dp = from_result(tl.dot(dh, w, input_precision=PRECISION), VECTOR)
-        f = f0 + vectors(BLOCK_F, VECTOR)
+        offs_n = f0 + columns_of_lanes(BLOCK_F, VECTOR, 2)
+        if WHOLE:
+            w = load_transposed(packed_ptr, offs_n, 0, 128, 128, VECTOR, OPERAND)
+            dp = tl.dot(dh, w, input_precision=PRECISION)
+        else:
+            dp = add_transposed_product(
+                tl.zeros((BLOCK_R, BLOCK_F), tl.float32), grads_ptr, grads_rows, mask_m,
+                packed_ptr, offs_n, 128, VECTOR, OPERAND, PRECISION, BLOCK_K,
+            )  # fmt: skip
+        dp, f = from_result(dp, VECTOR), f0 + vectors(BLOCK_F, VECTOR)
         mask = mask_m & (f < F)
         code = tl.load(code_ptr + n * F + f, mask=mask, other=4)
-        for q in tl.static_range(4):
-            dz = round_to(tl.where(code == q, dp, 0.0), dz_ptr.dtype.element_ty)
-            tl.store(dz_ptr + n * (4 * F) + (f // 16 * 64 + f % 16) + q * 16, dz, mask=mask)
+        if LANES:
+            tl.store(dz_ptr + n * F + f, dp, mask=mask)
+            columns = n // 32 * (32 * F) + n % 32 + f * 32
+            tl.store(dz_columns_ptr + columns, dp, mask=mask)
+            tl.store(code_columns_ptr + columns, code, mask=mask)
+        else:
+            for q in tl.static_range(4):
+                dz = round_to(tl.where(code == q, dp, 0.0), dz_ptr.dtype.element_ty)
+                tl.store(dz_ptr + n * (4 * F) + (f // 16 * 64 + f % 16) + q * 16, dz, mask=mask)
 
 
 @triton.jit

@@ -28,8 +28,14 @@ RANGE = 48
 # The program numbers of an element that several programs have loaded, and of one that none has.
 SEVERAL, NONE = -1, 0
 NOBODY = np.zeros(0, bool)
-# Outputs of which a launch writes a part: the other elements were zeros before it, and are to stay so.
-PARTLY = {("lenet_update_kernel", "packed_ptr")}
+# Outputs of which a launch writes a part.
+PARTLY = {
+    # The other elements were zeros before it, and are to stay so.
+    ("lenet_update_kernel", "packed_ptr"),
+    # Places of images up to a whole block of them, which nobody reads.
+    ("lenet_forward_kernel", "dz_columns_ptr"),
+    ("lenet_forward_kernel", "code2_columns_ptr"),
+}
 
 
 class Tensor:

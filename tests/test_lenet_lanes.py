@@ -1,0 +1,57 @@
+"""LeNet's launches in full float32 as NVIDIA's cards run them; the interpreter's own choice are products."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from exact import ROUNDOFF
+
+import tritonnet
+from tritonnet import lenet_weights
+from tritonnet.kernels import lenet_lanes
+
+
+@pytest.fixture
+def in_lanes(monkeypatch):
+    monkeypatch.setattr(lenet_lanes, "form", lambda format: "lanes")
+
+
+def small():
+    """A LeNet for colours of 20 pixels: every product in lanes is a step of the interpreter's."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(64, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
+def test_gradients_in_lanes(in_lanes, device, monkeypatch):
+    """As test_gradients of test_train_step, whose bounds these are."""
+    monkeypatch.setitem(lenet_weights._SIZES, (0, 64), 20)
+    net = small().to(device)
+    images, labels = torch.randn(5, 3, 20, 20, device=device), torch.randint(10, (5,), device=device)
+    truth = copy.deepcopy(net).double()
+    before = [p.detach().clone() for p in net.parameters()]
+    step = tritonnet.TrainStep(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=1.0), "ieee")
+    assert step.path == "three launches"
+    loss = step(images, labels)
+    true_loss = nn.functional.cross_entropy(truth(images.double()), labels)
+    true_loss.backward()
+    u = ROUNDOFF[torch.float32]
+    assert abs(loss.double() - true_loss) <= 16 * u * true_loss.abs() + 4 * u
+    for (parameter, p), q, old in zip(net.named_parameters(), truth.parameters(), before):
+        error, hidden = (old.double() - p.double() - q.grad).norm(), 2 * u * old.double().norm()
+        assert error <= 50 * u * q.grad.norm() + hidden, f"{parameter}: off by {error:.3g} of {q.grad.norm():.3g}"
+
+
+def test_bytes_in_lanes(in_lanes, device):
+    """Patches that reach into the frame."""
+    net = tritonnet.LeNet(7, mean=0.2, std=0.4).to(device).eval()
+    images = torch.randint(256, (2, 1, 28, 28), dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        with tritonnet.count_launches() as launches:
+            y = net(images)
+        with tritonnet.backend("reference"):
+            truth = net(images)
+    assert launches["lenet_forward_kernel"] == 1
+    torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-5)
