@@ -258,6 +258,10 @@ def layers(c, format, brief=False):
         colours = {"channels": 3, "classes": 1000}
         yield "LeNet step of colours", lambda: c.lenet(2**14, **colours)
         yield "LeNet inference of colours", lambda: c.lenet_inference(2**14, **colours)
+        # Few images, and padded ones, have tiles of their own.
+        yield "LeNet step, padded", lambda: c.lenet(2**14, size=28)
+        yield "LeNet step, batch 64", lambda: c.lenet(64)
+        yield "LeNet inference, batch 64", lambda: c.lenet_inference(64)
 
 
 def lenet_again(c, format):

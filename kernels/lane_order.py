@@ -19,6 +19,8 @@ import triton.language as tl
 def rows_of_lanes(BLOCK_M: tl.constexpr):
     """The rows of a product in the order in which lanes load and store them."""
     i = tl.arange(0, BLOCK_M)
+    if BLOCK_M < 16:
+        return i
     return i // 8 % (BLOCK_M // 16) * 16 + i // (BLOCK_M // 2) * 8 + i % 8
 
 
@@ -47,7 +49,8 @@ def to_operand(x, PAIR: tl.constexpr):
     J: tl.constexpr = x.shape[0]
     BLOCK_M: tl.constexpr = x.shape[1]
     VECTOR: tl.constexpr = x.shape[3]
-    x = tl.reshape(x, (J, 2, BLOCK_M // 16, 8, 4, VECTOR // PAIR, PAIR))
+    HALVES: tl.constexpr = min(2, BLOCK_M // 8)
+    x = tl.reshape(x, (J, HALVES, BLOCK_M // 8 // HALVES, 8, 4, VECTOR // PAIR, PAIR))
     return tl.reshape(tl.permute(x, (2, 1, 3, 0, 5, 4, 6)), (BLOCK_M, J * 4 * VECTOR))
 
 
@@ -56,7 +59,8 @@ def from_result(y, VECTOR: tl.constexpr):
     """(BLOCK_M, K), columns those of columns_of_lanes(K, VECTOR, 2) -> (K / (4 * VECTOR), BLOCK_M, 4, VECTOR)."""
     BLOCK_M: tl.constexpr = y.shape[0]
     J: tl.constexpr = y.shape[1] // (4 * VECTOR)
-    y = tl.reshape(y, (BLOCK_M // 16, 2, 8, J, VECTOR // 2, 4, 2))
+    HALVES: tl.constexpr = min(2, BLOCK_M // 8)
+    y = tl.reshape(y, (BLOCK_M // 8 // HALVES, HALVES, 8, J, VECTOR // 2, 4, 2))
     return tl.reshape(tl.permute(y, (3, 1, 0, 2, 5, 4, 6)), (J, BLOCK_M, 4, VECTOR))
 
 

@@ -97,6 +97,12 @@ def tile_for(form, images, geometry, train):
         if images <= 132 * tile.images // 2:
             # Products of few rows have registers for more columns.
             tile = tile._replace(F=128)
+        if images <= 132 * 16 and not colours and (half or train):
+            # And for more depth: the program waits for memory fewer times in a row.
+            tile = tile._replace(K=128 if half else 64)
+        if images <= 132 and not (half or train):
+            # One image fills no more rows.
+            tile = tile._replace(M1=64, M2=64)
     elif colours:
         tile = tile._replace(M1=min(tile.M1, 64), K=64 if half else tile.K, kept=1 if half else 0)
         if train:
@@ -300,7 +306,7 @@ def lenet_forward_kernel(
                 )  # fmt: skip
             tl.debug_barrier()
 
-        # The matrix units take sixteen rows at the least.
+        # The matrix units take sixteen rows at the least, and lanes are good for eight.
         rows = rows_of_lanes(BLOCK_R)[None, :, None, None]
         acts_rows, grads_rows = (s0 + rows) * (F + 256), (i0 + rows) * (256 + CP)
         mask = (rows < BLOCK_I) & (i0 + rows < N)
@@ -423,7 +429,7 @@ def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, i
         FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, p1, acts, dz, logits), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_I=block, BLOCK_S=min(block, tile.S), BLOCK_R=max(16, block),
+        BLOCK_I=block, BLOCK_S=min(block, tile.S), BLOCK_R=max(8 if form == "lanes" else 16, block),
         BLOCK_C=min(32 if form == "lanes" else 128, geometry.block_classes),
         BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_K2=tile.K2, BLOCK_K=tile.K, BLOCK_F=tile.F,
         num_warps=tile.num_warps, num_stages=1, **OPTIONS,

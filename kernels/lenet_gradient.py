@@ -58,10 +58,15 @@ def tile_for(form, images, geometry):
     """The Tile for a batch of so many images."""
     if not INTERPRETED:
         tile = (TILES if compute_capability() in (0, 9, 10) else SMALL_TILES)[form]
-        if compute_capability() == 10 and form != "lanes":
+        if form == "lanes":
+            return tile
+        if compute_capability() == 10:
             # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
             tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
-        elif geometry.padding and form == "bfloat16":
+        elif compute_capability() == 9 and images <= 64:
+            # That many images fill no more rows.
+            tile = tile._replace(M1=64, P1=16)
+        elif compute_capability() == 9 and geometry.padding:
             # Registers that the conditions on padding take.
             tile = tile._replace(P1=16)
         return tile
