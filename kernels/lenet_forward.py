@@ -87,8 +87,7 @@ def tile_for(form, images, geometry, train):
     colours, half = geometry.channels > 1, form == "bfloat16"
     if form == "lanes":
         # Elsewhere products of 64 rows would spill registers.
-        spacious = compute_capability() in ((9, 10) if train else (9,))
-        tile = tile if spacious else tile._replace(images=32, S=32)
+        tile = tile if compute_capability() == 9 else tile._replace(images=32, S=32, M2=128)
     elif compute_capability() == 9 and form != "ieee":
         tile = HOPPER_TILES[train][form]
         if colours and not half:
@@ -109,6 +108,9 @@ def tile_for(form, images, geometry, train):
             tile = tile._replace(images=min(tile.images, 32), M2=64, K2=min(tile.K2, 32), F=32)
     elif half and not train and compute_capability() not in (0, 10):
         tile = tile._replace(kept=2)
+    elif half and train and compute_capability() == 10 and images <= 132 * 16:
+        # Products of few rows take registers that those of the convolutions lack.
+        tile = tile._replace(M2=64)
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
     block = min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132)))
     return block, tile._replace(F=128) if form == "lanes" and block < 32 else tile

@@ -17,19 +17,20 @@ def in_lanes(monkeypatch):
     monkeypatch.setattr(lenet_lanes, "form", lambda format: "lanes")
 
 
-def small():
-    """A LeNet for colours of 20 pixels: every product in lanes is a step of the interpreter's."""
+def small(channels):
+    """A LeNet for images of 20 pixels: every product in lanes is a step of the interpreter's."""
     return nn.Sequential(
-        nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(64, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
     )  # fmt: skip
 
 
-def test_gradients_in_lanes(in_lanes, device, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
     """As test_gradients of test_train_step, whose bounds these are."""
     monkeypatch.setitem(lenet_weights._SIZES, (0, 64), 20)
-    net = small().to(device)
-    images, labels = torch.randn(5, 3, 20, 20, device=device), torch.randint(10, (5,), device=device)
+    net = small(channels).to(device)
+    images, labels = torch.randn(5, channels, 20, 20, device=device), torch.randint(10, (5,), device=device)
     truth = copy.deepcopy(net).double()
     before = [p.detach().clone() for p in net.parameters()]
     step = tritonnet.TrainStep(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=1.0), "ieee")
