@@ -255,25 +255,24 @@ def layers(c, format, brief=False):
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
     if format in LENET and not brief:
-        colours = {"channels": 3, "classes": 1000}
-        yield "LeNet step of colours", lambda: c.lenet(2**14, **colours)
-        yield "LeNet inference of colours", lambda: c.lenet_inference(2**14, **colours)
-        # Few images, and padded ones, have tiles of their own.
-        yield "LeNet step, padded", lambda: c.lenet(2**14, size=28)
-        yield "LeNet step, batch 64", lambda: c.lenet(64)
-        yield "LeNet inference, batch 64", lambda: c.lenet_inference(64)
+        colours = {"channels": 3, "classes": 1000, "size": 28}
+        yield "LeNet step of padded colours", lambda: c.lenet(2**14, **colours)
+        if format != "float32":
+            # Few images have tiles of their own.
+            yield "LeNet step, batch 64", lambda: c.lenet(64)
 
 
-def lenet_again(c, format):
-    """(name, call) of what `shapes` has too, where there are no bounds."""
+def lenet_again(c, format, brief):
+    """(name, call) of what `shapes` has too, where there are no bounds; unless it has to be brief, of bytes."""
     if format != "float64":
         few = {"last": False, "gradients": format in ("bfloat16", "float16", "tf32")}
         yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, last=False)
         yield "few channels to pool", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
     if format in LENET:
         # Blocks of images grow with the batch: this one fills them.
-        yield "LeNet step of bytes", lambda: c.lenet(2**14, raw=True)
-        yield "LeNet inference of bytes", lambda: c.lenet_inference(2**14, raw=True)
+        images = {"n": 2**14, "raw": not brief}
+        yield "LeNet step" + " of bytes" * (not brief), lambda: c.lenet(**images)
+        yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)
 
 
 def switches(c, brief=False):
@@ -341,7 +340,7 @@ def calls(arch, format, brief=False):
         yield from tiles(c, format, brief)
     yield from layers(c, format, brief)
     if not (brief and bounded):
-        yield from lenet_again(c, format)
+        yield from lenet_again(c, format, brief)
     # What they switch is the same in every format.
     if format == "bfloat16":
         yield from switches(c, brief)

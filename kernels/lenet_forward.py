@@ -75,34 +75,34 @@ HOPPER_TILES = {
 }
 
 
-@functools.cache
-def tile_for(form, images, geometry, train):
-    """(images a program, Tile) for a batch of so many images."""
-    tile = TILES[train][form]
-    if INTERPRETED:
-        block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
-        squares = (geometry.pooled[0] // 2) ** 2
-        rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
-        return block, Tile(64, max(1, block // 2), rows[0], 64, rows[1], 32, 128, 128, tile.kept, 4)
-    colours, half = geometry.channels > 1, form == "bfloat16"
+def _hopper_tile(format, images, geometry, train):
+    """The Tile of sm_90 for bfloat16 or tf32."""
+    tile, colours, half = HOPPER_TILES[train][format], geometry.channels > 1, format == "bfloat16"
+    if colours and train:
+        # Sums over three channels stay in registers for longer.
+        tile = tile._replace(images=64, M1=64)
+    if colours and not half:
+        # And their filters would fill shared memory.
+        tile = tile._replace(kept=1)
+    if images <= 132 * tile.images // 2:
+        # Products of few rows have registers for more columns.
+        tile = tile._replace(F=128)
+    if images <= 132 * 16 and not colours and (half or train):
+        # And for more depth: the program waits for memory fewer times in a row.
+        tile = tile._replace(K=128 if half else 64)
+    if images <= 132 and not (half or train):
+        # One image fills no more rows.
+        tile = tile._replace(M1=64, M2=64)
+    return tile
+
+
+def _other_tile(form, images, geometry, train):
+    """The Tile of another architecture, or for full float32."""
+    tile, half = TILES[train][form], form == "bfloat16"
     if form == "lanes":
-        # Elsewhere products of 64 rows would spill registers.
-        tile = tile if compute_capability() == 9 else tile._replace(images=32, S=32, M2=128)
-    elif compute_capability() == 9 and form != "ieee":
-        tile = HOPPER_TILES[train][form]
-        if colours and not half:
-            # Three channels of filters would fill shared memory, and their sums stay in registers for longer.
-            tile = tile._replace(images=64 if train else tile.images, kept=1)
-        if images <= 132 * tile.images // 2:
-            # Products of few rows have registers for more columns.
-            tile = tile._replace(F=128)
-        if images <= 132 * 16 and not colours and (half or train):
-            # And for more depth: the program waits for memory fewer times in a row.
-            tile = tile._replace(K=128 if half else 64)
-        if images <= 132 and not (half or train):
-            # One image fills no more rows.
-            tile = tile._replace(M1=64, M2=64)
-    elif colours:
+        # But on sm_90 products of 64 rows would spill registers.
+        return tile if compute_capability() == 9 else tile._replace(images=32, S=32, M2=128)
+    if geometry.channels > 1:
         tile = tile._replace(M1=min(tile.M1, 64), K=64 if half else tile.K, kept=1 if half else 0)
         if train:
             tile = tile._replace(images=min(tile.images, 32), M2=64, K2=min(tile.K2, 32), F=32)
@@ -111,6 +111,20 @@ def tile_for(form, images, geometry, train):
     elif half and train and compute_capability() == 10 and images <= 132 * 16:
         # Products of few rows take registers that those of the convolutions lack.
         tile = tile._replace(M2=64)
+    return tile
+
+
+@functools.cache
+def tile_for(form, images, geometry, train):
+    """(images a program, Tile) for a batch of so many images."""
+    if INTERPRETED:
+        block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
+        squares = (geometry.pooled[0] // 2) ** 2
+        rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
+        kept = TILES[train][form].kept
+        return block, Tile(64, max(1, block // 2), rows[0], 64, rows[1], 32, 128, 128, kept, 4)
+    hopper = compute_capability() == 9 and form in HOPPER_TILES[train]
+    tile = (_hopper_tile if hopper else _other_tile)(form, images, geometry, train)
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
     block = min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132)))
     return block, tile._replace(F=128) if form == "lanes" and block < 32 else tile
