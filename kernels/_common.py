@@ -84,7 +84,7 @@ class Tile(NamedTuple):
 
 
 # Tiles by number format, from the widest down, read off machine code (no register spills) and not yet timed. Every row
-# is compiled for every architecture by the tests, so each has to be worth it.
+# is compiled for every architecture by bench.machine_code, so each has to be worth it.
 SQUARE = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
