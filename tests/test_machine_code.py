@@ -24,9 +24,10 @@ def every_kernel():
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
-# `python -m bench.machine_code` compiles every format for every target. float16 has the tiles of bfloat16.
+# `python -m bench.machine_code` compiles every format for every target. float16 has the tiles of bfloat16, and on AMD's
+# card tf32 goes by the same kernels as float32.
 SHORT = ("bfloat16", "tf32", "float32")
-BRIEF = {**dict.fromkeys(TARGETS, SHORT), "sm_90": (*SHORT, "float64")}
+BRIEF = {"sm_80": SHORT, "sm_90": (*SHORT, "float64"), "sm_100": SHORT, "gfx942": ("bfloat16", "float32")}
 
 
 @pytest.mark.parametrize("target", TARGETS)
