@@ -119,16 +119,20 @@ class Calls:
         if keep and weight_grad:
             launchers.linear_chain_weight_grad(y, dz, x, hidden, widths[1:-1], True)
 
-    def lenet(self, n, channels=1, classes=10, size=32, raw=False):
-        """The three launches of a training step of n images and the one of inference, where there are some."""
+    def lenet_images(self, n, channels=1, classes=10, size=32, raw=False):
+        """n images, bytes of 28 pixels if they are raw, and the geometry, format and Pixels of their net."""
         format = "bfloat16" if self.dtype == torch.bfloat16 else linear.precision()
-        geometry = lenet.Geometry(channels, size, (32 - size) // 2, classes)
         pixels = lenet_forward.Pixels((size - 28) // 2, 0.01, -0.4) if raw else lenet_forward.Pixels()
         side = 28 if raw else size
         x = torch.empty(n, channels, side, side, dtype=torch.uint8 if raw else torch.float32)
+        return x, lenet.Geometry(channels, size, (32 - size) // 2, classes), format, pixels
+
+    def lenet(self, n, **images):
+        """The three launches of a training step of n images, see lenet_images."""
+        x, *net = self.lenet_images(n, **images)
+        geometry, format, _ = net
         flat, moments = torch.empty(geometry.flat[-1]), [torch.empty(geometry.flat[-1]) for _ in range(2)]
         packed = torch.empty(geometry.packed[-1], dtype=self.dtype)
-        net = geometry, format, pixels
         splits = lenet_gradient.splits_for(format, n, geometry)
         memory = lenet_forward.activations(n, geometry, format, "cpu", train=True)
         scratch, partial = lenet_gradient.sums(geometry, splits, "cpu")
@@ -141,17 +145,14 @@ class Calls:
             moments=moments, rule="Adam", decoupled=True,
         )  # fmt: skip
 
-    def lenet_inference(self, n, channels=1, classes=10, size=32, raw=False):
-        """The whole forward."""
-        format = "bfloat16" if self.dtype == torch.bfloat16 else linear.precision()
-        geometry = lenet.Geometry(channels, size, (32 - size) // 2, classes)
-        pixels = lenet_forward.Pixels((size - 28) // 2, 0.01, -0.4) if raw else lenet_forward.Pixels()
-        side = 28 if raw else size
-        x = torch.empty(n, channels, side, side, dtype=torch.uint8 if raw else torch.float32)
+    def lenet_inference(self, n, **images):
+        """The whole forward of n images, see lenet_images."""
+        x, *net = self.lenet_images(n, **images)
+        geometry, format, _ = net
         flat, packed = torch.empty(geometry.flat[-1]), torch.empty(geometry.packed[-1], dtype=self.dtype)
         memory = lenet_forward.activations(n, geometry, format, "cpu", train=False)
-        logits = torch.empty(n, classes, dtype=self.dtype)
-        lenet_forward.forward(x, None, flat, packed, geometry, format, pixels, memory, logits)
+        logits = torch.empty(n, geometry.classes, dtype=self.dtype)
+        lenet_forward.forward(x, None, flat, packed, *net, memory, logits)
 
     def rectified(self):
         """The products that end in a rectifier."""
