@@ -151,9 +151,9 @@ def _lenet_gradient(a):
     third = a.programs - first - second
     if a.LANES:
         # Blocks of images and pairs of rows, windows that reach them (each row three), filters; channels, such blocks,
-        # their squares.
+        # their squares, the two rows of one.
         blocks = _cdiv(a.N, a.BLOCK_M1) * side / a.SPLITS1
-        turns = [blocks, 3 * a.Q2 / side, 16, *[a.C] * (a.C > 1), blocks, side]
+        turns = [blocks, 3 * a.Q2 / side, 16, *[a.C] * (a.C > 1), blocks, side, 2]
     else:
         # Each row of windows reaches three rows of squares, and each column two columns of pairs.
         reached = 6 * windows / (side * pairs) * 64 / a.BLOCK_K1

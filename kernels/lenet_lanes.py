@@ -23,20 +23,20 @@ def form(format):
 
 @triton.jit
 def load_square(
-    x_ptr, image, square, channel,
-    C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr,
+    x_ptr, image, square, channel, first,
+    ROWS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One channel's 8 x 8 pixels that feed a square of four windows, row by row, as a tuple; see load_patches."""
     SIDE: tl.constexpr = SIZE - 2 * FRAME
-    top, left = square // (Q1 // 2) * 4 - PAD, square % (Q1 // 2) * 4 - PAD
+    top, left = square // (Q1 // 2) * 4 - PAD + first, square % (Q1 // 2) * 4 - PAD
     offs = image * (C * SIDE * SIDE) + (top - FRAME) * SIDE + left - FRAME
     c_ptr = x_ptr + channel * (SIDE * SIDE)
     if PAD + FRAME == 0:
-        pixels = load_patch(c_ptr, offs, top, left, True, SIDE, SIDE, SIDE, 1, 8, 8, True)
+        pixels = load_patch(c_ptr, offs, top, left, True, SIDE, SIDE, SIDE, 1, ROWS, 8, True)
     else:
         pixels = ()
-        for i in tl.static_range(0, 64, 2):
+        for i in tl.static_range(0, 8 * ROWS, 2):
             # Pairs, which edges do not part where the frame and the padding are even.
             ih = (top + i // 8)[:, None]
             iw = (left + i % 8)[:, None] + tl.arange(0, 2)[None, :]
@@ -45,7 +45,7 @@ def load_square(
             pixels = pixels + tl.split(tl.load(c_ptr + pair, mask=inside, other=0))
     if x_ptr.dtype.element_ty == tl.uint8:
         scaled = ()
-        for i in tl.static_range(64):
+        for i in tl.static_range(8 * ROWS):
             x = pixels[i].to(tl.float32) * SCALE + SHIFT
             # Only where the convolution pads is there anything outside the frame.
             if PAD > 0:
@@ -73,7 +73,7 @@ def first_convolution(
         square = offs_m % SQUARES
         p_offs = (s0 + image) * (6 * Q1 * Q1) + square // (Q1 // 2) * (2 * Q1) + square % (Q1 // 2) * 2
         if C == 1:
-            pixels = load_square(x_ptr, i0 + image, square, 0, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+            pixels = load_square(x_ptr, i0 + image, square, 0, 0, 8, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
         for first in range(0, 6, FILTERS):
             sums = ()
             for o in tl.static_range(FILTERS):
@@ -82,7 +82,7 @@ def first_convolution(
                     sums = sums + (bias,)
             for c in range(C):
                 if C > 1:
-                    pixels = load_square(x_ptr, i0 + image, square, c, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+                    pixels = load_square(x_ptr, i0 + image, square, c, 0, 8, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
                 added = ()
                 for o in tl.static_range(FILTERS):
                     w_offs = (first + o) * (C * 25) + c * 25

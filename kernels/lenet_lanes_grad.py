@@ -25,6 +25,17 @@ def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sum_lanes(v, COUNT: tl.constexpr):
+    """The sums over the lanes of a tuple of COUNT vectors, a power of two, as one vector."""
+    for level in tl.static_range(COUNT.bit_length() - 1):
+        joined = ()
+        for i in tl.static_range(COUNT >> (level + 1)):
+            joined = joined + (tl.join(v[i], v[i + (COUNT >> (level + 1))]),)
+        v = joined
+    return tl.sum(tl.reshape(v[0], (v[0].shape[0], COUNT)), axis=0)
+
+
+@triton.jit
 def of_pixels(dz, code):
     """The gradients of a window's four pixels, of which one has all there is."""
     z = ()
@@ -79,11 +90,10 @@ def second_convolution(
             added_b = added_b + (sums_b[o] + tl.where(codes[o] < 4, dzs[o], 0.0),)
         sums, sums_b = added, added_b
 
-    for o in tl.static_range(4):
-        for tap in tl.static_range(25):
-            tl.store(partial_ptr + (first + o) * 150 + channel * 25 + tap, tl.sum(sums[25 * o + tap], axis=0))
-        if channel == 0:
-            tl.store(partial_ptr + 2400 + first + o, tl.sum(sums_b[o], axis=0))
+    i = tl.arange(0, 128)
+    to = tl.where(i < 100, (first + i // 25) * 150 + channel * 25 + i % 25, 2300 + first + i)
+    mask = (i < 100) | ((i < 104) & (channel == 0))
+    tl.store(partial_ptr + to, sum_lanes(sums + sums_b + zeros(24, BLOCK_M), 128), mask=mask)
 
 
 @triton.jit
@@ -140,21 +150,19 @@ def input_gradient(
 
 
 @triton.jit
-def add_squares(sums, pixels, dp_ptr, code_ptr, offs, mask, Q1: tl.constexpr):
-    """sums, the 5 x 5 taps of three filters and then their biases, and what a square of 2 x 2 pixels of dp1 adds."""
+def add_windows(sums, pixels, dp_ptr, code_ptr, offs, mask, Q1: tl.constexpr):
+    """sums, the 5 x 5 taps of three filters and then their biases, and what two pixels of dp1 side by side add."""
     taps, biases = (), ()
     pair = tl.arange(0, 2)[None, :]
     for o in tl.static_range(3):
-        of_filter, of_bias = sums[25 * o : 25 * o + 25], sums[75 + o]
-        for ry in tl.static_range(2):
-            places = ((o * Q1 + ry) * Q1 + offs)[:, None] + pair
-            dp = tl.load(dp_ptr + places)
-            code = tl.load(code_ptr + places, mask=mask[:, None], other=4)
-            dp_left, dp_right = tl.split(dp)
-            code_left, code_right = tl.split(code)
-            of_bias += tl.where(code_left < 4, dp_left, 0.0) + tl.where(code_right < 4, dp_right, 0.0)
-            of_filter = add_taps(of_filter, of_pixels(dp_left, code_left), pixels, 16 * ry, 8)
-            of_filter = add_taps(of_filter, of_pixels(dp_right, code_right), pixels, 16 * ry + 2, 8)
+        places = (o * (Q1 * Q1) + offs)[:, None] + pair
+        dp = tl.load(dp_ptr + places)
+        code = tl.load(code_ptr + places, mask=mask[:, None], other=4)
+        dp_left, dp_right = tl.split(dp)
+        code_left, code_right = tl.split(code)
+        of_bias = sums[75 + o] + tl.where(code_left < 4, dp_left, 0.0) + tl.where(code_right < 4, dp_right, 0.0)
+        of_filter = add_taps(sums[25 * o : 25 * o + 25], of_pixels(dp_left, code_left), pixels, 0, 8)
+        of_filter = add_taps(of_filter, of_pixels(dp_right, code_right), pixels, 2, 8)
         taps, biases = taps + of_filter, biases + (of_bias,)
     return taps + biases
 
@@ -187,12 +195,11 @@ def first_convolution(
                 # Lanes past the end repeat a patch, and add nothing.
                 image = tl.minimum(image, N - 1)
                 square = turn % SIDE * SIDE + column
-                x = load_square(x_ptr, image, square, channel, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
                 offs = image * (6 * Q1 * Q1) + turn % SIDE * (2 * Q1) + column * 2
-                sums = add_squares(sums, x, dp_ptr, code1_ptr, offs, mask, Q1)
-        for i in tl.static_range(75):
-            to = (part * 3 + i // 25) * (25 * C) + channel * 25 + i % 25
-            tl.store(partial_ptr + to, tl.sum(sums[i], axis=0))
-        if channel == 0:
-            for o in tl.static_range(3):
-                tl.store(partial_ptr + 150 * C + part * 3 + o, tl.sum(sums[75 + o], axis=0))
+                for ry in range(2):
+                    x = load_square(x_ptr, image, square, channel, 2 * ry, 6, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+                    sums = add_windows(sums, x, dp_ptr, code1_ptr, offs + ry * Q1, mask, Q1)
+        i = tl.arange(0, 128)
+        to = tl.where(i < 75, (part * 3 + i // 25) * (25 * C) + channel * 25 + i % 25, 150 * C + part * 3 + i - 75)
+        mask = (i < 75) | ((i < 78) & (channel == 0))
+        tl.store(partial_ptr + to, sum_lanes(sums + zeros(50, BLOCK_K), 128), mask=mask)
