@@ -40,24 +40,47 @@ def load_patch(
 
 
 @triton.jit
-def add_products(
-    sums, pixels, w_ptr, w_offs,
-    stride_wh: tl.constexpr, stride_ww: tl.constexpr,
+def window_at(pixels, AT: tl.constexpr, DOWN: tl.constexpr, RIGHT: tl.constexpr):
+    """(lanes, column, row): four pixels that lie DOWN and RIGHT apart in a tuple, the first at AT."""
+    upper = tl.join(pixels[AT], pixels[AT + RIGHT])
+    return tl.join(upper, tl.join(pixels[AT + DOWN], pixels[AT + DOWN + RIGHT]))
+
+
+@triton.jit
+def windows_of(
+    pixels,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, PATCH_W: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """sums, a tuple over (rh, rw, position), and one channel's products with one filter."""
-    for kh in tl.static_range(KH):
-        for kw in tl.static_range(KW):
-            w = tl.load(w_ptr + (w_offs + (kh * stride_wh + kw * stride_ww)))
-            added = ()
-            for i in tl.static_range(4 * SIDE * SIDE):
-                x = pixels[
-                    ((i // 4 // SIDE * TH + i // 2 % 2) * SH + kh * DH) * PATCH_W
-                    + (i // 4 % SIDE * TW + i % 2) * SW + kw * DW
-                ]  # fmt: skip
-                added = added + (tl.fma(x, w, sums[i]),)
-            sums = added
+    """What each tap meets in each of SIDE x SIDE windows, a tuple over (kh, kw, rh, rw).
+
+    A window's four pixels go through the compiler as one: its time grows with the square of a program's length.
+    """
+    windows = ()
+    for tap in tl.static_range(KH * KW):
+        for i in tl.static_range(SIDE * SIDE):
+            windows = windows + (
+                window_at(
+                    pixels,
+                    (i // SIDE * TH * SH + tap // KW * DH) * PATCH_W + i % SIDE * TW * SW + tap % KW * DW,
+                    SH * PATCH_W, SW,
+                ),
+            )  # fmt: skip
+    return windows
+
+
+@triton.jit
+def add_products(
+    sums, windows, w_ptr, w_offs,
+    stride_wh: tl.constexpr, stride_ww: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """sums, one for each window, and one channel's products with one filter."""
+    for tap in tl.static_range(KH * KW):
+        w = tl.load(w_ptr + (w_offs + (tap // KW * stride_wh + tap % KW * stride_ww)))
+        added = ()
+        for i in tl.static_range(WINDOWS):
+            added = added + (tl.fma(windows[tap * WINDOWS + i], w, sums[i]),)
+        sums = added
     return sums
 
 
@@ -68,15 +91,23 @@ def filter_at(oc, OC: tl.constexpr, BLOCK_OC: tl.constexpr):
 
 
 @triton.jit
-def largest_of_four(sums, FIRST: tl.constexpr):
-    """The rectified maximum of the window sums[FIRST : FIRST + 4] by torch's rules, and its code."""
-    best, code = sums[FIRST], tl.zeros(sums[FIRST].shape, tl.int32)
+def largest_of_four(sums):
+    """(..., column, row) of windows -> the rectified maximum of each by torch's rules, and its code."""
+    upper, lower = tl.split(sums)
+    z0, z1 = tl.split(upper)
+    z2, z3 = tl.split(lower)
+    z, best, code = (z0, z1, z2, z3), z0, tl.zeros(z0.shape, tl.int32)
     for i in tl.static_range(1, 4):
-        z = sums[FIRST + i]
-        better = (z > best) | (z != z)
-        best, code = tl.where(better, z, best), tl.where(better, i, code)
+        better = (z[i] > best) | (z[i] != z[i])
+        best, code = tl.where(better, z[i], best), tl.where(better, i, code)
     dead = best <= 0
     return tl.where(dead, 0.0, best), tl.where(dead, 4, code).to(tl.uint8)
+
+
+@triton.jit
+def side_by_side(left, right):
+    """(lanes, 2, column, row) of two windows."""
+    return tl.permute(tl.join(left, right), (0, 3, 1, 2))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -108,15 +139,16 @@ def conv2d_relu_max_pool2d_lanes_kernel(
 
     if C == 1:
         pixels = load_patch(x_ptr, x_offs, ih0, iw0, mask, H, W, stride_xh, stride_xw, PATCH_H, PATCH_W, INSIDE)
+        windows = windows_of(pixels, KH, KW, SH, SW, DH, DW, TH, TW, PATCH_W, SIDE)
     turn = tl.program_id(0) % programs * TURNS
     for first in range(turn * BLOCK_OC, (turn + TURNS) * BLOCK_OC, BLOCK_OC):
         oc0 = tl.cast(first, INDEX)
         sums = ()
         for o in tl.static_range(BLOCK_OC):
-            z = tl.zeros((BLOCK_M,), tl.float32)
+            z = tl.zeros((BLOCK_M, 2, 2), tl.float32)
             if HAS_BIAS:
                 z += tl.load(b_ptr + filter_at(oc0 + o, OC, BLOCK_OC) * stride_b)
-            for _ in tl.static_range(4 * SIDE * SIDE):
+            for _ in tl.static_range(SIDE * SIDE):
                 sums = sums + (z,)
 
         for c in range(C):
@@ -124,17 +156,14 @@ def conv2d_relu_max_pool2d_lanes_kernel(
                 # The channel moves the scalar pointer, as AMD's passes take minutes over vectors of pointers that move.
                 c_ptr = x_ptr + tl.cast(c, INDEX) * stride_xc
                 pixels = load_patch(c_ptr, x_offs, ih0, iw0, mask, H, W, stride_xh, stride_xw, PATCH_H, PATCH_W, INSIDE)
+                windows = windows_of(pixels, KH, KW, SH, SW, DH, DW, TH, TW, PATCH_W, SIDE)
             added = ()
             for o in tl.static_range(BLOCK_OC):
-                of_filter = ()
-                for i in tl.static_range(4 * SIDE * SIDE):
-                    of_filter = of_filter + (sums[o * 4 * SIDE * SIDE + i],)
+                of_filter = sums[o * SIDE * SIDE : (o + 1) * SIDE * SIDE]
                 w_offs = filter_at(oc0 + o, OC, BLOCK_OC) * stride_wo + tl.cast(c, INDEX) * stride_wc
                 added = added + add_products(
-                    of_filter, pixels, w_ptr, w_offs,
-                    stride_wh, stride_ww,
-                    KH, KW, SH, SW, DH, DW, TH, TW, PATCH_W, SIDE,
-                )  # fmt: skip
+                    of_filter, windows, w_ptr, w_offs, stride_wh, stride_ww, KH, KW, SIDE * SIDE
+                )
             sums = added
 
         for o in tl.static_range(BLOCK_OC):
@@ -145,15 +174,15 @@ def conv2d_relu_max_pool2d_lanes_kernel(
                     inside = inside & (oc0 + o < OC)
                 if BLOCKS_H * SIDE > QH:
                     inside = inside & (row * SIDE + rh < QH)
-                y, code = largest_of_four(sums, (o * SIDE + rh) * SIDE * 4)
+                row_sums = sums[(o * SIDE + rh) * SIDE]
                 if SIDE == 2:
-                    y_right, code_right = largest_of_four(sums, (o * SIDE + rh) * SIDE * 4 + 4)
+                    row_sums = side_by_side(row_sums, sums[(o * SIDE + rh) * SIDE + 1])
                     side = tl.arange(0, 2)
                     offs = offs[:, None] + (side * stride_yw)[None, :]
                     inside = inside[:, None]
                     if BLOCKS_W * SIDE > QW:
                         inside = inside & ((col * SIDE)[:, None] + side[None, :] < QW)
-                    y, code = tl.join(y, y_right), tl.join(code, code_right)
+                y, code = largest_of_four(row_sums)
                 tl.store(y_ptr + offs, y, mask=inside)
                 tl.store(code_ptr + offs, code, mask=inside)
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ._common import INTERPRETED, compute_capability
-from .conv2d_pool_lanes import add_products, largest_of_four, load_patch
+from .conv2d_pool_lanes import add_products, largest_of_four, load_patch, side_by_side, windows_of
 
 
 def form(format):
@@ -74,30 +74,30 @@ def first_convolution(
         p_offs = (s0 + image) * (6 * Q1 * Q1) + square // (Q1 // 2) * (2 * Q1) + square % (Q1 // 2) * 2
         if C == 1:
             pixels = load_square(x_ptr, i0 + image, square, 0, 0, 8, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+            windows = windows_of(pixels, 5, 5, 1, 1, 1, 1, 2, 2, 8, 2)
         for first in range(0, 6, FILTERS):
             sums = ()
             for o in tl.static_range(FILTERS):
-                bias = tl.zeros((BLOCK_M,), tl.float32) + tl.load(bias_ptr + first + o)
-                for _ in tl.static_range(16):
-                    sums = sums + (bias,)
+                bias = tl.zeros((BLOCK_M, 2, 2), tl.float32) + tl.load(bias_ptr + first + o)
+                sums = sums + (bias, bias, bias, bias)
             for c in range(C):
                 if C > 1:
                     pixels = load_square(x_ptr, i0 + image, square, c, 0, 8, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
+                    windows = windows_of(pixels, 5, 5, 1, 1, 1, 1, 2, 2, 8, 2)
                 added = ()
                 for o in tl.static_range(FILTERS):
                     w_offs = (first + o) * (C * 25) + c * 25
-                    added = added + add_products(
-                        sums[16 * o : 16 * o + 16], pixels, w_ptr, w_offs, 5, 1, 5, 5, 1, 1, 1, 1, 2, 2, 8, 2
-                    )
+                    of_filter = sums[4 * o : 4 * o + 4]
+                    added = added + add_products(of_filter, windows, w_ptr, w_offs, 5, 1, 5, 5, 4)
                 sums = added
             for o in tl.static_range(FILTERS):
                 for rh in tl.static_range(2):
-                    y_left, code_left = largest_of_four(sums, 16 * o + 8 * rh)
-                    y_right, code_right = largest_of_four(sums, 16 * o + 8 * rh + 4)
+                    row_sums = side_by_side(sums[4 * o + 2 * rh], sums[4 * o + 2 * rh + 1])
+                    y, code = largest_of_four(row_sums)
                     offs = (p_offs + ((first + o) * (Q1 * Q1) + rh * Q1))[:, None] + tl.arange(0, 2)[None, :]
-                    tl.store(p1_ptr + offs, tl.join(y_left, y_right), mask=mask[:, None])
+                    tl.store(p1_ptr + offs, y, mask=mask[:, None])
                     if TRAIN:
-                        tl.store(code_ptr + offs, tl.join(code_left, code_right), mask=mask[:, None])
+                        tl.store(code_ptr + offs, code, mask=mask[:, None])
 
 
 @triton.jit
@@ -122,25 +122,23 @@ def second_convolution(
         for first in range(0, 16, 4):
             sums = ()
             for o in tl.static_range(4):
-                bias = tl.zeros((BLOCK_M,), tl.float32) + tl.load(bias_ptr + first + o)
-                sums = sums + (bias, bias, bias, bias)
+                bias = tl.zeros((BLOCK_M, 2, 2), tl.float32) + tl.load(bias_ptr + first + o)
+                sums = sums + (bias,)
             for c in range(6):
                 # The channel moves the scalar pointer, as AMD's passes take minutes over vectors of pointers that move.
                 pixels = load_patch(p1_ptr + c * (Q1 * Q1), p_offs, 0, 0, mask, Q1, Q1, Q1, 1, 6, 6, True)
+                windows = windows_of(pixels, 5, 5, 1, 1, 1, 1, 2, 2, 6, 1)
                 added = ()
                 for o in tl.static_range(4):
-                    added = added + add_products(
-                        sums[4 * o : 4 * o + 4], pixels, w_ptr, (first + o) * 150 + c * 25,
-                        5, 1, 5, 5, 1, 1, 1, 1, 2, 2, 6, 1,
-                    )  # fmt: skip
+                    w_offs = (first + o) * 150 + c * 25
+                    added = added + add_products((sums[o],), windows, w_ptr, w_offs, 5, 1, 5, 5, 1)
                 sums = added
-            y0, code0 = largest_of_four(sums, 0)
-            y1, code1 = largest_of_four(sums, 4)
-            y2, code2 = largest_of_four(sums, 8)
-            y3, code3 = largest_of_four(sums, 12)
+            # As with the windows of add_products, the four filters' go through the compiler as one.
+            of_four = tl.permute(tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3])), (0, 3, 4, 1, 2))
+            y, code = largest_of_four(tl.reshape(of_four, (BLOCK_M, 4, 2, 2)))
             lanes = first + tl.arange(0, 4)
             offs = ((s0 + image) * (F + 256) + window * 16)[:, None] + lanes[None, :]
-            tl.store(acts_ptr + offs, four_columns((y0, y1, y2, y3)), mask=mask[:, None])
+            tl.store(acts_ptr + offs, y, mask=mask[:, None])
             if TRAIN:
                 offs = ((s0 + image) * F + window * 16)[:, None] + lanes[None, :]
-                tl.store(code_ptr + offs, four_columns((code0, code1, code2, code3)), mask=mask[:, None])
+                tl.store(code_ptr + offs, code, mask=mask[:, None])
