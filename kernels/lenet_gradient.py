@@ -382,6 +382,8 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
     tiles = triton.cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
     dz, code2 = memory["dz"], memory["code2"]
+    # Else the assembler spills a few registers to have three programs on a multiprocessor.
+    registers = {"maxnreg": 255} if lanes and geometry.channels > 1 and compute_capability() == 10 else {}
     lenet_gradient_kernel[(splits.conv1 * parts1 + splits.conv2 * parts2 + splits.linear * tiles,)](
         x, packed, memory["p1"], memory["code1"], memory["acts"], code2, memory["grads"], dz,
         memory.get("dz_columns", dz), memory.get("code2_columns", code2), memory.get("dp1", dz), scratch, partial,
@@ -393,5 +395,5 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
         BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_P1=tile.P1, BLOCK_M2=tile.M2, BLOCK_N2=tile.N2,
-        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **OPTIONS,
+        BLOCK_M3=tile.M3, BLOCK_N3=tile.N3, num_warps=tile.num_warps, num_stages=1, **registers, **OPTIONS,
     )  # fmt: skip

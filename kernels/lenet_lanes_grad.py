@@ -16,23 +16,23 @@ from .lenet_lanes import four_columns, load_square
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """A tuple of COUNT vectors."""
-    zero, vectors = tl.zeros((BLOCK,), tl.float32), ()
+def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """A tuple of COUNT tensors (BLOCK, WIDTH), or (BLOCK) where WIDTH is 1."""
+    zero, tensors = tl.zeros((BLOCK,) if WIDTH == 1 else (BLOCK, WIDTH), tl.float32), ()
     for _ in tl.static_range(COUNT):
-        vectors = vectors + (zero,)
-    return vectors
+        tensors = tensors + (zero,)
+    return tensors
 
 
 @triton.jit
-def sum_lanes(v, COUNT: tl.constexpr):
-    """The sums over the lanes of a tuple of COUNT vectors, a power of two, as one vector."""
+def sum_lanes(v, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """(WIDTH * COUNT): the sums over the lanes of a tuple of COUNT tensors (lanes, WIDTH), both powers of two."""
     for level in tl.static_range(COUNT.bit_length() - 1):
         joined = ()
         for i in tl.static_range(COUNT >> (level + 1)):
             joined = joined + (tl.join(v[i], v[i + (COUNT >> (level + 1))]),)
         v = joined
-    return tl.sum(tl.reshape(v[0], (v[0].shape[0], COUNT)), axis=0)
+    return tl.sum(tl.reshape(v[0], (v[0].shape[0], WIDTH * COUNT)), axis=0)
 
 
 @triton.jit
@@ -45,18 +45,6 @@ def of_pixels(dz, code):
 
 
 @triton.jit
-def add_taps(sums, z, pixels, FIRST: tl.constexpr, PATCH_W: tl.constexpr):
-    """The sums of 5 x 5 taps, and the products of a window's four gradients with the patch from pixel FIRST on."""
-    for q in tl.static_range(4):
-        added = ()
-        for tap in tl.static_range(25):
-            x = pixels[FIRST + (q // 2 + tap // 5) * PATCH_W + q % 2 + tap % 5]
-            added = added + (tl.fma(z[q], x, sums[tap]),)
-        sums = added
-    return sums
-
-
-@triton.jit
 def second_convolution(
     dz_ptr, code_ptr, p1_ptr, partial_ptr, part, split, N,
     SPLITS: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -64,7 +52,7 @@ def second_convolution(
     # A lane is a window, a program adds up one channel of four filters.
     WINDOWS: tl.constexpr = Q2 * Q2
     channel, first = part % 6, part // 6 * 4
-    sums, sums_b = zeros(100, BLOCK_M), zeros(4, BLOCK_M)
+    sums, sum_b = zeros(25, BLOCK_M, 4), tl.zeros((BLOCK_M, 4), tl.float32)
     for m0 in range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         mask = offs_m < N * WINDOWS
@@ -76,24 +64,21 @@ def second_convolution(
         offs = (offs_m.to(INDEX) * 16 + first)[:, None] + tl.arange(0, 4)[None, :]
         dz = tl.load(dz_ptr + offs, mask=mask[:, None], other=0.0)
         code = tl.load(code_ptr + offs, mask=mask[:, None], other=4)
-        dz_even, dz_odd = tl.split(tl.reshape(dz, (BLOCK_M, 2, 2)))
-        code_even, code_odd = tl.split(tl.reshape(code, (BLOCK_M, 2, 2)))
-        dz0, dz2 = tl.split(dz_even)
-        dz1, dz3 = tl.split(dz_odd)
-        code0, code2 = tl.split(code_even)
-        code1, code3 = tl.split(code_odd)
-        dzs, codes = (dz0, dz1, dz2, dz3), (code0, code1, code2, code3)
-        added, added_b = (), ()
-        for o in tl.static_range(4):
-            z = of_pixels(dzs[o], codes[o])
-            added = added + add_taps(sums[25 * o : 25 * o + 25], z, pixels, 0, 6)
-            added_b = added_b + (sums_b[o] + tl.where(codes[o] < 4, dzs[o], 0.0),)
-        sums, sums_b = added, added_b
+        # The four filters go through the compiler as one, as the windows of conv2d_pool_lanes.
+        sum_b += tl.where(code < 4, dz, 0.0)
+        z = of_pixels(dz, code)
+        for q in tl.static_range(4):
+            added = ()
+            for tap in tl.static_range(25):
+                x = pixels[(q // 2 + tap // 5) * 6 + q % 2 + tap % 5]
+                added = added + (tl.fma(z[q], x[:, None], sums[tap]),)
+            sums = added
 
     i = tl.arange(0, 128)
-    to = tl.where(i < 100, (first + i // 25) * 150 + channel * 25 + i % 25, 2300 + first + i)
-    mask = (i < 100) | ((i < 104) & (channel == 0))
-    tl.store(partial_ptr + to, sum_lanes(sums + sums_b + zeros(24, BLOCK_M), 128), mask=mask)
+    oc, tap = first + i // 32, i % 32
+    to = tl.where(tap < 25, oc * 150 + channel * 25 + tap, 2400 + oc)
+    total = sum_lanes(sums + (sum_b,) + zeros(6, BLOCK_M, 4), 32, 4)
+    tl.store(partial_ptr + to, total, mask=(tap < 25) | ((tap == 25) & (channel == 0)))
 
 
 @triton.jit
@@ -122,7 +107,7 @@ def input_gradient(
     Q1: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Three channels of a pair of rows of p1's gradient, each lane of its own image."""
-    sums = zeros(6 * Q1, BLOCK_M)
+    sums = zeros(6 * Q1, BLOCK_M, 1)
     offs = image // 32 * (32 * F) + image % 32
     # The windows of row `above` are `below` pairs of rows further up.
     for below in range(tl.maximum(row - Q2 + 1, 0), tl.minimum(row + 1, 3)):
@@ -150,9 +135,28 @@ def input_gradient(
 
 
 @triton.jit
+def add_taps(fours, fifths, z, rows, pixels, LEFT: tl.constexpr):
+    """The sums of 5 rows of taps, of four and of the fifth, and what the window LEFT pixels into a patch adds."""
+    for q in tl.static_range(4):
+        added, added_fifths = (), ()
+        for kh in tl.static_range(5):
+            x = rows[(q // 2 + kh) * 4 + LEFT + q % 2]
+            added = added + (tl.fma(z[q][:, None], x, fours[kh]),)
+            x = pixels[(q // 2 + kh) * 8 + LEFT + q % 2 + 4]
+            added_fifths = added_fifths + (tl.fma(z[q], x, fifths[kh]),)
+        fours, fifths = added, added_fifths
+    return fours, fifths
+
+
+@triton.jit
 def add_windows(sums, pixels, dp_ptr, code_ptr, offs, mask, Q1: tl.constexpr):
-    """sums, the 5 x 5 taps of three filters and then their biases, and what two pixels of dp1 side by side add."""
-    taps, biases = (), ()
+    """sums, of three filters: 5 rows of four taps, their fifths, biases; and what two windows of dp1 add to them.
+
+    The windows are side by side and their patch has 6 x 8 pixels. Four taps go through the compiler as one.
+    """
+    rows, fours, fifths, biases = (), (), (), ()
+    for i in tl.static_range(24):
+        rows = rows + (four_columns(pixels[i // 4 * 8 + i % 4 : i // 4 * 8 + i % 4 + 4]),)
     pair = tl.arange(0, 2)[None, :]
     for o in tl.static_range(3):
         places = (o * (Q1 * Q1) + offs)[:, None] + pair
@@ -160,11 +164,12 @@ def add_windows(sums, pixels, dp_ptr, code_ptr, offs, mask, Q1: tl.constexpr):
         code = tl.load(code_ptr + places, mask=mask[:, None], other=4)
         dp_left, dp_right = tl.split(dp)
         code_left, code_right = tl.split(code)
-        of_bias = sums[75 + o] + tl.where(code_left < 4, dp_left, 0.0) + tl.where(code_right < 4, dp_right, 0.0)
-        of_filter = add_taps(sums[25 * o : 25 * o + 25], of_pixels(dp_left, code_left), pixels, 0, 8)
-        of_filter = add_taps(of_filter, of_pixels(dp_right, code_right), pixels, 2, 8)
-        taps, biases = taps + of_filter, biases + (of_bias,)
-    return taps + biases
+        bias = sums[30 + o] + tl.where(code_left < 4, dp_left, 0.0) + tl.where(code_right < 4, dp_right, 0.0)
+        four, fifth = sums[5 * o : 5 * o + 5], sums[15 + 5 * o : 20 + 5 * o]
+        four, fifth = add_taps(four, fifth, of_pixels(dp_left, code_left), rows, pixels, 0)
+        four, fifth = add_taps(four, fifth, of_pixels(dp_right, code_right), rows, pixels, 2)
+        fours, fifths, biases = fours + four, fifths + fifth, biases + (bias,)
+    return fours + fifths + biases
 
 
 @triton.jit
@@ -186,7 +191,7 @@ def first_convolution(
     tl.debug_barrier()
 
     for channel in range(C):
-        sums = zeros(78, BLOCK_K)
+        sums = zeros(15, BLOCK_K, 4) + zeros(18, BLOCK_K, 1)
         for turn in range(split, turns, SPLITS):
             for k0 in range(0, BLOCK_M * SIDE, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
@@ -199,7 +204,14 @@ def first_convolution(
                 for ry in range(2):
                     x = load_square(x_ptr, image, square, channel, 2 * ry, 6, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
                     sums = add_windows(sums, x, dp_ptr, code1_ptr, offs + ry * Q1, mask, Q1)
-        i = tl.arange(0, 128)
-        to = tl.where(i < 75, (part * 3 + i // 25) * (25 * C) + channel * 25 + i % 25, 150 * C + part * 3 + i - 75)
-        mask = (i < 75) | ((i < 78) & (channel == 0))
-        tl.store(partial_ptr + to, sum_lanes(sums + zeros(50, BLOCK_K), 128), mask=mask)
+        # Row n of the taps is row n % 5 of filter n // 5; behind them are the biases.
+        i = tl.arange(0, 64)
+        n, kw = i % 16, i // 16
+        to = (part * 3 + n // 5) * (25 * C) + channel * 25 + n % 5 * 5 + kw
+        total = sum_lanes(sums[:15] + zeros(1, BLOCK_K, 4), 16, 4)
+        tl.store(partial_ptr + to, total, mask=n < 15)
+        n = tl.arange(0, 32)
+        to = (part * 3 + n // 5) * (25 * C) + channel * 25 + n % 5 * 5 + 4
+        to = tl.where(n < 15, to, 150 * C + part * 3 + n - 15)
+        total = sum_lanes(sums[15:] + zeros(14, BLOCK_K, 1), 32, 1)
+        tl.store(partial_ptr + to, total, mask=(n < 15) | ((n < 18) & (channel == 0)))
