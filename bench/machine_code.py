@@ -42,7 +42,9 @@ def compile_for(arch, format, brief=False):
 def compile_all(archs, formats, brief=False):
     """{architecture: records}, of as many processes at a time as there are cores, each for one format."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {(arch, format): pool.submit(compile_for, arch, format, brief) for arch in archs for format in formats}
+        # The longest first, so that no core is left with one of them at the end.
+        order = sorted(((arch, format) for arch in archs for format in formats), key=lambda job: job[1] != "float32")
+        jobs = {job: pool.submit(compile_for, *job, brief) for job in order}
         for _ in tqdm(concurrent.futures.as_completed(jobs.values()), total=len(jobs)):
             pass
         return {arch: [r for format in formats for r in jobs[arch, format].result()] for arch in archs}
