@@ -267,7 +267,7 @@ def layers(c, format, bounded, brief):
             yield "LeNet step, batch 64", lambda: c.lenet(64)
 
 
-def lenet_again(c, format, brief):
+def lenet_again(c, format, bounded, brief):
     """(name, call) of what `shapes` has too, where there are no bounds; unless it has to be brief, of bytes."""
     if format != "float64":
         few = {"last": False, "gradients": format in ("bfloat16", "float16", "tf32")}
@@ -277,7 +277,8 @@ def lenet_again(c, format, brief):
         # Blocks of images grow with the batch: this one fills them.
         images = {"n": 2**14, "raw": not brief}
         yield "LeNet step" + " of bytes" * (not brief), lambda: c.lenet(**images)
-        yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)
+        if not bounded:
+            yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)
 
 
 def switches(c, brief=False):
@@ -348,7 +349,7 @@ def calls(arch, format, brief=False):
     # float16 differs from bfloat16 in the types of its instructions alone.
     yield from layers(c, format, bounded, brief or format == "float16")
     if not (brief and bounded):
-        yield from lenet_again(c, format, brief)
+        yield from lenet_again(c, format, bounded, brief)
     # What they switch is the same in every format.
     if format == "bfloat16":
         yield from switches(c, brief)
