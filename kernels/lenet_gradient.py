@@ -383,7 +383,8 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
     _, partial2, partial3, _ = splits.partials(geometry)
     dz, code2 = memory["dz"], memory["code2"]
     # Else the assembler spills a few registers to have three programs on a multiprocessor.
-    registers = {"maxnreg": 255} if lanes and geometry.channels > 1 and compute_capability() == 10 else {}
+    spill = lanes and geometry.channels > 1 and not INTERPRETED and compute_capability() == 10
+    registers = {"maxnreg": 255} if spill else {}
     lenet_gradient_kernel[(splits.conv1 * parts1 + splits.conv2 * parts2 + splits.linear * tiles,)](
         x, packed, memory["p1"], memory["code1"], memory["acts"], code2, memory["grads"], dz,
         memory.get("dz_columns", dz), memory.get("code2_columns", code2), memory.get("dp1", dz), scratch, partial,
