@@ -1,14 +1,18 @@
 """Compiles every kernel for a GPU that need not be there, as its launcher would launch it.
 
-    python -m bench.compile sm_90 bfloat16 [--brief]
+    python -m bench.compile sm_90 bfloat16 float64 [--brief]
 
 Runs the launchers over CPU tensors with each launch replaced by its compilation, and prints one JSON object a line for
 each kernel compiled, or one with an "error" where that failed. TRITON_INTERPRET must not be set. Compiled kernels are
-kept in Triton's cache, so that a second run takes seconds. Briefly means without second programs of a kernel, tile and
-format whose other constants (strides, widths, 64-bit offsets) make much the same code.
+kept in Triton's cache, so that a second run takes seconds.
+
+Every tile is compiled in every format for every architecture. What the other constants switch (memory orders, widths,
+outputs that are not asked for) is compiled in bfloat16 everywhere and in tf32 and float32 for sm_90. Briefly means
+without second programs of a kernel, tile and format at all.
 """
 
 import argparse
+import gc
 import json
 import sys
 
@@ -38,6 +42,8 @@ from .bounds import Launch, bounds
 BOUNDED = "sm_90", ("bfloat16", "tf32", "float32")
 # The formats of LeNet's three launches.
 LENET = "bfloat16", "tf32", "float32"
+# Formats that reach each tile of a convolution's product by one walk: bfloat16 has the tiles of float16.
+ONE_WALK = "float16", "float64"
 
 
 class Calls:
@@ -127,8 +133,8 @@ class Calls:
         x = torch.empty(n, channels, side, side, dtype=torch.uint8 if raw else torch.float32)
         return x, lenet.Geometry(channels, size, (32 - size) // 2, classes), format, pixels
 
-    def lenet(self, n, **images):
-        """The three launches of a training step of n images, see lenet_images."""
+    def lenet(self, n, backward=True, **images):
+        """The three launches of a training step of n images, or the first alone; see lenet_images."""
         x, *net = self.lenet_images(n, **images)
         geometry, format, _ = net
         flat, moments = torch.empty(geometry.flat[-1]), [torch.empty(geometry.flat[-1]) for _ in range(2)]
@@ -139,6 +145,8 @@ class Calls:
         table, numbers = torch.empty(16, lenet.COLUMNS, dtype=torch.int32), torch.empty(10, lenet.NUMBERS)
         trouble = torch.empty(2, dtype=torch.int32)
         lenet_forward.forward(x, torch.empty(n, dtype=torch.int64), flat, packed, *net, memory, memory["logits"])
+        if not backward:
+            return
         lenet_gradient.gradients(x, packed, *net, memory, splits, scratch, partial)
         lenet_update.update(
             flat, packed, geometry, table, numbers, partial, memory["loss"], torch.empty(()), trouble,
@@ -215,6 +223,8 @@ def tiles(c, format):
         for walk, k, channels in (("taps", 3, 64), ("short", 3, conv2d.SHORT_K), ("flat", 5, 3)):
             if walk == "short" and tile.K <= conv2d.SHORT_K or walk == "flat" and tile.N > conv2d.NARROW_N:
                 continue  # the tile of another walk
+            if walk == "flat" and format in ONE_WALK:
+                continue
             name = f"{walk}, {tile.M}x{tile.N}"
             yield name, lambda n=tile.N, k=k, channels=channels: c.conv_forward(channels, n, k)
             yield name, lambda n=tile.N, k=k, channels=channels: c.conv_input_grad(n, channels, k)
@@ -235,55 +245,55 @@ def tiles(c, format):
         yield f"chain, {tile.M} rows", lambda m=m, wide=wide: c.chain(m, *wide)
 
 
-def layers(c, format, lanes, brief):
-    """(name, call) of the kernels without a table of tiles, in each memory order, and of switches without a name."""
-    # Windows that share a patch and windows with one each, runs of pixels and of channels, padding that is masked.
-    gradients = format in ("bfloat16", "float16", "tf32")
+def layers(c, format, brief):
+    """(name, call) of the kernels without a table of tiles."""
     if format != "float64":
         yield "few channels to pool, padded", lambda: c.conv_pool(4, 3, 32, 40, 5, pad=2)
-    if format != "float64" and not brief:
-        few = {"last": True, "gradients": gradients}
-        if format != "float16":
-            yield "few channels to pool, channels_last", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
-        one = {"pad": 2, "last": False, "gradients": gradients}
-        yield "one channel to pool, padded", lambda: c.conv_pool(64, 1, 28, 6, 5, **one)
-        yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
-    yield "LeNet's head", lambda: c.chain(1024, 400, 120, 84, 10)
-    yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
+        if not brief:
+            yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
     yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
-    yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
-    if format in LENET and not brief:
-        colours = {"channels": 3, "classes": 1000, "size": 28}
-        # The lanes of full float32 are compiled for them where their times are bounded, and take the longest.
-        if not lanes:
-            yield "LeNet step of padded colours", lambda: c.lenet(2**14, **colours)
-        if format != "float32":
-            # Few images have tiles of their own.
-            yield "LeNet step, batch 64", lambda: c.lenet(64)
 
 
 def lenet_again(c, format, lanes, bounded, brief):
-    """(name, call) of what `shapes` has too, where there are no bounds; unless it has to be brief, of bytes."""
+    """(name, call) of what `shapes` has too, where there are no bounds, and of LeNet's other tiles."""
     if format != "float64":
         few = {"last": False, "gradients": format in ("bfloat16", "float16", "tf32")}
-        yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, last=False)
+        yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, **few)
         yield "few channels to pool", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
-    if format in LENET:
-        # Blocks of images grow with the batch: this one fills them.
-        images = {"n": 2**14, "raw": not brief}
-        # Many classes have a block of their own, which lanes lack where no colours are compiled for them.
+    if format not in LENET:
+        return
+    # Blocks of images grow with the batch: this one fills them. Many classes have a block of their own.
+    images, colours = {"n": 2**14, "raw": not brief}, {"channels": 3, "classes": 1000, "size": 28}
+    if not bounded:
+        # The lanes of full float32 take long to compile: here their images have no colours.
         classes = 1000 if lanes and not brief else 10
         yield "LeNet step" + " of bytes" * (not brief), lambda: c.lenet(classes=classes, **images)
-        if not bounded:
-            yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)
+        yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)
+    if not brief and not lanes:
+        yield "LeNet step of padded colours", lambda: c.lenet(2**14, raw=bounded, **colours)
+    if not brief and format != "float32":
+        # Few images have tiles of their own, and on sm_90 their gradients do.
+        yield "LeNet step, batch 64", lambda: c.lenet(64, backward=bounded)
 
 
-def switches(c, brief=False):
-    """(name, call) that turn each switch of a kernel that no tile depends on."""
+def switches(c, format, brief):
+    """(name, call) of what no tile depends on: memory orders, outputs that are not asked for, modes, 64-bit offsets."""
+    if not brief:
+        # Windows that share a patch and windows with one each, runs of pixels and of channels, padding that is masked.
+        gradients = format != "float32"
+        few = {"last": True, "gradients": gradients}
+        yield "few channels to pool, channels_last", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
+        one = {"pad": 2, "last": False, "gradients": gradients}
+        yield "one channel to pool, padded", lambda: c.conv_pool(64, 1, 28, 6, 5, **one)
+        yield "LeNet's head", lambda: c.chain(1024, 400, 120, 84, 10)
+        yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
+        yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
+    if format != "bfloat16":
+        return
     yield "groups, dilation", lambda: c.conv(4, 32, 16, 32, 3, dilation=2, groups=2)
     yield "rectified", c.rectified
     for mode in ("reflect", "replicate", "circular"):
@@ -348,23 +358,25 @@ def calls(arch, format, brief=False):
         yield from ((name, call) for name, call in shapes(c) if name not in skipped)
     if has_tiles(arch, format, brief):
         yield from tiles(c, format)
-    yield from layers(c, format, lanes and not bounded, brief)
+    yield from layers(c, format, brief)
     if not (brief and bounded):
         yield from lenet_again(c, format, lanes and not bounded, bounded, brief)
-    # What they switch is the same in every format.
-    if format == "bfloat16":
-        yield from switches(c, brief)
+    if bounded or format == "bfloat16":
+        yield from switches(c, format, brief)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("arch", choices=TARGETS)
-    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("format", choices=FORMATS, nargs="+")
     parser.add_argument("--brief", action="store_true")
     arguments = parser.parse_args()
-    arch, format = arguments.arch, arguments.format
-    target, compiled, label, seen = GPUTarget(*TARGETS[arch]), [], {"format": format}, set()
+    arch = arguments.arch
+    target, compiled, label, seen = GPUTarget(*TARGETS[arch]), [], {}, set()
     named = {name for name, _ in shapes(None)}
+    # Compiling makes many objects and little garbage, which takes 8 % of the time to look for as often as is usual.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
     def report(name, launch, kernel):
         record = {"arch": arch, "kernel": name, **label}
@@ -373,16 +385,17 @@ def main():
             return
         # One machine code in two launches takes two times.
         bounded = arch == BOUNDED[0] and label["case"] in named
-        key = kernel.hash, bounded and (label["case"], launch.programs)
+        key = kernel.hash, label["format"], bounded and (label["case"], launch.programs)
         if key not in seen:
             seen.add(key)
             compiled.append((record, launch, kernel, bounded))
 
     compile_instead(target, report)
-    for case, call in calls(arch, format, arguments.brief):
-        label["case"] = case
-        print(f"{arch}, {format}, {case}:", file=sys.stderr)
-        call()
+    for format in arguments.format:
+        for case, call in calls(arch, format, arguments.brief):
+            label.update(format=format, case=case)
+            print(f"{arch}, {format}, {case}:", file=sys.stderr)
+            call()
 
     assembler = [kernel.asm["amdgcn"] for _, _, kernel, _ in compiled] if target.backend == "hip" else []
     listings = [amdgcn.read(text) for text in assembler]

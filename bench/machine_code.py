@@ -28,26 +28,26 @@ from .table import markdown
 HERE = Path(__file__).parent
 
 
-def compile_for(arch, format, brief=False):
-    """The records of bench.compile for one architecture and format; RuntimeError with its output if it fails."""
+def compile_for(arch, formats, brief=False):
+    """The records of bench.compile for one architecture; RuntimeError with its output if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile", arch, format, *["--brief"] * brief]
+    command = [sys.executable, "-m", "bench.compile", arch, *formats, *["--brief"] * brief]
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not records:
-        raise RuntimeError(f"python -m bench.compile {arch} {format} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"python -m bench.compile {arch} {' '.join(formats)} failed:\n{done.stderr[-2000:]}")
     return records
 
 
 def compile_all(archs, formats, brief=False):
-    """{architecture: records}, of as many processes at a time as there are cores, each for one format."""
+    """{architecture: records}, of as many processes at a time as there are cores."""
+    # float32 takes as long as half of the others. The longest first, so that no core is left with one at the end.
+    parts = [[f for f in formats if f != "float32"], [f for f in formats if f == "float32"]]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        # The longest first, so that no core is left with one of them at the end.
-        order = sorted(((arch, format) for arch in archs for format in formats), key=lambda job: job[1] != "float32")
-        jobs = {job: pool.submit(compile_for, *job, brief) for job in order}
-        for _ in tqdm(concurrent.futures.as_completed(jobs.values()), total=len(jobs)):
+        jobs = [(arch, pool.submit(compile_for, arch, part, brief)) for part in parts if part for arch in archs]
+        for _ in tqdm(concurrent.futures.as_completed([job for _, job in jobs]), total=len(jobs)):
             pass
-        return {arch: [r for format in formats for r in jobs[arch, format].result()] for arch in archs}
+        return {arch: [r for for_arch, job in jobs if for_arch == arch for r in job.result()] for arch in archs}
 
 
 def _one_of(values):

@@ -9,6 +9,7 @@ Native Arithmetic Instructions"; that mma.sync reaches about half the rate of wg
 https://arxiv.org/abs/2402.13499.
 """
 
+import functools
 import os
 import re
 import struct
@@ -96,6 +97,7 @@ def loops(instructions):
 _MMA = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4), "884": (8, 8, 4)}
 
 
+@functools.cache
 def is_matrix(opcode):
     """Whether it is an instruction of the matrix units (wgmma is HGMMA there, tcgen05.mma UTCHMMA)."""
     return bool(re.match(r"([HDI]|HG|IG|QG|UTC[A-Z])MMA", opcode))

@@ -12,8 +12,12 @@ from triton.runtime.driver import driver
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
-# Triton 3.10 turns fused multiply-add off by default; the kernels want it.
-OPTIONS = {"enable_fp_fusion": True}
+OPTIONS = {
+    # Triton 3.10 turns fused multiply-add off by default; the kernels want it.
+    "enable_fp_fusion": True,
+    # Outside debug mode the checks of integer overflow assert nothing, and take a third of a kernel's way to its IR.
+    "sanitize_overflow": knobs.runtime.debug,
+}
 
 _TRITON = {
     torch.float64: tl.float64,
