@@ -274,6 +274,7 @@ def lenet_again(c, format, lanes, bounded, brief):
         yield "LeNet step" + " of bytes" * (not brief), lambda: c.lenet(classes=classes, **images)
         yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)
     if not brief and not lanes:
+        # Images of bytes are compiled above, or else with their colours.
         yield "LeNet step of padded colours", lambda: c.lenet(2**14, raw=bounded, **colours)
     if not brief and format != "float32":
         # Few images have tiles of their own, and on sm_90 their gradients do.
