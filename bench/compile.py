@@ -42,8 +42,6 @@ from .bounds import Launch, bounds
 BOUNDED = "sm_90", ("bfloat16", "tf32", "float32")
 # The formats of LeNet's three launches.
 LENET = "bfloat16", "tf32", "float32"
-# Formats that reach each tile of a convolution's product by one walk: bfloat16 has the tiles of float16.
-ONE_WALK = "float16", "float64"
 
 
 class Calls:
@@ -223,8 +221,8 @@ def tiles(c, format):
         for walk, k, channels in (("taps", 3, 64), ("short", 3, conv2d.SHORT_K), ("flat", 5, 3)):
             if walk == "short" and tile.K <= conv2d.SHORT_K or walk == "flat" and tile.N > conv2d.NARROW_N:
                 continue  # the tile of another walk
-            if walk == "flat" and format in ONE_WALK:
-                continue
+            if walk == "flat" and format in ("float16", "float64"):
+                continue  # another walk has this tile, too, and "flat" is compiled for it in the formats of most use
             name = f"{walk}, {tile.M}x{tile.N}"
             yield name, lambda n=tile.N, k=k, channels=channels: c.conv_forward(channels, n, k)
             yield name, lambda n=tile.N, k=k, channels=channels: c.conv_input_grad(n, channels, k)
@@ -261,22 +259,26 @@ def layers(c, format, brief):
 def lenet_again(c, format, lanes, bounded, brief):
     """(name, call) of what `shapes` has too, where there are no bounds, and of LeNet's other tiles."""
     if format != "float64":
-        few = {"last": False, "gradients": format in ("bfloat16", "float16", "tf32")}
-        yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, **few)
-        yield "few channels to pool", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
+        # Full float32 has no gradients of this fusion, see conv2d_pool_grad.
+        options = {"last": False, "gradients": format != "float32"}
+        yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, **options)
+        yield "few channels to pool", lambda: c.conv_pool(128, 6, 14, 16, 5, **options)
     if format not in LENET:
         return
     # Blocks of images grow with the batch: this one fills them. Many classes have a block of their own.
-    images, colours = {"n": 2**14, "raw": not brief}, {"channels": 3, "classes": 1000, "size": 28}
     if not bounded:
+        images = {"n": 2**14, "raw": not brief}
         # The lanes of full float32 take long to compile: here their images have no colours.
         classes = 1000 if lanes and not brief else 10
         yield "LeNet step" + " of bytes" * (not brief), lambda: c.lenet(classes=classes, **images)
         yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)
-    if not brief and not lanes:
+    if brief:
+        return
+    if bounded or not lanes:
         # Images of bytes are compiled above, or else with their colours.
-        yield "LeNet step of padded colours", lambda: c.lenet(2**14, raw=bounded, **colours)
-    if not brief and format != "float32":
+        colours = {"raw": bounded, "channels": 3, "classes": 1000, "size": 28}
+        yield "LeNet step of padded colours", lambda: c.lenet(2**14, **colours)
+    if format != "float32":
         # Few images have tiles of their own, and on sm_90 their gradients do.
         yield "LeNet step, batch 64", lambda: c.lenet(64, backward=bounded)
 
@@ -286,9 +288,8 @@ def switches(c, format, brief):
     if not brief:
         # Windows that share a patch and windows with one each, runs of pixels and of channels, padding that is masked.
         gradients = format != "float32"
-        few = {"last": True, "gradients": gradients}
+        few, one = {"gradients": gradients}, {"pad": 2, "last": False, "gradients": gradients}
         yield "few channels to pool, channels_last", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
-        one = {"pad": 2, "last": False, "gradients": gradients}
         yield "one channel to pool, padded", lambda: c.conv_pool(64, 1, 28, 6, 5, **one)
         yield "LeNet's head", lambda: c.chain(1024, 400, 120, 84, 10)
         yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
@@ -361,7 +362,7 @@ def calls(arch, format, brief=False):
         yield from tiles(c, format)
     yield from layers(c, format, brief)
     if not (brief and bounded):
-        yield from lenet_again(c, format, lanes and not bounded, bounded, brief)
+        yield from lenet_again(c, format, lanes, bounded, brief)
     if bounded or format == "bfloat16":
         yield from switches(c, format, brief)
 

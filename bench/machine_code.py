@@ -41,7 +41,7 @@ def compile_for(arch, formats, brief=False):
 
 def compile_all(archs, formats, brief=False):
     """{architecture: records}, of as many processes at a time as there are cores."""
-    # float32 takes as long as half of the others. The longest first, so that no core is left with one at the end.
+    # float32 takes up to half as long as the others. The longest first, so that no core is left with one at the end.
     parts = [[f for f in formats if f != "float32"], [f for f in formats if f == "float32"]]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [(arch, pool.submit(compile_for, arch, part, brief)) for part in parts if part for arch in archs]
