@@ -147,19 +147,19 @@ def _lenet_forward(a):
 def _lenet_gradient(a):
     side, windows, tiles = a.Q1 // 2, a.Q2**2, _cdiv(a.F, a.BLOCK_N3) + 256 // a.BLOCK_N3
     pairs = _cdiv(side, 2)
-    first, second = a.SPLITS1 * a.PARTS1, a.SPLITS2 * a.PARTS2
+    first, second = a.splits1 * a.PARTS1, a.splits2 * a.PARTS2
     third = a.programs - first - second
     if a.LANES:
         # Blocks of images and pairs of rows, windows that reach them (each row three), filters; channels, such blocks,
         # their squares, the two rows of one.
-        blocks = _cdiv(a.N, a.BLOCK_M1) * side / a.SPLITS1
+        blocks = _cdiv(a.N, a.BLOCK_M1) * side / a.splits1
         turns = [blocks, 3 * a.Q2 / side, 16, *[a.C] * (a.C > 1), blocks, side, 2]
     else:
         # Each row of windows reaches three rows of squares, and each column two columns of pairs.
         reached = 6 * windows / (side * pairs) * 64 / a.BLOCK_K1
         turns = [_cdiv(a.N, a.BLOCK_M1) * side * pairs * a.C / first, reached, side / pairs]
     loops = len(turns)
-    seconds = _cdiv(a.N * windows, a.BLOCK_M2) / a.SPLITS2 if a.LANES else _cdiv(a.N, a.BLOCK_M2) * windows / a.SPLITS2
+    seconds = _cdiv(a.N * windows, a.BLOCK_M2) / a.splits2 if a.LANES else _cdiv(a.N, a.BLOCK_M2) * windows / a.splits2
     turns += [seconds, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
     # Through the largest pixels alone.
     products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84

@@ -55,6 +55,9 @@ def violations(records):
                 yield f"{where}: {r[what]} bytes {what}, {most} allowed"
         if r["dot"] and r["format"] in BUDGETS["matrix_units"][r["arch"]] and not r["matrix"]:
             yield f"{where}: no matrix instructions"
+        yield from (f"{where}: {line}" for line in r["overwritten"])
+        if r["arch"] == "sm_90" and any(name.startswith("HGMMA") for name in r["matrix"]) and not r["products"]:
+            yield f"{where}: its products were not found in Triton's dialect, so that nothing looked at their operands"
         if not same_compiler:
             continue
         for rule in BUDGETS["pipelined"]:

@@ -35,7 +35,7 @@ from tritonnet.kernels import (
 )
 from tritonnet.kernels import shapes as kernel_shapes
 
-from . import FORMATS, TARGETS, amdgcn, sass
+from . import FORMATS, TARGETS, amdgcn, sass, ttgir
 from .bounds import Launch, bounds
 
 # The architecture and the formats that times are bounded for.
@@ -410,6 +410,7 @@ def main():
         record["tile"] = "x".join(blocks)
         record.update(num_warps=kernel.metadata.num_warps, num_stages=kernel.metadata.num_stages)
         record.update(shared=kernel.metadata.shared, dot="tt.dot" in kernel.asm["ttir"], **listings[i])
+        record["overwritten"], record["products"] = ttgir.overwritten(kernel.asm["ttgir"])
         if bounded:
             record["bounds"] = bounds(record["kernel"], launch, instructions[i], record["format"])
         print(json.dumps(record))

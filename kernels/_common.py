@@ -144,6 +144,12 @@ def split_count(tiles, K, block_k):
     return max(1, min(programs // max(tiles, 1), K // (least * block_k)))
 
 
+def split_product(tiles, K, block_k):
+    """(programs that share the K > 0 products of one tile, products of each but the last); each has a share."""
+    per_split = triton.cdiv(triton.cdiv(K, split_count(tiles, K, block_k)), block_k) * block_k
+    return triton.cdiv(K, per_split), per_split
+
+
 class Window(NamedTuple):
     """How the taps k of a window reach a pixel i: k * dilation = i + pad - o * stride for an output position o.
 

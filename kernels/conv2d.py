@@ -31,7 +31,7 @@ from ._common import (
     index_type,
     operand_type,
     round_to,
-    split_count,
+    split_product,
 )
 from .padding import PAD_MODES, source
 from .reduce import Partials
@@ -344,6 +344,8 @@ def conv2d_weight_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     first = split * per_split
     last = tl.minimum(first + per_split, K)
+    # Without it triton 3.6.0 waits for each product before it goes on; see split_product.
+    tl.assume(first < last)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + offs_k
         mask_k = k < last
@@ -382,6 +384,8 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         return dw, db
     (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
     K, OC = N * OH * OW, OC // groups
+    if K == 0:
+        return dw.zero_(), db.zero_()
     flat = C < FLAT_BELOW
     if not flat:
         dy, x = channels_inner(dy), channels_inner(x)
@@ -389,8 +393,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     tile = tile_for(SQUARE, OC, C * KH * KW if flat else C, K, dy.dtype, index, flat, flat)
     tiles_n = triton.cdiv(C * KH * KW, tile.N) if flat else KH * KW * triton.cdiv(C, tile.N)
     tiles = triton.cdiv(OC, tile.M) * tiles_n * groups
-    splits = split_count(tiles, K, tile.K)
-    per_split = triton.cdiv(triton.cdiv(K, splits), tile.K) * tile.K
+    splits, per_split = split_product(tiles, K, tile.K)
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
     conv2d_weight_grad_kernel[(tiles * splits,)](

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import INTERPRETED, OPTIONS, Window, acc_type, first_tap, flat_block, index_type, round_to, split_count
+from ._common import INTERPRETED, OPTIONS, Window, acc_type, first_tap, flat_block, index_type, round_to, split_product
 from .padding import PAD_MODES, source
 from .reduce import Partials
 
@@ -217,10 +217,11 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         return dw, db
     (N, OC, OH, OW), (KH, KW), (_, C, H, W) = dy.shape, size[2:], x.shape
     P = N * OH * OW
+    if P == 0:
+        return dw.zero_(), db.zero_()
     block_p, block_c = _blocks(P, OC, dy, x)
     tiles = triton.cdiv(OC, block_c) * KH * KW
-    splits = split_count(tiles, P, block_p)
-    per_split = triton.cdiv(triton.cdiv(P, splits), block_p) * block_p
+    splits, per_split = split_product(tiles, P, block_p)
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
     depthwise_weight_grad_kernel[(tiles * splits,)](

@@ -82,4 +82,5 @@ def load_transposed(
     BLOCK_N: tl.constexpr = offs_n.shape[0]
     w = tl.load(w_ptr + (offs_n * STRIDE)[None, :, None, None] + (k0 + vectors(K, VECTOR))).to(OPERAND)
     w = tl.reshape(w, (K // (4 * VECTOR), BLOCK_N, 4, VECTOR // PAIR, PAIR))
-    return tl.trans(tl.reshape(tl.permute(w, (1, 0, 3, 2, 4)), (BLOCK_N, K)))
+    # As one permutation: triton 3.6.0 does not compile a transposition after the reshape for 64 rows and more.
+    return tl.reshape(tl.permute(w, (0, 3, 2, 4, 1)), (K, BLOCK_N))

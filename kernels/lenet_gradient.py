@@ -63,12 +63,16 @@ def tile_for(form, images, geometry):
         if compute_capability() == 10:
             # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
             tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
-        elif compute_capability() == 9 and images <= 64:
-            # That many images fill no more rows.
-            tile = tile._replace(M1=64, P1=16)
-        elif compute_capability() == 9 and geometry.padding:
-            # Registers that the conditions on padding take.
-            tile = tile._replace(P1=16)
+        elif compute_capability() == 9:
+            if images <= 64:
+                # That many images fill no more rows.
+                tile = tile._replace(M1=64, P1=16)
+            elif geometry.padding:
+                # Registers that the conditions on padding take.
+                tile = tile._replace(P1=16)
+            if form == "tf32":
+                # Operands of 32 bits that pass through registers.
+                tile = tile._replace(M2=16, M3=16)
         return tile
     rows = min(2048, max(32, triton.next_power_of_2(images // 2)))
     if form == "lanes":
@@ -159,7 +163,7 @@ def pair_gradient(
 @triton.jit
 def first_convolution(
     x_ptr, code_ptr, dz_ptr, wd_ptr, scratch_ptr, partial_ptr, channel, split, N,
-    SPLITS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    splits, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -181,7 +185,7 @@ def first_convolution(
 
     # A row for each pixel of a window and each of a square's 32 lanes, a column for each pixel of a patch.
     acc, acc_b = tl.zeros((128, 64), tl.float32), tl.zeros((32, 8), tl.float32)
-    for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), SPLITS):
+    for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), splits):
         block = turn % (SIDE * PAIRS)
         row, pair = block // PAIRS, block % PAIRS
         n0 = tl.cast(turn // (SIDE * PAIRS) * BLOCK_M, INDEX)
@@ -224,7 +228,7 @@ def first_convolution(
                 dz1 = tl.reshape(tl.permute(dz1, (5, 0, 6, 1, 2, 7 - LAST, LAST)), (128, BLOCK_P))
                 acc = tl.dot(dz1, x.to(OPERAND), acc, input_precision=PRECISION)
 
-    scratch_ptr += (channel * SPLITS + split) * (128 * 64)
+    scratch_ptr += (channel * splits + split) * (128 * 64)
     partial_ptr += split * (C * 150 + 6)
     tl.store(scratch_ptr + (tl.arange(0, 128) * 64)[:, None] + lanes[None, :], acc)
     tl.debug_barrier()
@@ -239,9 +243,20 @@ def first_convolution(
 
 
 @triton.jit
+def load_again(ptrs, mask):
+    """In float32 what a product's operand has been loaded from, for a use beside the product.
+
+    An operand of a product in a pipelined loop has no other use: if it had, Triton would keep it in one buffer for all
+    turns, and on sm_90 the next turn's copy would overwrite it while the product still reads it (seen in triton 3.6.0,
+    3.7.1 and 3.9.0; bench/ttgir.py looks for it). The other cache modifier keeps the two loads from being merged.
+    """
+    return tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
+
+
+@triton.jit
 def second_convolution(
     dz_ptr, p1_ptr, partial_ptr, part, split, N,
-    SPLITS: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    splits, Q1: tl.constexpr, Q2: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -254,13 +269,14 @@ def second_convolution(
     if REST > 0:
         rest = BLOCK_N + tl.arange(0, REST)
         acc_rest = tl.zeros((64, REST), tl.float32)
-    for turn in tl.range(split, tl.cdiv(N, BLOCK_M) * WINDOWS, SPLITS, num_stages=2):
+    for turn in tl.range(split, tl.cdiv(N, BLOCK_M) * WINDOWS, splits, num_stages=2):
         window = turn % WINDOWS
         n0 = tl.cast(turn // WINDOWS * BLOCK_M, INDEX)
         mask = rows < N - n0
         dz_base = dz_ptr + n0 * (WINDOWS * 64) + window * 64
         p_base = p1_ptr + n0 * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
-        dz = tl.load(dz_base + (rows * (WINDOWS * 64))[:, None] + lanes[None, :], mask=mask[:, None], other=0.0)
+        dz_ptrs = dz_base + (rows * (WINDOWS * 64))[:, None] + lanes[None, :]
+        dz = tl.load(dz_ptrs, mask=mask[:, None], other=0.0)
         offs = p_rows + (k // 48 * (Q1 * 8) + k % 48)[None, :]
         p = tl.load(p_base + offs, mask=mask[:, None] & (k < 288)[None, :], other=0.0)
         acc = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc, input_precision=PRECISION)
@@ -268,7 +284,7 @@ def second_convolution(
             offs = p_rows + (rest // 48 * (Q1 * 8) + rest % 48)[None, :]
             p = tl.load(p_base + offs, mask=mask[:, None], other=0.0)
             acc_rest = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc_rest, input_precision=PRECISION)
-        acc_b += dz.to(tl.float32)
+        acc_b += load_again(dz_ptrs, mask[:, None] & (part == 0))
 
     tl.store(partial_ptr + (lanes * 288)[:, None] + k[None, :], acc, mask=(k < 288)[None, :])
     if REST > 0:
@@ -280,7 +296,7 @@ def second_convolution(
 @triton.jit
 def linear(
     acts_ptr, grads_ptr, partial_ptr, tile, split, N,
-    SPLITS: tl.constexpr, F: tl.constexpr, CP: tl.constexpr,
+    splits, F: tl.constexpr, CP: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Tiles of 128 x BLOCK_N: those of fc1 along its features, those of fc2, and for 128 classes each those of fc3.
@@ -298,15 +314,16 @@ def linear(
 
     acc = tl.zeros((128, BLOCK_N), tl.float32)
     acc_b = tl.zeros((BLOCK_M, 128), tl.float32)
-    for m0 in tl.range(split * BLOCK_M, N, SPLITS * BLOCK_M, num_stages=2):
+    for m0 in tl.range(split * BLOCK_M, N, splits * BLOCK_M, num_stages=2):
         n = tl.cast(m0, INDEX)
         mask_m = rows < N - m0
         offs = (rows * (256 + CP))[:, None] + (n0 + lanes_n)[None, :]
-        dy = tl.load(grads_ptr + n * (256 + CP) + offs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        dy_ptrs, mask = grads_ptr + n * (256 + CP) + offs, mask_m[:, None] & mask_n[None, :]
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0)
         offs = (rows * (F + 256))[:, None] + (k0 + lanes_k)[None, :]
         a = tl.load(acts_ptr + n * (F + 256) + offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(tl.trans(dy.to(OPERAND)), a.to(OPERAND), acc, input_precision=PRECISION)
-        acc_b += dy.to(tl.float32)
+        acc_b += load_again(dy_ptrs, mask & (within == 0))
 
     offs = start + (lanes_n * K)[:, None] + (within + lanes_k)[None, :]
     tl.store(partial_ptr + offs, acc, mask=mask_n[:, None] & mask_k[None, :])
@@ -315,14 +332,13 @@ def linear(
         tl.store(partial_ptr + biases + n0 + lanes_n, tl.sum(acc_b, axis=0), mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "splits1", "splits2", "splits3", "partial2", "partial3"])
 def lenet_gradient_kernel(
     x_ptr, packed_ptr, p1_ptr, code1_ptr, acts_ptr, code2_ptr, grads_ptr, dz_ptr,
     dz_columns_ptr, code2_columns_ptr, dp1_ptr, scratch_ptr, partial_ptr,
-    N,
+    N, splits1, splits2, splits3, partial2, partial3,
     W2: tl.constexpr, WD: tl.constexpr, LANES: tl.constexpr, PARTS1: tl.constexpr, PARTS2: tl.constexpr,
-    SPLITS1: tl.constexpr, SPLITS2: tl.constexpr, SPLITS3: tl.constexpr,
-    PARTIAL2: tl.constexpr, PARTIAL3: tl.constexpr, ROW3: tl.constexpr,
+    ROW3: tl.constexpr,
     C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr,
     CLASSES: tl.constexpr, CP: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
@@ -331,39 +347,42 @@ def lenet_gradient_kernel(
     BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if pid < SPLITS1 * PARTS1:
-        part, split = pid // SPLITS1, pid % SPLITS1
+    # A split's row of sums has a multiple of four.
+    partial2_ptr = partial_ptr + tl.multiple_of(partial2, 4)
+    partial3_ptr = partial_ptr + tl.multiple_of(partial3, 4)
+    if pid < splits1 * PARTS1:
+        part, split = pid % PARTS1, pid // PARTS1
         if LANES:
             lenet_lanes_grad.first_convolution(
                 x_ptr, dz_columns_ptr, code2_columns_ptr, code1_ptr, packed_ptr + W2, dp1_ptr,
                 partial_ptr + split * (C * 150 + 6), part, split, N,
-                SPLITS1, C, SIZE, PAD, Q1, Q2, F, FRAME, SCALE, SHIFT, INDEX, BLOCK_M1, BLOCK_K1,
+                splits1, C, SIZE, PAD, Q1, Q2, F, FRAME, SCALE, SHIFT, INDEX, BLOCK_M1, BLOCK_K1,
             )  # fmt: skip
         else:
             first_convolution(
                 x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr, partial_ptr, part, split, N,
-                SPLITS1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT,
+                splits1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT,
                 INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, BLOCK_P1,
             )  # fmt: skip
-    elif pid < SPLITS1 * PARTS1 + SPLITS2 * PARTS2:
-        pid -= SPLITS1 * PARTS1
-        part, split = pid // SPLITS2, pid % SPLITS2
+    elif pid < splits1 * PARTS1 + splits2 * PARTS2:
+        pid -= splits1 * PARTS1
+        part, split = pid % PARTS2, pid // PARTS2
         if LANES:
             lenet_lanes_grad.second_convolution(
-                dz_ptr, code2_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (16 * 150 + 16), part, split, N,
-                SPLITS2, Q1, Q2, INDEX, BLOCK_M2,
+                dz_ptr, code2_ptr, p1_ptr, partial2_ptr + split * (16 * 150 + 16), part, split, N,
+                splits2, Q1, Q2, INDEX, BLOCK_M2,
             )  # fmt: skip
         else:
             second_convolution(
-                dz_ptr, p1_ptr, partial_ptr + PARTIAL2 + split * (64 * 288 + 64), part, split, N,
-                SPLITS2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2, PARTS2,
+                dz_ptr, p1_ptr, partial2_ptr + split * (64 * 288 + 64), part, split, N,
+                splits2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2, PARTS2,
             )  # fmt: skip
     else:
-        pid -= SPLITS1 * PARTS1 + SPLITS2 * PARTS2
-        tile, split = pid // SPLITS3, pid % SPLITS3
+        pid -= splits1 * PARTS1 + splits2 * PARTS2
+        tile, split = pid // splits3, pid % splits3
         linear(
-            acts_ptr, grads_ptr, partial_ptr + PARTIAL3 + split * ROW3, tile, split, N,
-            SPLITS3, F, CP, INDEX, OPERAND, PRECISION, BLOCK_M3, BLOCK_N3,
+            acts_ptr, grads_ptr, partial3_ptr + split * ROW3, tile, split, N,
+            splits3, F, CP, INDEX, OPERAND, PRECISION, BLOCK_M3, BLOCK_N3,
         )  # fmt: skip
 
 
@@ -390,8 +409,8 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
         memory.get("dz_columns", dz), memory.get("code2_columns", code2), memory.get("dp1", dz), scratch, partial,
         N,
         W2=geometry.packed[1], WD=geometry.packed[2], LANES=lanes, PARTS1=parts1, PARTS2=parts2,
-        SPLITS1=splits.conv1, SPLITS2=splits.conv2, SPLITS3=splits.linear,
-        PARTIAL2=partial2, PARTIAL3=partial3, ROW3=geometry.row[-1],
+        splits1=splits.conv1, splits2=splits.conv2, splits3=splits.linear,
+        partial2=partial2, partial3=partial3, ROW3=geometry.row[-1],
         **geometry.constants, FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, *memory.values()), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",

@@ -47,13 +47,13 @@ def of_pixels(dz, code):
 @triton.jit
 def second_convolution(
     dz_ptr, code_ptr, p1_ptr, partial_ptr, part, split, N,
-    SPLITS: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
+    splits, Q1: tl.constexpr, Q2: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     # A lane is a window, a program adds up one channel of four filters.
     WINDOWS: tl.constexpr = Q2 * Q2
     channel, first = part % 6, part // 6 * 4
     sums, sum_b = zeros(25, BLOCK_M, 4), tl.zeros((BLOCK_M, 4), tl.float32)
-    for m0 in range(split * BLOCK_M, N * WINDOWS, SPLITS * BLOCK_M):
+    for m0 in range(split * BLOCK_M, N * WINDOWS, splits * BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         mask = offs_m < N * WINDOWS
         # Lanes past the end repeat the last patch, and add nothing.
@@ -175,7 +175,7 @@ def add_windows(sums, pixels, dp_ptr, code_ptr, offs, mask, Q1: tl.constexpr):
 @triton.jit
 def first_convolution(
     x_ptr, dz_ptr, code2_ptr, code1_ptr, w_ptr, dp_ptr, partial_ptr, part, split, N,
-    SPLITS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
+    splits, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     F: tl.constexpr, FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +184,7 @@ def first_convolution(
     SIDE: tl.constexpr = Q1 // 2
     turns = tl.cdiv(N, BLOCK_M) * SIDE
     dp_ptr, code1_ptr = dp_ptr + part * (3 * Q1 * Q1), code1_ptr + part * (3 * Q1 * Q1)
-    for turn in range(split, turns, SPLITS):
+    for turn in range(split, turns, splits):
         image = turn // SIDE * BLOCK_M + tl.arange(0, BLOCK_M).to(INDEX)
         three_ptr = w_ptr + part * (3 * 64)
         input_gradient(dz_ptr, code2_ptr, three_ptr, dp_ptr, image, turn % SIDE, image < N, Q1, Q2, F, BLOCK_M)
@@ -192,7 +192,7 @@ def first_convolution(
 
     for channel in range(C):
         sums = zeros(15, BLOCK_K, 4) + zeros(18, BLOCK_K, 1)
-        for turn in range(split, turns, SPLITS):
+        for turn in range(split, turns, splits):
             for k0 in range(0, BLOCK_M * SIDE, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 image, column = turn // SIDE * BLOCK_M + (k // SIDE).to(INDEX), k % SIDE

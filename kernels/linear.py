@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import SQUARE, acc_type, gemm_tile, index_type, operand_type, round_to, split_count
+from ._common import SQUARE, acc_type, gemm_tile, index_type, operand_type, round_to, split_product
 from .reduce import Partials
 
 
@@ -96,6 +96,8 @@ def weight_grad_tile(
     mask_n, mask_k = offs_n < N, offs_k < K
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    # Without it triton 3.6.0 waits for each product before it goes on; see split_product.
+    tl.assume(first < last)
     for m0 in range(first, last, BLOCK_K):
         offs_m = m0 + tl.arange(0, BLOCK_K).to(INDEX)
         mask_m = offs_m < last
@@ -153,10 +155,11 @@ def weight_grad(dy, x, with_bias):
     (M, N), K = dy.shape, x.shape[1]
     if N == 0:
         return dw, db
+    if M == 0:
+        return dw.zero_(), db.zero_()
     tile = gemm_tile(SQUARE, N, K, M, dy.dtype, precision())
     tiles = triton.cdiv(N, tile.M) * max(1, triton.cdiv(K, tile.N))
-    splits = split_count(tiles, M, tile.K)
-    per_split = triton.cdiv(triton.cdiv(M, splits), tile.K) * tile.K
+    splits, per_split = split_product(tiles, M, tile.K)
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
     linear_weight_grad_kernel[(tiles * splits,)](

@@ -27,7 +27,7 @@ from ._common import (
     number_format,
     operand_type,
     round_to,
-    split_count,
+    split_product,
 )
 from .linear import precision, weight_grad_tile
 from .reduce import Partials
@@ -295,12 +295,13 @@ def weight_grad(dy, dz, x, hidden, widths, with_bias):
     """dy (M, N), dz, x (M, K), hidden, the widths of its parts -> dw and, empty unless asked for, db of all layers."""
     dw, db = shapes.linear_chain_weight_grad(dy, x, widths, with_bias)
     (M, N), K = dy.shape, x.shape[1]
+    if M == 0:
+        return dw.zero_(), db.zero_()
     dz, hidden, widths = dz.contiguous(), hidden.contiguous(), [*widths, N]
     # Tiles of 64 x 64 at most: several programs share even a small layer.
     tile = gemm_tile(SQUARE, min(64, max(widths)), K, M, dy.dtype, precision())
     tiles = sum(triton.cdiv(n, tile.M) * triton.cdiv(k, tile.N) for n, k in zip(widths, [K, *widths]))
-    splits = split_count(tiles, M, tile.K)
-    per_split = triton.cdiv(triton.cdiv(M, splits), tile.K) * tile.K
+    splits, per_split = split_product(tiles, M, tile.K)
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
     linear_chain_weight_grad_kernel[(tiles * splits,)](

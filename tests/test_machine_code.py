@@ -5,10 +5,12 @@ miss the matrix units, loads of single elements, times that cannot be good.
 """
 
 import importlib
+import json
 import pkgutil
 
 import pytest
 import triton
+from conftest import run_python
 
 import tritonnet.kernels
 
@@ -58,7 +60,7 @@ SHAPE = "ResNet 3x3, 256"
 RECORD = {
     "arch": "sm_90", "kernel": "conv2d_forward_kernel", "format": "bfloat16", "case": "taps, 128x128",
     "tile": "128x128x64", "num_warps": 8, "spilled": 0, "shared": 98304, "loads": {"16": 4}, "stores": {"16": 4},
-    "dot": True, "matrix": {"HGMMA": 4}, "asynchronous": True,
+    "dot": True, "matrix": {"HGMMA": 4}, "asynchronous": True, "products": 1, "overwritten": [],
 }  # fmt: skip
 TIMES = {"issue_us": 1.0, "l1_us": 1e6, "matrix_us": 1.0}
 
@@ -71,6 +73,8 @@ TIMES = {"issue_us": 1.0, "l1_us": 1e6, "matrix_us": 1.0}
         ({"spilled": 8}, "8 bytes spilled, 0 allowed"),
         ({"shared": 2**18}, "bytes shared"),
         ({"matrix": {}}, "no matrix instructions"),
+        ({"overwritten": ["local_store overwrites %a"]}, "local_store overwrites %a"),
+        ({"products": 0}, "were not found in Triton's dialect"),
         ({"asynchronous": False}, "no matrix pipeline that goes on"),
         ({"asynchronous": None}, "no matrix pipeline that goes on"),
         ({"loads": {"2": 64}}, "the widest of its loads has 2 bytes, not 16"),
@@ -95,8 +99,19 @@ def test_another_compiler_is_held_to_less(monkeypatch):
     monkeypatch.setitem(budgets.BUDGETS, "triton", "0.0")
     over = {**RECORD, "case": SHAPE, "bounds": TIMES, "spilled": 8, "asynchronous": False, "loads": {"2": 64}}
     assert not list(budgets.violations([over]))
-    for wrong in ({"error": "unsupported"}, {"shared": 2**18}, {"matrix": {}}):
+    for wrong in ({"error": "unsupported"}, {"shared": 2**18}, {"matrix": {}}, {"overwritten": ["a copy"]}):
         assert len(list(budgets.violations([{**over, **wrong}]))) == 1
+
+
+def test_overwritten_operands_are_found():
+    """A product's operand that is used in registers too is overwritten on sm_90, loaded a second time it is not."""
+    result = run_python("tests/overwritten_operand.py", TRITON_INTERPRET=None)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    for name, (lines, products) in found.items():
+        assert products, f"{name}: no product was seen"
+        assert bool(lines) == name.startswith("shared"), f"{name}: {lines}"
+    assert len(found) == 4
 
 
 def test_report():
