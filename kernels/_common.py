@@ -1,7 +1,11 @@
 """What the kernel files share: number formats, tiles, index types, and the steps of a strided, dilated window."""
 
+import concurrent.futures
+import contextlib
+import contextvars
 import functools
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -67,6 +71,29 @@ def index_type(*tensors):
         if t is not None and max(t.numel(), t.untyped_storage().nbytes() // t.element_size()) > limit:
             return tl.int64
     return tl.int32
+
+
+# Whether `launch` only has kernels compiled, in this thread.
+compiling = contextvars.ContextVar("compiling", default=False)
+
+
+def launch(kernel, grid, *args, **options):
+    """Launches a kernel; inside compiled_together() it is compiled and not launched."""
+    if compiling.get():
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def compiled_together():
+    """Inside, the kernels of `launch` are compiled side by side in threads; they are ready when the block ends."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+        before = compiling.set(True)
+        try:
+            yield
+        finally:
+            compiling.reset(before)
 
 
 class Tile(NamedTuple):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import lenet_lanes
-from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, operand_type, round_to
+from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, launch, operand_type, round_to
 from .lane_order import columns_of_lanes, from_result, load_weights, rows_of_lanes, to_operand, vectors
 from .lenet_linears import add_product, features_gradient, hidden_gradient, hidden_layer, loss_and_gradient
 
@@ -436,7 +436,8 @@ def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, i
     names = "code1", "code2", "grads", "dz", "loss", "dz_columns", "code2_columns"
     code1, code2, grads, dz, loss, dz_columns, code2_columns = (memory.get(name, acts) for name in names)
     (_, W2, _, W3, W4, W5, _), starts = geometry.packed, geometry.flat
-    lenet_forward_kernel[(programs,)](
+    launch(
+        lenet_forward_kernel, (programs,),
         x, target if train else x, flat, packed,
         p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss,
         N, ignore_index,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import lenet_lanes, lenet_lanes_grad
-from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, operand_type, round_to
+from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, launch, operand_type, round_to
 from .conv2d import next_block
 from .conv2d_pool_grad import one_hot
 from .lenet import Splits
@@ -404,7 +404,8 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
     # Else the assembler spills a few registers to have three programs on a multiprocessor.
     spill = lanes and geometry.channels > 1 and not INTERPRETED and compute_capability() == 10
     registers = {"maxnreg": 255} if spill else {}
-    lenet_gradient_kernel[(splits.conv1 * parts1 + splits.conv2 * parts2 + splits.linear * tiles,)](
+    launch(
+        lenet_gradient_kernel, (splits.conv1 * parts1 + splits.conv2 * parts2 + splits.linear * tiles,),
         x, packed, memory["p1"], memory["code1"], memory["acts"], code2, memory["grads"], dz,
         memory.get("dz_columns", dz), memory.get("code2_columns", code2), memory.get("dp1", dz), scratch, partial,
         N,

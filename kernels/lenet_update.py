@@ -13,7 +13,7 @@ Rates and moments come from a small tensor, a row for each parameter, so that a 
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, OPTIONS, round_to
+from ._common import INTERPRETED, OPTIONS, launch, round_to
 from .lenet import BLOCK, COLUMNS, NUMBERS
 
 # The columns of the optimiser's numbers. For SGD the two moments are those of the buffer.
@@ -167,7 +167,8 @@ def update(
     """
     gradient = partial is not None
     first, second, third = (*moments, flat, flat, flat)[:3]
-    lenet_update_kernel[(flat.numel() // BLOCK,)](
+    launch(
+        lenet_update_kernel, (flat.numel() // BLOCK,),
         flat, flat if grad is None else grad, first, second, third, packed,
         partial if gradient else flat, losses if gradient else flat, table, numbers if gradient else flat,
         loss if gradient else flat, trouble if gradient else flat,

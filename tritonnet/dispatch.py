@@ -15,6 +15,7 @@ if importlib.util.find_spec("triton"):
     from triton import knobs
 
     from .kernels import launchers
+    from .kernels._common import compiling
 else:
     launchers = None
 
@@ -95,7 +96,8 @@ def count_launches() -> Iterator[collections.Counter[str]]:
         name = kernel.fn.__name__
 
         def hook(*args, name=name, **kwargs):
-            launches[name] += 1
+            if not compiling.get():
+                launches[name] += 1
 
         kernel.add_pre_run_hook(hook)
         hooks.append((kernel, hook))
