@@ -86,6 +86,9 @@ def backend_reason(device: torch.device) -> str:
 def count_launches() -> Iterator[collections.Counter[str]]:
     """Count the kernel launches inside a `with` block.
 
+    What a CUDA graph replays is not counted, only what was launched while it was captured: a TrainStep on a GPU captures
+    its launches in the first call for a size of batch, after running them once, and replays them from then on.
+
     Yields:
         collections.Counter: launches so far by kernel name, such as "conv2d_forward_kernel".
     """
@@ -109,8 +112,10 @@ def count_launches() -> Iterator[collections.Counter[str]]:
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """Have float32 products taken in "ieee" or "tf32" in a `with` block: torch's flags, which the kernels follow."""
-    # torch's annotations do not know the first.
-    owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    # torch's annotations do not know the first two. The second is set because torch.export reads one older flag of cuDNN
+    # for both, and raises where they differ.
+    cudnn = torch.backends.cudnn
+    owners = cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     previous = [owner.fp32_precision for owner in owners]
     for owner in owners:
         owner.fp32_precision = precision
