@@ -112,10 +112,8 @@ def count_launches() -> Iterator[collections.Counter[str]]:
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """Have float32 products taken in "ieee" or "tf32" in a `with` block: torch's flags, which the kernels follow."""
-    # torch's annotations do not know the first two. The second is set because torch.export reads one older flag of cuDNN
-    # for both, and raises where they differ.
-    cudnn = torch.backends.cudnn
-    owners = cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    # torch's annotations do not know the first.
+    owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     previous = [owner.fp32_precision for owner in owners]
     for owner in owners:
         owner.fp32_precision = precision
