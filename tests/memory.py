@@ -295,7 +295,7 @@ GUARDED = 2
 
 
 class Banded:
-    """A copy of a storage in the middle of bytes 0xFF (NaN in every floating format), and the tensors that lie in it."""
+    """A copy of a storage amid bytes 0xFF (NaN in every floating format), and the tensors that lie in it."""
 
     def __init__(self, storage, device):
         size = storage.nbytes()

@@ -49,7 +49,8 @@ def channels_last(*size):
 
 def gaps(*size):
     """Every second element of a larger tensor."""
-    return torch.randn([2 * n + 1 for n in size], device=DEVICE)[tuple(slice(1, None, 2) for _ in size)].requires_grad_()
+    wide = torch.randn([2 * n + 1 for n in size], device=DEVICE)
+    return wide[tuple(slice(1, None, 2) for _ in size)].requires_grad_()
 
 
 @pytest.mark.parametrize("make", [contiguous, channels_last, gaps], ids=lambda f: f.__name__)

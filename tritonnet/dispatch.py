@@ -86,8 +86,8 @@ def backend_reason(device: torch.device) -> str:
 def count_launches() -> Iterator[collections.Counter[str]]:
     """Count the kernel launches inside a `with` block.
 
-    What a CUDA graph replays is not counted, only what was launched while it was captured: a TrainStep on a GPU captures
-    its launches in the first call for a size of batch, after running them once, and replays them from then on.
+    What a CUDA graph replays is not counted, only what is launched before and while it is captured: on a GPU a TrainStep
+    does that in its first call for a size of batch, and from then on replays.
 
     Yields:
         collections.Counter: launches so far by kernel name, such as "conv2d_forward_kernel".
