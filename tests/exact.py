@@ -5,8 +5,8 @@ within v * |truth| + K * u * sum |a * b| of the truth (Higham, Accuracy and Stab
 chapter 3, in first order).
 
 tf32 takes from each float32 operand its sign, its exponent and the first 10 of the 23 bits behind the point. The matrix
-units cut the other 13 off: the PTX ISA calls them ignored in operands of type .tf32, and the PTX of the kernels rounds
-nothing (cvt.rna.tf32) before mma and wgmma. A normal number 1.f * 2^n loses less than 2^(n - 10). So a becomes
+units ignore the other 13, and the PTX of the kernels rounds nothing (cvt.rna.tf32) before it hands operands to mma and
+wgmma: they are cut off. A normal number 1.f * 2^n loses less than 2^(n - 10). So a becomes
 a * (1 - d) and b becomes b * (1 - e) with 0 <= d, e < 2^-10, and a * b loses a * b * (d + e - d * e), less than 2^-9 of
 it and always towards zero; a sum of products of one sign may lose nearly that much too. Operands that are rounded to
 nearest, as other libraries may have them, are off by half as much.

@@ -86,8 +86,8 @@ def backend_reason(device: torch.device) -> str:
 def count_launches() -> Iterator[collections.Counter[str]]:
     """Count the kernel launches inside a `with` block.
 
-    What a CUDA graph replays is not counted, only what is launched before and while it is captured: on a GPU a TrainStep
-    does that in its first call for a size of batch, and from then on replays.
+    What a CUDA graph replays is not counted, only what is launched before it is captured and meanwhile: a TrainStep on
+    a GPU captures in its first call for a size of batch, and replays in the calls after it.
 
     Yields:
         collections.Counter: launches so far by kernel name, such as "conv2d_forward_kernel".
