@@ -338,10 +338,26 @@ def far(t, dim):
     return storage.as_strided(t.shape, stride).copy_(t)
 
 
+def needed(kernel):
+    """Bytes of a GPU's memory for one call at a time, with the bands around its tensors, and for all that is small."""
+    widest = max(t.element_size() for _, *tensors in INPUTS[kernel] for t in tensors)
+    return GUARDED * widest * FAR + 4 * CHUNK
+
+
+def test_what_is_needed_is_said(monkeypatch):
+    """No kernel asks for more than a card of 80 GB has; a card with less left is told how much."""
+    assert max(map(needed, INPUTS)) == needed("cross_entropy_kernel") < 40 * 2**30
+    monkeypatch.setitem(globals(), "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 2**30, 80 * 2**30))
+    require(needed("linear_forward_kernel"))
+    with pytest.raises(pytest.skip.Exception, match="needs 33 GiB of the GPU's memory, 20 GiB are left"):
+        require(needed("cross_entropy_kernel"))
+
+
 @pytest.mark.parametrize("kernel", INPUTS)
 def test_far_inputs(kernel, unpoisoned, full_precision, one_at_a_time):
-    widest = max(t.element_size() for _, *tensors in INPUTS[kernel] for t in tensors)
-    require(GUARDED * widest * FAR + 4 * CHUNK)
+    require(needed(kernel))
     for call, *tensors in INPUTS[kernel]:
         with tritonnet.count_launches() as launches:
             expected = call(*tensors)
