@@ -16,7 +16,7 @@ from . import FORMATS
 
 # Kernels differ from the rounded run in the order of their sums, and round intermediate results that it does not.
 FACTOR = 4
-# In tf32 the rounded run does the worst that matrix units do: it cuts operands off.
+# In tf32 the rounded run does to operands what matrix units do: it cuts them off.
 FACTOR_TF32 = 2
 # Of sums in float32: thousands of terms in any order, or by Winograd's transforms.
 SUMS = 1e-4
@@ -28,10 +28,10 @@ _OPERATORS = _PRODUCTS | {F.relu, torch.relu, torch.max_pool2d, F.max_pool2d, F.
 
 
 def _rounded(t, format):
-    """float64 `t`, rounded as `format` rounds the operands of a product."""
+    """float64 `t`, as `format` takes the operands of a product."""
     dtype, precision = FORMATS[format]
     t = t.to(dtype)
-    if precision == "tf32":  # 10 bits of the mantissa stay
+    if precision == "tf32":  # cut off, as matrix units do: 10 bits of the mantissa stay
         t = (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
     return t.double()
 

@@ -14,6 +14,8 @@ import pytest
 
 # The suite is spread over the cores by processes (pytest -n auto), not by threads; read when numpy loads its library.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Without it torch refuses cuBLAS's products among deterministic algorithms; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
@@ -37,6 +39,7 @@ if DEVICE == "cpu" and not INTERPRETER_RUNS:
 import memory  # noqa: E402  (needs triton)
 
 import tritonnet  # noqa: E402
+from tritonnet import lenet_step  # noqa: E402
 
 if DEVICE == "cpu":
     # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.
@@ -65,11 +68,14 @@ def device():
 def fresh_start():
     """Fixed seed; results that were never written are NaN, and operators that are not deterministic raise.
 
-    float32 products are taken as torch takes them by default, whatever an earlier test has asked for.
+    float32 products are taken as torch takes them by default, whatever an earlier test has asked for. Sums of products
+    of 16 bits are kept in float32, as the kernels keep them; cuBLAS may round parts of them otherwise.
     """
     torch.manual_seed(0)
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True  # which sets the newer flags too, and leaves none that says otherwise
     torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -93,9 +99,17 @@ def memory_is_watched():
 
 @pytest.fixture
 def full_precision():
-    """float32 products of 24 bits, so that a GPU's results can be compared with the CPU's to four digits."""
-    with tritonnet.dispatch.float32_products("ieee"):
-        yield
+    """float32 products of 24 bits, so that a GPU's results can be compared with the CPU's to four digits.
+
+    By the older flag: torch.export reads it, and torch raises from that once the newer one says "ieee".
+    """
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture
+def no_graphs(monkeypatch):
+    """TrainStep launches at every call: what a CUDA graph replays goes past `count_launches`."""
+    monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ())
 
 
 @pytest.fixture(params=["triton", "reference"])

@@ -7,6 +7,8 @@ roomy buffers, may still be wrong. There are two watches, and a test fails if ei
 - in the interpreter `Watch`, of every load and store: each tensor of a launch gets an address range of its own, far
   from the others, so that an access is judged by the argument that its pointer came from;
 - on a GPU `guard_bands`, of stores only: the tensors of a launch lie between bands whose bytes must stay as they were.
+  What a CUDA graph replays is no launch that anybody could stand in front of: there the launches are looked at that run
+  before the capture, the same kernels on the same tensors.
 
 Both leave results as they are. A third defence is PyTorch's own and is on in all tests (`conftest.fresh_start`):
 memory that nobody has written to holds NaN.
@@ -286,49 +288,90 @@ def unwatched():
 
 # A multiple of every alignment that a kernel may have been compiled for.
 BAND = 4096
+# So many bytes are compared at once: a comparison takes as much memory again.
+CHUNK = 2**28
+# Tensors of a launch take this many times the memory of their storages with bands around them, beside some chunks.
+GUARDED = 2
+
+
+class Banded:
+    """A copy of a storage amid bytes 0xFF (NaN in every floating format), and the tensors that lie in it."""
+
+    def __init__(self, storage, device):
+        size = storage.nbytes()
+        self.contents = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (size,), (1,))
+        self.buffer = torch.full((size + 2 * BAND,), 0xFF, dtype=torch.uint8, device=device)
+        self.inside = self.buffer[BAND : BAND + size]
+        self.inside.copy_(self.contents)
+        self.pairs = []  # views of the same elements, in the storage and in the copy
+
+    def moved(self, tensor):
+        """The tensor's twin in the copy."""
+        offset, strides = tensor.storage_offset(), tensor.stride()
+        # Not views of the tensor itself: autograd would hear of what is written through them.
+        real, twin = (
+            tensor.new_empty(0).set_(t.untyped_storage(), offset + more, tensor.shape, strides)
+            for t, more in ((self.contents, 0), (self.buffer, BAND // tensor.element_size()))
+        )
+        # torch refuses to write to elements that an expanded dimension repeats.
+        once = tuple(slice(None) if step else slice(1) for step in strides)
+        self.pairs.append((real[once], twin[once]))
+        return twin
+
+    def strayed(self):
+        """Hands the elements over to the storage; how many other bytes have changed."""
+        found = [copy.clone() for _, copy in self.pairs]
+        for real, copy in self.pairs:
+            copy.copy_(real)
+        count = sum(int((band != 0xFF).sum()) for band in (self.buffer[:BAND], self.buffer[-BAND:]))
+        for old, new in zip(self.contents.split(CHUNK), self.inside.split(CHUNK)):
+            count += int((old != new).sum())
+        for (real, _), values in zip(self.pairs, found):
+            real.copy_(values)
+        return count
+
+
+def _in_capture():
+    """Whether launches go into a CUDA graph now, where nothing can be asked of the GPU."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
 def guard_bands():
     """Yields a list that fills with a line for each store outside the tensors of a launch, on any device.
 
-    Each storage is copied into the middle of a buffer of bytes 0xFF (NaN in every floating format), the kernel runs on
-    the copy, and then all that is not an element of one of its tensors must be as before.
+    The kernel runs on copies of the storages between bands, and then all that is not an element of one of its tensors
+    must be as before. Of blocks inside each other the innermost looks, so that a test may plant a bug.
+
+    A launch that goes into a CUDA graph is left alone: the bytes could not be looked at before the graph runs, and the
+    graph would go on writing to copies. The launches before it, which compile the kernels, have run between bands.
     """
     violations, kernel_type = [], interpreter.InterpretedFunction if triton.knobs.runtime.interpret else JITFunction
-    run = kernel_type.run
+    outer = kernel_type.run
+    run = getattr(outer, "without_bands", outer)
 
     def guarded_run(self, *args, grid, warmup, **kwargs):
+        if _in_capture():
+            return run(self, *args, grid=grid, warmup=warmup, **kwargs)
         copies = {}
 
         def moved(arg):
             if not isinstance(arg, torch.Tensor):
                 return arg
             storage = arg.untyped_storage()
-            size = storage.nbytes()
             if storage.data_ptr() not in copies:
-                contents = torch.empty(0, dtype=torch.uint8, device=arg.device).set_(storage, 0, (size,), (1,))
-                buffer = torch.full((size + 2 * BAND,), 0xFF, dtype=torch.uint8, device=arg.device)
-                buffer[BAND : BAND + size] = contents
-                copies[storage.data_ptr()] = contents, buffer, torch.zeros_like(buffer, dtype=torch.bool)
-            _, buffer, elements = copies[storage.data_ptr()]
-            each = arg.element_size()
-            offset, strides = BAND + arg.storage_offset() * each, [s * each for s in arg.stride()]
-            elements.as_strided((*arg.shape, each), (*strides, 1), offset).fill_(True)
-            return arg.new_empty(0).set_(buffer.untyped_storage(), offset // each, arg.shape, arg.stride())
+                copies[storage.data_ptr()] = Banded(storage, arg.device)
+            return copies[storage.data_ptr()].moved(arg)
 
         result = run(self, *map(moved, args), grid=grid, warmup=warmup, **{k: moved(v) for k, v in kwargs.items()})
-        for contents, buffer, elements in copies.values():
-            expected = torch.full_like(buffer, 0xFF)
-            expected[BAND : BAND + contents.numel()] = contents
-            strayed = ((buffer != expected) & ~elements).sum().item()
-            if strayed:
+        for copy in copies.values():
+            if strayed := copy.strayed():
                 violations.append(f"{self.fn.__name__} stores {strayed} bytes outside its tensors")
-            contents.copy_(buffer[BAND : BAND + contents.numel()])
         return result
 
+    guarded_run.without_bands = run
     kernel_type.run = guarded_run
     try:
         yield violations
     finally:
-        kernel_type.run = run
+        kernel_type.run = outer

@@ -64,7 +64,7 @@ class Residual(tnn.Module):
 
 def sequential():
     return tnn.Sequential(
-        tnn.Conv2d(1, 4, 5, padding=2, padding_mode="reflect"), tnn.ReLU(inplace=True), tnn.MaxPool2d(3, 2, 1),
+        tnn.Conv2d(1, 4, 5, padding=2, padding_mode="circular"), tnn.ReLU(inplace=True), tnn.MaxPool2d(3, 2, 1),
         tnn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU()), tnn.Conv2d(6, 6, 3, groups=6), tnn.ReLU(),
         tnn.MaxPool2d(2, ceil_mode=True), tnn.Flatten(), tnn.Linear(150, 5), tnn.ReLU(), tnn.Linear(5, 3),
     )  # fmt: skip

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import DEVICE
-from memory import watched
+from filelock import FileLock
+from memory import CHUNK, GUARDED, watched
 
 import tritonnet
 from tritonnet.kernels import launchers as L
@@ -294,6 +295,26 @@ def test_every_kernel_is_here():
     assert set(RESULTS) == kernels and set(INPUTS) == kernels - DENSE
 
 
+@pytest.fixture
+def one_at_a_time(tmp_path_factory):
+    """Processes that share a GPU take turns at filling its memory, and leave none of it to themselves."""
+    if DEVICE == "cpu":
+        yield
+    else:
+        with FileLock(tmp_path_factory.getbasetemp().parent / "huge.lock"):
+            yield
+            torch.cuda.empty_cache()
+
+
+def require(needed):
+    """Skips the test if a GPU has less memory left; on the CPU pages that nobody touches take none."""
+    if DEVICE != "cpu":
+        torch.cuda.empty_cache()
+        left, _ = torch.cuda.mem_get_info()
+        if left < needed:
+            pytest.skip(f"needs {needed / 2**30:.0f} GiB of the GPU's memory, {left / 2**30:.0f} GiB are left")
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can run a few programs of a launch")
 @pytest.mark.parametrize("kernel", RESULTS)
 def test_huge_results(kernel, unpoisoned, full_precision):
@@ -305,16 +326,38 @@ def test_huge_results(kernel, unpoisoned, full_precision):
         assert not violations, "\n".join(violations)
 
 
+# Elements of a storage for `far`.
+FAR = 2**31 + 2**16
+
+
 def far(t, dim):
     """t with its elements so far apart along one dimension that, although each stride fits 32 bits, offsets do not."""
     stride = list(t.stride())
     stride[dim] = (2**31 + 64) // (t.size(dim) - 1)
-    storage = torch.empty(2**31 + 2**16, dtype=t.dtype, device=t.device)
+    storage = torch.empty(FAR, dtype=t.dtype, device=t.device)
     return storage.as_strided(t.shape, stride).copy_(t)
 
 
+def needed(kernel):
+    """Bytes of a GPU's memory for one call at a time, with the bands around its tensors, and for all that is small."""
+    widest = max(t.element_size() for _, *tensors in INPUTS[kernel] for t in tensors)
+    return GUARDED * widest * FAR + 4 * CHUNK
+
+
+def test_what_is_needed_is_said(monkeypatch):
+    """No kernel asks for more than a card of 80 GB has; a card with less left is told how much."""
+    assert max(map(needed, INPUTS)) == needed("cross_entropy_kernel") < 40 * 2**30
+    monkeypatch.setitem(globals(), "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 2**30, 80 * 2**30))
+    require(needed("linear_forward_kernel"))
+    with pytest.raises(pytest.skip.Exception, match="needs 33 GiB of the GPU's memory, 20 GiB are left"):
+        require(needed("cross_entropy_kernel"))
+
+
 @pytest.mark.parametrize("kernel", INPUTS)
-def test_far_inputs(kernel, unpoisoned, full_precision):
+def test_far_inputs(kernel, unpoisoned, full_precision, one_at_a_time):
+    require(needed(kernel))
     for call, *tensors in INPUTS[kernel]:
         with tritonnet.count_launches() as launches:
             expected = call(*tensors)
@@ -322,6 +365,6 @@ def test_far_inputs(kernel, unpoisoned, full_precision):
         for i, t in enumerate(tensors):
             for dim in range(t.dim()):
                 if t.size(dim) > 1:
-                    moved = [far(t, dim) if j == i else other for j, other in enumerate(tensors)]
-                    result = call(*moved)
+                    # No name for the huge tensor, which would keep it beside the next.
+                    result = call(*(far(t, dim) if j == i else other for j, other in enumerate(tensors)))
                     torch.testing.assert_close(result, expected, rtol=0, atol=0, msg=f"tensor {i}, dimension {dim}")

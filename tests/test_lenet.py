@@ -122,7 +122,7 @@ def test_training_reaches_97_percent(trained):
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzipped"])
-def test_training_on_idx_files_through_the_kernels(zipped, tmp_path, capsys, device, monkeypatch):
+def test_training_on_idx_files_through_the_kernels(zipped, tmp_path, capsys, device, monkeypatch, no_graphs):
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     x, y = torch.randint(256, (50, 28, 28)), torch.randint(10, (50,))

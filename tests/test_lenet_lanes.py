@@ -45,7 +45,7 @@ def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
         assert error <= 50 * u * q.grad.norm() + hidden, f"{parameter}: off by {error:.3g} of {q.grad.norm():.3g}"
 
 
-def test_bytes_in_lanes(in_lanes, device):
+def test_bytes_in_lanes(in_lanes, device, full_precision):
     """Patches that reach into the frame."""
     net = tritonnet.LeNet(7, mean=0.2, std=0.4).to(device).eval()
     images = torch.randint(256, (2, 1, 28, 28), dtype=torch.uint8, device=device)

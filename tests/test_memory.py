@@ -39,17 +39,18 @@ CALLS = {
 
 
 def contiguous(*size):
-    return torch.randn(size, requires_grad=True)
+    return torch.randn(size, device=DEVICE, requires_grad=True)
 
 
 def channels_last(*size):
-    t = torch.randn(size)
+    t = torch.randn(size, device=DEVICE)
     return (t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t).requires_grad_()
 
 
 def gaps(*size):
     """Every second element of a larger tensor."""
-    return torch.randn([2 * n + 1 for n in size])[tuple(slice(1, None, 2) for _ in size)].requires_grad_()
+    wide = torch.randn([2 * n + 1 for n in size], device=DEVICE)
+    return wide[tuple(slice(1, None, 2) for _ in size)].requires_grad_()
 
 
 @pytest.mark.parametrize("make", [contiguous, channels_last, gaps], ids=lambda f: f.__name__)

@@ -1,11 +1,13 @@
 """The watch over memory (memory.py) sees each bug that is planted here, says which, and passes what is right."""
 
+import memory
 import pytest
 import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
-from memory import guard_bands, unwatched, watched
+from memory import BAND, guard_bands, unwatched, watched
+from torch.utils._python_dispatch import TorchDispatchMode
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="rides on the interpreter")
 
@@ -196,3 +198,62 @@ def test_guard_bands_inside_a_storage(device):
         copy(torch.ones(32, device=device), storage[:20], block=32, mask_store=False)
         copy(torch.ones(20, device=device), storage[20:])
     assert violations == ["copy_kernel stores 24 bytes outside its tensors"]  # two bytes of a 1.0 are zero
+
+
+def test_guard_bands_of_what_is_repeated_or_shared(device):
+    """An element that an expanded dimension repeats, and two tensors of one storage."""
+    storage = torch.arange(40.0, device=device)
+    with unwatched(), guard_bands() as violations:
+        far_kernel[(1,)](storage[7:8].expand(16), storage[24:], 0, tl.int32, 16)
+        copy(storage[20:], storage[20:])
+    assert not violations
+    assert torch.equal(storage.cpu(), torch.cat([torch.arange(24.0), torch.full((16,), 7.0)]))
+
+
+def test_guard_bands_let_autograd_be(device):
+    """What autograd has kept of a tensor that a kernel reads is not written to."""
+    x = torch.ones(20, device=device, requires_grad=True)
+    y = x.square()
+    with unwatched(), guard_bands():
+        copy(x, torch.zeros(20, device=device))
+    y.sum().backward()
+    assert (x.grad == 2).all()
+
+
+def test_the_innermost_guard_bands_look(device):
+    """Or else no test could plant a bug among those that guard the tests on a GPU."""
+    with unwatched(), guard_bands() as outer:
+        with guard_bands() as inner:
+            copy(torch.ones(32, device=device), torch.zeros(20, device=device), block=32, mask_store=False)
+        copy(torch.ones(20, device=device), torch.zeros(20, device=device))
+    assert inner and not outer
+
+
+def test_guard_bands_stand_aside_in_a_capture(device, monkeypatch):
+    """A graph is to replay launches on the tensors themselves, and nothing may be asked of the GPU before it has."""
+    storage = torch.full((40,), 5.0, device=device)
+    monkeypatch.setattr(memory, "_in_capture", lambda: True)
+    with unwatched(), guard_bands() as violations:
+        copy(torch.ones(32, device=device), storage[:20], block=32, mask_store=False)
+    assert not violations and (storage[:20] == 1).all()
+
+
+def test_guard_bands_take_one_copy_and_chunks(device, monkeypatch):
+    """Two times a huge storage is what a test may need of a GPU's memory, not seven."""
+    size = 2**18
+    x, y, made = torch.ones(size, device=device), torch.zeros(8, device=device), {}
+
+    class Results(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                storage = result.untyped_storage()
+                made[storage.data_ptr()] = storage.nbytes()
+            return result
+
+    monkeypatch.setattr(memory, "CHUNK", 2**12)
+    with unwatched(), Results(), guard_bands() as violations:
+        copy(x.as_strided((8,), (size // 8,)), y, block=8)
+    assert not violations and (y == 1).all()
+    huge = sorted(n for n in made.values() if n > 4 * size // 8)
+    assert huge == [4 * size, 4 * size + 2 * BAND]

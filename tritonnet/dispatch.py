@@ -87,6 +87,9 @@ def backend_reason(device: torch.device) -> str:
 def count_launches() -> Iterator[collections.Counter[str]]:
     """Count the kernel launches inside a `with` block.
 
+    What a CUDA graph replays is not counted, only what is launched before it is captured and meanwhile: a TrainStep on
+    a GPU captures in its first call for a size of batch, and replays in the calls after it.
+
     Yields:
         collections.Counter: launches so far by kernel name, such as "conv2d_forward_kernel".
     """

@@ -75,7 +75,8 @@ class TrainStep:
         model: torch.nn.Module on the device to train on.
         loss: function of (logits, labels), or a module such as torch.nn.CrossEntropyLoss().
         optimizer: torch.optim.Optimizer of the model's parameters.
-        precision: what products are taken in, sums and weights staying float32: "ieee" (float32), "tf32" or "bfloat16".
+        precision: what products are taken in, sums and weights staying float32: "ieee" (float32), "tf32" (operands cut
+            off to 10 bits behind the point, not rounded) or "bfloat16" (rounded to 7).
             None for bfloat16 if autocast to it is on now, tf32 if torch's flags allow it to both convolutions and
             matrix products, and ieee otherwise.
         accumulate: calls whose gradients are averaged into one update, which the last of them makes. `p.grad` then

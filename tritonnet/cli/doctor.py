@@ -59,7 +59,7 @@ def allowed(format: str) -> float:
 
 
 def tensor(*size: int) -> torch.Tensor:
-    """Random float64 values of 8 bits, which every format holds: tf32 too rounds nothing then but the sums."""
+    """Random float64 values of 8 bits, which every format holds: of these tf32 too cuts nothing off."""
     return torch.randn(size).bfloat16().double()
 
 
@@ -108,7 +108,7 @@ def check_all(device: torch.device) -> tuple[list[list[str]], list[str], bool]:
     for format in formats:
         for name in LAYERS:
             # In 16 bits, what a rectifier, a window or a logarithm goes on with is rounded, in tf32 what a second
-            # product does: float64 is no truth there.
+            # product takes is cut off: float64 is no truth there.
             served = format == "float32" or name in PLAIN or (format == "tf32" and name not in DEEP)
             if not served:
                 cells[name].append("")

@@ -1,0 +1,136 @@
+"""TrainStep with CUDA graphs and without: the same bits, whichever way the batches come.
+
+Only a GPU captures anything. That guard bands let a capture pass is shown with a stand-in, everything else is skipped.
+"""
+
+import memory
+import pytest
+import torch
+from conftest import DEVICE
+from memory import Banded, guard_bands, unwatched
+
+import tritonnet
+from tritonnet import lenet_step
+
+on_a_gpu = pytest.mark.skipif(torch.device(DEVICE).type != "cuda", reason="CUDA graphs need a GPU")
+
+PRECISIONS = "bfloat16", "tf32", "ieee"
+OPTIMIZERS = {
+    "SGD momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+}
+# Of a size that is captured, and of a last one that is shorter.
+FULL_BATCHES, REST = 3, 3
+
+
+def data(size):
+    """Digits that were made up, three batches of them and a third of one."""
+    count = FULL_BATCHES * size + size // REST
+    seed = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 1, 32, 32, generator=seed)
+    return torch.utils.data.TensorDataset(images, torch.randint(10, (count,), generator=seed))
+
+
+def on_the_device(size):
+    """Batches that lie on the device already."""
+    images, labels = (t.to(DEVICE) for t in data(size).tensors)
+    return list(zip(images.split(size), labels.split(size)))
+
+
+def from_workers(size):
+    """Batches from two processes, through pinned memory, which a thread allocates while the step captures."""
+    return torch.utils.data.DataLoader(data(size), size, pin_memory=True, num_workers=2)
+
+
+def train(batches, precision, optimizer, accumulate=1):
+    """Two epochs: every loss, the parameters, and the optimiser's state."""
+    torch.manual_seed(0)
+    net = tritonnet.LeNet().to(DEVICE)
+    optimizer = OPTIMIZERS[optimizer](net.parameters())
+    step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optimizer, precision, accumulate)
+    losses = [step(images, labels) for _ in range(2) for images, labels in batches]
+    step.check()
+    assert step.path == "three launches", step.reason
+    state = [value for of in optimizer.state.values() for value in of.values()]
+    return torch.stack(losses), *(p.detach() for p in net.parameters()), *state
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The graphs that have been replayed, one entry a time."""
+    seen, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: seen.append(graph) or replay(graph))
+    return seen
+
+
+def check(make_batches, size, precision, optimizer, replays, monkeypatch, accumulate=1):
+    """With graphs and without, and both once more."""
+    runs = []
+    for graphs in (True, False) * 2:
+        monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ("cuda",) if graphs else ())
+        replays.clear()
+        runs.append(train(make_batches(size), precision, optimizer, accumulate))
+        assert len(replays) == (len(runs[-1][0]) if graphs else 0)
+        # One for each size of batch, and for each place in a group of calls that add up their gradients.
+        assert not graphs or 2 <= len(set(map(id, replays))) <= 2 * accumulate
+    assert len(runs[0][0]) == 2 * (FULL_BATCHES + 1) and runs[0][0].isfinite().all()
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("size", [64, 1000])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_same_bits(precision, size, optimizer, replays, monkeypatch):
+    check(on_the_device, size, precision, optimizer, replays, monkeypatch)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("size", [64, 1000])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_same_bits_from_a_data_loader(precision, size, replays, monkeypatch):
+    check(from_workers, size, precision, "Adam", replays, monkeypatch)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_same_bits_accumulated(precision, optimizer, replays, monkeypatch):
+    check(on_the_device, 64, precision, optimizer, replays, monkeypatch, accumulate=2)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU's graphs")
+def test_a_capture_passes_the_guard_bands(monkeypatch):
+    """The launches before a capture run between bands, those in it and its replays on the tensors themselves."""
+    capturing, banded = [False], []
+
+    def capture(launch, restore, *_):
+        def recorded():
+            capturing[0] = True
+            launch()
+            capturing[0] = False
+
+        launch()
+        restore()
+        recorded()
+        restore()  # on a GPU nothing has run
+        return recorded
+
+    class Counted(Banded):
+        def __init__(self, *arguments):
+            banded.append(capturing[0])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(lenet_step, "capture", capture)
+    monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ("cpu",))
+    monkeypatch.setattr(memory, "_in_capture", lambda: capturing[0])
+    monkeypatch.setattr(memory, "Banded", Counted)
+    net = tritonnet.LeNet()
+    images, labels = (t[:2] for t in data(2).tensors)
+    with unwatched(), guard_bands() as violations, tritonnet.count_launches() as launches:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optimizer, "ieee")(images, labels)
+    assert not violations and banded and not any(banded)
+    # Before the capture, in it, and as the stand-in replays it.
+    assert launches["lenet_forward_kernel"] == launches["lenet_gradient_kernel"] == 3
