@@ -37,6 +37,7 @@ if DEVICE == "cpu" and not INTERPRETER_RUNS:
 import memory  # noqa: E402  (needs triton)
 
 import tritonnet  # noqa: E402
+from tritonnet import losses  # noqa: E402
 
 if DEVICE == "cpu":
     # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.
@@ -46,6 +47,7 @@ if DEVICE == "cpu":
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
     memory.watch.install()
+    losses.new_block = memory.watch.knows(losses.new_block)
 
 
 torch.set_num_threads(1)  # for the same reason
