@@ -15,6 +15,7 @@ if launchers is not None:
 
 # The state that torch keeps for a parameter, in the order of the kernel's moments.
 _MOMENTS = {"SGD": ("momentum_buffer",), "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+_END = (object(),)
 _one_more = (1.0).__add__
 
 
@@ -103,34 +104,32 @@ class Moments:
         blocks = torch.tensor(weights.geometry.flat) // lenet.BLOCK
         self._rows = torch.repeat_interleave(torch.arange(n), blocks.diff())
         self.counts = torch.zeros(len(self._rows), dtype=torch.int32, device=device)
-        # Where torch looks for the steps: on the device if the optimiser is fused. Elsewhere they are views of an
-        # array, in which Python counts faster than torch.
-        self._array = self._expected = array("f", [0.0] * n)
-        self._steps, self._version = torch.frombuffer(self._array, dtype=torch.float32), 0
+        # Steps are on the device if the optimiser is fused. Elsewhere they are views of an array, in which Python
+        # counts faster than torch. SGD's are nowhere to be seen: what matters there is whether there was an update.
+        self._array, self._version, self._adam = array("f", [0.0] * n), 0, adam
+        self._steps = torch.frombuffer(self._array, dtype=torch.float32)
         if adam and any(group.get("fused") for group in optimizer.param_groups):
             self._array, self._steps, self._rows = None, torch.zeros(n, device=device), self._rows.to(device)
-        self.steps = torch.zeros(n, device=device) if self._array is not None else self._steps
+        self.steps = self._steps if self._array is None else torch.zeros(n, device=device)
         if adam:
             self._names, parts = (*self._names, "step"), [(*of, step) for of, step in zip(parts, self._steps)]
-        # What the optimiser's state of each parameter should be.
+        # What the optimiser's state of each parameter should be, and what was last seen there.
         self.views = [dict(zip(self._names, of)) for of in parts]
-        self._seen = None
+        self._seen, self._counted, self._even = [None], b"", False
 
     def load(self):
         """Take over what was loaded into the optimiser or computed by it since the last step."""
         if self._array is None:
             counted = self._steps._version == self._version
         else:
-            counted = self._array == self._expected
-        seen = self._values()
-        if counted and self._seen is not None and len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
+            counted = self._array.tobytes() == self._counted
+        if counted and all(map(is_, self._values(), self._seen)):
             return
-        for i, p in enumerate(self.weights.parameters if self._names else ()):
-            state = self.optimizer.state[p]
-            if "step" not in self._names and state.get(self._names[0]) is not self.views[i][self._names[0]]:
-                # SGD has no count: what matters is whether there was an update.
-                self._steps[i] = float(state.get(self._names[0]) is not None)
-            for name, view in self.views[i].items():
+        for i, views in enumerate(self.views if self._names else ()):
+            state = self.optimizer.state[self.weights.parameters[i]]
+            if not self._adam and state.get("momentum_buffer") is not views["momentum_buffer"]:
+                self._array[i] = float(state.get("momentum_buffer") is not None)
+            for name, view in views.items():
                 value = state.get(name)
                 if value is None:
                     view.zero_()
@@ -138,18 +137,25 @@ class Moments:
                     view.copy_(value)
                 state[name] = view
         self.counts.copy_(self._steps[self._rows])
-        self._expected, self._version = self._array and self._array[:], self._steps._version
-        self._seen = self._values()
+        self._seen = list(self._values())
+        if self._array is None:
+            self._version = self._steps._version
+        else:
+            self._counted, self._even = self._array.tobytes(), len(set(self._array)) == 1
 
     def _values(self):
-        return list(chain.from_iterable(map(dict.values, self.optimizer.state.values())))
+        """Every object of the optimiser's state, and an end, so that one that is missing or new is seen, too."""
+        return chain(chain.from_iterable(map(dict.values, self.optimizer.state.values())), _END)
 
     def start_anew(self):
         """Take everything over from the optimiser again, the device's counts among it."""
-        self._seen = None
+        self._seen = [None]
 
     def count(self):
-        """Another update is on its way: count it where torch does, as the kernel does on the device."""
-        if self._array is not None:
-            self._expected = array("f", map(_one_more, self._expected))
-            self._array[:] = self._expected
+        """There was an update: count it where torch does, as the kernel does on the device."""
+        if self._array is not None and (self._adam or 0.0 in self._array):
+            if self._even:
+                counted = array("f", (self._array[0] + 1,)) * len(self._array)
+            else:
+                counted = array("f", map(_one_more, self._array))
+            self._array[:], self._counted = counted, counted.tobytes()

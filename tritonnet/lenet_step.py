@@ -6,7 +6,7 @@ from operator import attrgetter, is_
 import torch
 
 from . import nn
-from .dispatch import launchers, on_device
+from .dispatch import implementation, launchers, on_device
 from .lenet_optimizer import Moments, numbers_of, rate_on_device, rule_of, settings_of
 from .lenet_weights import NotServed, default_format, geometry_of, parameters_of, weights_of
 from .losses import FirstBad, Losses
@@ -110,11 +110,14 @@ class ThreeLaunches:
         self._settings, self._rows, self._batches, self._calls = [], None, {}, 0
 
     def __call__(self, images, labels):
+        if implementation(self.weights.flat) is not launchers:
+            raise NotServed("the backend is the reference")
         with on_device(self.device):
-            key = images.shape, images.dtype, labels.shape, labels.dtype
-            if key not in self._batches:
-                self._check_batch(images, labels)
             self._follow_optimizer()
+            key = images.shape, images.dtype, labels.shape, labels.dtype
+            batch = self._batches.get(key)
+            if batch is None:
+                self._check_batch(images, labels)
             if not all(map(_REQUIRES_GRAD, self.parameters)):
                 raise NotServed("parameters have been frozen")
             turn, self._calls = self._calls % self.accumulate, self._calls + 1
@@ -124,7 +127,9 @@ class ThreeLaunches:
                 self._prepare_update()
             loss = self.losses.next()
             try:
-                self._run(key, images, labels, packed, add=turn > 0, update=last)
+                if batch is None:
+                    batch = self._new_batch(key, images, labels)
+                self._run(batch, images, labels, packed, turn > 0, last)
             except BaseException:
                 # How far the launches came is not known.
                 self.losses.start_anew()
@@ -212,12 +217,13 @@ class ThreeLaunches:
             p.grad = grad
         self._told = True
 
-    def _run(self, key, images, labels, packed, add, update):
-        batch = self._batches.get(key)
-        if batch is None:
-            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            static = self.device.type in self.graphs_on and len(images) < GRAPH_BELOW
-            batch = self._batches[key] = Batch(images, labels, self.geometry, self.format, static)
+    def _new_batch(self, key, images, labels):
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        static = self.device.type in self.graphs_on and len(images) < GRAPH_BELOW
+        batch = self._batches[key] = Batch(images, labels, self.geometry, self.format, static)
+        return batch
+
+    def _run(self, batch, images, labels, packed, add, update):
         if batch.images is None:
             images = images.to(self.device, non_blocking=True).contiguous()
             labels = labels.to(self.device, non_blocking=True).contiguous()
@@ -226,7 +232,8 @@ class ThreeLaunches:
         # One call for both copies would be no faster: torch takes tensors of two dtypes one after the other.
         batch.images.copy_(images, non_blocking=True)
         batch.labels.copy_(labels, non_blocking=True)
-        if (add, update) not in batch.replays:
+        replay = batch.replays.get((add, update))
+        if replay is None:
 
             def launch():
                 self._launch(batch, batch.images, batch.labels, packed, add, update)
@@ -241,11 +248,12 @@ class ThreeLaunches:
                     t.copy_(value)
 
             try:
-                batch.replays[add, update] = capture(launch, restore, self.device)
+                replay = capture(launch, restore, self.device)
             except NotCaptured as e:
-                batch.replays[add, update] = launch
+                replay = launch
                 self._say_once(f"batches of {len(images)} take three launches without a CUDA graph: {e}")
-        batch.replays[add, update]()
+            batch.replays[add, update] = replay
+        replay()
 
     def _say_once(self, line):
         if self._said:

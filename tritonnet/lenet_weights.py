@@ -100,7 +100,7 @@ class Weights:
         self._places = [view.data_ptr() for view in self.views]
         # Which partial sums are added up makes no difference to how weights are packed.
         self._table = lenet.table(geometry, lenet.Splits(1, 1, 1), self.device)
-        self._packed = {}
+        self._packed, self._own_versions = {}, False
 
     def split(self, buffer):
         """The part of each parameter in a buffer like `flat`, in the parameter's shape."""
@@ -123,13 +123,18 @@ class Weights:
     def mark(self, format):
         """Note that parameters and the format's packed copies were written together, as one launch does."""
         torch.autograd.graph.increment_version(self.parameters)
-        packed, (addresses, _) = self._packed[format]
-        self._packed[format] = packed, (addresses, list(map(_VERSION, self.parameters)))
+        packed, (addresses, versions) = self._packed[format]
+        versions = [version + 1 for version in versions]
+        if not self._own_versions:
+            # Parameters made of one tensor count together.
+            now = list(map(_VERSION, self.parameters))
+            self._own_versions, versions = now == versions, now
+        self._packed[format] = packed, (addresses, versions)
 
     def packed(self, format, adopt=False):
         """The packed copies, made anew if anybody has changed the parameters, which may be made views first."""
         packed, seen = self._packed.get(format, (None, None))
-        now = self._seen()
+        now = list(map(_ADDRESS, self.parameters)), list(map(_VERSION, self.parameters))
         if adopt and now[0] != self._places:
             self.adopt()
             now = self._seen()

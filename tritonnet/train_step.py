@@ -101,12 +101,10 @@ class TrainStep:
         else:
             self._say()
 
-    def _check_backend(self, p):
+    def _three_launches(self):
+        p = next(self.model.parameters(), None)
         if launchers is None or p is None or implementation(p) is not launchers:
             raise NotServed("the backend is the reference")
-
-    def _three_launches(self):
-        self._check_backend(next(self.model.parameters(), None))
         is_lenet = type(self.model) is LeNet
         layers = self.model.layers if is_lenet else find_layers(self.model)
         pixels = self.model.pixels if is_lenet else None
@@ -144,7 +142,6 @@ class TrainStep:
         """
         if self.path == "three launches":
             try:
-                self._check_backend(self._step.parameters[0])
                 return self._step(images, labels)
             except NotServed as e:
                 self._use_operators(str(e))
