@@ -141,13 +141,14 @@ class Calls:
         memory = lenet_forward.activations(n, geometry, format, "cpu", train=True)
         scratch, partial = lenet_gradient.sums(geometry, splits, "cpu")
         table, numbers = torch.empty(16, lenet.COLUMNS, dtype=torch.int32), torch.empty(10, lenet.NUMBERS)
-        trouble = torch.empty(2, dtype=torch.int32)
+        counts, steps = torch.empty(geometry.flat[-1] // lenet.BLOCK, dtype=torch.int32), torch.empty(10)
+        place, trouble = torch.empty(1, dtype=torch.int64), torch.empty(2, dtype=torch.int32)
         lenet_forward.forward(x, torch.empty(n, dtype=torch.int64), flat, packed, *net, memory, memory["logits"])
         if not backward:
             return
         lenet_gradient.gradients(x, packed, *net, memory, splits, scratch, partial)
         lenet_update.update(
-            flat, packed, geometry, table, numbers, partial, memory["loss"], torch.empty(()), trouble,
+            flat, packed, geometry, table, numbers, counts, steps, partial, memory["loss"], place, trouble,
             moments=moments, rule="Adam", decoupled=True,
         )  # fmt: skip
 

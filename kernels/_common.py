@@ -32,10 +32,24 @@ _TRITON = {
 
 
 @functools.cache
-def compute_capability():
-    """The major number of NVIDIA's architecture that kernels are compiled for, and 0 for another maker's."""
+def _capability(device):
+    """Of the device with this number, which is the current one."""
     target = driver.active.get_current_target()
     return target.arch // 10 if target.backend == "cuda" else 0
+
+
+def compute_capability():
+    """The major number of NVIDIA's architecture that kernels are compiled for, and 0 for another maker's.
+
+    That of the current device: a machine may have cards of two kinds.
+    """
+    return 0 if INTERPRETED else _capability(driver.active.get_current_device())
+
+
+def cached_for_architecture(function):
+    """functools.cache for a function of the compute capability too."""
+    cached = functools.cache(lambda _, *args: function(*args))
+    return functools.wraps(function)(lambda *args: cached(compute_capability(), *args))
 
 
 def acc_type(dtype):

@@ -40,8 +40,9 @@ from ._common import INTERPRETED
 BLOCK = 16384 if INTERPRETED else 128
 # Columns of the table that says where a parameter's gradient lies and where its packed copies go.
 COLUMNS = 32
-# Columns of the optimiser's numbers for each parameter.
-NUMBERS = 10
+# Bits of the number of an update, and columns of the optimiser's numbers for each parameter.
+BITS = 32
+NUMBERS = 8 + 2 * BITS
 
 
 def _remembered(method):

@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 
 from . import lenet_lanes
-from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, launch, operand_type, round_to
+from ._common import (
+    INTERPRETED,
+    OPTIONS,
+    cached_for_architecture,
+    compute_capability,
+    index_type,
+    launch,
+    operand_type,
+    round_to,
+)
 from .lane_order import columns_of_lanes, from_result, load_weights, rows_of_lanes, to_operand, vectors
 from .lenet_linears import add_product, features_gradient, hidden_gradient, hidden_layer, loss_and_gradient
 
@@ -114,7 +123,7 @@ def _other_tile(form, images, geometry, train):
     return tile
 
 
-@functools.cache
+@cached_for_architecture
 def tile_for(form, images, geometry, train):
     """(images a program, Tile) for a batch of so many images."""
     if INTERPRETED:
@@ -444,7 +453,7 @@ def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, i
         **{f"B{i + 1}": starts[2 * i + 1] for i in range(5)}, CONV2=starts[2], W2=W2, W3=W3, W4=W4, W5=W5,
         LANES=form == "lanes", TRAIN=train, KEPT=tile.kept, **geometry.constants,
         FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
-        INDEX=index_type(x, p1, acts, dz, logits), OPERAND=operand_type(packed.dtype),
+        INDEX=index_type(x, *memory.values(), logits), OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
         BLOCK_I=block, BLOCK_S=min(block, tile.S), BLOCK_R=max(8 if form == "lanes" else 16, block),
         BLOCK_C=min(32 if form == "lanes" else 128, geometry.block_classes),

@@ -8,7 +8,6 @@ Programs take roles by number: first those of the first convolution, then those 
 linears. Each keeps its sum in registers and writes it once.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,16 @@ import triton
 import triton.language as tl
 
 from . import lenet_lanes, lenet_lanes_grad
-from ._common import INTERPRETED, OPTIONS, compute_capability, index_type, launch, operand_type, round_to
+from ._common import (
+    INTERPRETED,
+    OPTIONS,
+    cached_for_architecture,
+    compute_capability,
+    index_type,
+    launch,
+    operand_type,
+    round_to,
+)
 from .conv2d import next_block
 from .conv2d_pool_grad import one_hot
 from .lenet import Splits
@@ -53,7 +61,7 @@ MOST = Splits(168, 74, 2)
 MOST_LANES = Splits(64, 4, 3, lanes=True)
 
 
-@functools.cache
+@cached_for_architecture
 def tile_for(form, images, geometry):
     """The Tile for a batch of so many images."""
     if not INTERPRETED:

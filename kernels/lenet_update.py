@@ -7,17 +7,20 @@
         m += (1 - beta1) * (g - m),   v = beta2 * v + (1 - beta2) * g^2
         w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps), by AMSGrad of the largest v so far
 
-Rates and moments come from a small tensor, a row for each parameter, so that a captured launch follows schedules.
+Rates and moments come from a small tensor, a row for each parameter, so that a captured launch follows schedules. What
+a replay has to find anew each time it keeps for itself: every program counts the updates that it has made, in a place
+that no other program reads, and the first writes each loss to the next of a row of places.
 """
 
 import triton
 import triton.language as tl
 
 from ._common import INTERPRETED, OPTIONS, launch, round_to
-from .lenet import BLOCK, COLUMNS, NUMBERS
+from .lenet import BITS, BLOCK, COLUMNS, NUMBERS
 
-# The columns of the optimiser's numbers. For SGD the two moments are those of the buffer.
-LR, WEIGHT_DECAY, SIGN, KEEP1, ADD1, KEEP2, ADD2, EPS, CORRECTION1, CORRECTION2 = range(10)
+# The columns of the optimiser's numbers. For SGD the first moment is the buffer. The last two are where 1 - beta^(2^k)
+# of either moment begin, for BITS values of k.
+LR, WEIGHT_DECAY, SIGN, KEEP1, ADD1, KEEP2, ADD2, EPS, POWERS1, POWERS2 = *range(9), 8 + BITS
 RULES = {"none": 0, "SGD": 1, "Adam": 2}
 # Partial sums that a program adds at a time.
 BLOCK_S = 8 if INTERPRETED else 16
@@ -37,11 +40,25 @@ def mean_factor(losses_ptr, PARTS, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
+def either(a, b):
+    """1 - (1 - a) * (1 - b), with the digits of small a and b that a difference from 1 would lose."""
+    return a + b * (1 - a)
+
+
+@triton.jit
+def correction(powers_ptr, step, BITS: tl.constexpr):
+    """1 - beta^step from the 1 - beta^(2^k), to two roundings of float32."""
+    k = tl.arange(0, BITS)
+    return tl.reduce(tl.where((step >> k) & 1 != 0, tl.load(powers_ptr + k), 0.0), 0, either)
+
+
+@triton.jit
 def updated(
-    w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr,
+    w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr, step,
     RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
-    """The new weights; the moments at offs are stored."""
+    """The new weights after the update number `step`; the moments at offs are stored."""
     lr, decay = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     keep1, add1 = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
     keep2, add2 = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
@@ -52,10 +69,10 @@ def updated(
         g += decay * w
     if RULE == 1:
         if MOMENTUM:
-            buffer = keep1 * tl.load(first_ptr + offs) + add1 * g
+            # The first buffer is the gradient itself.
+            buffer = tl.where(step == 1, g, keep1 * tl.load(first_ptr + offs) + add1 * g)
             tl.store(first_ptr + offs, buffer)
-            # A first step keeps nothing of the buffer, and still looks ahead by the momentum.
-            g = g + keep2 * buffer if NESTEROV else buffer
+            g = g + keep1 * buffer if NESTEROV else buffer
         return w - lr * g
     else:
         m = tl.load(first_ptr + offs)
@@ -66,9 +83,9 @@ def updated(
         if AMSGRAD:
             v = tl.maximum(v, tl.load(third_ptr + offs), propagate_nan=tl.PropagateNan.ALL)
             tl.store(third_ptr + offs, v)
-        eps, correction1, correction2 = (
-            tl.load(numbers_ptr + 7), tl.load(numbers_ptr + 8), tl.load(numbers_ptr + 9),
-        )  # fmt: skip
+        correction1 = correction(numbers_ptr + 8, step, BITS)
+        correction2 = tl.sqrt_rn(correction(numbers_ptr + 8 + BITS, step, BITS))
+        eps = tl.load(numbers_ptr + 7)
         return w - tl.div_rn(lr, correction1) * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction2) + eps)
 
 
@@ -97,11 +114,11 @@ def pack(w, packed_ptr, row_ptr, row, a, b, c, d, mask, WD: tl.constexpr):
 @triton.jit(do_not_specialize=["PARTS"])
 def lenet_update_kernel(
     flat_ptr, grad_ptr, first_ptr, second_ptr, third_ptr, packed_ptr,
-    partial_ptr, losses_ptr, table_ptr, numbers_ptr, loss_ptr, trouble_ptr,
+    partial_ptr, losses_ptr, table_ptr, numbers_ptr, counts_ptr, steps_ptr, place_ptr, trouble_ptr,
     PARTS,
     SCALE: tl.constexpr, GRADIENT: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
     RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
-    WD: tl.constexpr, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr,
+    WD: tl.constexpr, COLUMNS: tl.constexpr, NUMBERS: tl.constexpr, BITS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -134,16 +151,22 @@ def lenet_update_kernel(
             tl.store(grad_ptr + offs, g)
         if pid == 0:
             loss = loss / count
-            tl.store(loss_ptr, loss)
+            place = tl.load(place_ptr)
+            tl.store(place.to(tl.pointer_type(tl.float32)), loss)
+            tl.store(place_ptr, place + 4)
             # Of the calls so far the first whose loss was no finite number, and how many there were.
             first_bad, call = tl.load(trouble_ptr), tl.load(trouble_ptr + 1) + 1
             bad = (first_bad == 0) & ((tl.abs(loss) < float("inf")) == 0)
             tl.store(trouble_ptr, tl.where(bad, call, first_bad))
             tl.store(trouble_ptr + 1, call)
         if RULE > 0:
+            step = tl.load(counts_ptr + pid) + 1
+            tl.store(counts_ptr + pid, step)
+            if tl.load(row_ptr) == pid:
+                tl.store(steps_ptr + row, step.to(tl.float32))
             w = updated(
-                w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr + row * NUMBERS,
-                RULE, MOMENTUM, NESTEROV, DECOUPLED, AMSGRAD,
+                w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr + row * NUMBERS, step,
+                RULE, MOMENTUM, NESTEROV, DECOUPLED, AMSGRAD, BITS,
             )  # fmt: skip
             tl.store(flat_ptr + offs, w)
     if RULE > 0 or not GRADIENT:
@@ -151,8 +174,9 @@ def lenet_update_kernel(
 
 
 def update(
-    flat, packed, geometry, table, numbers=None, partial=None, losses=None, loss=None, trouble=None,
-    grad=None, moments=(), scale=1.0, add=False, rule="none", momentum=False, nesterov=False, decoupled=False,
+    flat, packed, geometry, table, numbers=None, counts=None, steps=None, partial=None, losses=None, place=None,
+    trouble=None, grad=None, moments=(), scale=1.0, add=False,
+    rule="none", momentum=False, nesterov=False, decoupled=False,
 ):  # fmt: skip
     """Packs the weights of `flat`; with partial sums it adds those up first, and with a rule it applies them.
 
@@ -160,21 +184,27 @@ def update(
         flat, grad, moments: (geometry.flat[-1]) float32, elements of the parameters, of gradients and of the
             optimiser's state; grad takes the gradients, on top of what is there if `add`.
         numbers: (10, NUMBERS) float32, the optimiser's numbers for each parameter.
-        losses: (programs, 2), sums of losses and numbers of targets; loss (): their quotient.
+        counts: (geometry.flat[-1] / BLOCK) int32, for each program how many updates there were, to which it adds one.
+        steps: (10) float32, takes how many updates of each parameter there are then.
+        losses: (programs, 2), sums of losses and numbers of targets.
+        place: (1) int64, the address that takes their quotient, a float32; becomes that of the float32 behind it.
         trouble: (2) int32, the number of the first call whose loss was not finite, 0 while there is none, and how many
             calls there were.
         scale: factor of the gradients.
     """
     gradient = partial is not None
     first, second, third = (*moments, flat, flat, flat)[:3]
+    # Pointers that a launch without gradients never follows.
+    partial, losses, numbers, counts, steps, place, trouble, grad_or_flat = (
+        flat if t is None else t for t in (partial, losses, numbers, counts, steps, place, trouble, grad)
+    )
     launch(
         lenet_update_kernel, (flat.numel() // BLOCK,),
-        flat, flat if grad is None else grad, first, second, third, packed,
-        partial if gradient else flat, losses if gradient else flat, table, numbers if gradient else flat,
-        loss if gradient else flat, trouble if gradient else flat,
+        flat, grad_or_flat, first, second, third, packed,
+        partial, losses, table, numbers, counts, steps, place, trouble,
         losses.shape[0] if gradient else 0,
         SCALE=scale, GRADIENT=gradient, ADD=add, KEEP=grad is not None,
         RULE=RULES[rule], MOMENTUM=momentum, NESTEROV=nesterov, DECOUPLED=decoupled, AMSGRAD=len(moments) == 3,
-        WD=geometry.packed[2], COLUMNS=COLUMNS, NUMBERS=NUMBERS,
+        WD=geometry.packed[2], COLUMNS=COLUMNS, NUMBERS=NUMBERS, BITS=BITS,
         BLOCK=BLOCK, BLOCK_S=BLOCK_S, BLOCK_L=BLOCK_L, num_warps=4, **OPTIONS,
     )  # fmt: skip

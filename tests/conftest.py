@@ -39,7 +39,7 @@ if DEVICE == "cpu" and not INTERPRETER_RUNS:
 import memory  # noqa: E402  (needs triton)
 
 import tritonnet  # noqa: E402
-from tritonnet import lenet_step  # noqa: E402
+from tritonnet import lenet_step, losses  # noqa: E402
 
 if DEVICE == "cpu":
     # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.
@@ -49,6 +49,7 @@ if DEVICE == "cpu":
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
     memory.watch.install()
+    losses.new_block = memory.watch.knows(losses.new_block)
 
 
 torch.set_num_threads(1)  # for the same reason

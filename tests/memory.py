@@ -5,7 +5,8 @@ what was there before. So a kernel that passes in Triton's interpreter, where pr
 roomy buffers, may still be wrong. There are two watches, and a test fails if either sees anything:
 
 - in the interpreter `Watch`, of every load and store: each tensor of a launch gets an address range of its own, far
-  from the others, so that an access is judged by the argument that its pointer came from;
+  from the others, so that an access is judged by the argument that its pointer came from. Pointers that a kernel finds
+  in memory are real addresses, and have to lie in a tensor that the watch `knows`;
 - on a GPU `guard_bands`, of stores only: the tensors of a launch lie between bands whose bytes must stay as they were.
   What a CUDA graph replays is no launch that anybody could stand in front of: there the launches are looked at that run
   before the capture, the same kernels on the same tensors.
@@ -15,9 +16,11 @@ memory that nobody has written to holds NaN.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
+import weakref
 
 import numpy as np
 import torch
@@ -37,6 +40,8 @@ PARTLY = {
     # Places of images up to a whole block of them, which nobody reads.
     ("lenet_forward_kernel", "dz_columns_ptr"),
     ("lenet_forward_kernel", "code2_columns_ptr"),
+    # A loss of many.
+    ("lenet_update_kernel", "an address in memory"),
 }
 
 
@@ -90,10 +95,22 @@ class Watch:
         self.violations = []
         self.sample = None  # how many programs of each launch to run; None for all
         self.off = False
+        self.known = []  # weak references to tensors
         self.real = interpreter._interpreter
 
     def __getattr__(self, name):
         return getattr(self.real, name)
+
+    def knows(self, function):
+        """The function; kernels may access each tensor that it returns by an address that they find in memory."""
+
+        @functools.wraps(function)
+        def wrapped(*args):
+            tensor = function(*args)
+            self.known = [weakref.ref(tensor), *(known for known in self.known if known() is not None)]
+            return tensor
+
+        return wrapped
 
     def install(self):
         """From now on every launch in the interpreter is watched."""
@@ -179,7 +196,7 @@ class Watch:
         addresses = ptrs.ravel()
         # Masks made of other masks may come as integers.
         on = np.broadcast_to(mask, ptrs.shape).ravel().astype(bool, copy=False)
-        tensor = self.tensors[min(max(int(addresses[0]) >> RANGE, 1), len(self.tensors)) - 1]
+        tensor = self.owner(int(addresses[0]))
         real = addresses - np.uint64(tensor.virtual) + np.uint64(tensor.tensor.data_ptr())
         offsets = (addresses[on] - np.uint64(tensor.virtual)).view(np.int64)
         at = offsets // tensor.itemsize
@@ -193,6 +210,21 @@ class Watch:
                 on[on] = inside
                 at = at[inside]
         return tensor, at, real.reshape(ptrs.shape), on.reshape(ptrs.shape)
+
+    def owner(self, address):
+        """The tensor that an access is judged by."""
+        number = address >> RANGE
+        if number == 0:
+            for tensor in self.tensors[len(self.names) :]:
+                if 0 <= address - tensor.virtual < tensor.bytes:
+                    return tensor
+            for known in (known() for known in self.known):
+                if known is not None and 0 <= address - known.data_ptr() < known.nbytes:
+                    tensor = Tensor(len(self.tensors), "an address in memory", known, self.histories)
+                    tensor.virtual = known.data_ptr()
+                    self.tensors.append(tensor)
+                    return tensor
+        return self.tensors[min(max(number, 1), len(self.tensors)) - 1]
 
     def others(self, numbers):
         """Which of these phase numbers are another program's, and which are this phase's own."""

@@ -83,15 +83,13 @@ def test_counting_leaves_no_hook_behind():
 
 def test_operators_run_on_the_device_of_their_tensors(monkeypatch):
     """Triton launches on the current device, which need not be that of the tensors (no second GPU is needed to see)."""
-    from tritonnet import ops
-
     chosen = []
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(
         torch.accelerator, "device_index", lambda index: chosen.append(index) or contextlib.nullcontext()
     )
     for device in ("cpu", "cuda:0", "cuda:1"):
-        with ops._on(torch.device(device)):
+        with tritonnet.dispatch.on_device(torch.device(device)):
             pass
     assert chosen == [1]
 

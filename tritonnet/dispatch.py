@@ -63,6 +63,16 @@ def implementation(tensor: torch.Tensor) -> ModuleType:
     return reference
 
 
+_ALREADY = contextlib.nullcontext()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Makes `device` the current one in a `with` block: Triton launches there, whichever the tensors are on."""
+    if device.type == "cpu" or device.index in (None, torch.accelerator.current_device_index()):
+        return _ALREADY
+    return torch.accelerator.device_index(device.index)
+
+
 def backend_name(device: torch.device) -> str:
     """What serves tensors on this torch.device now, in words."""
     if implementation(torch.empty(0, device=device)) is reference:

@@ -2,11 +2,12 @@
 
 import math
 import weakref
+from operator import attrgetter
 
 import torch
 
 from . import nn
-from .dispatch import implementation, launchers
+from .dispatch import implementation, launchers, on_device
 from .fusion import _CONV, _LINEAR
 from .nn._plain import is_plain
 from .registration import watched
@@ -15,6 +16,8 @@ if launchers is not None:
     from .kernels import lenet, lenet_forward, lenet_update
     from .kernels.conv2d import precision as conv_precision
     from .kernels.linear import precision as linear_precision
+
+_ADDRESS, _VERSION = torch.Tensor.data_ptr, attrgetter("_version")
 
 FORMATS = ("ieee", "tf32", "bfloat16")
 # Pixels a side by what the first convolution pads with and the features of the first linear.
@@ -97,7 +100,7 @@ class Weights:
         self._places = [view.data_ptr() for view in self.views]
         # Which partial sums are added up makes no difference to how weights are packed.
         self._table = lenet.table(geometry, lenet.Splits(1, 1, 1), self.device)
-        self._packed = {}
+        self._packed, self._own_versions = {}, False
 
     def split(self, buffer):
         """The part of each parameter in a buffer like `flat`, in the parameter's shape."""
@@ -115,18 +118,24 @@ class Weights:
                     p.data = view
 
     def _seen(self):
-        return [(p.data_ptr(), p._version) for p in self.parameters]
+        return list(map(_ADDRESS, self.parameters)), list(map(_VERSION, self.parameters))
 
     def mark(self, format):
         """Note that parameters and the format's packed copies were written together, as one launch does."""
         torch.autograd.graph.increment_version(self.parameters)
-        self._packed[format] = self._packed[format][0], self._seen()
+        packed, (addresses, versions) = self._packed[format]
+        versions = [version + 1 for version in versions]
+        if not self._own_versions:
+            # Parameters made of one tensor count together.
+            now = list(map(_VERSION, self.parameters))
+            self._own_versions, versions = now == versions, now
+        self._packed[format] = packed, (addresses, versions)
 
     def packed(self, format, adopt=False):
         """The packed copies, made anew if anybody has changed the parameters, which may be made views first."""
         packed, seen = self._packed.get(format, (None, None))
-        now = self._seen()
-        if adopt and [pointer for pointer, _ in now] != self._places:
+        now = list(map(_ADDRESS, self.parameters)), list(map(_VERSION, self.parameters))
+        if adopt and now[0] != self._places:
             self.adopt()
             now = self._seen()
         if seen == now:
@@ -183,9 +192,10 @@ def predict(model, layers, images, pixels):
     format = "bfloat16" if dtype == torch.bfloat16 else default_format(device)
     weights = weights_of(model, parameters, geometry)
     logits = images.new_empty(len(images), geometry.classes, dtype=torch.bfloat16 if format == "bfloat16" else dtype)
-    lenet_forward.forward(
-        images.contiguous(), None, weights.flat, weights.packed(format), geometry, format,
-        pixels(images) if raw else lenet_forward.Pixels(),
-        lenet_forward.activations(len(images), geometry, format, device, train=False), logits,
-    )  # fmt: skip
+    with on_device(device):
+        lenet_forward.forward(
+            images.contiguous(), None, weights.flat, weights.packed(format), geometry, format,
+            pixels(images) if raw else lenet_forward.Pixels(),
+            lenet_forward.activations(len(images), geometry, format, device, train=False), logits,
+        )  # fmt: skip
     return logits

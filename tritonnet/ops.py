@@ -4,16 +4,9 @@ import contextlib
 
 import torch
 
-from .dispatch import implementation
+from .dispatch import implementation, on_device
 from .kernels import shapes
 from .registration import register_operator
-
-
-def _on(device):
-    """Makes `device` the current one: Triton launches there, whichever the tensors are on."""
-    if device.type == "cpu" or device.index in (None, torch.accelerator.current_device_index()):
-        return contextlib.nullcontext()
-    return torch.accelerator.device_index(device.index)
 
 
 def _no_autocast(device):
@@ -28,7 +21,7 @@ def _operator(schema, fake):
 
     def run(*args):
         device = args[0].device
-        with _on(device), _no_autocast(device):
+        with on_device(device), _no_autocast(device):
             return getattr(implementation(args[0]), name)(*args)
 
     return register_operator(schema, fake, run)

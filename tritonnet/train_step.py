@@ -10,6 +10,7 @@ from .fusion import fuse
 from .lenet import LeNet
 from .lenet_step import ThreeLaunches
 from .lenet_weights import FORMATS, NotServed
+from .losses import FirstBad
 from .recognition import find_layers
 
 
@@ -26,7 +27,7 @@ class Operators:
     def __init__(self, model, loss, optimizer, precision, accumulate):
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.precision, self.accumulate, self.calls = precision, accumulate, 0
-        self.first_bad = None
+        self.bad = None
 
     def __call__(self, images, labels):
         device = next(self.model.parameters()).device
@@ -40,21 +41,15 @@ class Operators:
         if turn == self.accumulate - 1:
             self.optimizer.step()
         loss = loss.detach()
-        self._note(loss)
+        if self.bad is None or self.bad.device != loss.device:
+            self.bad = FirstBad(loss.device)
+        self.bad.note(loss, self.calls)
+        self.bad.look(self.calls)
         return loss
 
-    def _note(self, loss):
-        """Keeps the number of the first call with a loss that is not finite, without waiting for it on a GPU."""
-        if self.first_bad is None or self.first_bad.device != loss.device:
-            self.first_bad = torch.zeros((), dtype=torch.int64, device=loss.device)
-        self.first_bad = torch.where((self.first_bad == 0) & ~loss.isfinite(), self.calls, self.first_bad)
-        if loss.device.type == "cpu":
-            self.check()
-
     def check(self):
-        if self.first_bad is not None and (first := int(self.first_bad)):
-            self.first_bad = None
-            raise FloatingPointError(f"the loss of call {first} was not a finite number")
+        if self.bad is not None:
+            self.bad.check()
 
 
 class TrainStep:
@@ -81,7 +76,8 @@ class TrainStep:
             matrix products, and ieee otherwise.
         accumulate: calls whose gradients are averaged into one update, which the last of them makes. `p.grad` then
             holds the gradients so far. With 1 they are nowhere to be seen on the short path.
-        report: function that is called with a line on the path taken, such as print.
+        report: function that is called with a line on the path taken, such as print, and on a CUDA graph that could not
+            be captured, which is a RuntimeWarning otherwise.
 
     Raises:
         TypeError: model or optimizer is none.
@@ -106,16 +102,16 @@ class TrainStep:
         else:
             self._say()
 
-    def _check_backend(self, p):
+    def _three_launches(self):
+        p = next(self.model.parameters(), None)
         if launchers is None or p is None or implementation(p) is not launchers:
             raise NotServed("the backend is the reference")
-
-    def _three_launches(self):
-        self._check_backend(next(self.model.parameters(), None))
         is_lenet = type(self.model) is LeNet
         layers = self.model.layers if is_lenet else find_layers(self.model)
         pixels = self.model.pixels if is_lenet else None
-        return ThreeLaunches(self.model, layers, self.loss, self.optimizer, pixels, self.precision, self.accumulate)
+        return ThreeLaunches(
+            self.model, layers, self.loss, self.optimizer, pixels, self.precision, self.accumulate, self._report
+        )
 
     def _use_operators(self, reason):
         self.path, self.reason = "operators", reason
@@ -147,7 +143,6 @@ class TrainStep:
         """
         if self.path == "three launches":
             try:
-                self._check_backend(self._step.parameters[0])
                 return self._step(images, labels)
             except NotServed as e:
                 self._use_operators(str(e))

@@ -1,0 +1,90 @@
+"""The losses of a training step's calls: where they lie on the device, and which was the first that is not finite."""
+
+import torch
+
+from .dispatch import on_device
+
+# Losses that lie side by side.
+BLOCK = 64
+# Calls between two looks at whether a loss was not finite; what one finds is heard of at the next.
+LOOK_EVERY = 32
+
+
+def new_block(device):
+    """Places for the next losses; the kernel that fills them finds their address in memory."""
+    return torch.empty(BLOCK, device=device)
+
+
+class Losses:
+    """Hands out a place for each call's loss, so that no loss is copied and none ever changes.
+
+    Attributes:
+        place: (1) int64 on the device, the address of the place that the coming call's kernel writes to. The kernel
+            moves it on, so that a captured launch needs nothing from the host but a fresh block now and then.
+    """
+
+    def __init__(self, device):
+        self.device, self.place = device, torch.zeros(1, dtype=torch.int64, device=device)
+        self._block, self._left = None, []
+
+    def next(self):
+        """The place that `place` stands for, (), for one launch that fills it."""
+        if not self._left:
+            self._block = new_block(self.device)
+            address = self._block.data_ptr()
+            # Addresses are unsigned, and on some GPUs above 2^63.
+            self.place.fill_(address - (address >> 63 << 64))
+            self._left = list(self._block.unbind())[::-1]
+        return self._left.pop()
+
+    def start_anew(self):
+        """Begin another block: whether a launch that failed has moved `place` on is not known."""
+        self._left = []
+
+
+class FirstBad:
+    """The number of the first call whose loss was not finite, kept on the device.
+
+    Attributes:
+        numbers: (2) int32 on the device, the number of that call, 0 while there is none, and how many calls there were.
+    """
+
+    def __init__(self, device):
+        self.device, self.numbers = device, torch.zeros(2, dtype=torch.int32, device=device)
+        self._first, self._look, self._waits = self.numbers[0], None, device.type != "cpu"
+
+    def note(self, loss, call):
+        """Keeps the number of the call if its loss, (), is the first that is not finite, without waiting for it."""
+        self._first.copy_(torch.where((self._first == 0) & ~loss.isfinite(), call, self._first))
+
+    def look(self, calls):
+        """After call number `calls`: raises what `check` does for a call at most 64 calls old.
+
+        On the CPU there is nothing to wait for. On a GPU the numbers are sent to the host in time to be there at the
+        next look: only a host that is so far ahead waits for them, while the GPU has work left.
+        """
+        if not self._waits:
+            self.check()
+        elif calls % LOOK_EVERY == 0:
+            before, self._look = self._look, self._send()
+            if before is not None:
+                numbers, event = before
+                event.synchronize()
+                if numbers[0]:
+                    self.check()
+
+    def _send(self):
+        """(copy of the numbers on the host, event after which it holds them)."""
+        with on_device(self.device):
+            event = torch.Event(self.device)
+            numbers = torch.empty(2, dtype=torch.int32, pin_memory=True)
+            numbers.copy_(self.numbers, non_blocking=True)
+            event.record()
+        return numbers, event
+
+    def check(self):
+        """FloatingPointError if the loss of a call was not finite since the last time; waits for the device."""
+        first = int(self._first)
+        if first:
+            self._first.zero_()
+            raise FloatingPointError(f"the loss of call {first} was not a finite number")
