@@ -316,13 +316,15 @@ def test_the_model_stays_an_ordinary_module(device, tmp_path):
         assert not torch.equal(net(images), y) and all(torch.equal(other(images), y) for other in copies)
 
 
-def test_other_batches_and_ignored_labels(device):
-    """A short last batch, labels of one byte, and labels that do not count."""
+def test_other_batches_and_ignored_labels(device, monkeypatch):
+    """Batches of two sizes by turns, of which one is kept; labels of one byte, and labels that do not count."""
+    monkeypatch.setattr(lenet_step, "MOST_BATCHES", 1)
     net = tritonnet.LeNet().to(device)
     twin = copy.deepcopy(net)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.1) for n in (net, twin)]
     step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(ignore_index=3), optimizers[0], "ieee")
-    for size, labels in ((4, torch.tensor([3, 1, 9, 3])), (2, torch.tensor([0, 5]))):
+    four, two = torch.tensor([3, 1, 9, 3]), torch.tensor([0, 5])
+    for size, labels in ((4, four), (2, two), (2, two), (4, four)):
         images, _ = batch(net, (size, 1, 32, 32), device, size)
         loss = step(images, labels.to(device, torch.uint8))
         with tritonnet.backend("reference"):
@@ -331,6 +333,7 @@ def test_other_batches_and_ignored_labels(device):
             true_loss.backward()
             optimizers[1].step()
         torch.testing.assert_close(loss, true_loss.detach(), rtol=1e-5, atol=1e-6)
+        assert [key[0][0] for key in step._step._batches] == [size]
     for p, q in zip(net.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 

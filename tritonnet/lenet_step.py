@@ -15,9 +15,12 @@ from .nn._plain import is_plain
 
 if launchers is not None:
     from .kernels import lenet, lenet_forward, lenet_gradient, lenet_update
+    from .kernels._common import compiled_together
 
 # Larger batches keep the GPU busy for longer than the host takes to queue three launches, and are read where they are.
 GRAPH_BELOW = 8192
+# Sizes of batches whose buffers and graphs are kept, those used last.
+MOST_BATCHES = 8
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
@@ -107,7 +110,7 @@ class ThreeLaunches:
         self.numbers = torch.zeros(len(parameters), lenet.NUMBERS, device=self.device)
         self.losses, self.bad = Losses(self.device), FirstBad(self.device)
         self.report, self._said, self._told = report, False, False
-        self._settings, self._rows, self._batches, self._calls = [], None, {}, 0
+        self._settings, self._rows, self._batches, self._latest, self._calls = [], None, {}, None, 0
 
     def __call__(self, images, labels):
         if implementation(self.weights.flat) is not launchers:
@@ -217,10 +220,17 @@ class ThreeLaunches:
             p.grad = grad
         self._told = True
 
-    def _new_batch(self, key, images, labels):
+    def _new_batch(self, key, images, labels, packed, add, update):
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         static = self.device.type in self.graphs_on and len(images) < GRAPH_BELOW
-        batch = self._batches[key] = Batch(images, labels, self.geometry, self.format, static)
+        while len(self._batches) >= MOST_BATCHES:
+            del self._batches[next(iter(self._batches))]
+        batch = Batch(images, labels, self.geometry, self.format, static)
+        if self.device.type != "cpu":
+            # One after the other they would take seconds each.
+            with compiled_together():
+                self._launch(batch, images, labels, packed, add, update)
+        self._batches[key] = batch
         return batch
 
     def _run(self, batch, images, labels, packed, add, update):
