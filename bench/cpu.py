@@ -1,9 +1,15 @@
 """What can be compared without a GPU: what a call costs in Python, and the reference beside torch's own operators."""
 
+import contextlib
+from types import SimpleNamespace
+from unittest import mock
+
 import torch
 from torch.utils.benchmark import Timer
 
+import tritonnet
 import tritonnet.nn.functional as F
+from tritonnet import lenet_step, losses, train_step
 
 from . import operators, unfused
 from .case import BOTH, FORWARD, Case
@@ -73,10 +79,61 @@ def overhead(seconds):
     return found
 
 
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "Adam": torch.optim.Adam,
+}
+
+
+def _buffers(images, labels, *_):
+    return SimpleNamespace(images=images.clone(), labels=labels.clone(), replays={})
+
+
+@contextlib.contextmanager
+def without_gpu():
+    """tritonnet.TrainStep behaves as on a GPU inside the block, except that launches and replays do nothing.
+
+    What a call copies is copied on the CPU; that a loss is not finite is not looked for.
+    """
+    with contextlib.ExitStack() as stack:
+        for target, name, stand_in in (
+            (train_step, "implementation", lambda tensor: train_step.launchers),
+            (lenet_step, "implementation", lambda tensor: lenet_step.launchers),
+            (lenet_step, "capture", lambda launch, restore, device: lambda: None),
+            (lenet_step, "Batch", _buffers),
+            (lenet_step.lenet_update, "update", lambda *args: None),
+            (lenet_step.ThreeLaunches, "graphs_on", ("cpu",)),
+            (losses.FirstBad, "look", lambda bad, calls: None),
+        ):
+            stack.enter_context(mock.patch.object(target, name, stand_in))
+        yield
+
+
+def step_overhead(seconds):
+    """Microseconds that a call of tritonnet.TrainStep on a LeNet takes on the host, a dict for each optimizer.
+
+    Args:
+        seconds: how long to measure each.
+    """
+    if lenet_step.launchers is None:
+        return []
+    found, images, labels = [], torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.tensor([1, 2])
+    for name, make in OPTIMIZERS.items():
+        with without_gpu():
+            model = tritonnet.LeNet()
+            step = tritonnet.TrainStep(model, torch.nn.CrossEntropyLoss(), make(model.parameters()), "ieee")
+            space = {"step": step, "images": images, "labels": labels}
+            us = Timer("step(images, labels)", globals=space).blocked_autorange(min_run_time=seconds).median * 1e6
+        found.append({"optimizer": name, "us": us})
+    return found
+
+
 def compare(record):
     """Fills the Record of a run on the CPU; to be called inside tritonnet.backend("reference")."""
     quick = record.quick
     record.overhead = overhead(0.02 if quick else 0.2)
+    record.steps = step_overhead(0.02 if quick else 0.5)
     cases = [Case(subject, FORMAT) for subject in small()]
     libraries = {name: library for name, library in installed().items() if not library.compiled}
     budget = Budget(QUICK if quick else FULL)

@@ -51,7 +51,7 @@ class FirstBad:
 
     def __init__(self, device):
         self.device, self.numbers = device, torch.zeros(2, dtype=torch.int32, device=device)
-        self._first, self._look, self._waits = self.numbers[0], None, device.type != "cpu"
+        self._first, self._look, self._far = self.numbers[0], None, device.type != "cpu"
 
     def note(self, loss, call):
         """Keeps the number of the call if its loss, (), is the first that is not finite, without waiting for it."""
@@ -63,7 +63,7 @@ class FirstBad:
         On the CPU there is nothing to wait for. On a GPU the numbers are sent to the host in time to be there at the
         next look: only a host that is so far ahead waits for them, while the GPU has work left.
         """
-        if not self._waits:
+        if not self._far:
             self.check()
         elif calls % LOOK_EVERY == 0:
             before, self._look = self._look, self._send()
