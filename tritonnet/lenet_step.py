@@ -131,7 +131,10 @@ class ThreeLaunches:
             loss = self.losses.next()
             try:
                 if batch is None:
-                    batch = self._new_batch(key, images, labels)
+                    batch = self._new_batch(key, images, labels, packed, turn > 0, last)
+                elif batch is not self._latest:
+                    self._batches[key] = self._batches.pop(key)
+                self._latest = batch
                 self._run(batch, images, labels, packed, turn > 0, last)
             except BaseException:
                 # How far the launches came is not known.
