@@ -83,7 +83,7 @@ def _numbers(group, rule):
 @functools.lru_cache(16)
 def _powers(beta):
     """1 - beta^(2^k) for each bit of a step's number but its sign."""
-    return [1 - beta ** 2**k for k in range(lenet.BITS - 1)] + [0.0]
+    return [1 - beta**2**k for k in range(lenet.BITS - 1)] + [0.0]
 
 
 class Moments:
