@@ -458,6 +458,11 @@ def count_apart(net, optimizer):
     optimizer.state[net.fc1.weight]["step"] += 7
 
 
+def share(net, optimizer):
+    for state in optimizer.state.values():
+        state["step"].share_memory_()
+
+
 def two_groups(net, optimizer):
     (group,) = optimizer.param_groups
     optimizer.add_param_group({**group, "params": [group["params"].pop()], "lr": 0.5})
@@ -473,9 +478,20 @@ def two_groups(net, optimizer):
         ({"betas": (0.9, 0.99), "eps": 1e-3}, count_on),
         ({"betas": (0.9, 0.99), "eps": 1e-3}, count_on_unseen),
         ({"betas": (0.9, 0.99), "eps": 1e-3}, count_apart),
+        ({"betas": (0.9, 0.99), "eps": 1e-3}, share),
         ({"betas": (0.9, 0.99), "eps": 1e-3, "fused": True}, count_on),
     ],
-    ids=["rate", "state forgotten", "state replaced", "another group", "count", "count.data", "a count", "fused count"],
+    ids=[
+        "rate",
+        "state forgotten",
+        "state replaced",
+        "another group",
+        "count",
+        "count.data",
+        "a count",
+        "shared",
+        "fused count",
+    ],
 )
 def test_what_changes_in_the_optimizer(options, change, device):
     """Between two calls, behind the step's back: torch's optimiser, treated likewise, says what comes of it."""
