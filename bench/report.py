@@ -105,7 +105,9 @@ def page(record, plots=()):
         parts.append("## Calls on tiny tensors: the Python and the dispatch of each\n\n" + markdown(header, lines))
     if record.steps:
         lines = [tuple(r.values()) for r in record.steps]
-        parts.append("## A call of TrainStep on the host, its launches left out\n\n" + markdown(("optimizer", "us"), lines))
+        parts.append(
+            "## A call of TrainStep on the host, its launches left out\n\n" + markdown(("optimizer", "us"), lines)
+        )
     if record.accuracy:
         parts.append("## Time to a test accuracy on MNIST\n\n" + accuracy_table(record.accuracy))
     if faults := [row for row in record.rows if row.status != OK]:

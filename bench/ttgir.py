@@ -2,7 +2,9 @@
 
 A product there (`ttng.warp_group_dot`) reads its operands from shared memory while the program goes on, until a wait
 leaves fewer products pending. In a pipelined loop the next turn's operands are copied meanwhile, into other slots of
-their buffer. Where the buffer has one slot, the copy lands on what the product still reads: no error, other numbers.
+their buffer. Where the buffer has one slot, the copy lands on what the product still reads: no error, other numbers. The
+left operand may be in registers instead, and of those there is one set: if the product is still in flight when its next
+turn comes, they are written while it reads them (https://github.com/triton-lang/triton/issues/9433).
 
 What is not shown: that slots are taken in turn where there are several, and sm_100's products, which end at barriers.
 """
@@ -11,7 +13,7 @@ import re
 from typing import NamedTuple
 
 _NAME = r"%[\w$-]+(?:#\d+)?"
-_OP = re.compile(r"(?:(%[\w$-]+)(?::(\d+))? = )?\"?((?:ttg|ttng|scf)\.\w+)\"?(.*)")
+_OP = re.compile(r"(?:(%[\w$-]+)(?::(\d+))? = )?\"?([a-z]\w*(?:\.\w+)+)\"?(.*)")
 _SLOTS = re.compile(r"-> !ttg\.memdesc<(\d+)x\d+x\d+x")
 # Of these the result is part of the buffer that is their first operand.
 _VIEWS = tuple(f"memdesc_{view}" for view in ("index", "subview", "subslice", "trans", "reshape", "reinterpret"))
@@ -43,7 +45,6 @@ def _tree(lines):
         if line.startswith("}") and not line.endswith("{"):
             return found
         match = _OP.match(line)
-        # What stands in other dialects counts for the regions that it opens.
         name, count, op, rest = match.groups() if match else (None, None, "", line)
         results = [name, *(f"{name}#{i}" for i in range(int(count or 0)))] if name else []
         if line.startswith("}"):  # `} else {` goes on with the region before
@@ -59,15 +60,20 @@ class _Walk:
     def __init__(self):
         self.buffers, self.flight, self.found, self.products = {}, [], [], 0
 
+    def _find(self, text):
+        if text not in self.found:
+            self.found.append(text)
+
     def _written(self, buffer, line):
-        if any(buffer in operands for operands in self.flight) and buffer.slots == 1:
-            text = f"{line.op} overwrites {buffer.name}, which a product in flight still reads"
-            if text not in self.found:
-                self.found.append(text)
+        if any(buffer in operands for _, operands in self.flight) and buffer.slots == 1:
+            self._find(f"{line.op} overwrites {buffer.name}, which a product in flight still reads")
 
     def _step(self, line):
         names = re.findall(_NAME, line.rest)
         buffers = [self.buffers[name] for name in names if name in self.buffers]
+        for left, _ in self.flight:
+            if left in line.results and left not in self.buffers:
+                self._find(f"{line.op} writes the registers {left}, which a product in flight still reads")
         if line.op == "local_alloc":
             slots = _SLOTS.search(line.rest)
             # One that is made from a value has no slots, and is written where it stands.
@@ -79,7 +85,7 @@ class _Walk:
             self.buffers[line.results[0]] = buffers[0]
         elif line.op == "warp_group_dot":
             self.products += 1
-            self.flight.append(buffers)
+            self.flight.append((names[0], buffers))
             if "isAsync = true" not in line.rest:
                 self.flight.clear()
         elif line.op == "warp_group_dot_wait":

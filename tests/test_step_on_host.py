@@ -15,7 +15,8 @@ from conftest import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonnet
-from bench import cpu
+from bench import cpu, report
+from bench.record import Record
 from tritonnet import lenet_step, lenet_weights, losses, ops
 from tritonnet.kernels import _common, launchers, lenet, lenet_forward, lenet_update
 from tritonnet.lenet_optimizer import _powers
@@ -261,6 +262,13 @@ def test_nothing_is_done_twice(name):
         )
 
 
+def test_the_time_of_a_call_is_reported():
+    found = cpu.step_overhead(0.001)
+    assert [row["optimizer"] for row in found] == list(cpu.OPTIMIZERS) and all(row["us"] > 0 for row in found)
+    text = report.page(Record({"device": "none", "torch": "0", "tritonnet": "0", "date": "today"}, steps=found))
+    assert "A call of TrainStep on the host" in text and "SGD with momentum" in text
+
+
 class Far(losses.FirstBad):
     """As on a GPU that is as far behind as it may be: what is sent arrives when it is waited for."""
 
@@ -269,8 +277,8 @@ class Far(losses.FirstBad):
         self._far = True
 
     def _send(self):
-        there = torch.zeros(2, dtype=torch.int32)
-        return there, types.SimpleNamespace(synchronize=lambda now=self.numbers.clone(): there.copy_(now))
+        there, now = torch.zeros(2, dtype=torch.int32), self.numbers.clone()
+        return there, types.SimpleNamespace(synchronize=lambda: there.copy_(now))
 
 
 @pytest.mark.parametrize("bad", [1, 31, 32, 33, 64])

@@ -179,6 +179,7 @@ OPTIMIZERS = {
     "SGD nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
     "Adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-3}),
     "Adam amsgrad": (torch.optim.Adam, {"lr": torch.tensor(0.01), "amsgrad": True, "eps": 1e-3}),
+    "Adam fused": (torch.optim.Adam, {"lr": 0.01, "fused": True, "eps": 1e-3}),
     "AdamW": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "eps": 1e-3}),
 }
 
@@ -454,6 +455,20 @@ def count_on(net, optimizer):
         state["step"].fill_(40)
 
 
+def count_on_unseen(net, optimizer):
+    for state in optimizer.state.values():
+        state["step"].data.fill_(40)
+
+
+def count_apart(net, optimizer):
+    optimizer.state[net.fc1.weight]["step"] += 7
+
+
+def share(net, optimizer):
+    for state in optimizer.state.values():
+        state["step"].share_memory_()
+
+
 def two_groups(net, optimizer):
     (group,) = optimizer.param_groups
     optimizer.add_param_group({**group, "params": [group["params"].pop()], "lr": 0.5})
@@ -467,8 +482,22 @@ def two_groups(net, optimizer):
         ({"lr": 0.05, "momentum": 0.9}, replace),
         ({"lr": 0.05, "momentum": 0.9}, two_groups),
         ({"betas": (0.9, 0.99), "eps": 1e-3}, count_on),
+        ({"betas": (0.9, 0.99), "eps": 1e-3}, count_on_unseen),
+        ({"betas": (0.9, 0.99), "eps": 1e-3}, count_apart),
+        ({"betas": (0.9, 0.99), "eps": 1e-3}, share),
+        ({"betas": (0.9, 0.99), "eps": 1e-3, "fused": True}, count_on),
     ],
-    ids=["rate", "state forgotten", "state replaced", "another group", "count"],
+    ids=[
+        "rate",
+        "state forgotten",
+        "state replaced",
+        "another group",
+        "count",
+        "count.data",
+        "a count",
+        "shared",
+        "fused count",
+    ],
 )
 def test_what_changes_in_the_optimizer(options, change, device):
     """Between two calls, behind the step's back: torch's optimiser, treated likewise, says what comes of it."""

@@ -104,28 +104,41 @@ class Moments:
         blocks = torch.tensor(weights.geometry.flat) // lenet.BLOCK
         self._rows = torch.repeat_interleave(torch.arange(n), blocks.diff())
         self.counts = torch.zeros(len(self._rows), dtype=torch.int32, device=device)
-        # Steps are on the device if the optimiser is fused. Elsewhere they are views of an array, in which Python
-        # counts faster than torch. SGD's are nowhere to be seen: what matters there is whether there was an update.
-        self._array, self._version, self._adam = array("f", [0.0] * n), 0, adam
-        self._steps = torch.frombuffer(self._array, dtype=torch.float32)
-        if adam and any(group.get("fused") for group in optimizer.param_groups):
-            self._array, self._steps, self._rows = None, torch.zeros(n, device=device), self._rows.to(device)
-        self.steps = self._steps if self._array is None else torch.zeros(n, device=device)
-        if adam:
-            self._names, parts = (*self._names, "step"), [(*of, step) for of, step in zip(parts, self._steps)]
         # What the optimiser's state of each parameter should be, and what was last seen there.
         self.views = [dict(zip(self._names, of)) for of in parts]
-        self._seen, self._counted, self._even = [None], b"", False
+        self._seen, self._counted, self._even, self._version, self._adam = [None], b"", False, 0, adam
+        if adam and any(group.get("fused") for group in optimizer.param_groups):
+            self._array, self._rows = None, self._rows.to(device)
+            self._show_steps(torch.zeros(n, device=device))
+        else:
+            self._count_in_an_array()
+        self.steps = self._steps if self._array is None else torch.zeros(n, device=device)
+
+    def _count_in_an_array(self):
+        """Steps that torch looks for on the CPU are views of an array, in which Python counts faster than torch."""
+        self._array = array("f", [0.0] * len(self.views))
+        self._address, _ = self._array.buffer_info()
+        self._show_steps(torch.frombuffer(self._array, dtype=torch.float32))
+
+    def _show_steps(self, steps):
+        """SGD's are nowhere to be seen: what matters there is whether there was an update."""
+        self._steps = steps
+        if self._adam:
+            for views, step in zip(self.views, steps):
+                views["step"] = step
 
     def load(self):
         """Take over what was loaded into the optimiser or computed by it since the last step."""
         if self._array is None:
             counted = self._steps._version == self._version
         else:
-            counted = self._array.tobytes() == self._counted
+            counted = self._array.tobytes() == self._counted and self._steps.data_ptr() == self._address
         if counted and all(map(is_, self._values(), self._seen)):
             return
-        for i, views in enumerate(self.views if self._names else ()):
+        if self._array is not None and self._steps.data_ptr() != self._address:
+            # Sharing a tensor with another process moves it.
+            self._count_in_an_array()
+        for i, views in enumerate(self.views if self.views[0] else ()):
             state = self.optimizer.state[self.weights.parameters[i]]
             if not self._adam and state.get("momentum_buffer") is not views["momentum_buffer"]:
                 self._array[i] = float(state.get("momentum_buffer") is not None)
