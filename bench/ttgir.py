@@ -2,9 +2,9 @@
 
 A product there (`ttng.warp_group_dot`) reads its operands from shared memory while the program goes on, until a wait
 leaves fewer products pending. In a pipelined loop the next turn's operands are copied meanwhile, into other slots of
-their buffer. Where the buffer has one slot, the copy lands on what the product still reads: no error, other numbers. The
-left operand may be in registers instead, and of those there is one set: if the product is still in flight when its next
-turn comes, they are written while it reads them (https://github.com/triton-lang/triton/issues/9433).
+their buffer. Where the buffer has one slot, the copy lands on what the product still reads: no error, other numbers.
+The left operand may be in registers instead, and of those there is one set: a product that is still in flight in the
+next turn may find them overwritten (https://github.com/triton-lang/triton/issues/9433).
 
 What is not shown: that slots are taken in turn where there are several, and sm_100's products, which end at barriers.
 """

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import OPTIONS, flat_block, index_type, number_format, operand_type, round_to, split_count
+from ._common import (
+    OPTIONS,
+    compute_capability,
+    flat_block,
+    index_type,
+    number_format,
+    operand_type,
+    round_to,
+    split_count,
+)
 from .conv2d import FLAT_BELOW, next_block, precision
 from .reduce import Partials
 
@@ -349,6 +358,9 @@ def weight_grad(dy, code, x, size, stride, padding, dilation, pool_kernel, pool_
     # Six turns or more to a program: at its end it takes about as long as over three of them.
     per_split = max(1, triton.cdiv(turns, split_count(tiles, 2 * turns, 3)))
     splits = max(1, triton.cdiv(turns, per_split))
+    # The gradients are multiplied out of registers. On sm_90 a pipelined loop writes them for the next turn while a
+    # product may still read them (https://github.com/triton-lang/triton/issues/9433; bench/ttgir.py looks for it).
+    num_stages = 1 if compute_capability() == 9 else 2
     partials = Partials(splits, dw, db, torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
     conv2d_relu_max_pool2d_weight_grad_kernel[(tiles * splits,)](
@@ -363,6 +375,7 @@ def weight_grad(dy, code, x, size, stride, padding, dilation, pool_kernel, pool_
         EDGES=first_h < 0 or first_w < 0 or last_h > H or last_w > W, HAS_BIAS=with_bias,
         INDEX=index_type(dy, code, x, dw_ptr), OPERAND=operand_type(dy.dtype), PRECISION=precision(),
         BLOCK_OC=block_oc, BLOCK_N=max(16, triton.next_power_of_2(C * PATCH_H * PATCH_W)), BLOCK_K=IMAGES,
-        BLOCK_T=max(16, triton.next_power_of_2(C * KH * KW)), num_warps=4, num_stages=2, **OPTIONS,
+        BLOCK_T=max(16, triton.next_power_of_2(C * KH * KW)), num_warps=4,
+        num_stages=num_stages, **OPTIONS,
     )  # fmt: skip
     return partials.add_up()
