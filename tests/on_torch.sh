@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests on another release of torch, with the triton that it brings:
 #     tests/on_torch.sh 2.11.0 tests/test_citizenship.py
+#     tests/on_torch.sh 2.11.0 tests/test_machine_code.py    whether triton 3.6.0 compiles the kernels for every GPU
 #     tests/on_torch.sh latest
 # The virtual environment stays in .venv-torch-VERSION. A release of torch takes several GB.
 set -euo pipefail

@@ -114,15 +114,15 @@ def test_overwritten_operands_are_found():
     assert len(found) == 4
 
 
-def test_kernels_are_compiled_together():
-    """By a thread for each core, and without a launch."""
+def test_batches_of_other_sizes_share_kernels():
+    """They are compiled by threads of their own before the first launch; few depend on the size of the batch."""
     result = run_python("tests/compiled_together.py", TRITON_INTERPRET=None)
     assert result.returncode == 0, result.stderr
     done = json.loads(result.stdout)
-    assert done["launches"] == 0 and len(done["compiled"]) == 3
-    assert all(kernels == ["CompiledKernel"] for kernels in done["compiled"].values())
-    # Without a core of its own a thread may find nothing left to do; what is in Triton's cache is read by one as well.
-    assert done["threads"] >= 1
+    assert done["launches"] == 0 and done["threads"] > 0
+    once = {"lenet_forward_kernel": 1, "lenet_gradient_kernel": 1, "lenet_update_kernel": 1}
+    assert done["compiled"][:4] == [once] * 4
+    assert done["compiled"][5] == {**once, "lenet_forward_kernel": 3}
 
 
 def test_report():

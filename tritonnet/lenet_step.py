@@ -15,7 +15,7 @@ from .nn._plain import is_plain
 
 if launchers is not None:
     from .kernels import lenet, lenet_forward, lenet_gradient, lenet_update
-    from .kernels._common import compiled_together
+    from .kernels._common import INTERPRETED, compiled_together
 
 # Larger batches keep the GPU busy for longer than the host takes to queue three launches, and are read where they are.
 GRAPH_BELOW = 8192
@@ -229,10 +229,11 @@ class ThreeLaunches:
         while len(self._batches) >= MOST_BATCHES:
             del self._batches[next(iter(self._batches))]
         batch = Batch(images, labels, self.geometry, self.format, static)
-        if self.device.type != "cpu":
+        if not INTERPRETED:
             # One after the other they would take seconds each.
             with compiled_together():
-                self._launch(batch, images, labels, packed, add, update)
+                where = (batch.images, batch.labels) if static else (images, labels)
+                self._launch(batch, *where, packed, add, update)
         self._batches[key] = batch
         return batch
 
