@@ -347,8 +347,9 @@ def conv2d_weight_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     first = split * per_split
     last = tl.minimum(first + per_split, K)
-    # Without it triton 3.6.0 waits for each product before it goes on; see split_product.
-    tl.assume(first < last)
+    if OPERAND.primitive_bitwidth == 16:
+        # Without it triton 3.6.0 waits for each product before it goes on; see split_product.
+        tl.assume(first < last)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + offs_k
         mask_k = k < last

@@ -96,8 +96,9 @@ def weight_grad_tile(
     mask_n, mask_k = offs_n < N, offs_k < K
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    # Without it triton 3.6.0 waits for each product before it goes on; see split_product.
-    tl.assume(first < last)
+    if OPERAND.primitive_bitwidth == 16:
+        # Without it triton 3.6.0 waits for each product before it goes on; see split_product.
+        tl.assume(first < last)
     for m0 in range(first, last, BLOCK_K):
         offs_m = m0 + tl.arange(0, BLOCK_K).to(INDEX)
         mask_m = offs_m < last
