@@ -134,7 +134,7 @@ class Weights:
     def packed(self, format, adopt=False):
         """The packed copies, made anew if anybody has changed the parameters, which may be made views first."""
         packed, seen = self._packed.get(format, (None, None))
-        now = list(map(_ADDRESS, self.parameters)), list(map(_VERSION, self.parameters))
+        now = self._seen()
         if adopt and now[0] != self._places:
             self.adopt()
             now = self._seen()
