@@ -54,11 +54,11 @@ def correction(powers_ptr, step, BITS: tl.constexpr):
 
 @triton.jit
 def updated(
-    w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr, step,
+    w, g, first, second, third, offs, first_ptr, second_ptr, third_ptr, numbers_ptr, step,
     RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
-    """The new weights after the update number `step`; the moments at offs are stored."""
+    """The new weights after the update number `step`; the moments, which were `first` to `third`, are stored at offs."""
     lr, decay = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     keep1, add1 = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
     keep2, add2 = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
@@ -70,18 +70,17 @@ def updated(
     if RULE == 1:
         if MOMENTUM:
             # The first buffer is the gradient itself.
-            buffer = tl.where(step == 1, g, keep1 * tl.load(first_ptr + offs) + add1 * g)
+            buffer = tl.where(step == 1, g, keep1 * first + add1 * g)
             tl.store(first_ptr + offs, buffer)
             g = g + keep1 * buffer if NESTEROV else buffer
         return w - lr * g
     else:
-        m = tl.load(first_ptr + offs)
-        m += add1 * (g - m)
-        v = keep2 * tl.load(second_ptr + offs) + add2 * g * g
+        m = first + add1 * (g - first)
+        v = keep2 * second + add2 * g * g
         tl.store(first_ptr + offs, m)
         tl.store(second_ptr + offs, v)
         if AMSGRAD:
-            v = tl.maximum(v, tl.load(third_ptr + offs), propagate_nan=tl.PropagateNan.ALL)
+            v = tl.maximum(v, third, propagate_nan=tl.PropagateNan.ALL)
             tl.store(third_ptr + offs, v)
         correction1 = correction(numbers_ptr + 8, step, BITS)
         correction2 = tl.sqrt_rn(correction(numbers_ptr + 8 + BITS, step, BITS))
@@ -135,18 +134,30 @@ def lenet_update_kernel(
     if GRADIENT:
         elements = tl.load(row_ptr + 5) + a * tl.load(row_ptr + 8) + b * tl.load(row_ptr + 9)
         elements += c * tl.load(row_ptr + 10) + d * tl.load(row_ptr + 11)
-        step, terms = tl.load(row_ptr + 6), tl.load(row_ptr + 22)
+        split_step, terms = tl.load(row_ptr + 6), tl.load(row_ptr + 22)
         step0, step1, count_s = tl.load(row_ptr + 23), tl.load(row_ptr + 24), tl.load(row_ptr + 7) * terms
         acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
         for s0 in range(0, count_s, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
-            starts = s // terms * step + s % terms // 2 * step0 + s % 2 * step1
+            starts = s // terms * split_step + s % terms // 2 * step0 + s % 2 * step1
             here = (s < count_s)[:, None] & mask[None, :]
             acc += tl.load(partial_ptr + starts[:, None] + elements[None, :], mask=here, other=0.0)
         loss, count = mean_factor(losses_ptr, PARTS, BLOCK_L)
         g = tl.sum(acc, axis=0) * (SCALE / count)
         if ADD:
             g += tl.load(grad_ptr + offs)
+        step, first, second, third = 0, w, w, w
+        if RULE > 0:
+            step = tl.load(counts_ptr + pid) + 1
+            if RULE == 2 or MOMENTUM:
+                first = tl.load(first_ptr + offs)
+            if RULE == 2:
+                second = tl.load(second_ptr + offs)
+            if AMSGRAD:
+                third = tl.load(third_ptr + offs)
+        # What is loaded above is stored below, in the same places. Several warps load an element and one of them stores
+        # it, so all have to be here first.
+        tl.debug_barrier()
         if KEEP:
             tl.store(grad_ptr + offs, g)
         if pid == 0:
@@ -160,12 +171,11 @@ def lenet_update_kernel(
             tl.store(trouble_ptr, tl.where(bad, call, first_bad))
             tl.store(trouble_ptr + 1, call)
         if RULE > 0:
-            step = tl.load(counts_ptr + pid) + 1
             tl.store(counts_ptr + pid, step)
             if tl.load(row_ptr) == pid:
                 tl.store(steps_ptr + row, step.to(tl.float32))
             w = updated(
-                w, g, offs, first_ptr, second_ptr, third_ptr, numbers_ptr + row * NUMBERS, step,
+                w, g, first, second, third, offs, first_ptr, second_ptr, third_ptr, numbers_ptr + row * NUMBERS, step,
                 RULE, MOMENTUM, NESTEROV, DECOUPLED, AMSGRAD, BITS,
             )  # fmt: skip
             tl.store(flat_ptr + offs, w)
