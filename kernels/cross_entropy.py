@@ -64,7 +64,7 @@ def cross_entropy_kernel(
         # The largest so far, and the sum of exponentials relative to it (Milakov and Gimelshein 2018).
         largest = tl.full((BLOCK_N,), float("-inf"), ACC)
         sum_exp = tl.zeros((BLOCK_N,), ACC)
-        sum_w, sum_wx = tl.zeros((BLOCK_N,), ACC), tl.zeros((BLOCK_N,), ACC)
+        sum_w = tl.zeros((BLOCK_N,), ACC)
         for c0 in range(0, C, BLOCK_C):
             c = c0 + lanes_c
             mask = mask_n[:, None] & (c < C)[None, :]
@@ -72,7 +72,6 @@ def cross_entropy_kernel(
             if SMOOTHING > 0:
                 w = weight_of(weight_ptr, c, c < C, stride_w, HAS_WEIGHT, ACC)
                 sum_w += tl.sum(w, axis=0)
-                sum_wx += tl.sum(w[None, :] * x, axis=1)
             x = tl.where((c < C)[None, :], x, float("-inf"))
             new = tl.maximum(largest, tl.max(x, axis=1))
             base = tl.where(new == float("-inf"), 0.0, new)
@@ -83,12 +82,6 @@ def cross_entropy_kernel(
         x_target = tl.load(x_rows + target * stride_xc, mask=kept & valid, other=float("nan")).to(ACC)
         w_target = weight_of(weight_ptr, target, kept & valid, stride_w, HAS_WEIGHT, ACC)
         loss = (1 - SMOOTHING) * w_target * (lse - x_target)
-        if SMOOTHING > 0:
-            loss += SMOOTHING / C * (sum_w * lse - sum_wx)
-        loss = tl.where(kept, loss, 0.0)
-        if REDUCTION == 0:
-            tl.store(loss_ptr + n, round_to(loss, loss_ptr.dtype.element_ty), mask=mask_n)
-        total += loss
 
         for c0 in range(0, C, BLOCK_C):
             c = c0 + lanes_c
@@ -100,10 +93,18 @@ def cross_entropy_kernel(
             if SMOOTHING > 0:
                 w = weight_of(weight_ptr, c, c < C, stride_w, HAS_WEIGHT, ACC)
                 grad += SMOOTHING / C * (sum_w[:, None] * p - w[None, :])
+                # Of differences, as a difference of sums would lose digits that they agree in.
+                each = tl.where((c < C)[None, :], w[None, :] * (lse[:, None] - x), 0.0)
+                loss += SMOOTHING / C * tl.sum(each, axis=1)
             grad = tl.where(valid[:, None], grad * scale, float("nan"))
             grad = tl.where(kept[:, None], grad, 0.0)
             grad_offs = (n * C)[:, None] + c[None, :]
             tl.store(grad_ptr + grad_offs, round_to(grad, grad_ptr.dtype.element_ty), mask=mask)
+
+        loss = tl.where(kept, loss, 0.0)
+        if REDUCTION == 0:
+            tl.store(loss_ptr + n, round_to(loss, loss_ptr.dtype.element_ty), mask=mask_n)
+        total += loss
 
     if REDUCTION > 0:
         loss = tl.sum(total, axis=0) * scale

@@ -72,7 +72,9 @@ def test_float64(case, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", ["lenet conv2", "wide, by taps", "stride pair (1, 3)", "wide groups", "depthwise"])
 def test_narrow_dtypes(case, dtype, backend, device):
-    inputs, arguments, terms = make(case, with_bias=case != "wide groups")
+    # On a GPU torch rounds a sum before it adds the bias, and once more after it.
+    rounded_once = backend == "triton" or device.type == "cpu"
+    inputs, arguments, terms = make(case, with_bias=case != "wide groups" and rounded_once)
     check_linear(
         lambda x, w, b: F.conv2d(x, w, b, **arguments),
         lambda x, w, b: TF.conv2d(x, w, b, **arguments),

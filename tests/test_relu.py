@@ -38,8 +38,10 @@ def test_relu(dtype, layout, backend, device):
     truth = x.detach().cpu().requires_grad_()
     y, true_y = F.relu(x), TF.relu(truth)
     assert y.stride() == true_y.stride()
-    for a, b in ((y, true_y), (sign(y), sign(true_y))):
-        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(y.cpu(), true_y, rtol=0, atol=0, equal_nan=True)
+    # On a GPU torch turns -0.0 into 0.0, other than on the CPU.
+    if backend == "triton" or device.type == "cpu":
+        assert torch.equal(sign(y).cpu(), sign(true_y))
     for dy in (torch.randn(true_y.shape).to(dtype), torch.ones((), dtype=dtype).expand(true_y.shape)):
         (dx,) = torch.autograd.grad(y, x, dy.to(device), retain_graph=True)
         (true_dx,) = torch.autograd.grad(true_y, truth, dy, retain_graph=True)
