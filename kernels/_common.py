@@ -87,6 +87,27 @@ def index_type(*tensors):
     return tl.int32
 
 
+def strides(t):
+    """The strides of t in elements, 0 for a dimension of one element.
+
+    torch gives such a dimension any stride, a filter of one tap 1 for its height and width. Triton has 16 bytes loaded
+    at once only where it sees that 16 divides all strides but that of the elements side by side.
+    """
+    return [stride if size > 1 else 0 for size, stride in zip(t.shape, t.stride())]
+
+
+def in_units(itemsize, *numbers):
+    """(each number over its unit, the units), for a kernel that multiplies them again.
+
+    Triton looks whether 16 divides an argument, and else knows nothing of it: of 1000 features, or of rows of so many,
+    it loads one after the other. The unit of a number that 16 does not divide is as many elements as 16 bytes hold,
+    if they divide it; of all others it is 1.
+    """
+    vector = max(1, 16 // itemsize)
+    units = tuple(vector if n % 16 and n % vector == 0 else 1 for n in numbers)
+    return [n // unit for n, unit in zip(numbers, units)], units
+
+
 # Whether `launch` only has kernels compiled, in this thread.
 compiling = contextvars.ContextVar("compiling", default=False)
 

@@ -28,10 +28,12 @@ from ._common import (
     acc_type,
     first_tap,
     gemm_tile,
+    in_units,
     index_type,
     operand_type,
     round_to,
     split_product,
+    strides,
 )
 from .padding import PAD_MODES, source
 from .reduce import Partials
@@ -127,10 +129,17 @@ def conv2d_forward_kernel(
     stride_yn, stride_yc, stride_yh, stride_yw,
     C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, FLAT: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, FLAT: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    stride_xn, stride_xc = stride_xn * UNITS[0], stride_xc * UNITS[1]
+    stride_xh, stride_xw = stride_xh * UNITS[2], stride_xw * UNITS[3]
+    stride_wo, stride_wc = stride_wo * UNITS[4], stride_wc * UNITS[5]
+    stride_wh, stride_ww = stride_wh * UNITS[6], stride_ww * UNITS[7]
+    stride_yn, stride_yc = stride_yn * UNITS[8], stride_yc * UNITS[9]
+    stride_yh, stride_yw = stride_yh * UNITS[10], stride_yw * UNITS[11]
+
     # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
     pid = tl.program_id(0).to(INDEX)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(OC, BLOCK_N)
@@ -182,13 +191,14 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False)
         x, w = channels_inner(x), channels_inner(w)
     index = index_type(x, w, bias, y)
     tile = tile_for(TALL, M, OC, C * KH * KW if flat else C, x.dtype, index, C <= SHORT_K, flat)
+    steps, units = in_units(x.itemsize, *strides(x), *strides(w), *strides(y))
     conv2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
         x, w, w if bias is None else bias, y,
         M, H, W, OH, OW,
-        *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
+        *steps[:8], 0 if bias is None else bias.stride(0), *steps[8:],
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, FLAT=flat,
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, FLAT=flat, UNITS=units,
         INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip
@@ -206,10 +216,17 @@ def conv2d_input_grad_kernel(
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr,
     DIVISOR_W: tl.constexpr, STEP_W: tl.constexpr, INVERSE_W: tl.constexpr,
-    FLAT: tl.constexpr,
+    FLAT: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    stride_yn, stride_yc = stride_yn * UNITS[0], stride_yc * UNITS[1]
+    stride_yh, stride_yw = stride_yh * UNITS[2], stride_yw * UNITS[3]
+    stride_wo, stride_wc = stride_wo * UNITS[4], stride_wc * UNITS[5]
+    stride_wh, stride_ww = stride_wh * UNITS[6], stride_ww * UNITS[7]
+    stride_xn, stride_xc = stride_xn * UNITS[8], stride_xc * UNITS[9]
+    stride_xh, stride_xw = stride_xh * UNITS[10], stride_xw * UNITS[11]
+
     # Pixels whose (ih + PH) % SH and (iw + PW) % SW agree, a phase, are reached by the same taps: every STEP-th from
     # the first. For one phase it is a convolution of stride 1, with no products by inserted zeros.
     # GEMM of a phase: M = N * QH * QW, N = C, K = OC * taps, where QH * QW pixels are the most that a phase has.
@@ -290,14 +307,15 @@ def input_grad(dy, w, size, stride, padding, dilation, groups):
     narrow = flat or dx.stride(1) != 1
     tile = tile_for(TALL, M, C, OC * KH * KW if flat else OC, dy.dtype, index, OC <= SHORT_K, narrow)
     window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
+    steps, units = in_units(dy.itemsize, *strides(dy), *strides(w), *strides(dx))
     conv2d_input_grad_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(C, tile.N) * SH * SW * groups,)](
         dy, w, dx,
         M, H, W, OH, OW,
-        *dy.stride(), *w.stride(), *dx.stride(),
+        *steps,
         C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
-        FLAT=flat,
+        FLAT=flat, UNITS=units,
         INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip
@@ -314,10 +332,15 @@ def conv2d_weight_grad_kernel(
     stride_split,
     C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, FLAT: tl.constexpr, GROUPS: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, FLAT: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    stride_yn, stride_yc = stride_yn * UNITS[0], stride_yc * UNITS[1]
+    stride_yh, stride_yw = stride_yh * UNITS[2], stride_yw * UNITS[3]
+    stride_xn, stride_xc = stride_xn * UNITS[4], stride_xc * UNITS[5]
+    stride_xh, stride_xw = stride_xh * UNITS[6], stride_xw * UNITS[7]
+
     # GEMM: M = OC, N = C * KH * KW, K = N * OH * OW, of which each program takes per_split pixels
     pid = tl.program_id(0).to(INDEX)
     blocks_c: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
@@ -400,13 +423,14 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     splits, per_split = split_product(tiles, K, tile.K)
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
+    steps, units = in_units(dy.itemsize, *strides(dy), *strides(x))
     conv2d_weight_grad_kernel[(tiles * splits,)](
         dy, x, dw_ptr, db_ptr,
         K, per_split, H, W, OH, OW,
-        *dy.stride(), *x.stride(), *dw.stride(), stride_split,
+        *steps, *strides(dw), stride_split,
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, FLAT=flat, GROUPS=groups,
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, FLAT=flat, GROUPS=groups, UNITS=units,
         INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import POOLED, acc_type, index_type, operand_type, round_to
+from ._common import POOLED, acc_type, index_type, operand_type, round_to, strides
 from .conv2d import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for
 from .padding import PAD_MODES
 
@@ -97,7 +97,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel
     conv2d_relu_max_pool2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
         x, w, w if bias is None else bias, y, code,
         M, H, W, OH, OW, QH, QW,
-        *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
+        *strides(x), *strides(w), 0 if bias is None else bias.stride(0), *strides(y),
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         WH=pool_kernel[0], WW=pool_kernel[1], TH=pool_stride[0], TW=pool_stride[1],

@@ -58,7 +58,7 @@ def updated(
     RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
-    """The new weights after the update number `step`; the moments, which were `first` to `third`, are stored at offs."""
+    """The new weights after update number `step`; the moments, which were `first` to `third`, are stored at offs."""
     lr, decay = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     keep1, add1 = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
     keep2, add2 = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)

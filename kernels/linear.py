@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import SQUARE, acc_type, gemm_tile, index_type, operand_type, round_to, split_product
+from ._common import SQUARE, acc_type, gemm_tile, in_units, index_type, operand_type, round_to, split_product
 from .reduce import Partials
 
 
@@ -29,10 +29,13 @@ def linear_forward_kernel(
     stride_wn, stride_wk,
     stride_b,
     stride_ym, stride_yn,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    N, K, stride_xm, stride_xk = N * UNITS[0], K * UNITS[1], stride_xm * UNITS[2], stride_xk * UNITS[3]
+    stride_wn, stride_wk, stride_ym = stride_wn * UNITS[4], stride_wk * UNITS[5], stride_ym * UNITS[6]
+
     pid = tl.program_id(0).to(INDEX)
     tiles_n = tl.cdiv(N, BLOCK_N)
     offs_m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -64,11 +67,12 @@ def forward(x, w, bias, relu=False):
         return y
     (M, K), N = x.shape, w.shape[0]
     tile = gemm_tile(SQUARE, M, N, K, x.dtype, precision())
+    (n, k, *x_w_strides, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
     linear_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
         x, w, w if bias is None else bias, y,
-        M, N, K,
-        *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
-        HAS_BIAS=bias is not None, RELU=relu,
+        M, n, k,
+        *x_w_strides, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1),
+        HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
         INDEX=index_type(x, w, bias, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip
@@ -132,10 +136,13 @@ def linear_weight_grad_kernel(
     stride_xm, stride_xk,
     stride_wn, stride_wk,
     stride_split,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    N, K, stride_ym, stride_yn = N * UNITS[0], K * UNITS[1], stride_ym * UNITS[2], stride_yn * UNITS[3]
+    stride_xm, stride_xk, stride_wn = stride_xm * UNITS[4], stride_xk * UNITS[5], stride_wn * UNITS[6]
+
     pid = tl.program_id(0).to(INDEX)
     # A layer of zero features still has a bias: it takes one tile of weights, all masked.
     tiles_k, tiles_n = tl.maximum(tl.cdiv(K, BLOCK_N), 1), tl.cdiv(N, BLOCK_M)
@@ -163,11 +170,12 @@ def weight_grad(dy, x, with_bias):
     splits, per_split = split_product(tiles, M, tile.K)
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
+    (n, k, *y_x_strides, stride_wn), units = in_units(x.itemsize, N, K, *dy.stride(), *x.stride(), dw.stride(0))
     linear_weight_grad_kernel[(tiles * splits,)](
         dy, x, dw_ptr, db_ptr,
-        M, N, K, per_split,
-        *dy.stride(), *x.stride(), *dw.stride(), stride_split,
-        HAS_BIAS=with_bias,
+        M, n, k, per_split,
+        *y_x_strides, stride_wn, dw.stride(1), stride_split,
+        HAS_BIAS=with_bias, UNITS=units,
         INDEX=index_type(dy, x, dw), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
         **tile.blocks, **tile.options,
     )  # fmt: skip
