@@ -22,18 +22,19 @@ import triton.language as tl
 
 from . import shapes
 from ._common import (
-    SQUARE,
     TALL,
     Window,
     acc_type,
     first_tap,
     gemm_tile,
+    gradient_tiles,
     in_units,
     index_type,
     operand_type,
     round_to,
     split_product,
     strides,
+    wants_k_inner,
 )
 from .padding import PAD_MODES, source
 from .reduce import Partials
@@ -303,6 +304,8 @@ def input_grad(dy, w, size, stride, padding, dilation, groups):
     flat = OC < FLAT_BELOW
     if not flat:
         dy, w = channels_inner(dy), channels_inner(w)
+        if wants_k_inner(w.dtype, precision()):
+            w = w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
     index = index_type(dy, w, dx)
     narrow = flat or dx.stride(1) != 1
     tile = tile_for(TALL, M, C, OC * KH * KW if flat else OC, dy.dtype, index, OC <= SHORT_K, narrow)
@@ -417,10 +420,10 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     if not flat:
         dy, x = channels_inner(dy), channels_inner(x)
     index = index_type(dy, x, dw)
-    tile = tile_for(SQUARE, OC, C * KH * KW if flat else C, K, dy.dtype, index, flat, flat)
+    tile = tile_for(gradient_tiles(), OC, C * KH * KW if flat else C, K, dy.dtype, index, flat, flat)
     tiles_n = triton.cdiv(C * KH * KW, tile.N) if flat else KH * KW * triton.cdiv(C, tile.N)
     tiles = triton.cdiv(OC, tile.M) * tiles_n * groups
-    splits, per_split = split_product(tiles, K, tile.K)
+    splits, per_split = split_product(tiles, K, tile.K, tile.M * tile.N)
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
     steps, units = in_units(dy.itemsize, *strides(dy), *strides(x))

@@ -93,6 +93,9 @@ def _hopper_tile(format, images, geometry, train):
     if colours and not half:
         # And their filters would fill shared memory.
         tile = tile._replace(kept=1)
+    if half and not colours and images > 132 * 64:
+        # Two programs of four warps hide more of each other's waiting than one of eight, see bench/results.
+        return Tile(64, 16, 64, 64, 64, 64, 32, 64, 2, 4)
     if images <= 132 * tile.images // 2:
         # Products of few rows have registers for more columns.
         tile = tile._replace(F=128)

@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import SQUARE, acc_type, gemm_tile, in_units, index_type, operand_type, round_to, split_product
+from ._common import (
+    SQUARE,
+    acc_type,
+    gemm_tile,
+    gradient_tiles,
+    in_units,
+    index_type,
+    operand_type,
+    round_to,
+    split_product,
+    wants_k_inner,
+)
 from .reduce import Partials
 
 
@@ -66,6 +77,8 @@ def forward(x, w, bias, relu=False):
     if y.numel() == 0:
         return y
     (M, K), N = x.shape, w.shape[0]
+    if wants_k_inner(x.dtype, precision()):
+        x, w = x.contiguous(), w.contiguous()
     tile = gemm_tile(SQUARE, M, N, K, x.dtype, precision())
     (n, k, *x_w_strides, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
     linear_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
@@ -165,9 +178,9 @@ def weight_grad(dy, x, with_bias):
         return dw, db
     if M == 0:
         return dw.zero_(), db.zero_()
-    tile = gemm_tile(SQUARE, N, K, M, dy.dtype, precision())
+    tile = gemm_tile(gradient_tiles(), N, K, M, dy.dtype, precision())
     tiles = triton.cdiv(N, tile.M) * max(1, triton.cdiv(K, tile.N))
-    splits, per_split = split_product(tiles, M, tile.K)
+    splits, per_split = split_product(tiles, M, tile.K, tile.M * tile.N)
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
     (n, k, *y_x_strides, stride_wn), units = in_units(x.itemsize, N, K, *dy.stride(), *x.stride(), dw.stride(0))

@@ -9,26 +9,22 @@ import triton.language as tl
 
 from ._common import OPTIONS, flat_block, index_type, round_to
 
-# Splits that a program adds at a time: one by one it would wait for memory as often as there are splits.
-BLOCK_S = 16
-
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def sum_partials_kernel(
     partial_ptr, dw_ptr, db_ptr,
     SPLITS, numel_w, numel_b,
-    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     row = numel_w + numel_b
     mask = offs < row
 
-    acc = tl.zeros((BLOCK_S, BLOCK), ACC)
-    for s0 in range(0, SPLITS, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S).to(INDEX)
-        here = (s < SPLITS)[:, None] & mask[None, :]
-        acc += tl.load(partial_ptr + (s * row)[:, None] + offs[None, :], mask=here, other=0.0)
-    acc = tl.sum(acc, axis=0)
+    acc = tl.zeros((BLOCK,), ACC)
+    ptrs = partial_ptr + offs
+    for _ in range(0, SPLITS):
+        acc += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += row
 
     is_weight = offs < numel_w
     tl.store(dw_ptr + offs, round_to(acc, dw_ptr.dtype.element_ty), mask=is_weight)
@@ -53,11 +49,11 @@ class Partials:
     def add_up(self):
         """dw and db, complete."""
         if self.buffer is not None and self.row > 0:
-            block = flat_block(self.row, 128)
+            block = flat_block(self.row, 256)
             sum_partials_kernel[(triton.cdiv(self.row, block),)](
                 self.buffer, self.dw, self.db,
                 self.splits, self.dw.numel(), self.db.numel(),
                 ACC=tl.float64 if self.buffer.dtype == torch.float64 else tl.float32,
-                INDEX=index_type(self.buffer), BLOCK=block, BLOCK_S=BLOCK_S, num_warps=4, **OPTIONS,
+                INDEX=index_type(self.buffer), BLOCK=block, num_warps=4, **OPTIONS,
             )  # fmt: skip
         return self.dw, self.db
