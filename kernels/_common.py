@@ -1,11 +1,7 @@
 """What the kernel files share: number formats, tiles, index types, and the steps of a strided, dilated window."""
 
-import concurrent.futures
-import contextlib
-import contextvars
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -77,37 +73,24 @@ def round_to(value, dtype: tl.constexpr):
         return value.to(dtype)
 
 
+def cdiv(a, b):
+    """a / b rounded up. Triton's own is meant for kernels, and takes microseconds on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The power of two at or above n > 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def index_type(*tensors):
     """int64 where an offset into one of the tensors (or None) may not fit int32, and the faster int32 elsewhere."""
     # Lanes past the end compute offsets too, so the limit leaves room for a tile.
     limit = 2**31 - 2**20
     for t in tensors:
-        if t is not None and max(t.numel(), t.untyped_storage().nbytes() // t.element_size()) > limit:
+        if t is not None and max(t.numel(), sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) > limit:
             return tl.int64
     return tl.int32
-
-
-# Whether `launch` only has kernels compiled, in this thread.
-compiling = contextvars.ContextVar("compiling", default=False)
-
-
-def launch(kernel, grid, *args, **options):
-    """Launches a kernel; inside compiled_together() it is compiled and not launched."""
-    if compiling.get():
-        kernel.warmup(*args, grid=grid, **options)
-    else:
-        kernel[grid](*args, **options)
-
-
-@contextlib.contextmanager
-def compiled_together():
-    """Inside, the kernels of `launch` are compiled side by side in threads; they are ready when the block ends."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
-        before = compiling.set(True)
-        try:
-            yield
-        finally:
-            compiling.reset(before)
 
 
 class Tile(NamedTuple):
@@ -159,7 +142,7 @@ def number_format(dtype, precision):
 
 def _block(size, least, most):
     """The power of two at or above `size`, within bounds."""
-    return min(most, max(least, triton.next_power_of_2(size)))
+    return min(most, max(least, power_of_2(size)))
 
 
 def gemm_tile(table, M, N, K, dtype, precision):
@@ -187,8 +170,8 @@ def split_count(tiles, K, block_k):
 
 def split_product(tiles, K, block_k):
     """(programs that share the K > 0 products of one tile, products of each but the last); each has a share."""
-    per_split = triton.cdiv(triton.cdiv(K, split_count(tiles, K, block_k)), block_k) * block_k
-    return triton.cdiv(K, per_split), per_split
+    per_split = cdiv(cdiv(K, split_count(tiles, K, block_k)), block_k) * block_k
+    return cdiv(K, per_split), per_split
 
 
 class Window(NamedTuple):

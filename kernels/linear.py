@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import SQUARE, acc_type, gemm_tile, index_type, operand_type, round_to, split_product
+from ._common import SQUARE, acc_type, cdiv, gemm_tile, index_type, operand_type, round_to, split_product
+from .launching import planned, remembered
 from .reduce import Partials
 
 
@@ -57,21 +58,23 @@ def linear_forward_kernel(
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+@planned(linear_forward_kernel)
+def _forward(x, w, bias, y, relu, precision):
+    (M, K), N = x.shape, w.shape[0]
+    tile = gemm_tile(SQUARE, M, N, K, x.dtype, precision)
+    numbers = M, N, K, *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride()
+    return (cdiv(M, tile.M) * cdiv(N, tile.N),), numbers, dict(
+        HAS_BIAS=bias is not None, RELU=relu,
+        INDEX=index_type(x, w, bias, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision,
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def forward(x, w, bias, relu=False):
     """x (M, K), w (N, K), bias (N) or None -> y (M, N), of one floating dtype; with `relu` what is negative is 0."""
     y = shapes.linear(x, w)
-    if y.numel() == 0:
-        return y
-    (M, K), N = x.shape, w.shape[0]
-    tile = gemm_tile(SQUARE, M, N, K, x.dtype, precision())
-    linear_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
-        x, w, w if bias is None else bias, y,
-        M, N, K,
-        *x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
-        HAS_BIAS=bias is not None, RELU=relu,
-        INDEX=index_type(x, w, bias, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
-        **tile.blocks, **tile.options,
-    )  # fmt: skip
+    if y.numel() > 0:
+        _forward((x, w, bias, y), relu, precision())
     return y
 
 
@@ -150,6 +153,25 @@ def linear_weight_grad_kernel(
     )  # fmt: skip
 
 
+@remembered
+def _split(M, N, K, dtype, precision):
+    """(Tile, tiles of dw, programs that share each of them, rows of dy and x for each of these)."""
+    tile = gemm_tile(SQUARE, N, K, M, dtype, precision)
+    tiles = cdiv(N, tile.M) * max(1, cdiv(K, tile.N))
+    return tile, tiles, *split_product(tiles, M, tile.K)
+
+
+@planned(linear_weight_grad_kernel)
+def _weight_grad(dy, x, dw_ptr, db_ptr, strides, stride_split, with_bias, precision):
+    (M, N), K = dy.shape, x.shape[1]
+    tile, tiles, splits, per_split = _split(M, N, K, dy.dtype, precision)
+    return (tiles * splits,), (M, N, K, per_split, *dy.stride(), *x.stride(), *strides, stride_split), dict(
+        HAS_BIAS=with_bias,
+        INDEX=index_type(dy, x, dw_ptr), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision,
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def weight_grad(dy, x, with_bias):
     """dy (M, N), x (M, K) -> dw (N, K) and db (N), empty unless asked for."""
     dw, db = shapes.linear_weight_grad(dy, x, with_bias)
@@ -158,17 +180,9 @@ def weight_grad(dy, x, with_bias):
         return dw, db
     if M == 0:
         return dw.zero_(), db.zero_()
-    tile = gemm_tile(SQUARE, N, K, M, dy.dtype, precision())
-    tiles = triton.cdiv(N, tile.M) * max(1, triton.cdiv(K, tile.N))
-    splits, per_split = split_product(tiles, M, tile.K)
+    products = precision()
+    splits = _split(M, N, K, dy.dtype, products)[2]
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
-    linear_weight_grad_kernel[(tiles * splits,)](
-        dy, x, dw_ptr, db_ptr,
-        M, N, K, per_split,
-        *dy.stride(), *x.stride(), *dw.stride(), stride_split,
-        HAS_BIAS=with_bias,
-        INDEX=index_type(dy, x, dw), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
-        **tile.blocks, **tile.options,
-    )  # fmt: skip
+    _weight_grad((dy, x, dw_ptr, db_ptr), dw.stride(), stride_split, with_bias, products)
     return partials.add_up()

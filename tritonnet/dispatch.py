@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton"):
     from triton import knobs
 
     from .kernels import launchers
-    from .kernels._common import compiling
+    from .kernels.launching import compiling
 else:
     launchers = None
 
@@ -66,9 +66,14 @@ def implementation(tensor: torch.Tensor) -> ModuleType:
 _ALREADY = contextlib.nullcontext()
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether Triton launches on this device now."""
+    return device.type == "cpu" or device.index in (None, torch.accelerator.current_device_index())
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Makes `device` the current one in a `with` block: Triton launches there, whichever the tensors are on."""
-    if device.type == "cpu" or device.index in (None, torch.accelerator.current_device_index()):
+    if is_current(device):
         return _ALREADY
     return torch.accelerator.device_index(device.index)
 
