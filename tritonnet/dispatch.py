@@ -66,14 +66,9 @@ def implementation(tensor: torch.Tensor) -> ModuleType:
 _ALREADY = contextlib.nullcontext()
 
 
-def is_current(device: torch.device) -> bool:
-    """Whether Triton launches on this device now."""
-    return device.type == "cpu" or device.index in (None, torch.accelerator.current_device_index())
-
-
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Makes `device` the current one in a `with` block: Triton launches there, whichever the tensors are on."""
-    if is_current(device):
+    if device.type == "cpu" or device.index in (None, torch.accelerator.current_device_index()):
         return _ALREADY
     return torch.accelerator.device_index(device.index)
 
