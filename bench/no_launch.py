@@ -15,7 +15,7 @@ from triton.runtime.driver import driver
 
 import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
 from tritonnet import dispatch, lenet_step, lenet_weights, ops, train_step
-from tritonnet.kernels import launchers
+from tritonnet.kernels import launchers, launching
 
 from .compile import NoDevice
 
@@ -37,7 +37,7 @@ class Launcher:
 def _not_compiled(src, target=None, options=None, **kwargs):
     kernel = CompiledKernel.__new__(CompiledKernel)
     kernel.src, kernel.name = src, src.fn.__name__
-    kernel.hash = f"{src.hash()} {sorted(options.items(), key=str)}"
+    kernel.hash = f"{src.hash()} {target} {sorted(options.items(), key=str)}"
     kernel.metadata = SimpleNamespace(num_warps=options["num_warps"], shared=0)
     kernel.module, kernel.function, kernel.packed_metadata = 1, kernel.hash, ()
     kernel._run = Launcher(driver.active.launch)
@@ -64,5 +64,6 @@ def gpu_that_does_nothing(arch=90, launch=_nothing):
             yield device
         finally:
             driver._active = before
+            launching.forget()
             for kernel in launchers.KERNELS:
                 kernel.device_caches.clear()

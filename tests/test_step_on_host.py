@@ -18,7 +18,7 @@ import tritonnet
 from bench import cpu, report
 from bench.record import Record
 from tritonnet import lenet_step, lenet_weights, losses, ops
-from tritonnet.kernels import _common, launchers, lenet, lenet_forward, lenet_update
+from tritonnet.kernels import _common, launchers, launching, lenet, lenet_forward, lenet_update
 from tritonnet.lenet_optimizer import _powers
 
 on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
