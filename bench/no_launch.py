@@ -40,6 +40,7 @@ def _not_compiled(src, target=None, options=None, **kwargs):
     kernel.hash = f"{src.hash()} {target} {sorted(options.items(), key=str)}"
     kernel.metadata = SimpleNamespace(num_warps=options["num_warps"], shared=0)
     kernel.module, kernel.function, kernel.packed_metadata = 1, kernel.hash, ()
+    kernel._module_pid = None  # there is nothing to unload
     kernel._run = Launcher(driver.active.launch)
     return kernel
 

@@ -106,7 +106,9 @@ def planned(kernel):
                 if len(ready) >= MOST_KEPT:
                     ready.clear()
                 rest = [named[name] for name in names]
-                ready[kind] = compiled.run, (*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata, rest
+                # The kernel itself as well: Triton 3.9 unloads a kernel that nobody holds.
+                function, metadata = compiled.function, compiled.packed_metadata
+                ready[kind] = compiled.run, (*grid, 1, 1)[:3], function, metadata, rest, compiled
 
         @functools.wraps(plan)
         def launch_planned(tensors, *values):
@@ -132,7 +134,7 @@ def planned(kernel):
             if found is None:
                 keep(kind, tensors, *in_full(tensors, values))
                 return
-            run, grid, function, metadata, rest = found
+            run, grid, function, metadata, rest, _ = found
             run(*grid, active.get_current_stream(device), function, metadata, None, None, None, *pointers, *rest)
 
         return launch_planned

@@ -394,23 +394,39 @@ class Pixels(NamedTuple):
     shift: float = 0.0
 
 
+def _pooled_size(form, geometry):
+    """Of an image after the first pooling, as the kernels keep it."""
+    Q1, _ = geometry.pooled
+    return (6, Q1, Q1) if form == "lanes" else (Q1, Q1, 8)
+
+
+@cached_for_architecture
+def _inference_sizes(N, geometry, format, device):
+    """(name, size) of the tensors of a launch for inference; its programs use them again and again."""
+    form = lenet_lanes.form(format)
+    block, tile = tile_for(form, N, geometry, False)
+    programs = inference_programs(N, block, tile, torch.device(device))
+    # The last program may have fewer images than the others.
+    block_s, last = min(block, tile.S), N - (programs - 1) * block
+    p1 = (programs - 1) * block_s + min(block_s, last), *_pooled_size(form, geometry)
+    return ("p1", p1), ("acts", (min(N, programs * block), geometry.features + 256))
+
+
 def activations(N, geometry, format, device, train):
     """The tensors that the launches leave to each other for N images: p1, code1, acts, code2, grads, dz, loss."""
-    (Q1, _), F = geometry.pooled, geometry.features
+    if not train:
+        sizes = _inference_sizes(N, geometry, format, device)
+        dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
+        return {name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes}
+    F = geometry.features
     dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
     form = lenet_lanes.form(format)
-    block, tile = tile_for(form, N, geometry, train)
+    block, _ = tile_for(form, N, geometry, train)
 
     def new(*size, dtype=dtype):
         return torch.empty(size, dtype=dtype, device=device)
 
-    pixels = (6, Q1, Q1) if form == "lanes" else (Q1, Q1, 8)
-    if not train:
-        programs = inference_programs(N, block, tile, torch.device(device))
-        # The last program may have fewer images than the others.
-        block_s, last = min(block, tile.S), N - (programs - 1) * block
-        p1 = new((programs - 1) * block_s + min(block_s, last), *pixels)
-        return {"p1": p1, "acts": new(min(N, programs * block), F + 256)}
+    pixels = _pooled_size(form, geometry)
     tensors = {
         "p1": new(N, *pixels), "code1": new(N, *pixels, dtype=torch.uint8),
         "acts": new(N, F + 256), "code2": new(N, F, dtype=torch.uint8),
