@@ -1,11 +1,7 @@
 """What the kernel files share: number formats, tiles, index types, and the steps of a strided, dilated window."""
 
-import concurrent.futures
-import contextlib
-import contextvars
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -77,12 +73,22 @@ def round_to(value, dtype: tl.constexpr):
         return value.to(dtype)
 
 
+def cdiv(a, b):
+    """a / b rounded up. Triton's own is meant for kernels, and takes microseconds on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The power of two at or above n > 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def index_type(*tensors):
     """int64 where an offset into one of the tensors (or None) may not fit int32, and the faster int32 elsewhere."""
     # Lanes past the end compute offsets too, so the limit leaves room for a tile.
     limit = 2**31 - 2**20
     for t in tensors:
-        if t is not None and max(t.numel(), t.untyped_storage().nbytes() // t.element_size()) > limit:
+        if t is not None and max(t.numel(), sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) > limit:
             return tl.int64
     return tl.int32
 
@@ -106,29 +112,6 @@ def in_units(itemsize, *numbers):
     vector = max(1, 16 // itemsize)
     units = tuple(vector if n % 16 and n % vector == 0 else 1 for n in numbers)
     return [n // unit for n, unit in zip(numbers, units)], units
-
-
-# Whether `launch` only has kernels compiled, in this thread.
-compiling = contextvars.ContextVar("compiling", default=False)
-
-
-def launch(kernel, grid, *args, **options):
-    """Launches a kernel; inside compiled_together() it is compiled and not launched."""
-    if compiling.get():
-        kernel.warmup(*args, grid=grid, **options)
-    else:
-        kernel[grid](*args, **options)
-
-
-@contextlib.contextmanager
-def compiled_together():
-    """Inside, the kernels of `launch` are compiled side by side in threads; they are ready when the block ends."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
-        before = compiling.set(True)
-        try:
-            yield
-        finally:
-            compiling.reset(before)
 
 
 class Tile(NamedTuple):
@@ -161,8 +144,8 @@ def wants_k_inner(dtype, precision):
 # Programs of 128 x 128 that an H100 or H200 runs at once.
 RESIDENT = 2 * 132
 # Tiles by number format, from the widest down. Those of float32 and float64 are read off machine code (no register
-# spills); the others were timed on an H200 with triton 3.6.0 (bench/results/tiles-nvidia-h200.md). Every row is compiled
-# for every architecture by bench.machine_code, so each has to be worth it.
+# spills); the others were timed on an H200 with triton 3.6.0, see bench/results/README.md. Every row is compiled for
+# every architecture by bench.machine_code, so each has to be worth it.
 SQUARE = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
@@ -200,7 +183,7 @@ def number_format(dtype, precision):
 
 def _block(size, least, most):
     """The power of two at or above `size`, within bounds."""
-    return min(most, max(least, triton.next_power_of_2(size)))
+    return min(most, max(least, power_of_2(size)))
 
 
 def gemm_tile(table, M, N, K, dtype, precision):
@@ -210,7 +193,7 @@ def gemm_tile(table, M, N, K, dtype, precision):
         return Tile(_block(M // 3, 32, 4096), _block(N // 2, 16, 128), _block(K // 4, 32, 256), 4, 1)
     tiles, square = table[number_format(dtype, precision)], table in (SQUARE, GRADIENT)
     tile = next((t for t in tiles if N > t.N // 2 and (M > t.M // 2 or not square)), tiles[-1])
-    if table is not GRADIENT and tile[:2] == (128, 128) and triton.cdiv(M, 128) * triton.cdiv(N, 128) < RESIDENT:
+    if table is not GRADIENT and tile[:2] == (128, 128) and cdiv(M, 128) * cdiv(N, 128) < RESIDENT:
         # Too few for every multiprocessor to have two.
         tile = tile._replace(M=64, num_warps=4)
     return tile
@@ -231,7 +214,9 @@ def split_count(tiles, K, block_k):
 
 
 def split_product(tiles, K, block_k, elements=128 * 128):
-    """(programs that share the K > 0 products of a tile of `elements`, products of each but the last); all have a share.
+    """(programs that share the K > 0 products of a tile of `elements`, products of each but the last).
+
+    Each has a share.
 
     The number of least time by a model, in steps of block_k products: a program takes its share of them in as many
     turns as the H200 needs for all programs, and partial sums are written and read at 3 TB/s, where a multiprocessor
@@ -241,11 +226,9 @@ def split_product(tiles, K, block_k, elements=128 * 128):
     if not INTERPRETED:
         resident, steps = RESIDENT * (1 if elements >= 128 * 128 else 2), K / block_k
         most = max(1, min(4 * resident // tiles, K // (4 * block_k)))
-        splits = min(
-            range(1, most + 1), key=lambda s: triton.cdiv(tiles * s, resident) * steps / s + 2 * tiles * s / block_k
-        )
-    per_split = triton.cdiv(triton.cdiv(K, splits), block_k) * block_k
-    return triton.cdiv(K, per_split), per_split
+        splits = min(range(1, most + 1), key=lambda s: cdiv(tiles * s, resident) * steps / s + 2 * tiles * s / block_k)
+    per_split = cdiv(cdiv(K, splits), block_k) * block_k
+    return cdiv(K, per_split), per_split
 
 
 class Window(NamedTuple):

@@ -25,6 +25,7 @@ from ._common import (
     TALL,
     Window,
     acc_type,
+    cdiv,
     first_tap,
     gemm_tile,
     gradient_tiles,
@@ -36,6 +37,7 @@ from ._common import (
     strides,
     wants_k_inner,
 )
+from .launching import planned, remembered
 from .padding import PAD_MODES, source
 from .reduce import Partials
 
@@ -47,8 +49,8 @@ SHORT_K = 32
 NARROW_N = 64
 
 
-def tile_for(table, M, N, K, dtype, index, short, narrow):
-    tile = gemm_tile(table, M, min(N, NARROW_N) if narrow else N, K, dtype, precision())
+def tile_for(table, M, N, K, dtype, precision, index, short, narrow):
+    tile = gemm_tile(table, M, min(N, NARROW_N) if narrow else N, K, dtype, precision)
     if short:
         tile = tile._replace(K=min(tile.K, SHORT_K))
     # Addresses of 64 bits take twice the registers.
@@ -177,6 +179,23 @@ def conv2d_forward_kernel(
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+@planned(conv2d_forward_kernel)
+def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, precision):
+    (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
+    M, OC, flat = N * OH * OW, OC // groups, C < FLAT_BELOW
+    index = index_type(x, w, bias, y)
+    tile = tile_for(TALL, M, OC, C * KH * KW if flat else C, x.dtype, precision, index, C <= SHORT_K, flat)
+    steps, units = in_units(x.itemsize, *strides(x), *strides(w), *strides(y))
+    numbers = M, H, W, OH, OW, *steps[:8], 0 if bias is None else bias.stride(0), *steps[8:]
+    return (cdiv(M, tile.M) * cdiv(OC, tile.N) * groups,), numbers, dict(
+        C=C, OC=OC, KH=KH, KW=KW,
+        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, FLAT=flat, UNITS=units,
+        INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision,
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
     """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype.
 
@@ -185,24 +204,9 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False)
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() == 0:
         return y
-    (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
-    M, OC = N * OH * OW, OC // groups
-    flat = C < FLAT_BELOW
-    if not flat:
+    if w.shape[1] >= FLAT_BELOW:
         x, w = channels_inner(x), channels_inner(w)
-    index = index_type(x, w, bias, y)
-    tile = tile_for(TALL, M, OC, C * KH * KW if flat else C, x.dtype, index, C <= SHORT_K, flat)
-    steps, units = in_units(x.itemsize, *strides(x), *strides(w), *strides(y))
-    conv2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
-        x, w, w if bias is None else bias, y,
-        M, H, W, OH, OW,
-        *steps[:8], 0 if bias is None else bias.stride(0), *steps[8:],
-        C=C, OC=OC, KH=KH, KW=KW,
-        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, FLAT=flat, UNITS=units,
-        INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
-        **tile.blocks, **tile.options,
-    )  # fmt: skip
+    _forward((x, w, bias, y), stride, padding, dilation, groups, pad_mode, relu, precision())
     return y
 
 
@@ -293,35 +297,37 @@ def conv2d_input_grad_kernel(
     tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+@planned(conv2d_input_grad_kernel)
+def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
+    (N, _, H, W), (OC, C, KH, KW), (OH, OW) = dx.shape, w.shape, dy.shape[2:]
+    (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
+    M, flat = N * cdiv(H, SH) * cdiv(W, SW), OC < FLAT_BELOW
+    index = index_type(dy, w, dx)
+    narrow = flat or dx.stride(1) != 1
+    tile = tile_for(TALL, M, C, OC * KH * KW if flat else OC, dy.dtype, precision, index, OC <= SHORT_K, narrow)
+    window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
+    steps, units = in_units(dy.itemsize, *strides(dy), *strides(w), *strides(dx))
+    numbers = M, H, W, OH, OW, *steps
+    return (cdiv(M, tile.M) * cdiv(C, tile.N) * SH * SW * groups,), numbers, dict(
+        C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
+        DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
+        DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
+        FLAT=flat, UNITS=units,
+        INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision,
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def input_grad(dy, w, size, stride, padding, dilation, groups):
     """dy (N, OC, OH, OW), w (OC, C / groups, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros."""
     dx = shapes.conv2d_input_grad(dy, w, size)
     if dx.numel() == 0:
         return dx
-    (N, _, H, W), (OC, C, KH, KW), (OH, OW) = size, w.shape, dy.shape[2:]
-    (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
-    M = N * triton.cdiv(H, SH) * triton.cdiv(W, SW)
-    flat = OC < FLAT_BELOW
-    if not flat:
+    if w.shape[0] // groups >= FLAT_BELOW:
         dy, w = channels_inner(dy), channels_inner(w)
         if wants_k_inner(w.dtype, precision()):
             w = w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-    index = index_type(dy, w, dx)
-    narrow = flat or dx.stride(1) != 1
-    tile = tile_for(TALL, M, C, OC * KH * KW if flat else OC, dy.dtype, index, OC <= SHORT_K, narrow)
-    window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
-    steps, units = in_units(dy.itemsize, *strides(dy), *strides(w), *strides(dx))
-    conv2d_input_grad_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(C, tile.N) * SH * SW * groups,)](
-        dy, w, dx,
-        M, H, W, OH, OW,
-        *steps,
-        C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
-        DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
-        DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
-        FLAT=flat, UNITS=units,
-        INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
-        **tile.blocks, **tile.options,
-    )  # fmt: skip
+    _input_grad((dy, w, dx), stride, padding, dilation, groups, precision())
     return dx
 
 
@@ -407,34 +413,51 @@ def conv2d_weight_grad_kernel(
             tl.store(db_ptr + split * stride_split + group * OC + offs_m, db, mask=mask_m)
 
 
+@remembered
+def _split(K, size, groups, dtype, precision, index):
+    """(Tile, tiles of dw, programs that share each of them, pixels for each of these)."""
+    OC, C, KH, KW = size
+    OC, flat = OC // groups, C < FLAT_BELOW
+    tile = tile_for(gradient_tiles(), OC, C * KH * KW if flat else C, K, dtype, precision, index, flat, flat)
+    tiles_n = cdiv(C * KH * KW, tile.N) if flat else KH * KW * cdiv(C, tile.N)
+    tiles = cdiv(OC, tile.M) * tiles_n * groups
+    return tile, tiles, *split_product(tiles, K, tile.K, tile.M * tile.N)
+
+
+@planned(conv2d_weight_grad_kernel)
+def _weight_grad(
+    dy, x, dw_ptr, db_ptr, size, w_strides, stride_split,
+    stride, padding, dilation, groups, pad_mode, with_bias, precision,
+):  # fmt: skip
+    (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
+    K, index = N * OH * OW, index_type(dy, x, dw_ptr)
+    tile, tiles, splits, per_split = _split(K, size, groups, dy.dtype, precision, index)
+    steps, units = in_units(dy.itemsize, *strides(dy), *strides(x))
+    numbers = K, per_split, H, W, OH, OW, *steps, *w_strides, stride_split
+    return (tiles * splits,), numbers, dict(
+        C=C, OC=OC // groups, KH=KH, KW=KW,
+        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, FLAT=C < FLAT_BELOW, GROUPS=groups, UNITS=units,
+        INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision,
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
     """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW), and db (OC), empty unless wanted."""
     dw, db = shapes.conv2d_weight_grad(dy, x, size, with_bias)
     if dw.numel() == 0:
         return dw, db
-    (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
-    K, OC = N * OH * OW, OC // groups
-    if K == 0:
+    N, _, OH, OW = dy.shape
+    if N * OH * OW == 0:
         return dw.zero_(), db.zero_()
-    flat = C < FLAT_BELOW
-    if not flat:
+    if size[1] >= FLAT_BELOW:
         dy, x = channels_inner(dy), channels_inner(x)
-    index = index_type(dy, x, dw)
-    tile = tile_for(gradient_tiles(), OC, C * KH * KW if flat else C, K, dy.dtype, index, flat, flat)
-    tiles_n = triton.cdiv(C * KH * KW, tile.N) if flat else KH * KW * triton.cdiv(C, tile.N)
-    tiles = triton.cdiv(OC, tile.M) * tiles_n * groups
-    splits, per_split = split_product(tiles, K, tile.K, tile.M * tile.N)
+    size, products = tuple(size), precision()
+    # As many programs, whether offsets into the buffer of their sums need 64 bits or not.
+    splits = _split(N * OH * OW, size, groups, dy.dtype, products, tl.int32)[2]
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
-    steps, units = in_units(dy.itemsize, *strides(dy), *strides(x))
-    conv2d_weight_grad_kernel[(tiles * splits,)](
-        dy, x, dw_ptr, db_ptr,
-        K, per_split, H, W, OH, OW,
-        *steps, *strides(dw), stride_split,
-        C=C, OC=OC, KH=KH, KW=KW,
-        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, FLAT=flat, GROUPS=groups, UNITS=units,
-        INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
-        **tile.blocks, **tile.options,
-    )  # fmt: skip
+    geometry = stride, padding, dilation, groups, pad_mode
+    _weight_grad((dy, x, dw_ptr, db_ptr), size, tuple(strides(dw)), stride_split, *geometry, with_bias, products)
     return partials.add_up()

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import POOLED, acc_type, index_type, operand_type, round_to, strides
+from ._common import POOLED, acc_type, cdiv, index_type, operand_type, round_to, strides
 from .conv2d import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for
+from .launching import planned
 from .padding import PAD_MODES
 
 
@@ -81,29 +82,35 @@ def conv2d_relu_max_pool2d_forward_kernel(
     tl.store(code_ptr + y_offs, tl.where(dead, WH * WW, code).to(code_ptr.dtype.element_ty), mask=mask)
 
 
-def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
-    """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW)."""
-    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding)
-    if y.numel() == 0:
-        return y, code
+@planned(conv2d_relu_max_pool2d_forward_kernel)
+def _forward(
+    x, w, bias, y, code,
+    stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding, precision,
+):  # fmt: skip
     (N, _, H, W), (OC, C, KH, KW), (QH, QW) = x.shape, w.shape, y.shape[2:]
     OH, OW = shapes.conv2d_size((H, W), (KH, KW), stride, padding, dilation)
-    M, OC = N * QH * QW, OC // groups
-    flat = C < FLAT_BELOW
-    if not flat:
-        x, w = channels_inner(x), channels_inner(w)
+    M, OC, flat = N * QH * QW, OC // groups, C < FLAT_BELOW
     index = index_type(x, w, bias, y)
-    tile = tile_for(POOLED, M, OC, C * KH * KW if flat else C, x.dtype, index, C <= SHORT_K, narrow=False)
-    conv2d_relu_max_pool2d_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(OC, tile.N) * groups,)](
-        x, w, w if bias is None else bias, y, code,
-        M, H, W, OH, OW, QH, QW,
-        *strides(x), *strides(w), 0 if bias is None else bias.stride(0), *strides(y),
+    K = C * KH * KW if flat else C
+    tile = tile_for(POOLED, M, OC, K, x.dtype, precision, index, C <= SHORT_K, narrow=False)
+    steps = *strides(x), *strides(w), 0 if bias is None else bias.stride(0), *strides(y)
+    return (cdiv(M, tile.M) * cdiv(OC, tile.N) * groups,), (M, H, W, OH, OW, QH, QW, *steps), dict(
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         WH=pool_kernel[0], WW=pool_kernel[1], TH=pool_stride[0], TW=pool_stride[1],
         UH=pool_padding[0], UW=pool_padding[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, FLAT=flat,
-        INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
+        INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision,
         **tile.blocks, **tile.options,
     )  # fmt: skip
+
+
+def forward(x, w, bias, *geometry):
+    """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW)."""
+    y, code = shapes.conv2d_relu_max_pool2d(x, w, *geometry[:3], *geometry[5:])
+    if y.numel() == 0:
+        return y, code
+    if w.shape[1] >= FLAT_BELOW:
+        x, w = channels_inner(x), channels_inner(w)
+    _forward((x, w, bias, y, code), *geometry, precision())
     return y, code

@@ -11,6 +11,8 @@ in registers. A row of the products is an image and all its rows see the same pi
 row and one a column. Geometry and strides are part of the program: what is left of the addresses is worked out once.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,15 +20,18 @@ import triton.language as tl
 from . import shapes
 from ._common import (
     OPTIONS,
+    cdiv,
     compute_capability,
     flat_block,
     index_type,
     number_format,
     operand_type,
+    power_of_2,
     round_to,
     split_count,
 )
 from .conv2d import FLAT_BELOW, next_block, precision
+from .launching import planned, remembered
 from .reduce import Partials
 
 # The most positions of a window, pixels times channels that one window sees, and pixels times channels of a block.
@@ -38,20 +43,25 @@ MANY_IMAGES, FEW_WINDOWS = 32, 1024
 IMAGES, FILTERS = 32, {1: 16, 4: 8}
 
 
-def serves(dy, w_size, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
+def serves(dy, w_size, *geometry):
     """Whether these kernels are for the gradients of such a convolution; w_size is (OC, C, KH, KW).
 
     Not in full float32: for sm_100 triton 3.7.1 takes products in tf32, whatever precision they ask for, if an operand
     depends on what was loaded as bytes, and the code is.
     """
-    (_, C, KH, KW), (N, _, QH, QW) = w_size, dy.shape
+    return _serves(number_format(dy.dtype, precision()), dy.shape, tuple(w_size), *geometry)
+
+
+@remembered
+def _serves(format, size, w_size, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
+    (_, C, KH, KW), (N, _, QH, QW) = w_size, size
     block = C * pool_stride[0] * stride[0] * pool_stride[1] * stride[1]
     patch = C * _patch(1, KH, stride[0], dilation[0], pool_kernel[0], pool_stride[0])
     patch *= _patch(1, KW, stride[1], dilation[1], pool_kernel[1], pool_stride[1])
     return (
         groups == 1
         and pad_mode == "zeros"
-        and number_format(dy.dtype, precision()) in ("half", "tf32")
+        and format in ("half", "tf32")
         and C < FLAT_BELOW
         and pool_kernel[0] * pool_kernel[1] <= MOST_POSITIONS
         and patch <= MOST_PATCH
@@ -189,45 +199,79 @@ def _reach(B, K, S, P, D, W, T, U):
     return first, ((B - 1 + P) // S + U) // T - first + 1
 
 
-def input_grad(dy, code, w, size, stride, padding, dilation, pool_kernel, pool_stride, pool_padding):
-    """dy and code (N, OC, QH, QW), w (OC, C, KH, KW) -> dx of `size` (N, C, H, W)."""
-    dx = shapes.conv2d_relu_max_pool2d_input_grad(dy, code, w, size)
-    if dx.numel() == 0:
-        return dx
-    (N, C, H, W), (OC, _, KH, KW), (QH, QW) = size, w.shape, dy.shape[2:]
+class _Blocks(NamedTuple):
+    """How the input's gradient is cut into blocks of BH x BW pixels, and which pooled pixels each is made of."""
+
+    BH: int
+    BW: int
+    LOW_H: int
+    LOW_W: int
+    REACH_H: int
+    REACH_W: int
+    COUNT: int
+    BLOCK_N: int
+
+
+@remembered
+def _blocks(C, KH, KW, stride, padding, dilation, pool_kernel, pool_stride, pool_padding):
     (SH, SW), (PH, PW), (DH, DW) = stride, padding[::2], dilation
     (WH, WW), (TH, TW), (UH, UW) = pool_kernel, pool_stride, pool_padding
     BH, BW = TH * SH, TW * SW
     while 2 * C * BH * BW <= MOST_BLOCK:
         BH, BW = (BH, 2 * BW) if BW <= BH else (2 * BH, BW)
     (LOW_H, REACH_H), (LOW_W, REACH_W) = _reach(BH, KH, SH, PH, DH, WH, TH, UH), _reach(BW, KW, SW, PW, DW, WW, TW, UW)
-    COUNT, block_oc, block_n = WH * WW, 16, max(16, triton.next_power_of_2(C * BH * BW))
-    block = {
-        "C": C, "OC": OC, "BH": BH, "BW": BW, "LOW_H": LOW_H, "LOW_W": LOW_W, "REACH_W": REACH_W,
-        "POSITIONS": triton.next_power_of_2(COUNT), "CHANNELS_LAST": shapes.is_channels_last(dx),
-        "BLOCK_OC": block_oc, "BLOCK_N": block_n,
+    return _Blocks(BH, BW, LOW_H, LOW_W, REACH_H, REACH_W, WH * WW, max(16, power_of_2(C * BH * BW)))
+
+
+BLOCK_OC = 16
+
+
+def _constants(blocks, C, OC, channels_last):
+    """What both kernels of the input's gradient are compiled for."""
+    return {
+        "C": C, "OC": OC, "BH": blocks.BH, "BW": blocks.BW, "LOW_H": blocks.LOW_H, "LOW_W": blocks.LOW_W,
+        "REACH_W": blocks.REACH_W, "POSITIONS": power_of_2(blocks.COUNT), "CHANNELS_LAST": channels_last,
+        "BLOCK_OC": BLOCK_OC, "BLOCK_N": blocks.BLOCK_N,
     }  # fmt: skip
 
-    f = w.new_empty(REACH_H * REACH_W, triton.cdiv(OC, block_oc), block_n, block_oc, block["POSITIONS"])
-    block_f = flat_block(f.numel(), 1024)
-    filters_for_blocks_kernel[(triton.cdiv(f.numel(), block_f),)](
-        w, f,
-        f.numel(),
-        *w.stride(),
+
+@planned(filters_for_blocks_kernel)
+def _filters(w, f, blocks, channels_last, stride, padding, dilation, pool_kernel, pool_stride, pool_padding):
+    (OC, C, KH, KW), block_f = w.shape, flat_block(f.numel(), 1024)
+    (SH, SW), (PH, PW), (DH, DW) = stride, padding[::2], dilation
+    (WH, WW), (TH, TW), (UH, UW) = pool_kernel, pool_stride, pool_padding
+    return (cdiv(f.numel(), block_f),), (f.numel(), *w.stride()), dict(
         KH=KH, KW=KW, SH=SH, SW=SW, PH=PH, PW=PW, DH=DH, DW=DW, WH=WH, WW=WW, TH=TH, TW=TW, UH=UH, UW=UW,
-        INDEX=index_type(w, f), BLOCK=block_f, num_warps=4, **block, **OPTIONS,
+        INDEX=index_type(w, f), BLOCK=block_f, num_warps=4, **_constants(blocks, C, OC, channels_last), **OPTIONS,
     )  # fmt: skip
+
+
+@planned(conv2d_relu_max_pool2d_input_grad_kernel)
+def _input_grad(dy, code, f, dx, blocks, channels_last, stride, pool_stride, precision):
+    (N, C, H, W), (_, OC, QH, QW) = dx.shape, dy.shape
     # One stage: with more the compiler has every product wait for the one before.
     block_m = 64 if N <= 64 else 128
-    blocks = triton.cdiv(H, BH) * triton.cdiv(W, BW)
-    conv2d_relu_max_pool2d_input_grad_kernel[(blocks * triton.cdiv(N, block_m),)](
-        dy, code, f, dx,
-        N,
+    return (cdiv(H, blocks.BH) * cdiv(W, blocks.BW) * cdiv(N, block_m),), (N,), dict(
         H=H, W=W, QH=QH, QW=QW, **_strides("y", dy), **_strides("c", code), **_strides("x", dx),
-        STEP_H=BH // (TH * SH), STEP_W=BW // (TW * SW), REACH_H=REACH_H, COUNT=COUNT,
-        INDEX=index_type(dy, code, f, dx), OPERAND=operand_type(dy.dtype), PRECISION=precision(),
-        BLOCK_M=block_m, num_warps=4, num_stages=1, **block, **OPTIONS,
+        STEP_H=blocks.BH // (pool_stride[0] * stride[0]), STEP_W=blocks.BW // (pool_stride[1] * stride[1]),
+        REACH_H=blocks.REACH_H, COUNT=blocks.COUNT,
+        INDEX=index_type(dy, code, f, dx), OPERAND=operand_type(dy.dtype), PRECISION=precision,
+        BLOCK_M=block_m, num_warps=4, num_stages=1, **_constants(blocks, C, OC, channels_last), **OPTIONS,
     )  # fmt: skip
+
+
+def input_grad(dy, code, w, size, stride, padding, dilation, pool_kernel, pool_stride, pool_padding):
+    """dy and code (N, OC, QH, QW), w (OC, C, KH, KW) -> dx of `size` (N, C, H, W)."""
+    dx = shapes.conv2d_relu_max_pool2d_input_grad(dy, code, w, size)
+    if dx.numel() == 0:
+        return dx
+    OC, C, KH, KW = w.shape
+    geometry = stride, padding, dilation, pool_kernel, pool_stride, pool_padding
+    blocks, channels_last = _blocks(C, KH, KW, *geometry), shapes.is_channels_last(dx)
+    reach = blocks.REACH_H * blocks.REACH_W
+    f = w.new_empty(reach, cdiv(OC, BLOCK_OC), blocks.BLOCK_N, BLOCK_OC, power_of_2(blocks.COUNT))
+    _filters((w, f), blocks, channels_last, *geometry)
+    _input_grad((dy, code, f, dx), blocks, channels_last, stride, pool_stride, precision())
     return dx
 
 
@@ -335,47 +379,63 @@ def conv2d_relu_max_pool2d_weight_grad_kernel(
         tl.store(db_ptr + split * stride_split + oc, round_to(db, db_ptr.dtype.element_ty), mask=oc < OC)
 
 
-def weight_grad(dy, code, x, size, stride, padding, dilation, pool_kernel, pool_stride, pool_padding, with_bias):
-    """dy and code (N, OC, QH, QW), x (N, C, H, W) -> dw of `size` (OC, C, KH, KW), and db (OC), empty unless wanted."""
-    dw, db = shapes.conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, with_bias)
-    if dw.numel() == 0:
-        return dw, db
-    (N, OC, QH, QW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
-    (SH, SW), (PH, PW), (DH, DW) = stride, padding[::2], dilation
-    (WH, WW), (TH, TW), (UH, UW) = pool_kernel, pool_stride, pool_padding
+@remembered
+def _split(size, w_size, pool_kernel, pool_stride, stride, dilation):
+    """(pooled pixels a row along each dimension, patch of a row, turns, turns of a program, programs for a tile)."""
+    (N, OC, QH, QW), (_, C, KH, KW) = size, w_size
+    (SH, SW), (DH, DW), (WH, WW), (TH, TW) = stride, dilation, pool_kernel, pool_stride
 
     def patch(R):
         return _patch(R, KH, SH, DH, WH, TH), _patch(R, KW, SW, DW, WW, TW)
 
     # Where a patch is small, one of four pooled pixels is hardly larger.
     R = 2 if C * patch(2)[0] * patch(2)[1] <= 64 and QH > 1 and QW > 1 else 1
-    PATCH_H, PATCH_W = patch(R)
-    BH, BW = triton.cdiv(QH, R), triton.cdiv(QW, R)
+    tiles, turns = cdiv(OC, FILTERS[R * R]), cdiv(N, IMAGES) * cdiv(QH, R) * cdiv(QW, R)
+    # Six turns or more to a program: at its end it takes about as long as over three of them.
+    per_split = max(1, cdiv(turns, split_count(tiles, 2 * turns, 3)))
+    return R, patch(R), turns, per_split, max(1, cdiv(turns, per_split))
+
+
+@planned(conv2d_relu_max_pool2d_weight_grad_kernel)
+def _weight_grad(
+    dy, code, x, dw_ptr, db_ptr, size, strides, stride_split,
+    stride, padding, dilation, pool_kernel, pool_stride, pool_padding, with_bias, precision,
+):  # fmt: skip
+    (N, OC, QH, QW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
+    (SH, SW), (PH, PW), (DH, DW) = stride, padding[::2], dilation
+    (WH, WW), (TH, TW), (UH, UW) = pool_kernel, pool_stride, pool_padding
+    R, (PATCH_H, PATCH_W), turns, per_split, splits = _split(dy.shape, size, pool_kernel, pool_stride, stride, dilation)
+    BH, BW, block_oc = cdiv(QH, R), cdiv(QW, R), FILTERS[R * R]
     first_h, first_w = -UH * SH - PH, -UW * SW - PW
     last_h, last_w = (BH - 1) * R * TH * SH + first_h + PATCH_H, (BW - 1) * R * TW * SW + first_w + PATCH_W
-    block_oc = FILTERS[R * R]
-    tiles, turns = triton.cdiv(OC, block_oc), triton.cdiv(N, IMAGES) * BH * BW
-    # Six turns or more to a program: at its end it takes about as long as over three of them.
-    per_split = max(1, triton.cdiv(turns, split_count(tiles, 2 * turns, 3)))
-    splits = max(1, triton.cdiv(turns, per_split))
     # The gradients are multiplied out of registers. On sm_90 a pipelined loop writes them for the next turn while a
     # product may still read them (https://github.com/triton-lang/triton/issues/9433; bench/ttgir.py looks for it).
     num_stages = 1 if compute_capability() == 9 else 2
-    partials = Partials(splits, dw, db, torch.float32)
-    dw_ptr, db_ptr, stride_split = partials.pointers
-    conv2d_relu_max_pool2d_weight_grad_kernel[(tiles * splits,)](
-        dy, code, x, dw_ptr, db_ptr,
-        N, turns, per_split, stride_split,
+    return (cdiv(OC, block_oc) * splits,), (N, turns, per_split, stride_split), dict(
         H=H, W=W, QH=QH, QW=QW, **_strides("y", dy), **_strides("c", code), **_strides("x", x),
-        **dict(zip(("stride_wo", "stride_wc", "stride_wh", "stride_ww"), dw.stride())),
+        **dict(zip(("stride_wo", "stride_wc", "stride_wh", "stride_ww"), strides)),
         C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=PH, PW=PW, DH=DH, DW=DW,
         WH=WH, WW=WW, TH=TH, TW=TW, UH=UH, UW=UW,
-        RH=R, RW=R, PATCH_H=PATCH_H, PATCH_W=PATCH_W, POSITIONS=triton.next_power_of_2(WH * WW),
+        RH=R, RW=R, PATCH_H=PATCH_H, PATCH_W=PATCH_W, POSITIONS=power_of_2(WH * WW),
         CHANNELS_LAST=C > 1 and x.stride(1) == 1 and x.stride(3) == C,
         EDGES=first_h < 0 or first_w < 0 or last_h > H or last_w > W, HAS_BIAS=with_bias,
-        INDEX=index_type(dy, code, x, dw_ptr), OPERAND=operand_type(dy.dtype), PRECISION=precision(),
-        BLOCK_OC=block_oc, BLOCK_N=max(16, triton.next_power_of_2(C * PATCH_H * PATCH_W)), BLOCK_K=IMAGES,
-        BLOCK_T=max(16, triton.next_power_of_2(C * KH * KW)), num_warps=4,
+        INDEX=index_type(dy, code, x, dw_ptr), OPERAND=operand_type(dy.dtype), PRECISION=precision,
+        BLOCK_OC=block_oc, BLOCK_N=max(16, power_of_2(C * PATCH_H * PATCH_W)), BLOCK_K=IMAGES,
+        BLOCK_T=max(16, power_of_2(C * KH * KW)), num_warps=4,
         num_stages=num_stages, **OPTIONS,
     )  # fmt: skip
+
+
+def weight_grad(dy, code, x, size, stride, padding, dilation, pool_kernel, pool_stride, pool_padding, with_bias):
+    """dy and code (N, OC, QH, QW), x (N, C, H, W) -> dw of `size` (OC, C, KH, KW), and db (OC), empty unless wanted."""
+    dw, db = shapes.conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, with_bias)
+    if dw.numel() == 0:
+        return dw, db
+    size = tuple(size)
+    splits = _split(dy.shape, size, pool_kernel, pool_stride, stride, dilation)[-1]
+    partials = Partials(splits, dw, db, torch.float32)
+    dw_ptr, db_ptr, stride_split = partials.pointers
+    geometry = stride, padding, dilation, pool_kernel, pool_stride, pool_padding
+    tensors = dy, code, x, dw_ptr, db_ptr
+    _weight_grad(tensors, size, dw.stride(), stride_split, *geometry, with_bias, precision())
     return partials.add_up()

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import INTERPRETED, OPTIONS, index_type
+from ._common import INTERPRETED, OPTIONS, cdiv, index_type
 from .conv2d_pool_patch import PROGRAMS, block_of, cut
+from .launching import planned
 
 
 @triton.jit
@@ -187,25 +188,26 @@ def conv2d_relu_max_pool2d_lanes_kernel(
                 tl.store(code_ptr + offs, code, mask=inside)
 
 
-def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
-    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form for lanes."""
-    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding)
-    if y.numel() == 0:
-        return y, code
-    M, constants = cut(form, x, w, bias, y, stride, padding, pool_stride)
+@planned(conv2d_relu_max_pool2d_lanes_kernel)
+def _forward(x, w, bias, y, code, form, stride, padding, dilation, pool_stride):
+    M, constants = cut(form, x, w.shape, bias, y, stride, padding, pool_stride)
     constants |= {f"stride_w{dim}": stride for dim, stride in zip("ochw", w.stride())}
     # Where that leaves programs for half of a large GPU, two patches a lane share the loads of the filters, and all
     # filters those of the patch.
     many = M >= 256 * PROGRAMS // 8
     block_m = 256 if many or INTERPRETED else 64
-    tiles, chunks = triton.cdiv(M, block_m), triton.cdiv(w.shape[0], form.channels)
+    tiles, chunks = cdiv(M, block_m), cdiv(w.shape[0], form.channels)
     turns = chunks if many or w.shape[1] == 1 else 1
-    conv2d_relu_max_pool2d_lanes_kernel[(tiles * triton.cdiv(chunks, turns),)](
-        x, w, w if bias is None else bias, y, code,
-        M,
-        0 if bias is None else bias.stride(0),
+    return (tiles * cdiv(chunks, turns),), (M, 0 if bias is None else bias.stride(0)), dict(
         SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1], TH=pool_stride[0], TW=pool_stride[1],
         TURNS=turns, INDEX=index_type(x, w, bias, y), BLOCK_M=block_m, **constants,
         num_warps=4 if many else 2, num_stages=1, **OPTIONS,
     )  # fmt: skip
+
+
+def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
+    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form for lanes."""
+    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding)
+    if y.numel() > 0:
+        _forward((x, w, bias, y, code), form, stride, padding, dilation, pool_stride)
     return y, code

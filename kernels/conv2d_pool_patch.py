@@ -20,8 +20,20 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import INTERPRETED, OPTIONS, _block, flat_block, index_type, number_format, operand_type, round_to
+from ._common import (
+    INTERPRETED,
+    OPTIONS,
+    _block,
+    cdiv,
+    flat_block,
+    index_type,
+    number_format,
+    operand_type,
+    power_of_2,
+    round_to,
+)
 from .conv2d import FLAT_BELOW, precision
+from .launching import planned, remembered
 from .padding import source
 
 
@@ -43,10 +55,14 @@ PIXELS, SUMS = 64, 32
 PROGRAMS = 4 * 132
 
 
-def form_for(dtype, w_size, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
+def form_for(dtype, w_size, *geometry):
     """The Form that serves these arguments of the fused operator, or None where conv2d_pool does."""
+    return _form(number_format(dtype, precision()), w_size, *geometry)
+
+
+@remembered
+def _form(format, w_size, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
     OC, C, KH, KW = w_size
-    format = number_format(dtype, precision())
     plain = groups == 1 and pad_mode == "zeros" and tuple(pool_kernel) == (2, 2) and not any(pool_padding)
     if not plain or C >= FLAT_BELOW or format == "fp64":
         return None
@@ -58,21 +74,21 @@ def form_for(dtype, w_size, stride, padding, dilation, groups, pad_mode, pool_ke
         if format == "ieee":
             # Side by side pays where the patch is read once for all filters.
             if pixels <= PIXELS and (side == 1 or C == 1):
-                return Form(False, side, patch, min(SUMS // sums, triton.next_power_of_2(OC)), 1)
+                return Form(False, side, patch, min(SUMS // sums, power_of_2(OC)), 1)
         else:
             block_k = 64 if 32 < C * pixels <= 64 else 32
-            length = triton.cdiv(C * pixels, block_k) * block_k
-            channels = min(COLUMNS // sums, max(4, triton.next_power_of_2(OC)))
+            length = cdiv(C * pixels, block_k) * block_k
+            channels = min(COLUMNS // sums, max(4, power_of_2(OC)))
             # Side by side pays where one block of the sum and one of filters hold it all.
             if length * sums * channels <= OPERAND_SIZE and (side == 1 or (length <= 64 and OC <= channels)):
                 return Form(True, side, patch, channels, block_k)
     return None
 
 
-def cut(form, x, w, bias, y, stride, padding, pool_stride):
+def cut(form, x, w_size, bias, y, stride, padding, pool_stride):
     """(blocks of pooled pixels, the constants that both forms' kernels take)."""
-    (N, C, H, W), (OC, _, KH, KW), (QH, QW) = x.shape, w.shape, y.shape[2:]
-    blocks = triton.cdiv(QH, form.side), triton.cdiv(QW, form.side)
+    (N, C, H, W), (OC, _, KH, KW), (QH, QW) = x.shape, w_size, y.shape[2:]
+    blocks = cdiv(QH, form.side), cdiv(QW, form.side)
     steps = [form.side * pool_stride[i] * stride[i] for i in range(2)]
     inside = not any(padding) and all(
         (blocks[i] - 1) * steps[i] + form.patch[i] <= size for i, size in enumerate((H, W))
@@ -237,41 +253,49 @@ def conv2d_relu_max_pool2d_product_kernel(
         tl.store(code_ptr + y_offs, tl.where(dead, 4, code).to(tl.uint8), mask=mask)
 
 
+def _placed_size(form, w_size):
+    """Of the product's other operand: (chunks of filters, columns, elements of a patch)."""
+    OC, C, _, _ = w_size
+    length = cdiv(C * form.patch[0] * form.patch[1], form.block_k) * form.block_k
+    return cdiv(OC, form.channels), 4 * form.side**2 * form.channels, length
+
+
+@planned(place_filters_kernel)
+def _place_filters(w, placed, x_strides, channels_last, form, stride, dilation, pool_stride):
+    (OC, C, KH, KW), block = w.shape, flat_block(placed.numel(), 256)
+    return (cdiv(placed.numel(), block),), (placed.numel(), *w.stride()), dict(
+        C=C, OC=OC, KH=KH, KW=KW, SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1],
+        TH=pool_stride[0], TW=pool_stride[1],
+        stride_xc=x_strides[1], stride_xh=x_strides[2], stride_xw=x_strides[3],
+        PATCH_H=form.patch[0], PATCH_W=form.patch[1], SIDE=form.side, CHANNELS_LAST=channels_last,
+        LENGTH=placed.shape[2], BLOCK_OC=form.channels, INDEX=index_type(w, placed), BLOCK=block, num_warps=4,
+        **OPTIONS,
+    )  # fmt: skip
+
+
+@planned(conv2d_relu_max_pool2d_product_kernel)
+def _product(x, placed, bias, y, code, w_size, channels_last, form, stride, padding, pool_stride, precision):
+    M, constants = cut(form, x, w_size, bias, y, stride, padding, pool_stride)
+    chunks, columns, length = placed.shape
+    block_m = _block(M // 5, 32, 4096) if INTERPRETED else 64
+    tiles = cdiv(M, block_m)
+    # Programs that walk several tiles load the filters once; a batch with few tiles has one program for each.
+    busy = cdiv(tiles, 2) if INTERPRETED else max(PROGRAMS // 4, min(PROGRAMS, tiles // 3)) // chunks
+    return (max(1, min(tiles, busy)) * chunks,), (M, 0 if bias is None else bias.stride(0)), dict(
+        CHANNELS_LAST=channels_last, LENGTH=length, OPERAND=operand_type(x.dtype), PRECISION=precision,
+        INDEX=index_type(x, placed, bias, y), BLOCK_M=block_m, BLOCK_K=form.block_k, **constants,
+        # Wide tiles with several blocks of filters would spill registers.
+        num_warps=8 if columns == COLUMNS and length > 64 else 4, num_stages=1, **OPTIONS,
+    )  # fmt: skip
+
+
 def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
     """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form with a product."""
     y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding)
     if y.numel() == 0:
         return y, code
-    M, constants = cut(form, x, w, bias, y, stride, padding, pool_stride)
-    (OC, C, KH, KW), columns = w.shape, 4 * form.side**2 * form.channels
-    chunks = triton.cdiv(OC, form.channels)
-    length = triton.cdiv(C * form.patch[0] * form.patch[1], form.block_k) * form.block_k
     channels_last = y.stride(1) < y.stride(3)
-
-    placed = w.new_empty(chunks, columns, length)
-    block = flat_block(placed.numel(), 256)
-    place_filters_kernel[(triton.cdiv(placed.numel(), block),)](
-        w, placed,
-        placed.numel(),
-        *w.stride(),
-        C=C, OC=OC, KH=KH, KW=KW, SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1],
-        TH=pool_stride[0], TW=pool_stride[1],
-        stride_xc=x.stride(1), stride_xh=x.stride(2), stride_xw=x.stride(3),
-        PATCH_H=form.patch[0], PATCH_W=form.patch[1], SIDE=form.side, CHANNELS_LAST=channels_last,
-        LENGTH=length, BLOCK_OC=form.channels, INDEX=index_type(x, w, placed), BLOCK=block, num_warps=4, **OPTIONS,
-    )  # fmt: skip
-
-    block_m = _block(M // 5, 32, 4096) if INTERPRETED else 64
-    tiles = triton.cdiv(M, block_m)
-    # Programs that walk several tiles load the filters once; a batch with few tiles has one program for each.
-    busy = triton.cdiv(tiles, 2) if INTERPRETED else max(PROGRAMS // 4, min(PROGRAMS, tiles // 3)) // chunks
-    conv2d_relu_max_pool2d_product_kernel[(max(1, min(tiles, busy)) * chunks,)](
-        x, placed, w if bias is None else bias, y, code,
-        M,
-        0 if bias is None else bias.stride(0),
-        CHANNELS_LAST=channels_last, LENGTH=length, OPERAND=operand_type(x.dtype), PRECISION=precision(),
-        INDEX=index_type(x, placed, bias, y), BLOCK_M=block_m, BLOCK_K=form.block_k, **constants,
-        # Wide tiles with several blocks of filters would spill registers.
-        num_warps=8 if columns == COLUMNS and length > 64 else 4, num_stages=1, **OPTIONS,
-    )  # fmt: skip
+    placed = w.new_empty(_placed_size(form, w.shape))
+    _place_filters((w, placed), x.stride(), channels_last, form, stride, dilation, pool_stride)
+    _product((x, placed, bias, y, code), w.shape, channels_last, form, stride, padding, pool_stride, precision())
     return y, code

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import INTERPRETED, OPTIONS, acc_type, index_type, round_to
+from ._common import INTERPRETED, OPTIONS, acc_type, cdiv, index_type, power_of_2, round_to
+from .launching import planned
 from .reduce import Partials
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -114,30 +115,33 @@ def cross_entropy_kernel(
 def _blocks(N, C):
     """(rows a program, BLOCK_N, BLOCK_C)."""
     if INTERPRETED:
-        return min(4096, triton.cdiv(N, 2)), min(512, triton.next_power_of_2(N)), min(64, triton.next_power_of_2(C))
-    block_c = min(1024, triton.next_power_of_2(C))
+        return min(4096, cdiv(N, 2)), min(512, power_of_2(N)), min(64, power_of_2(C))
+    block_c = min(1024, power_of_2(C))
     block_n = max(1, 2048 // block_c)
     # As many programs as a large GPU runs at once, each with enough rows to be worth it.
-    programs = min(128, triton.cdiv(N, 8 * block_n))
-    return triton.cdiv(triton.cdiv(N, programs), block_n) * block_n, block_n, block_c
+    programs = min(128, cdiv(N, 8 * block_n))
+    return cdiv(cdiv(N, programs), block_n) * block_n, block_n, block_c
+
+
+@planned(cross_entropy_kernel)
+def _forward(x, target, weight, loss_ptr, grad, smoothing, reduction, ignore_index):
+    N, C = x.shape
+    rows, block_n, block_c = _blocks(N, C)
+    strides = *x.stride(), target.stride(0), 0 if weight is None else weight.stride(0)
+    return (cdiv(N, rows),), (N, rows, ignore_index, *strides), dict(
+        C=C, SMOOTHING=smoothing, REDUCTION=REDUCTIONS[reduction], HAS_WEIGHT=weight is not None,
+        INDEX=index_type(x, target, weight, grad), ACC=acc_type(x.dtype), BLOCK_N=block_n, BLOCK_C=block_c,
+        num_warps=4, **OPTIONS,
+    )  # fmt: skip
 
 
 def forward(x, target, weight, reduction, ignore_index, smoothing):
     """x (N, C), target (N) of integers, weight (C) or None -> loss, (N) or (), and its gradient (N, C)."""
     loss, grad = shapes.cross_entropy(x, reduction)
     N, C = x.shape
-    rows, block_n, block_c = _blocks(N, C)
-    programs = triton.cdiv(N, rows)
     # Of the losses of the rows each program writes its own.
-    splits = 1 if reduction == "none" else programs
+    splits = 1 if reduction == "none" else cdiv(N, _blocks(N, C)[0])
     partials = Partials(splits, loss.view(-1), loss.new_empty(0), torch.promote_types(x.dtype, torch.float32))
-    cross_entropy_kernel[(programs,)](
-        x, target, x if weight is None else weight, partials.pointers[0], grad,
-        N, rows, ignore_index,
-        *x.stride(), target.stride(0), 0 if weight is None else weight.stride(0),
-        C=C, SMOOTHING=smoothing, REDUCTION=REDUCTIONS[reduction], HAS_WEIGHT=weight is not None,
-        INDEX=index_type(x, target, weight, grad), ACC=acc_type(x.dtype), BLOCK_N=block_n, BLOCK_C=block_c,
-        num_warps=4, **OPTIONS,
-    )  # fmt: skip
+    _forward((x, target, weight, partials.pointers[0], grad), smoothing, reduction, ignore_index)
     partials.add_up()
     return loss, grad

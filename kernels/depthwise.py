@@ -14,7 +14,20 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import INTERPRETED, OPTIONS, Window, acc_type, first_tap, flat_block, index_type, round_to, split_product
+from ._common import (
+    INTERPRETED,
+    OPTIONS,
+    Window,
+    acc_type,
+    cdiv,
+    first_tap,
+    flat_block,
+    index_type,
+    power_of_2,
+    round_to,
+    split_product,
+)
+from .launching import planned
 from .padding import PAD_MODES, source
 from .reduce import Partials
 
@@ -29,7 +42,7 @@ def _blocks(pixels, channels, *tensors):
     if INTERPRETED:
         return flat_block(pixels // 2, 0), 8
     if shapes.memory_format(*tensors) is torch.channels_last:
-        block_c = min(64, triton.next_power_of_2(channels))
+        block_c = min(64, power_of_2(channels))
         return 512 // block_c, block_c
     return 512, 1
 
@@ -75,23 +88,25 @@ def depthwise_forward_kernel(
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_c[None, :])
 
 
-def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
-    """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype."""
-    y = shapes.conv2d(x, w, stride, padding, dilation)
-    if y.numel() == 0:
-        return y
+@planned(depthwise_forward_kernel)
+def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
     (N, C, H, W), (OC, _, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
     block_p, block_c = _blocks(N * OH * OW, OC, x, w)
-    depthwise_forward_kernel[(triton.cdiv(N * OH * OW, block_p) * triton.cdiv(OC, block_c),)](
-        x, w, w if bias is None else bias, y,
-        N * OH * OW, H, W, OH, OW,
-        *x.stride(), w.stride(0), *w.stride()[2:], 0 if bias is None else bias.stride(0), *y.stride(),
+    strides = *x.stride(), w.stride(0), *w.stride()[2:], 0 if bias is None else bias.stride(0), *y.stride()
+    return (cdiv(N * OH * OW, block_p) * cdiv(OC, block_c),), (N * OH * OW, H, W, OH, OW, *strides), dict(
         OC=OC, MULT=OC // C, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu,
         INDEX=index_type(x, w, bias, y), ACC=acc_type(x.dtype),
         BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
+
+
+def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
+    """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype."""
+    y = shapes.conv2d(x, w, stride, padding, dilation)
+    if y.numel() > 0:
+        _forward((x, w, bias, y), stride, padding, dilation, pad_mode, relu)
     return y
 
 
@@ -141,24 +156,26 @@ def depthwise_input_grad_kernel(
     tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_c[None, :])
 
 
-def input_grad(dy, w, size, stride, padding, dilation, groups):
-    """dy (N, OC, OH, OW), w (OC, 1, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros."""
-    dx = shapes.conv2d_input_grad(dy, w, size)
-    if dx.numel() == 0:
-        return dx
-    (N, C, H, W), (OC, _, KH, KW), (OH, OW) = size, w.shape, dy.shape[2:]
+@planned(depthwise_input_grad_kernel)
+def _input_grad(dy, w, dx, stride, padding, dilation):
+    (N, C, H, W), (OC, _, KH, KW), (OH, OW) = dx.shape, w.shape, dy.shape[2:]
     block_p, block_c = _blocks(N * H * W, C, dy, w)
     window_h, window_w = Window.of(stride[0], dilation[0]), Window.of(stride[1], dilation[1])
-    depthwise_input_grad_kernel[(triton.cdiv(N * H * W, block_p) * triton.cdiv(C, block_c),)](
-        dy, w, dx,
-        N * H * W, H, W, OH, OW,
-        *dy.stride(), w.stride(0), *w.stride()[2:], *dx.stride(),
+    strides = *dy.stride(), w.stride(0), *w.stride()[2:], *dx.stride()
+    return (cdiv(N * H * W, block_p) * cdiv(C, block_c),), (N * H * W, H, W, OH, OW, *strides), dict(
         C=C, MULT=OC // C, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
         INDEX=index_type(dy, w, dx), ACC=acc_type(dy.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
+
+
+def input_grad(dy, w, size, stride, padding, dilation, groups):
+    """dy (N, OC, OH, OW), w (OC, 1, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros."""
+    dx = shapes.conv2d_input_grad(dy, w, size)
+    if dx.numel() > 0:
+        _input_grad((dy, w, dx), stride, padding, dilation)
     return dx
 
 
@@ -210,27 +227,40 @@ def depthwise_weight_grad_kernel(
             tl.store(db_ptr + split * stride_split + oc, db, mask=mask_c)
 
 
+def _split(dy, x, size):
+    """(BLOCK_P, BLOCK_C, tiles of dw, programs that share each of them, pixels for each of these)."""
+    (N, OC, OH, OW), (KH, KW) = dy.shape, size[2:]
+    block_p, block_c = _blocks(N * OH * OW, OC, dy, x)
+    tiles = cdiv(OC, block_c) * KH * KW
+    return block_p, block_c, tiles, *split_product(tiles, N * OH * OW, block_p)
+
+
+@planned(depthwise_weight_grad_kernel)
+def _weight_grad(
+    dy, x, dw_ptr, db_ptr, size, strides, stride_split, stride, padding, dilation, pad_mode, with_bias
+):  # fmt: skip
+    (N, OC, OH, OW), (KH, KW), (_, C, H, W) = dy.shape, size[2:], x.shape
+    block_p, block_c, tiles, splits, per_split = _split(dy, x, size)
+    strides = *dy.stride(), *x.stride(), strides[0], *strides[2:], stride_split
+    return (tiles * splits,), (N * OH * OW, per_split, H, W, OH, OW, *strides), dict(
+        OC=OC, MULT=OC // C, KH=KH, KW=KW,
+        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias,
+        INDEX=index_type(dy, x, dw_ptr), ACC=acc_type(dy.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        **OPTIONS,
+    )  # fmt: skip
+
+
 def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
     """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, 1, KH, KW) and db (OC), empty unless asked for."""
     dw, db = shapes.conv2d_weight_grad(dy, x, size, with_bias)
     if dw.numel() == 0:
         return dw, db
-    (N, OC, OH, OW), (KH, KW), (_, C, H, W) = dy.shape, size[2:], x.shape
-    P = N * OH * OW
-    if P == 0:
+    if dy.numel() == 0:
         return dw.zero_(), db.zero_()
-    block_p, block_c = _blocks(P, OC, dy, x)
-    tiles = triton.cdiv(OC, block_c) * KH * KW
-    splits, per_split = split_product(tiles, P, block_p)
+    splits = _split(dy, x, size)[-2]
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
-    depthwise_weight_grad_kernel[(tiles * splits,)](
-        dy, x, dw_ptr, db_ptr,
-        P, per_split, H, W, OH, OW,
-        *dy.stride(), *x.stride(), dw.stride(0), *dw.stride()[2:], stride_split,
-        OC=OC, MULT=OC // C, KH=KH, KW=KW,
-        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias,
-        INDEX=index_type(dy, x, dw), ACC=acc_type(dy.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
-    )  # fmt: skip
+    geometry = stride, padding, dilation, pad_mode
+    _weight_grad((dy, x, dw_ptr, db_ptr), tuple(size), dw.stride(), stride_split, *geometry, with_bias)
     return partials.add_up()

@@ -23,13 +23,15 @@ from ._common import (
     INTERPRETED,
     OPTIONS,
     cached_for_architecture,
+    cdiv,
     compute_capability,
     index_type,
-    launch,
     operand_type,
+    power_of_2,
     round_to,
 )
 from .lane_order import columns_of_lanes, from_result, load_weights, rows_of_lanes, to_operand, vectors
+from .launching import planned
 from .lenet_linears import add_product, features_gradient, hidden_gradient, hidden_layer, loss_and_gradient
 
 
@@ -130,15 +132,15 @@ def _other_tile(form, images, geometry, train):
 def tile_for(form, images, geometry, train):
     """(images a program, Tile) for a batch of so many images."""
     if INTERPRETED:
-        block = min(64, triton.next_power_of_2(triton.cdiv(images, 2)))
+        block = min(64, power_of_2(cdiv(images, 2)))
         squares = (geometry.pooled[0] // 2) ** 2
-        rows = [min(2048, triton.next_power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
+        rows = [min(2048, power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
         kept = TILES[train][form].kept
         return block, Tile(64, max(1, block // 2), rows[0], 64, rows[1], 32, 128, 128, kept, 4)
     hopper = compute_capability() == 9 and form in HOPPER_TILES[train]
     tile = (_hopper_tile if hopper else _other_tile)(form, images, geometry, train)
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
-    block = min(tile.images, triton.next_power_of_2(triton.cdiv(images, 132)))
+    block = min(tile.images, power_of_2(cdiv(images, 132)))
     return block, tile._replace(F=128) if form == "lanes" and block < 32 else tile
 
 
@@ -395,39 +397,55 @@ class Pixels(NamedTuple):
     shift: float = 0.0
 
 
+def _pooled_size(form, geometry):
+    """Of an image after the first pooling, as the kernels keep it."""
+    Q1, _ = geometry.pooled
+    return (6, Q1, Q1) if form == "lanes" else (Q1, Q1, 8)
+
+
+@cached_for_architecture
+def _inference_sizes(N, geometry, format, device):
+    """(name, size) of the tensors of a launch for inference; its programs use them again and again."""
+    form = lenet_lanes.form(format)
+    block, tile = tile_for(form, N, geometry, False)
+    programs = inference_programs(N, block, tile, torch.device(device))
+    # The last program may have fewer images than the others.
+    block_s, last = min(block, tile.S), N - (programs - 1) * block
+    p1 = (programs - 1) * block_s + min(block_s, last), *_pooled_size(form, geometry)
+    return ("p1", p1), ("acts", (min(N, programs * block), geometry.features + 256))
+
+
 def activations(N, geometry, format, device, train):
     """The tensors that the launches leave to each other for N images: p1, code1, acts, code2, grads, dz, loss."""
-    (Q1, _), F = geometry.pooled, geometry.features
+    if not train:
+        sizes = _inference_sizes(N, geometry, format, device)
+        dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
+        return {name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes}
+    F = geometry.features
     dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
     form = lenet_lanes.form(format)
-    block, tile = tile_for(form, N, geometry, train)
+    block, _ = tile_for(form, N, geometry, train)
 
     def new(*size, dtype=dtype):
         return torch.empty(size, dtype=dtype, device=device)
 
-    pixels = (6, Q1, Q1) if form == "lanes" else (Q1, Q1, 8)
-    if not train:
-        programs = inference_programs(N, block, tile, torch.device(device))
-        # The last program may have fewer images than the others.
-        block_s, last = min(block, tile.S), N - (programs - 1) * block
-        p1 = new((programs - 1) * block_s + min(block_s, last), *pixels)
-        return {"p1": p1, "acts": new(min(N, programs * block), F + 256)}
+    pixels = _pooled_size(form, geometry)
     tensors = {
         "p1": new(N, *pixels), "code1": new(N, *pixels, dtype=torch.uint8),
         "acts": new(N, F + 256), "code2": new(N, F, dtype=torch.uint8),
         "logits": new(N, geometry.classes, dtype=torch.float32),
         "grads": new(N, 256 + geometry.padded_classes), "dz": new(N, F) if form == "lanes" else new(N, F // 16, 4, 16),
-        "loss": new(triton.cdiv(N, block), 2, dtype=torch.float32),
+        "loss": new(cdiv(N, block), 2, dtype=torch.float32),
     }  # fmt: skip
     if form == "lanes":
-        tensors["dz_columns"], tensors["dp1"] = new(triton.cdiv(N, 32), F, 32), new(N, *pixels)
-        tensors["code2_columns"] = new(triton.cdiv(N, 32), F, 32, dtype=torch.uint8)
+        tensors["dz_columns"], tensors["dp1"] = new(cdiv(N, 32), F, 32), new(N, *pixels)
+        tensors["code2_columns"] = new(cdiv(N, 32), F, 32, dtype=torch.uint8)
     return tensors
 
 
 def inference_programs(N, block, tile, device):
     """As many as run at once, so that the activations that they use again and again stay in the caches."""
-    groups = triton.cdiv(N, block)
+    groups = cdiv(N, block)
     return min(groups, 3) if INTERPRETED else min(groups, multiprocessors(device) * 8 // tile.num_warps)
 
 
@@ -437,30 +455,36 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, ignore_index=-100):
-    """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes); with a target all of `memory` is filled."""
+@planned(lenet_forward_kernel)
+def _forward(
+    x, target, flat, packed, p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss,
+    geometry, format, pixels, ignore_index,
+):  # fmt: skip
     N, train = x.shape[0], target is not None
     form = lenet_lanes.form(format)
     block, tile = tile_for(form, N, geometry, train)
-    programs = triton.cdiv(N, block) if train else inference_programs(N, block, tile, x.device)
-    p1, acts = memory["p1"], memory["acts"]
-    # Pointers that inference never follows.
-    names = "code1", "code2", "grads", "dz", "loss", "dz_columns", "code2_columns"
-    code1, code2, grads, dz, loss, dz_columns, code2_columns = (memory.get(name, acts) for name in names)
+    programs = cdiv(N, block) if train else inference_programs(N, block, tile, x.device)
     (_, W2, _, W3, W4, W5, _), starts = geometry.packed, geometry.flat
-    launch(
-        lenet_forward_kernel, (programs,),
-        x, target if train else x, flat, packed,
-        p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss,
-        N, ignore_index,
+    return (programs,), (N, ignore_index), dict(
         **{f"B{i + 1}": starts[2 * i + 1] for i in range(5)}, CONV2=starts[2], W2=W2, W3=W3, W4=W4, W5=W5,
         LANES=form == "lanes", TRAIN=train, KEPT=tile.kept, **geometry.constants,
         FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
-        INDEX=index_type(x, *memory.values(), logits), OPERAND=operand_type(packed.dtype),
+        INDEX=index_type(x, p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss),
+        OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
         BLOCK_I=block, BLOCK_S=min(block, tile.S), BLOCK_R=max(8 if form == "lanes" else 16, block),
         BLOCK_C=min(32 if form == "lanes" else 128, geometry.block_classes),
         BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_K2=tile.K2, BLOCK_K=tile.K, BLOCK_F=tile.F,
         num_warps=tile.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip
+
+
+def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, ignore_index=-100):
+    """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes); with a target all of `memory` is filled."""
+    p1, acts = memory["p1"], memory["acts"]
+    # Pointers that inference never follows are not there.
+    names = "code2", "grads", "dz", "dz_columns", "code2_columns", "loss"
+    code2, grads, dz, dz_columns, code2_columns, loss = map(memory.get, names)
+    tensors = x, target, flat, packed, p1, memory.get("code1"), acts, code2, logits, grads, dz, dz_columns
+    _forward((*tensors, code2_columns, loss), geometry, format, pixels, ignore_index)
     return logits

@@ -21,12 +21,12 @@ from ._common import (
     cached_for_architecture,
     compute_capability,
     index_type,
-    launch,
     operand_type,
     round_to,
 )
 from .conv2d import next_block
 from .conv2d_pool_grad import one_hot
+from .launching import launch
 from .lenet import Splits
 from .lenet_forward import load_patches
 

@@ -15,7 +15,8 @@ that no other program reads, and the first writes each loss to the next of a row
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, OPTIONS, launch, round_to
+from ._common import INTERPRETED, OPTIONS, round_to
+from .launching import launch
 from .lenet import BITS, BLOCK, COLUMNS, NUMBERS
 
 # The columns of the optimiser's numbers. For SGD the first moment is the buffer. The last two are where 1 - beta^(2^k)

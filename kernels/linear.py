@@ -15,6 +15,7 @@ from . import shapes
 from ._common import (
     SQUARE,
     acc_type,
+    cdiv,
     gemm_tile,
     gradient_tiles,
     in_units,
@@ -24,6 +25,7 @@ from ._common import (
     split_product,
     wants_k_inner,
 )
+from .launching import planned, remembered
 from .reduce import Partials
 
 
@@ -71,24 +73,26 @@ def linear_forward_kernel(
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+@planned(linear_forward_kernel)
+def _forward(x, w, bias, y, relu, precision):
+    (M, K), N = x.shape, w.shape[0]
+    tile = gemm_tile(SQUARE, M, N, K, x.dtype, precision)
+    (n, k, *steps, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
+    numbers = M, n, k, *steps, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1)
+    return (cdiv(M, tile.M) * cdiv(N, tile.N),), numbers, dict(
+        HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
+        INDEX=index_type(x, w, bias, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision,
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def forward(x, w, bias, relu=False):
     """x (M, K), w (N, K), bias (N) or None -> y (M, N), of one floating dtype; with `relu` what is negative is 0."""
     y = shapes.linear(x, w)
-    if y.numel() == 0:
-        return y
-    (M, K), N = x.shape, w.shape[0]
     if wants_k_inner(x.dtype, precision()):
         x, w = x.contiguous(), w.contiguous()
-    tile = gemm_tile(SQUARE, M, N, K, x.dtype, precision())
-    (n, k, *x_w_strides, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
-    linear_forward_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
-        x, w, w if bias is None else bias, y,
-        M, n, k,
-        *x_w_strides, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1),
-        HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
-        INDEX=index_type(x, w, bias, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype), PRECISION=precision(),
-        **tile.blocks, **tile.options,
-    )  # fmt: skip
+    if y.numel() > 0:
+        _forward((x, w, bias, y), relu, precision())
     return y
 
 
@@ -170,6 +174,27 @@ def linear_weight_grad_kernel(
     )  # fmt: skip
 
 
+@remembered
+def _split(M, N, K, dtype, precision):
+    """(Tile, tiles of dw, programs that share each of them, rows of dy and x for each of these)."""
+    tile = gemm_tile(gradient_tiles(), N, K, M, dtype, precision)
+    tiles = cdiv(N, tile.M) * max(1, cdiv(K, tile.N))
+    return tile, tiles, *split_product(tiles, M, tile.K, tile.M * tile.N)
+
+
+@planned(linear_weight_grad_kernel)
+def _weight_grad(dy, x, dw_ptr, db_ptr, strides, stride_split, with_bias, precision):
+    (M, N), K = dy.shape, x.shape[1]
+    tile, tiles, splits, per_split = _split(M, N, K, dy.dtype, precision)
+    (n, k, *steps, stride_wn), units = in_units(x.itemsize, N, K, *dy.stride(), *x.stride(), strides[0])
+    numbers = M, n, k, per_split, *steps, stride_wn, strides[1], stride_split
+    return (tiles * splits,), numbers, dict(
+        HAS_BIAS=with_bias, UNITS=units,
+        INDEX=index_type(dy, x, dw_ptr), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision,
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def weight_grad(dy, x, with_bias):
     """dy (M, N), x (M, K) -> dw (N, K) and db (N), empty unless asked for."""
     dw, db = shapes.linear_weight_grad(dy, x, with_bias)
@@ -178,18 +203,9 @@ def weight_grad(dy, x, with_bias):
         return dw, db
     if M == 0:
         return dw.zero_(), db.zero_()
-    tile = gemm_tile(gradient_tiles(), N, K, M, dy.dtype, precision())
-    tiles = triton.cdiv(N, tile.M) * max(1, triton.cdiv(K, tile.N))
-    splits, per_split = split_product(tiles, M, tile.K, tile.M * tile.N)
+    products = precision()
+    splits = _split(M, N, K, dy.dtype, products)[2]
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
-    (n, k, *y_x_strides, stride_wn), units = in_units(x.itemsize, N, K, *dy.stride(), *x.stride(), dw.stride(0))
-    linear_weight_grad_kernel[(tiles * splits,)](
-        dy, x, dw_ptr, db_ptr,
-        M, n, k, per_split,
-        *y_x_strides, stride_wn, dw.stride(1), stride_split,
-        HAS_BIAS=with_bias, UNITS=units,
-        INDEX=index_type(dy, x, dw), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype), PRECISION=precision(),
-        **tile.blocks, **tile.options,
-    )  # fmt: skip
+    _weight_grad((dy, x, dw_ptr, db_ptr), dw.stride(), stride_split, with_bias, products)
     return partials.add_up()

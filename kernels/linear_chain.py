@@ -22,13 +22,16 @@ from ._common import (
     SQUARE,
     Tile,
     acc_type,
+    cdiv,
     gemm_tile,
     index_type,
     number_format,
     operand_type,
+    power_of_2,
     round_to,
     split_product,
 )
+from .launching import planned, remembered
 from .linear import precision, weight_grad_tile
 from .reduce import Partials
 
@@ -42,11 +45,11 @@ ROWS = {
 }
 
 
-def _tile(M, dtype):
+def _tile(M, dtype, precision):
     """The most rows a program with which a large GPU has still a program for each multiprocessor, or the fewest."""
     if INTERPRETED:
-        return Tile(min(4096, max(16, triton.next_power_of_2(M // 2))), 32, 32, 4, 1)
-    tiles = ROWS[number_format(dtype, precision())]
+        return Tile(min(4096, max(16, power_of_2(M // 2))), 32, 32, 4, 1)
+    tiles = ROWS[number_format(dtype, precision)]
     return next((t for t in tiles if M > 128 * t.M), tiles[-1])
 
 
@@ -151,6 +154,17 @@ def _sizes(features, widths):
     return {"K": features, **{f"N{i}": n for i, n in enumerate(numbers, 1)}, "LAYERS": len(widths)}
 
 
+@planned(linear_chain_forward_kernel)
+def _forward(x, w1, b1, w2, b2, w3, b3, w4, b4, y, hidden, widths, has_bias, keep, precision):
+    M, K = x.shape
+    tile = _tile(M, x.dtype, precision)
+    return (cdiv(M, tile.M),), (M, *x.stride()), dict(
+        **_sizes(K, widths), HIDDEN=sum(widths[:-1]), HAS_BIAS=has_bias, KEEP=keep,
+        INDEX=index_type(x, w1, w2, w3, w4, y, hidden), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype),
+        PRECISION=precision, BLOCK_M=tile.M, BLOCK_K=tile.K, **tile.options,
+    )  # fmt: skip
+
+
 def forward(x, *layers_keep):
     """x (M, K), for each layer w (N, N of the last) and bias (N) or None, keep -> y (M, N) and hidden (M, sum of N).
 
@@ -160,8 +174,7 @@ def forward(x, *layers_keep):
     weights, biases = layers[0::2], layers[1::2]
     widths = shapes.widths(weights)
     y, hidden = shapes.linear_chain(x, weights, keep)
-    M, K = x.shape
-    if M == 0:
+    if x.shape[0] == 0:
         return y, hidden
     has_bias = any(b is not None for b in biases)
     if has_bias:
@@ -171,15 +184,8 @@ def forward(x, *layers_keep):
             for w, b in zip(weights, biases)
         ]
     matrices = _matrices(weights)
-    tile = _tile(M, x.dtype)
-    linear_chain_forward_kernel[(triton.cdiv(M, tile.M),)](
-        x, *(t for layer in zip(matrices, biases if has_bias else matrices) for t in layer), y, hidden,
-        M,
-        *x.stride(),
-        **_sizes(K, widths), HIDDEN=sum(widths[:-1]), HAS_BIAS=has_bias, KEEP=keep,
-        INDEX=index_type(x, *matrices, y, hidden), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype),
-        PRECISION=precision(), BLOCK_M=tile.M, BLOCK_K=tile.K, **tile.options,
-    )  # fmt: skip
+    tensors = x, *(t for layer in zip(matrices, biases if has_bias else matrices) for t in layer), y, hidden
+    _forward(tensors, tuple(widths), has_bias, keep, precision())
     return y, hidden
 
 
@@ -227,23 +233,23 @@ def linear_chain_input_grad_kernel(
             tl.store(dx_ptr + x_offs, round_to(dx, dx_ptr.dtype.element_ty), mask=mask_x)
 
 
+@planned(linear_chain_input_grad_kernel)
+def _input_grad(dy, hidden, w1, w2, w3, w4, dx, dz, K, widths, needs_dx, precision):
+    tile = _tile(dy.shape[0], dy.dtype, precision)
+    return (cdiv(dy.shape[0], tile.M),), (dy.shape[0], *dy.stride()), dict(
+        **_sizes(K, widths), HIDDEN=hidden.shape[1], NEEDS_DX=needs_dx,
+        INDEX=index_type(dy, hidden, w1, w2, w3, w4, dx), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
+        PRECISION=precision, **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def input_grad(dy, hidden, *weights_needs_dx):
     """dy (M, N), hidden, for each layer w or None, needs_dx -> dx (M, K), without columns unless needed, and dz."""
     *weights, needs_dx = weights_needs_dx
     dx, dz = shapes.linear_chain_input_grad(dy, hidden, weights, needs_dx)
-    M, K = dy.shape[0], weights[0].shape[1]
-    if M == 0:
-        return dx, dz
-    hidden, matrices = hidden.contiguous(), _matrices(weights)
-    tile = _tile(M, dy.dtype)
-    linear_chain_input_grad_kernel[(triton.cdiv(M, tile.M),)](
-        dy, hidden, *matrices, dx, dz,
-        M,
-        *dy.stride(),
-        **_sizes(K, shapes.widths(weights)), HIDDEN=hidden.shape[1], NEEDS_DX=needs_dx,
-        INDEX=index_type(dy, hidden, *matrices, dx), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
-        PRECISION=precision(), **tile.blocks, **tile.options,
-    )  # fmt: skip
+    if dy.shape[0] > 0:
+        tensors = dy, hidden.contiguous(), *_matrices(weights), dx, dz
+        _input_grad(tensors, weights[0].shape[1], tuple(shapes.widths(weights)), needs_dx, precision())
     return dx, dz
 
 
@@ -291,26 +297,34 @@ def linear_chain_weight_grad_kernel(
         db_ptr += N[i]
 
 
+@remembered
+def _split(M, K, widths, dtype, precision):
+    """(Tile, tiles of all layers, programs that share each of them, rows for each of these)."""
+    # Tiles of 64 x 64 at most: several programs share even a small layer.
+    tile = gemm_tile(SQUARE, min(64, max(widths)), K, M, dtype, precision)
+    tiles = sum(cdiv(n, tile.M) * cdiv(k, tile.N) for n, k in zip(widths, [K, *widths]))
+    return tile, tiles, *split_product(tiles, M, tile.K)
+
+
+@planned(linear_chain_weight_grad_kernel)
+def _weight_grad(dy, dz, x, hidden, dw_ptr, db_ptr, widths, stride_split, with_bias, precision):
+    M, K = x.shape
+    tile, tiles, splits, per_split = _split(M, K, widths, dy.dtype, precision)
+    return (tiles * splits,), (M, per_split, *dy.stride(), *x.stride(), stride_split), dict(
+        **_sizes(K, widths), HIDDEN=hidden.shape[1], TILES=tiles, HAS_BIAS=with_bias,
+        INDEX=index_type(dy, dz, x, hidden), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
+        PRECISION=precision, **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
 def weight_grad(dy, dz, x, hidden, widths, with_bias):
     """dy (M, N), dz, x (M, K), hidden, the widths of its parts -> dw and, empty unless asked for, db of all layers."""
     dw, db = shapes.linear_chain_weight_grad(dy, x, widths, with_bias)
-    (M, N), K = dy.shape, x.shape[1]
-    if M == 0:
+    if dy.shape[0] == 0:
         return dw.zero_(), db.zero_()
-    dz, hidden, widths = dz.contiguous(), hidden.contiguous(), [*widths, N]
-    # Tiles of 64 x 64 at most: several programs share even a small layer.
-    tile = gemm_tile(SQUARE, min(64, max(widths)), K, M, dy.dtype, precision())
-    tiles = sum(triton.cdiv(n, tile.M) * triton.cdiv(k, tile.N) for n, k in zip(widths, [K, *widths]))
-    splits, per_split = split_product(tiles, M, tile.K)
+    dz, hidden, widths, products = dz.contiguous(), hidden.contiguous(), (*widths, dy.shape[1]), precision()
+    splits = _split(*x.shape, widths, dy.dtype, products)[2]
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
-    linear_chain_weight_grad_kernel[(tiles * splits,)](
-        dy, dz, x, hidden, dw_ptr, db_ptr,
-        M, per_split,
-        *dy.stride(), *x.stride(),
-        stride_split,
-        **_sizes(K, widths), HIDDEN=hidden.shape[1], TILES=tiles, HAS_BIAS=with_bias,
-        INDEX=index_type(dy, dz, x, hidden), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
-        PRECISION=precision(), **tile.blocks, **tile.options,
-    )  # fmt: skip
+    _weight_grad((dy, dz, x, hidden, dw_ptr, db_ptr), widths, stride_split, with_bias, products)
     return partials.add_up()

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import OPTIONS, Window, acc_type, first_tap, flat_block, index_type, round_to
+from ._common import OPTIONS, Window, acc_type, cdiv, first_tap, flat_block, index_type, round_to
+from .launching import planned
 
 
 @triton.jit
@@ -34,14 +35,14 @@ def first_inside(start, D: tl.constexpr):
     return tl.where(start < 0, (D - 1 - start) // D, 0)
 
 
-def _launch(kernel, out, *args, **constants):
-    """Launch over every element of `out`, which is dense, in its memory order."""
-    if out.numel() > 0:
-        block = flat_block(out.numel(), 512)
-        kernel[(triton.cdiv(out.numel(), block),)](
-            *args,
-            CHANNELS_LAST=shapes.is_channels_last(out), BLOCK=block, num_warps=4, **constants, **OPTIONS,
-        )  # fmt: skip
+def _over(out, *numbers, **constants):
+    """A plan over every element of `out`, which is dense, in its memory order."""
+    block = flat_block(out.numel(), 512)
+    return (
+        (cdiv(out.numel(), block),),
+        (out.numel(), *numbers),
+        dict(CHANNELS_LAST=shapes.is_channels_last(out), BLOCK=block, num_warps=4, **constants, **OPTIONS),
+    )
 
 
 @triton.jit
@@ -75,17 +76,25 @@ def max_pool2d_forward_kernel(
     tl.store(code_ptr + offs, code.to(code_ptr.dtype.element_ty), mask=mask)
 
 
+def _window(kernel, stride, padding, dilation):
+    """The constants of a window."""
+    return dict(
+        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1],
+        PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
+    )  # fmt: skip
+
+
+@planned(max_pool2d_forward_kernel)
+def _forward(x, y, code, *window):
+    numbers = *x.shape[1:], *y.shape[2:], *x.stride()
+    return _over(y, *numbers, INDEX=index_type(x, y), ACC=acc_type(x.dtype), **_window(*window))
+
+
 def forward(x, kernel, stride, padding, dilation, ceil_mode):
     """x (N, C, H, W) -> y and code (N, C, OH, OW), the code in the narrowest integer type that holds KH * KW."""
     y, code = shapes.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
-    _launch(
-        max_pool2d_forward_kernel, y,
-        x, y, code,
-        y.numel(), *x.shape[1:], *y.shape[2:], *x.stride(),
-        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1],
-        PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
-        INDEX=index_type(x, y), ACC=acc_type(x.dtype),
-    )  # fmt: skip
+    if y.numel() > 0:
+        _forward((x, y, code), kernel, stride, padding, dilation)
     return y, code
 
 
@@ -126,20 +135,23 @@ def max_pool2d_scatter_kernel(
     tl.store(dx_ptr + offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask)
 
 
-def scatter(dy, code, size, kernel, stride, padding, dilation):
-    """dy and code (N, C, OH, OW) -> dx (N, C, H, W), where `size` is (H, W)."""
-    dx = shapes.max_pool2d_scatter(dy, code, size)
+@planned(max_pool2d_scatter_kernel)
+def _scatter(dy, code, dx, kernel, stride, padding, dilation):
     window_h, window_w = Window.of(stride[0], dilation[0]), Window.of(stride[1], dilation[1])
-    _launch(
-        max_pool2d_scatter_kernel, dx,
-        dy, code, dx,
-        dx.numel(), *dx.shape[1:], *dy.shape[2:], *dy.stride(), *code.stride(),
-        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1],
-        PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
+    numbers = *dx.shape[1:], *dy.shape[2:], *dy.stride(), *code.stride()
+    return _over(
+        dx, *numbers, **_window(kernel, stride, padding, dilation),
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
         INDEX=index_type(dy, code, dx), ACC=acc_type(dy.dtype),
     )  # fmt: skip
+
+
+def scatter(dy, code, size, kernel, stride, padding, dilation):
+    """dy and code (N, C, OH, OW) -> dx (N, C, H, W), where `size` is (H, W)."""
+    dx = shapes.max_pool2d_scatter(dy, code, size)
+    if dx.numel() > 0:
+        _scatter((dy, code, dx), kernel, stride, padding, dilation)
     return dx
 
 
@@ -170,25 +182,23 @@ def max_pool2d_gather_kernel(
         tl.store(t_ptr + offs, x, mask=mask)
 
 
+@planned(max_pool2d_gather_kernel)
+def _launch_gather(x, code, t, width, indices, *window):
+    numbers = t.shape[1], width, *t.shape[2:], *x.stride(), *code.stride()
+    return _over(t, *numbers, INDICES=indices, INDEX=index_type(x, code, t), **_window(*window))
+
+
 def gather(x, code, kernel, stride, padding, dilation):
     """x (N, C, H, W), code (N, C, OH, OW) -> the elements of x that the code names, (N, C, OH, OW)."""
     t = shapes.max_pool2d_gather(x, code)
-    return _gather(x, code, t, x.shape[3], kernel, stride, padding, dilation, indices=False)
+    if t.numel() > 0:
+        _launch_gather((x, code, t), x.shape[3], False, kernel, stride, padding, dilation)
+    return t
 
 
 def indices(code, width, kernel, stride, padding, dilation):
     """code (N, C, OH, OW) of an image `width` wide -> int64 (N, C, OH, OW), ih * W + iw."""
     t = shapes.max_pool2d_indices(code)
-    return _gather(t, code, t, width, kernel, stride, padding, dilation, indices=True)
-
-
-def _gather(x, code, t, width, kernel, stride, padding, dilation, indices):
-    _launch(
-        max_pool2d_gather_kernel, t,
-        x, code, t,
-        t.numel(), t.shape[1], width, *t.shape[2:], *x.stride(), *code.stride(),
-        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1],
-        PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
-        INDICES=indices, INDEX=index_type(x, code, t),
-    )  # fmt: skip
+    if t.numel() > 0:
+        _launch_gather((t, code, t), width, True, kernel, stride, padding, dilation)
     return t

@@ -7,7 +7,8 @@ dx[n, c, ih, iw]     = sum over the ph, pw that copy (ih, iw) of dpadded[n, c, p
 import triton
 import triton.language as tl
 
-from ._common import OPTIONS, acc_type, flat_block, index_type, round_to
+from ._common import OPTIONS, acc_type, cdiv, flat_block, index_type, round_to
+from .launching import planned
 
 PAD_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
 
@@ -58,17 +59,17 @@ def fold_padding_kernel(
     tl.store(dx_ptr + x_offs, round_to(acc, dx_ptr.dtype.element_ty), mask=mask)
 
 
-def fold_padding(dp, dx, padding, pad_mode):
-    """dp (N, C, H + top + bottom, W + left + right), the padded image's gradient -> dx (N, C, H, W), the image's."""
-    if dx.numel() == 0:
-        return dx
-    top, bottom, left, right = padding
-    block = flat_block(dx.numel(), 512)
-    fold_padding_kernel[(triton.cdiv(dx.numel(), block),)](
-        dp, dx,
-        dx.numel(), *dx.shape[2:],
-        *dp.stride(), *dx.stride(),
+@planned(fold_padding_kernel)
+def _fold(dp, dx, padding, pad_mode):
+    (top, bottom, left, right), block = padding, flat_block(dx.numel(), 512)
+    return (cdiv(dx.numel(), block),), (dx.numel(), *dx.shape[2:], *dp.stride(), *dx.stride()), dict(
         C=dx.shape[1], TOP=top, BOTTOM=bottom, LEFT=left, RIGHT=right, PAD_MODE=PAD_MODES[pad_mode],
         INDEX=index_type(dp, dx), ACC=acc_type(dx.dtype), BLOCK=block, num_warps=4, **OPTIONS,
     )  # fmt: skip
+
+
+def fold_padding(dp, dx, padding, pad_mode):
+    """dp (N, C, H + top + bottom, W + left + right), the padded image's gradient -> dx (N, C, H, W), the image's."""
+    if dx.numel() > 0:
+        _fold((dp, dx), padding, pad_mode)
     return dx

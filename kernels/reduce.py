@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import OPTIONS, flat_block, index_type, round_to
+from ._common import OPTIONS, cdiv, flat_block, index_type, round_to
+from .launching import planned
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
@@ -31,6 +32,16 @@ def sum_partials_kernel(
     tl.store(db_ptr + offs - numel_w, round_to(acc, db_ptr.dtype.element_ty), mask=mask & ~is_weight)
 
 
+@planned(sum_partials_kernel)
+def _add_up(partial, dw, db, splits):
+    block = flat_block(dw.numel() + db.numel(), 256)
+    constants = {
+        "ACC": tl.float64 if partial.dtype == torch.float64 else tl.float32,
+        "INDEX": index_type(partial), "BLOCK": block, "num_warps": 4, **OPTIONS,
+    }  # fmt: skip
+    return (cdiv(dw.numel() + db.numel(), block),), (splits, dw.numel(), db.numel()), constants
+
+
 class Partials:
     """Where the programs of a split product write: the results themselves if there is one split, else a buffer."""
 
@@ -49,11 +60,5 @@ class Partials:
     def add_up(self):
         """dw and db, complete."""
         if self.buffer is not None and self.row > 0:
-            block = flat_block(self.row, 256)
-            sum_partials_kernel[(triton.cdiv(self.row, block),)](
-                self.buffer, self.dw, self.db,
-                self.splits, self.dw.numel(), self.db.numel(),
-                ACC=tl.float64 if self.buffer.dtype == torch.float64 else tl.float32,
-                INDEX=index_type(self.buffer), BLOCK=block, num_warps=4, **OPTIONS,
-            )  # fmt: skip
+            _add_up((self.buffer, self.dw, self.db), self.splits)
         return self.dw, self.db

@@ -9,19 +9,23 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import OPTIONS, acc_type, flat_block, index_type
+from ._common import OPTIONS, acc_type, cdiv, flat_block, index_type
+from .launching import planned
 
 
-def _launch(kernel, *tensors):
+def _plan(*tensors):
     """Launch over the elements of dense tensors that share one memory order."""
     out = tensors[-1]
-    if out.numel() > 0:
-        block = flat_block(out.numel(), 1024)
-        kernel[(triton.cdiv(out.numel(), block),)](
-            *tensors, out.numel(),
-            INDEX=index_type(out), ACC=acc_type(out.dtype), BLOCK=block, num_warps=4, **OPTIONS,
-        )  # fmt: skip
-    return out
+    block = flat_block(out.numel(), 1024)
+    constants = {"INDEX": index_type(out), "ACC": acc_type(out.dtype), "BLOCK": block, "num_warps": 4, **OPTIONS}
+    return (cdiv(out.numel(), block),), (out.numel(),), constants
+
+
+def _launched(launch, *tensors):
+    """The last of the tensors, which the launch fills."""
+    if tensors[-1].numel() > 0:
+        launch(tensors)
+    return tensors[-1]
 
 
 def _laid_out_as(out, t):
@@ -40,17 +44,20 @@ def relu_kernel(x_ptr, y_ptr, numel, INDEX: tl.constexpr, ACC: tl.constexpr, BLO
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+_relu = planned(relu_kernel)(_plan)
+
+
 def forward(x):
     """x -> y, of x's shape and, where x is dense, its layout."""
     y = shapes.relu(x)
-    return _launch(relu_kernel, x if x.stride() == y.stride() else y.copy_(x), y)
+    return _launched(_relu, x if x.stride() == y.stride() else y.copy_(x), y)
 
 
 def forward_(x):
     """Overwrite x by y."""
     # empty_like keeps the strides of a dense tensor and of no other.
     if torch.empty_like(x, device="meta").stride() == x.stride():
-        _launch(relu_kernel, x, x)
+        _launched(_relu, x, x)
     else:
         x.copy_(forward(x))
 
@@ -67,7 +74,10 @@ def relu_grad_kernel(dy_ptr, y_ptr, dx_ptr, numel, INDEX: tl.constexpr, ACC: tl.
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+_relu_grad = planned(relu_grad_kernel)(_plan)
+
+
 def grad(dy, y):
     """dy, y -> dx, of y's shape and layout."""
     dx = shapes.relu(y)
-    return _launch(relu_grad_kernel, _laid_out_as(dx, dy), _laid_out_as(dx, y), dx)
+    return _launched(_relu_grad, _laid_out_as(dx, dy), _laid_out_as(dx, y), dx)

@@ -9,22 +9,29 @@ import torch
 
 def is_channels_last(t):
     """Whether torch would hand on this 4-D tensor's layout as channels_last (c10's rule, which also takes views)."""
-    if t.dim() != 4 or t.stride(1) == 0:
+    if t.dim() != 4:
+        return False
+    size, strides = t.shape, t.stride()
+    # What is not at all in that order, as most tensors, is told at once.
+    if strides[1] == 0 or strides[1] > strides[3]:
         return False
     least = 0
     for dim in (1, 3, 2, 0):
-        if t.size(dim) == 0 or t.stride(dim) < least:
+        if size[dim] == 0 or strides[dim] < least:
             return False
         # One channel and one pixel leave the order open; torch calls such a tensor contiguous.
-        if dim == 0 and least == t.stride(1):
+        if dim == 0 and least == strides[1]:
             return False
-        least = t.stride(dim) * (t.size(dim) if t.size(dim) > 1 else 1)
+        least = strides[dim] * (size[dim] if size[dim] > 1 else 1)
     return True
 
 
 def memory_format(*tensors):
     """The layout of a result: channels_last as soon as one of the tensors it is made from is."""
-    return torch.channels_last if any(map(is_channels_last, tensors)) else torch.contiguous_format
+    for t in tensors:
+        if is_channels_last(t):
+            return torch.channels_last
+    return torch.contiguous_format
 
 
 def _empty(like, size, *sources, dtype=None):
@@ -33,9 +40,10 @@ def _empty(like, size, *sources, dtype=None):
 
 def conv2d_size(size, kernel, stride, padding, dilation):
     """(OH, OW) of a convolution over an image of `size` (H, W)."""
-    return tuple(
-        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
+    top, bottom, left, right = padding
+    return (
+        (size[0] + top + bottom - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1,
+        (size[1] + left + right - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1,
     )
 
 
@@ -55,7 +63,10 @@ def conv2d_weight_grad(dy, x, size, with_bias):
 
 def max_pool2d_size(size, kernel, stride, padding, dilation, ceil_mode):
     """(OH, OW) of a pooling over an image of `size` (H, W)."""
-    return tuple(_pooled(size[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
+    return (
+        _pooled(size[0], kernel[0], stride[0], padding[0], dilation[0], ceil_mode),
+        _pooled(size[1], kernel[1], stride[1], padding[1], dilation[1], ceil_mode),
+    )
 
 
 def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
@@ -82,8 +93,8 @@ def conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_st
     """The values, and the code of each window as in max_pool2d, or KH * KW where the rectifier let nothing through."""
     size = conv2d_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
     size = max_pool2d_size(size, pool_kernel, pool_stride, pool_padding, (1, 1), False)
-    size, code = (x.shape[0], w.shape[0], *size), _code_type(pool_kernel[0] * pool_kernel[1])
-    return _empty(x, size, x, w), _empty(x, size, x, w, dtype=code)
+    y = _empty(x, (x.shape[0], w.shape[0], *size), x, w)
+    return y, torch.empty_like(y, dtype=_code_type(pool_kernel[0] * pool_kernel[1]))
 
 
 def conv2d_relu_max_pool2d_input_grad(dy, code, w, size):

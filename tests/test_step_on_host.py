@@ -18,7 +18,7 @@ import tritonnet
 from bench import cpu, report
 from bench.record import Record
 from tritonnet import lenet_step, lenet_weights, losses, ops
-from tritonnet.kernels import _common, launchers, lenet, lenet_forward, lenet_update
+from tritonnet.kernels import _common, launchers, launching, lenet, lenet_forward, lenet_update
 from tritonnet.lenet_optimizer import _powers
 
 on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
@@ -298,12 +298,7 @@ def test_a_loss_that_is_not_finite_is_heard_of_within_64_calls(bad, monkeypatch)
 def test_offsets_into_every_tensor_of_the_forward_fit(monkeypatch):
     """The gradients of 1.7 million images of 1,000 classes are the first to pass 32 bits."""
     indices = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, INDEX, **kwargs: indices.append(INDEX)
-
-    monkeypatch.setattr(lenet_forward, "lenet_forward_kernel", Kernel())
+    monkeypatch.setattr(launching, "launch", lambda *args, INDEX, **kwargs: indices.append(INDEX))
     geometry = lenet.Geometry(1, 28, 0, 1000)
     for n in (10**6, 1_680_000):
         memory = lenet_forward.activations(n, geometry, "bfloat16", "meta", train=True)

@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton"):
     from triton import knobs
 
     from .kernels import launchers
-    from .kernels._common import compiling
+    from .kernels.launching import compiling
 else:
     launchers = None
 

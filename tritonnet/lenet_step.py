@@ -15,7 +15,8 @@ from .nn._plain import is_plain
 
 if launchers is not None:
     from .kernels import lenet, lenet_forward, lenet_gradient, lenet_update
-    from .kernels._common import INTERPRETED, compiled_together
+    from .kernels._common import INTERPRETED
+    from .kernels.launching import compiled_together
 
 # Larger batches keep the GPU busy for longer than the host takes to queue three launches, and are read where they are.
 GRAPH_BELOW = 8192

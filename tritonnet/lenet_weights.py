@@ -2,14 +2,14 @@
 
 import math
 import weakref
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 import torch
 
 from . import nn
 from .dispatch import implementation, launchers, on_device
 from .fusion import _CONV, _LINEAR
-from .nn._plain import is_plain
+from .nn._plain import _HOOKS, global_hooks, is_plain
 from .registration import watched
 
 if launchers is not None:
@@ -22,6 +22,10 @@ _ADDRESS, _VERSION = torch.Tensor.data_ptr, attrgetter("_version")
 FORMATS = ("ieee", "tf32", "bfloat16")
 # Pixels a side by what the first convolution pads with and the features of the first linear.
 _SIZES = {(0, 256): 28, (2, 400): 28, (0, 400): 32, (2, 576): 32}
+
+
+_PADDINGS = {"valid": (0, 0), "same": (2, 2)}
+_FUSED_CONV, _FUSED_LINEAR = (*_CONV, nn.Conv2dReLUMaxPool2d, nn.Conv2dReLU), (*_LINEAR, nn.LinearReLU)
 
 
 class NotServed(Exception):
@@ -38,19 +42,19 @@ def default_format(device):
 
 def _check_convolution(name, layer, filters, paddings):
     """The padding in pixels; NotServed unless it is a plain 5 x 5 convolution to so many filters."""
-    if not is_plain(layer, (*_CONV, nn.Conv2dReLUMaxPool2d, nn.Conv2dReLU)):
+    if not is_plain(layer, _FUSED_CONV):
         raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
-    padding = {"valid": (0, 0), "same": (2, 2)}.get(layer.padding, layer.padding)
+    padding = _PADDINGS.get(layer.padding, layer.padding)
     plain = layer.kernel_size == (5, 5) and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
     if not plain or layer.padding_mode != "zeros" or layer.bias is None or layer.out_channels != filters:
         raise NotServed(f"{name} is not a 5 x 5 convolution with bias to {filters} filters: {layer}")
-    if padding not in [(p, p) for p in paddings]:
+    if padding[0] != padding[1] or padding[0] not in paddings:
         raise NotServed(f"{name} has padding {layer.padding}")
     return padding[0]
 
 
 def _check_linear(name, layer, inputs, outputs):
-    if not is_plain(layer, (*_LINEAR, nn.LinearReLU)):
+    if not is_plain(layer, _FUSED_LINEAR):
         raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
     if layer.bias is None or (layer.in_features, layer.out_features) != (inputs, outputs):
         raise NotServed(f"{name} is not a linear layer with bias from {inputs} to {outputs}: {layer}")
@@ -75,16 +79,19 @@ def geometry_of(layers):
     return lenet.Geometry(conv1.in_channels, size, padding, classes)
 
 
-def parameters_of(layers, dtypes=(torch.float32,)):
-    """Weights and biases in the kernels' order; NotServed if they are not of one of the dtypes, apart and dense."""
+def parameters_of(layers, dtypes=(torch.float32,), strided=False):
+    """Weights and biases in the kernels' order; NotServed if they are not of one of the dtypes, apart and dense.
+
+    With `strided` they may have other strides, as weights in channels_last have.
+    """
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-    first = parameters[0]
-    if len({id(p) for p in parameters}) < 10:
+    dtype, device = parameters[0].dtype, parameters[0].device
+    if len(set(map(id, parameters))) < 10:
         raise NotServed("layers share parameters")
     for p in parameters:
-        if type(p) is not torch.nn.Parameter or p.is_inference() or not p.is_contiguous():
+        if type(p) is not torch.nn.Parameter or p.is_inference() or not (strided or p.is_contiguous()):
             raise NotServed("a parameter is not an ordinary one")
-        if p.dtype not in dtypes or (p.dtype, p.device) != (first.dtype, first.device):
+        if p.dtype != dtype or p.device != device or dtype not in dtypes:
             raise NotServed(f"parameters of {p.dtype} on {p.device}")
     return parameters
 
@@ -165,6 +172,54 @@ def weights_of(model, parameters, geometry):
     return weights
 
 
+class _Seen:
+    """Layers that were found to be a LeNet's, their geometry and parameters, and all that this was told by.
+
+    To look whether any of it has changed takes a third of the time that it takes to be told again.
+    """
+
+    convolution = itemgetter(
+        *_HOOKS, "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "in_channels", "out_channels"
+    )  # fmt: skip
+    linear = itemgetter(*_HOOKS, "in_features", "out_features")
+    kind = attrgetter("dtype", "device")
+
+    def __init__(self, layers):
+        self.geometry = geometry_of(layers)
+        # Their values are copied and packed when they have changed, from whatever order they lie in.
+        self.parameters = parameters_of(layers, (torch.float32, torch.bfloat16), strided=True)
+        self.dtype, self.device = self.kind(self.parameters[0])
+        # Hooks are added to dicts that stay the same: none of them is kept.
+        self.attributes = [tuple({} if isinstance(a, dict) else a for a in part) for part in self._attributes(layers)]
+        self.before = self._others(layers)
+
+    def _attributes(self, layers):
+        conv1, conv2, *linears = map(vars, layers)
+        return [self.convolution(conv1), self.convolution(conv2), *map(self.linear, linears)]
+
+    def _others(self, layers):
+        ids = [id(layer._parameters.get(name)) for layer in layers for name in ("weight", "bias")]
+        types = [(id(layer), type(layer), "forward" in vars(layer)) for layer in layers]
+        return ids, types, list(map(self.kind, self.parameters))
+
+    def still(self, layers):
+        """Whether it would be found to be the same again."""
+        same = self._others(layers) == self.before and self._attributes(layers) == self.attributes
+        return same and not global_hooks()
+
+
+_SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _seen(model, layers):
+    """The _Seen of a model; NotServed if its layers are not a LeNet's."""
+    seen = _SEEN.get(model)
+    if seen is None or not seen.still(layers):
+        _SEEN.pop(model, None)
+        seen = _SEEN[model] = _Seen(layers)
+    return seen
+
+
 def predict(model, layers, images, pixels):
     """The logits of a LeNet in one launch, or None where its layers have to compute them.
 
@@ -178,24 +233,22 @@ def predict(model, layers, images, pixels):
     if launchers is None or watched() or implementation(images) is not launchers:
         return None
     try:
-        geometry = geometry_of(layers)
-        parameters = parameters_of(layers, (torch.float32, torch.bfloat16))
+        seen = _seen(model, layers)
     except NotServed:
         return None
-    dtype, device = parameters[0].dtype, parameters[0].device
-    raw = images.dtype == torch.uint8
-    expected = (geometry.channels, *(images.shape[2:] if raw else (geometry.size,) * 2))
-    if images.device != device or images.shape[1:] != expected or (not raw and images.dtype != dtype):
+    geometry, dtype, device = seen.geometry, seen.dtype, seen.device
+    raw, (N, C, H, W) = images.dtype == torch.uint8, images.shape
+    if images.device != device or C != geometry.channels or N == 0:
         return None
-    if len(images) == 0:
+    if not raw and (images.dtype != dtype or H != geometry.size or W != geometry.size):
         return None
     format = "bfloat16" if dtype == torch.bfloat16 else default_format(device)
-    weights = weights_of(model, parameters, geometry)
-    logits = images.new_empty(len(images), geometry.classes, dtype=torch.bfloat16 if format == "bfloat16" else dtype)
+    weights = weights_of(model, seen.parameters, geometry)
+    logits = images.new_empty(N, geometry.classes, dtype=torch.bfloat16 if format == "bfloat16" else dtype)
     with on_device(device):
         lenet_forward.forward(
             images.contiguous(), None, weights.flat, weights.packed(format), geometry, format,
             pixels(images) if raw else lenet_forward.Pixels(),
-            lenet_forward.activations(len(images), geometry, format, device, train=False), logits,
+            lenet_forward.activations(N, geometry, format, device, train=False), logits,
         )  # fmt: skip
     return logits

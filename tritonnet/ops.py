@@ -1,7 +1,5 @@
 """The operators: a schema, the shapes of the results, and at run time the kernels or the reference."""
 
-import contextlib
-
 import torch
 
 from .dispatch import implementation, on_device
@@ -9,20 +7,20 @@ from .kernels import shapes
 from .registration import register_operator
 
 
-def _no_autocast(device):
-    """Keeps torch's operators inside the reference from casting again: the public functions have done it."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _operator(schema, fake):
     name = schema.partition("(")[0]
 
     def run(*args):
         device = args[0].device
-        with on_device(device), _no_autocast(device):
-            return getattr(implementation(args[0]), name)(*args)
+        # The dispatcher makes lists of pairs and sizes; plans of launches are remembered by what can be hashed.
+        args = [tuple(a) if isinstance(a, list) else a for a in args]
+        function = getattr(implementation(args[0]), name)
+        with on_device(device):
+            if not torch.is_autocast_enabled(device.type):
+                return function(*args)
+            # torch's operators inside the reference do not cast again: the public functions have done it.
+            with torch.autocast(device.type, enabled=False):
+                return function(*args)
 
     return register_operator(schema, fake, run)
 

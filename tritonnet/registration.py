@@ -9,11 +9,15 @@ Every private name of PyTorch that this package uses stands in this file:
   operator without an Autograd kernel, doubles the calls and the names.
 - `_set_fwd_grad_enabled`: apply turns recording off during forward, on every level; the levels below must go on
   recording, backward (torch.enable_grad) and forward mode (this). Without it a gradient of a gradient is silently zero.
-- `OpOverload._schema`: the operator's name and results, as they were defined here.
+- `OpOverload._schema`: the operator's name and results, and whether it overwrites an argument, as they were defined
+  here.
+- `forward_ad._current_level`: whether forward mode records; without it and requires_grad nothing does, and a Function,
+  which takes longer than the kernel of a small batch, is left out.
 - `_len_torch_dispatch_stack`: whether a mode, such as make_fx's, wants to see the operators that are called.
 """
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
@@ -45,20 +49,29 @@ def watched():
     return _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
 
 
+def _recorded(args):
+    """Whether autograd has anything to record of an operator on these arguments, outside torch.func's transforms."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
+
+
 def register_autograd(operator):
     """Class decorator: make an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule."""
 
     def decorate(function):
         rules = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
         single_level = type(function.__name__, (_SingleLevelFunction,), rules)
-        returns_nothing = not operator._schema.returns
+        returns_nothing, overwrites = not operator._schema.returns, operator._schema.is_mutable
 
         def autograd_kernel(*args):
             if _are_functorch_transforms_active():
                 with enable_single_level_autograd_function():
                     result = single_level.apply(*args)
-            else:
+            elif overwrites or _recorded(args):
                 result = function.apply(*args)
+            else:
+                result = below_autograd(operator, *args)
             return None if returns_nothing else result
 
         _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd_kernel, "Autograd")

@@ -1,0 +1,70 @@
+"""A GPU that need not be there and does nothing: what a call of the kernels costs on the host, without their launches.
+
+Kernels are not compiled. What would be compiled has a name, the `hash` that Triton gives to source, constants, types
+and options, so that it can be told which variant a call has launched. TRITON_INTERPRET must not be set.
+"""
+
+import contextlib
+from types import SimpleNamespace
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
+from tritonnet import dispatch, lenet_step, lenet_weights, ops, train_step
+from tritonnet.kernels import launchers, launching
+
+from .compile import NoDevice
+
+
+def _nothing(*args):
+    pass
+
+
+class Launcher:
+    """As much Python around the driver's launch as Triton's own launcher has."""
+
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __call__(self, x, y, z, stream, function, *args):
+        self.launch(x, y, z, stream, function, *args)
+
+
+def _not_compiled(src, target=None, options=None, **kwargs):
+    kernel = CompiledKernel.__new__(CompiledKernel)
+    kernel.src, kernel.name = src, src.fn.__name__
+    kernel.hash = f"{src.hash()} {target} {sorted(options.items(), key=str)}"
+    kernel.metadata = SimpleNamespace(num_warps=options["num_warps"], shared=0)
+    kernel.module, kernel.function, kernel.packed_metadata = 1, kernel.hash, ()
+    kernel._module_pid = None  # there is nothing to unload
+    kernel._run = Launcher(driver.active.launch)
+    return kernel
+
+
+@contextlib.contextmanager
+def gpu_that_does_nothing(arch=90, launch=_nothing):
+    """Inside, tensors on the CPU stand in for those of a GPU, and launches do nothing.
+
+    Args:
+        arch: NVIDIA's architecture.
+        launch: what is called in the place of the driver: launch(x, y, z, stream, hash of the kernel, packed metadata,
+            launch metadata, hook before, hook after, *arguments).
+    """
+    device, before = NoDevice(GPUTarget("cuda", arch, 32)), driver._active
+    device.launch = launch
+    with contextlib.ExitStack() as stack:
+        for module in (dispatch, lenet_step, lenet_weights, ops, train_step):
+            stack.enter_context(mock.patch.object(module, "implementation", lambda tensor: launchers))
+        stack.enter_context(mock.patch.object(triton.compiler, "compile", _not_compiled))
+        driver._active = device
+        try:
+            yield device
+        finally:
+            driver._active = before
+            launching.forget()
+            for kernel in launchers.KERNELS:
+                kernel.device_caches.clear()

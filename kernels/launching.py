@@ -1,0 +1,142 @@
+"""How kernels are launched: what a launch needs is worked out once for each kind of arguments, and kept.
+
+For a small batch the host is slower than the GPU: Triton takes 30 to 60 microseconds to find the compiled kernel of 40
+arguments, and a launcher as long to work them out. Both depend on nothing but the tensors' shapes, strides, dtypes and
+alignment, a few values and the device. So a launcher is written in two parts: a plan, a pure function of those, and a
+function that allocates and hands the tensors over.
+"""
+
+import concurrent.futures
+import contextlib
+import contextvars
+import functools
+import os
+
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+# Whether `launch` only has kernels compiled, in this thread.
+compiling = contextvars.ContextVar("compiling", default=False)
+# So many kinds of arguments are remembered, of a kernel or of a function: past that it starts again.
+MOST_KEPT = 4096
+# Triton compiles for this alignment of a pointer where it has it.
+ALIGNMENT = 16
+ROCM = torch.version.hip is not None
+
+_run = JITFunction.run
+_kept = []
+
+
+def launch(kernel, grid, *args, **options):
+    """Launches a kernel; inside compiled_together() it is compiled and not launched."""
+    if compiling.get():
+        return kernel.warmup(*args, grid=grid, **options)
+    return kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def compiled_together():
+    """Inside, the kernels of `launch` are compiled side by side in threads; they are ready when the block ends."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads):
+        before = compiling.set(True)
+        try:
+            yield
+        finally:
+            compiling.reset(before)
+
+
+def remembered(function):
+    """functools.cache that keeps a bounded number of results: of a pure function of sizes and other values."""
+    return functools.lru_cache(MOST_KEPT)(function)
+
+
+def forget():
+    """Launches are worked out anew from now on, as is needed when Triton's driver is exchanged for another."""
+    for ready in _kept:
+        ready.clear()
+
+
+def _nobody_looks(kernel):
+    """Whether a launch through Triton would do no more than launch: no hooks, no debugging, no stand-in."""
+    runtime = knobs.runtime
+    return (
+        isinstance(kernel, JITFunction)  # and not interpreted
+        and JITFunction.run is _run
+        and not kernel.pre_run_hooks
+        and not getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+        and not getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        and runtime.add_stages_inspection_hook is None
+        and not runtime.debug
+        and not knobs.compilation.instrumentation_mode
+        and not compiling.get()
+    )
+
+
+def planned(kernel):
+    """Decorator: makes a plan a function that launches the kernel, called as launch(tensors, *values).
+
+    The plan is called as plan(*tensors, *values) and returns the grid, the arguments that follow the pointers, and the
+    constants and options. It has to be a pure function of the tensors' shapes, strides and dtypes, of the values, which
+    are hashable, and of the current device. The kernel's pointers are the tensors in their order; where one is None the
+    kernel does not follow its pointer, and gets the first tensor's.
+
+    A second call with tensors of the same kind, on the same device, launches the kernel that the first call has
+    compiled or found. Where anybody looks at launches they go through Triton, one and all.
+    """
+
+    def decorate(plan):
+        ready = {}
+        _kept.append(ready)
+
+        def in_full(tensors, values):
+            grid, numbers, constants = plan(*tensors, *values)
+            args = [tensors[0] if t is None else t for t in tensors]
+            return launch(kernel, grid, *args, *numbers, **constants), grid, numbers, constants
+
+        def keep(kind, tensors, compiled, grid, numbers, constants):
+            names = kernel.arg_names[len(tensors) :]
+            named = {**constants, **dict(zip(names, numbers))}
+            # Triton refuses a tensor of another device, and has to be asked again.
+            one_device = len({t.device for t in tensors if t is not None}) == 1
+            if type(compiled) is CompiledKernel and one_device:
+                if len(ready) >= MOST_KEPT:
+                    ready.clear()
+                rest = [named[name] for name in names]
+                # The kernel itself as well: Triton 3.9 unloads a kernel that nobody holds.
+                function, metadata = compiled.function, compiled.packed_metadata
+                ready[kind] = compiled.run, (*grid, 1, 1)[:3], function, metadata, rest, compiled
+
+        @functools.wraps(plan)
+        def launch_planned(tensors, *values):
+            if not _nobody_looks(kernel):
+                in_full(tensors, values)
+                return
+            active = driver.active
+            device = active.get_current_device()
+            pointers, kind = [], [device, *values]
+            for t in tensors:
+                if t is None:
+                    pointers.append(pointers[0])
+                    kind.append(None)
+                else:
+                    pointer = t.data_ptr()
+                    pointers.append(pointer)
+                    kind += t.shape, t.stride(), t.dtype, t.device, pointer % ALIGNMENT == 0
+                    if ROCM:
+                        # Triton compiles for storages of less than 2 GiB there.
+                        kind.append(t.untyped_storage().nbytes() >= 2**31)
+            kind = tuple(kind)
+            found = ready.get(kind)
+            if found is None:
+                keep(kind, tensors, *in_full(tensors, values))
+                return
+            run, grid, function, metadata, rest, _ = found
+            run(*grid, active.get_current_stream(device), function, metadata, None, None, None, *pointers, *rest)
+
+        return launch_planned
+
+    return decorate

@@ -1,0 +1,186 @@
+"""Compares what planned launches launch with what Triton would have, on a GPU that does nothing: see test_launching.py.
+
+Calls that differ in one thing, such as alignment, follow one another. Each is made twice, so that the second launches
+what the first has left behind, and then once more through Triton.
+"""
+
+import collections
+import contextlib
+import itertools
+import json
+from unittest import mock
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+import tritonnet
+from bench.no_launch import gpu_that_does_nothing
+from tritonnet.kernels import launchers, launching
+
+ZEROS = (1, 1), (0, 0, 0, 0), (1, 1), 1, "zeros"
+POOL = (2, 2), (2, 2), (0, 0)
+WINDOW = (2, 2), (2, 2), (0, 0), (1, 1)
+
+
+def tensors(dtype):
+    """Functions that make a tensor of a size; their tensors differ in what Triton compiles kernels for."""
+
+    def shifted(*size):
+        return torch.empty(torch.Size(size).numel() + 1, dtype=dtype)[1:].view(size)
+
+    def channels_last(*size):
+        format = torch.channels_last if len(size) == 4 else torch.contiguous_format
+        return torch.empty(size, dtype=dtype, memory_format=format)
+
+    def gaps(*size):
+        return torch.empty([2 * n + 1 for n in size], dtype=dtype)[tuple(slice(1, None, 2) for _ in size)]
+
+    return lambda *size: torch.empty(size, dtype=dtype), shifted, channels_last, gaps
+
+
+def calls(t):
+    """Launchers' calls on tensors made by t: of sizes that are 1, that 16 divides and that it does not, and so on."""
+    for m, k, n in ((16, 32, 16), (17, 32, 16), (16, 33, 16), (1, 32, 16), (16, 1, 1), (4096, 32, 48)):
+        x, w, b = t(m, k), t(n, k), t(n)
+        yield launchers.linear, x, w, b
+        yield launchers.linear, x, w, None
+        yield launchers.linear_relu, x, w, b
+        yield launchers.linear, x.t().contiguous().t(), w, b
+        yield launchers.linear_weight_grad, t(m, n), x, True
+        yield launchers.linear_weight_grad, t(m, n), x, False
+        yield launchers.relu, x
+        yield launchers.relu_grad, x, t(m, k)
+        for smoothing, ignored in ((0.0, -100), (0.1, -100), (0.1, 1)):
+            for reduction in ("mean", "sum", "none"):
+                target = torch.empty(m, dtype=torch.int64)
+                yield launchers.cross_entropy, t(m, n), target, None, reduction, ignored, smoothing
+        yield launchers.cross_entropy, t(m, n), torch.empty(m, dtype=torch.uint8), t(n), "mean", -100, 0.0
+        layers = t(n, k), t(n), t(16, n), t(16), None, None, None, None
+        yield launchers.linear_chain, x, *layers, True
+        yield launchers.linear_chain, x, *layers, False
+        hidden = t(m, n)
+        yield launchers.linear_chain_input_grad, t(m, 16), hidden, t(n, k), t(16, n), None, None, True
+        yield launchers.linear_chain_weight_grad, t(m, 16), hidden, x, hidden, (n,), True
+    sizes = (2, 1, 12, 6), (2, 3, 12, 6), (3, 3, 12, 6), (2, 16, 16, 16), (2, 17, 16, 16), (40, 32, 16, 17)
+    for n, c, h, oc in sizes:
+        q = (h - 2) // 2
+        x, w, b, dy = t(n, c, h, h), t(oc, c, 3, 3), t(oc), t(n, oc, h - 2, h - 2)
+        yield launchers.conv2d, x, w, b, *ZEROS
+        yield launchers.conv2d, x, w, None, *ZEROS
+        yield launchers.conv2d, x, w, b, (2, 1), (1, 1, 1, 1), (1, 2), 1, "reflect"
+        yield launchers.conv2d_relu, x, w, b, *ZEROS
+        yield launchers.conv2d_input_grad, dy, w, x.shape, *ZEROS
+        yield launchers.conv2d_weight_grad, dy, x, w.shape, *ZEROS, True
+        y, code = t(n, oc, q, q), torch.empty(n, oc, q, q, dtype=torch.uint8)
+        yield launchers.conv2d_relu_max_pool2d, x, w, b, *ZEROS, *POOL
+        yield launchers.conv2d_relu_max_pool2d, x, w, None, *ZEROS, *POOL
+        yield launchers.conv2d_relu_max_pool2d_input_grad, y, code, w, x.shape, *ZEROS, *POOL
+        yield launchers.conv2d_relu_max_pool2d_weight_grad, y, code, x, w.shape, *ZEROS, *POOL, True
+        yield launchers.max_pool2d, x, *WINDOW, False
+        yield launchers.max_pool2d, x, (3, 3), *WINDOW[1:], True
+        yield launchers.max_pool2d_scatter, y, code, (h - 2, h - 2), *WINDOW
+        yield launchers.max_pool2d_indices, code, h, *WINDOW
+        depthwise = (1, 1), (1, 1, 1, 1), (1, 1), c, "zeros"
+        yield launchers.conv2d, x, t(2 * c, 1, 3, 3), t(2 * c), *depthwise
+        yield launchers.conv2d_input_grad, t(n, 2 * c, h, h), t(2 * c, 1, 3, 3), x.shape, *depthwise
+        yield launchers.conv2d_weight_grad, t(n, 2 * c, h, h), x, (2 * c, 1, 3, 3), *depthwise, True
+
+
+def huge():
+    """Tensors whose offsets need 64 bits, in virtual memory only."""
+    x = torch.empty(2**31 + 16, dtype=torch.float16)
+    yield launchers.relu, x
+    yield launchers.relu, x[: 2**20]
+    yield launchers.linear, x.view(-1, 16), torch.empty(1, 16, dtype=torch.float16), None
+    yield launchers.linear, x[: 2**31 - 2**21].view(-1, 16), torch.empty(1, 16, dtype=torch.float16), None
+
+
+def every_call():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        made = [list(calls(t)) for t in tensors(dtype)]
+        # One call in all layouts before the next.
+        yield from itertools.chain(*zip(*made))
+    yield from huge()
+
+
+# Numbers are below, addresses above.
+ADDRESS = 2**40
+launched, inputs, in_full = [], set(), collections.Counter()
+real_launch = launching.launch
+
+
+def note(x, y, z, stream, name, metadata, launch_metadata, enter, leave, *args):
+    """What a launch is made of, but for where the tensors lie, which differs from call to call."""
+    args = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    args = ["new" if isinstance(arg, int) and arg >= ADDRESS and arg not in inputs else arg for arg in args]
+    launched.append((x, y, z, stream, name, metadata, args))
+
+
+def note_in_full(kernel, *args, **options):
+    in_full[kernel.fn.__name__] += 1
+    return real_launch(kernel, *args, **options)
+
+
+def made(call):
+    """The launches of a call."""
+    function, *args = call
+    inputs.clear()
+    inputs.update(arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor))
+    launched.clear()
+    function(*args)
+    return list(launched)
+
+
+@contextlib.contextmanager
+def through_triton():
+    """Launches go through Triton inside, as they do wherever somebody looks."""
+    with tritonnet.count_launches():
+        yield
+
+
+def compare(calls):
+    """Makes every call twice, and then through Triton.
+
+    Returns (launches, different kernels, calls that did not launch the same, launches of the second time in full).
+    """
+    calls = list(calls)
+    first = [made(call) for call in calls]
+    before = in_full.total()
+    again = [made(call) for call in calls]
+    in_full_again = in_full.total() - before
+    with through_triton():
+        full = [made(call) for call in calls]
+    wrong = [str(call[0]) for call, a, b, c in zip(calls, first, again, full) if not a == b == c]
+    kernels = {launch[4] for launches in full for launch in launches}
+    return sum(map(len, full)), len(kernels), wrong, in_full_again
+
+
+result = {}
+with gpu_that_does_nothing(launch=note) as gpu, mock.patch.object(launching, "launch", note_in_full):
+    result["calls"] = compare(every_call())
+    # The same calls in another precision, on another device, of another architecture.
+    matrices = [call for t in tensors(torch.float32) for call in calls(t)]
+    with tritonnet.dispatch.float32_products("tf32"):
+        result["tf32"] = compare(matrices)
+    gpu.get_current_device, target, gpu.target = lambda: 1, gpu.target, GPUTarget("cuda", 80, 32)
+    result["another device"] = compare(matrices)
+    gpu.get_current_device, gpu.target = lambda: 0, target
+
+    x, w = torch.empty(16, 16), torch.empty(16, 16)
+    plain = made((launchers.linear, x, w, None))
+    before = in_full.total()
+    with mock.patch.object(knobs.runtime, "debug", True):
+        result["debugging"] = made((launchers.linear, x, w, None))[0][4] != plain[0][4]
+    knobs.runtime.launch_enter_hook.add(print)
+    made((launchers.linear, x, w, None))
+    knobs.runtime.launch_enter_hook.remove(print)
+    for _ in range(2):
+        made((launchers.linear, x, w, torch.empty(16, device="meta")))
+    result["in full"] = in_full.total() - before
+    launching.forget()
+    with mock.patch.object(launching, "MOST_KEPT", 8):
+        for n in range(1, 30):
+            made((launchers.linear, torch.empty(n, 5), torch.empty(7, 5), None))
+    result["kept"] = max(map(len, launching._kept))
+print(json.dumps(result))

@@ -1,0 +1,37 @@
+"""What is remembered of launches: nothing that would launch another kernel than Triton had, and enough to be fast."""
+
+import json
+import pathlib
+
+import pytest
+from conftest import run_python
+
+
+@pytest.fixture(scope="module")
+def planned():
+    result = run_python("tests/planned_launches.py", TRITON_INTERPRET=None)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("which", ["calls", "tf32", "another device"])
+def test_the_same_launches_as_through_triton(planned, which):
+    """Kernel, grid, numbers and pointers, where shapes, layouts, alignment, dtypes, precision or device differ."""
+    launches, kernels, wrong, in_full = planned[which]
+    assert launches > 1000 and kernels > 400 and not wrong
+    assert in_full == 0, "the second time nothing is worked out anew"
+
+
+def test_whoever_looks_sees_every_launch(planned):
+    """Debugging, a hook, and twice a tensor on another device, which Triton has to refuse each time."""
+    assert planned["in full"] == 4 and planned["debugging"]
+
+
+def test_what_is_kept_is_bounded(planned):
+    assert 0 < planned["kept"] <= 8
+
+
+def test_every_launch_goes_through_launching():
+    """A kernel launched in another place would be neither fast nor compiled together with others."""
+    for path in (pathlib.Path(__file__).parents[1] / "kernels").glob("*.py"):
+        assert path.name == "launching.py" or "_kernel[(" not in path.read_text(encoding="utf-8"), path.name
