@@ -73,14 +73,14 @@ class Calls:
             launchers.conv2d_relu_max_pool2d_weight_grad(y, code, x, w.shape, *g, True)
 
     def conv_forward(self, c, oc, k):
-        """Forward alone: the product is (4096, c * k * k) x (c * k * k, oc)."""
-        x, w = self.tensor(4, c, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
+        """Forward alone: the product is (40960, c * k * k) x (c * k * k, oc)."""
+        x, w = self.tensor(40, c, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
         launchers.conv2d(x, w, self.tensor(oc), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
 
     def conv_input_grad(self, c, oc, k):
-        """The input's gradient alone: (4096, oc * k * k) x (oc * k * k, c)."""
-        dy, w = self.tensor(4, oc, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
-        launchers.conv2d_input_grad(dy, w, (4, c, 32, 32), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
+        """The input's gradient alone: (40960, oc * k * k) x (oc * k * k, c)."""
+        dy, w = self.tensor(40, oc, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
+        launchers.conv2d_input_grad(dy, w, (40, c, 32, 32), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
 
     def conv_weight_grad(self, c, oc, k):
         """The weight's gradient alone: (oc, pixels) x (pixels, c * k * k)."""
@@ -237,7 +237,8 @@ def tiles(c, format):
                 continue
             name = f"{walk}, {tile.M}x{tile.N}"
             yield name, lambda m=tile.M, k=k, channels=channels: c.conv_weight_grad(channels, m, k)
-        yield f"{tile.M}x{tile.N}", lambda m=tile.M, n=tile.N: c.linear(m, 4 * n, n)
+        # Many rows: of few a program takes half a tile's.
+        yield f"{tile.M}x{tile.N}", lambda m=320 * tile.M, n=tile.N: c.linear(m, 4 * n, n)
     for tile in linear_chain.ROWS[rows]:
         # As many rows as choose the tile, and layers as wide as there may be.
         m, wide = 129 * tile.M, (256, *[kernel_shapes.MOST_WIDTH] * 3)
