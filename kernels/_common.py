@@ -144,8 +144,8 @@ def wants_k_inner(dtype, precision):
 # Programs of 128 x 128 that an H100 or H200 runs at once.
 RESIDENT = 2 * 132
 # Tiles by number format, from the widest down. Those of float32 and float64 are read off machine code (no register
-# spills); the others were timed on an H200 with triton 3.6.0, see bench/results/README.md. Every row is compiled for
-# every architecture by bench.machine_code, so each has to be worth it.
+# spills); the others were timed on an H200, see bench/results/products-nvidia-h200.md. Every row is compiled for every
+# architecture by bench.machine_code, so each has to be worth it.
 SQUARE = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
