@@ -251,7 +251,6 @@ def product(b, what, a, b_operand, scale, R, here):
         shared.mark(b, PRODUCT, address, 0, 16, None, True)
     shared.in_flight += 1
     b.products[-1].append(this)
-    b.issued = True
     if not b.batch.products_late:
         run(b, [this], R)
 
@@ -289,15 +288,19 @@ def judge_stores(b, address, here):
 
 
 def judge_fences(b, form, names, operands, here):
-    """Faults if registers have been written since the last wgmma.fence, or if there was none."""
+    """Faults if accumulators have been written since the last wgmma.fence, or if a fence is missing altogether.
+
+    Operands in registers need a fence since the last commit, on either side of their writes: LLVM moves these past it, as
+    it takes the fence for one of memory only, and ptxas sees by the registers what depends on what.
+    """
     segments = b.batch.machine.translated.segments
-    used = {*names, *operands}
+    accumulators = set(names)
     for k in b.since_fence:
-        for name in used & segments[k].writes.keys():
+        for name in accumulators & segments[k].writes.keys():
             place = b.batch.machine.describe(segments[k].writes[name])
             b.fault("register", f"{name}, written at {place}, without wgmma.fence before the product", here)
-    if not b.fenced:
-        b.fault("register", "a product without any wgmma.fence before it", here)
+    if not b.fenced or operands and not b.ordered:
+        b.fault("register", "a product without wgmma.fence before it", here)
     for this in in_flight(b):
         if set(names) & {*this.names, *this.operands} and (this.names != names or this.form.n != form.n):
             b.fault("register", f"accumulators of the product at {b.batch.machine.describe(this.here)}", here)
@@ -307,7 +310,7 @@ def judge_fences(b, form, names, operands, here):
 
 def fence_registers(b):
     """wgmma.fence."""
-    b.since_fence, b.fenced = set(), True
+    b.since_fence, b.fenced, b.ordered = set(), True, True
 
 
 def in_flight(b):
@@ -334,6 +337,7 @@ def segment(b, number):
 
 def commit_products(b):
     b.products.append([])
+    b.ordered = False
 
 
 def wait_products(b, pending, R, here):

@@ -226,7 +226,8 @@ class Bundle:
         index = programs % x, programs // x % y, programs // x // y
         self.ctaid = [each.astype(np.uint32) for each in index]
         self.copies, self.products, self.sums = [[]], [[]], {}
-        self.since_fence, self.fenced = set(), False
+        # Which segments have run since the last wgmma.fence, whether there was one, and one since the last commit.
+        self.since_fence, self.fenced, self.ordered = set(), False, False
 
     def fault(self, kind, detail, here, where=0):
         """where: which (programs, threads) are at fault, or the number of a program here."""
@@ -248,7 +249,7 @@ class Bundle:
         rows = self.row[kept, 0]
         rows = None if len(rows) == len(self.batch.programs) else rows
         part = Bundle(self.batch, self.key, rows, self.columns[columns], registers, pc)
-        part.since_fence, part.fenced = set(self.since_fence), self.fenced
+        part.since_fence, part.fenced, part.ordered = set(self.since_fence), self.fenced, self.ordered
         part.copies, part.products = (
             [[this.part(kept, columns, part.rows, part.row) for this in group] for group in groups]
             for groups in (self.copies, self.products)
@@ -275,7 +276,8 @@ class Bundle:
         for k in self.batch.machine.translated.alive[self.pc]:
             registers[k] = self.merged(self.registers[k], other.registers[k], other, axis, order)
         whole = Bundle(self.batch, self.key, rows, columns, registers, self.pc)
-        whole.since_fence, whole.fenced = self.since_fence | other.since_fence, self.fenced and other.fenced
+        whole.since_fence = self.since_fence | other.since_fence
+        whole.fenced, whole.ordered = self.fenced and other.fenced, self.ordered and other.ordered
         whole.copies, whole.products = merged_groups(self.copies, other.copies), [[]]
         return whole
 

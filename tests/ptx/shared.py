@@ -47,11 +47,11 @@ class Address:
 class Access:
     """An entry of the log: who does what to which bytes. rows: the programs, or None for all that run together."""
 
-    __slots__ = ("kind", "address", "offset", "size", "mask", "rows", "warps", "here", "settled")
+    __slots__ = ("kind", "address", "offset", "size", "mask", "rows", "warps", "here", "data", "settled")
 
-    def __init__(self, kind, address, offset, size, mask, rows, warps, here):
+    def __init__(self, kind, address, offset, size, mask, rows, warps, here, data=None):
         self.kind, self.address, self.offset, self.size, self.mask = kind, address, offset, size, mask
-        self.rows, self.warps, self.here, self.settled = rows, warps, here, False
+        self.rows, self.warps, self.here, self.data, self.settled = rows, warps, here, data, False
 
     def by_program(self):
         """Whether programs differ in it."""
@@ -68,7 +68,8 @@ class Access:
         value, mask = self.address.value, self.mask
         address = self.address if len(value) == 1 else Address(value[kept])
         mask = mask if mask is None or len(mask) == 1 else mask[kept]
-        part = Access(self.kind, address, self.offset, self.size, mask, own[kept], self.warps, self.here)
+        data = self.data if self.data is None or len(self.data) == 1 else self.data[kept]
+        part = Access(self.kind, address, self.offset, self.size, mask, own[kept], self.warps, self.here, data)
         part.settled = self.settled
         return part
 
@@ -86,6 +87,15 @@ class Access:
             first, warps = first[mask], warps[mask]
         count = max(self.size // unit, 1)
         return (first.reshape(-1, 1) + np.arange(count)).ravel(), np.repeat(warps.ravel(), count)
+
+    def values(self, unit, stride, programs):
+        """(the units that are written, numbered through all programs, their values)."""
+        own = (np.arange(programs) if self.rows is None else self.rows)[:, None]
+        mask = np.ones((1, 1), bool) if self.mask is None else self.mask
+        arrays = (self.address.value + self.offset) // unit + own * stride, self.data, mask, self.warps
+        first, data, mask, _ = np.broadcast_arrays(*arrays)
+        data = np.ascontiguousarray(data).view(BY_SIZE[unit]).reshape(*first.shape, -1)
+        return (first[mask][:, None] + np.arange(data.shape[2])).ravel(), data[mask].ravel()
 
 
 class Shared:
@@ -147,12 +157,12 @@ class Shared:
 
     # Watches.
 
-    def touch(self, b, kind, address, offset, size, mask, warps, here):
-        """Judges and logs an access by ordinary instructions, or by a copy at its start and at its end."""
+    def touch(self, b, kind, address, offset, size, mask, warps, here, data=None):
+        """Judges and logs an access by ordinary instructions, or by a copy at its start; data: what it writes."""
         if self.in_flight:
             self.judge_flags(b, kind, address, offset, size, mask, here)
         if self.many:
-            self.log.append(Access(kind, address, offset, size, mask, b.rows, warps, here))
+            self.log.append(Access(kind, address, offset, size, mask, b.rows, warps, here, data))
 
     def cells(self, b, address, offset, size):
         """(flags as numbers that hold all words of an access, their indices)."""
@@ -204,7 +214,7 @@ class Shared:
         self.unfenced = fenced + others
         if not any(access.kind == WRITE for access in log):
             return
-        unit = min(access.size for access in log)
+        unit = min(8, *(access.size for access in log))
         stride = self.stride // unit
         programs = self.programs if any(access.by_program() for access in log) else 0
         parts = [access.units(unit, stride, programs) for access in log]
@@ -214,13 +224,35 @@ class Shared:
         clash = last[units] != warps
         if not clash.any():
             return
-        written = np.zeros(len(last), bool)
+        written, seen = np.zeros(len(last), bool), np.zeros(len(last), bool)
         for access, (where, _) in zip(log, parts):
-            if access.kind == WRITE:
-                written[where] = True
-        clash &= written[units]
-        if clash.any():
-            self.race(machine, log, parts, int(units[clash][0]), unit, stride)
+            (written if access.kind == WRITE else seen)[where] = True
+        several = np.zeros(len(last), bool)
+        several[units[clash]] = True
+        bad = np.flatnonzero(several & written & seen)
+        if not len(bad) and (several & written).any():
+            bad = self.contradictions(log, several & written, unit, stride, programs)
+        if len(bad):
+            self.race(machine, log, parts, int(bad[0]), unit, stride)
+
+    def contradictions(self, log, cells, unit, stride, programs):
+        """Units that several warps write, and not all the same value.
+
+        One value, as of an element that a layout gives to several warps, may be written by all of them.
+        """
+        total = stride * self.programs
+        known, bad = np.zeros(total, BY_SIZE[unit]), np.zeros(total, bool)
+        writes = [access for access in log if access.kind == WRITE]
+        written = [access.values(unit, stride, self.programs) for access in writes if access.data is not None]
+        for units, values in written:
+            known[units] = values
+        for units, values in written:
+            bad[units[known[units] != values]] = True
+        for access in writes:
+            if access.data is None:
+                bad[access.units(unit, stride, self.programs)[0]] = True
+        bad = bad.reshape(self.programs, stride) & cells.reshape(-1, stride)
+        return np.flatnonzero(bad if programs else bad.any(axis=0))
 
     @staticmethod
     def race(machine, log, parts, cell, unit, stride):
@@ -270,7 +302,7 @@ def store(b, address, offset, size, data, mask, here, warps=None):
     """An ordinary store of vectors of bits, by warps (1, threads)."""
     memory, warps = b.batch.shared, b.warps if warps is None else warps
     address, offset = memory.checked(b, address, offset, size, mask, here)
-    memory.touch(b, WRITE, address, offset, size, mask, warps, here)
+    memory.touch(b, WRITE, address, offset, size, mask, warps, here, data)
     if memory.proxies:
         memory.unfenced.append(Access(WRITE, address, offset, size, mask, b.rows, warps, here))
     memory.write(b, address, offset, size, data, mask)

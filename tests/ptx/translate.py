@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import arithmetic, asynchronous, flow, formats, matrix, memory, shared
+from . import arithmetic, asynchronous, flow, formats, matrix, memory, shared, warp
 from .arithmetic import TABLE
 from .faults import Fault
 from .matrix import Products
@@ -102,7 +102,7 @@ def namespace(approximate):
     names |= {name: getattr(np, name) for name in ("trunc", "rint", "floor", "ceil", "abs")}
     names |= {name: getattr(formats, name) for name in ("widen_bf16", "to_bf16", "bf16_pair", "f16_pair", "halves")}
     names |= {name: getattr(formats, name) for name in ("pack_bf16", "pack_f16", "to_tf32", "flush", "fma32", "fma64")}
-    for module in (memory, shared, matrix, asynchronous):
+    for module in (memory, shared, warp, matrix, asynchronous):
         names |= module.NAMES
     return names | {"approximate": approximate, "float64": np.float64}
 
