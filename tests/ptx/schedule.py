@@ -107,6 +107,7 @@ class Batch:
             if len(mine) > 1:
                 b = self.meet(b, mine)
             self.step(b, len(mine) == 1)
+        self.shared.settle(None, self)
 
     def step(self, b, alone):
         """Runs a bundle: one block if others of its warps are about, or else up to where it parts or waits."""
@@ -175,7 +176,10 @@ class Batch:
             complete |= arrived == self.threads
         if not complete.any():
             self.incomplete(waiting)
-        self.shared.settle(None if complete.all() else np.flatnonzero(complete), self)
+        going = sum(waiting.values())
+        # Programs that have ended are judged with the others.
+        everyone = bool(complete[going > 0].all())
+        self.shared.settle(None if everyone else np.flatnonzero(complete), self)
         for b in self.bundles:
             rows = np.arange(len(self.programs)) if b.rows is None else b.rows
             free = complete[rows]

@@ -57,10 +57,10 @@ class Access:
         """Whether programs differ in it."""
         return self.rows is not None or max(len(self.address.value), 1 if self.mask is None else len(self.mask)) > 1
 
-    def part(self, rows, programs):
-        """The access of some of its programs, or None if it is of none of them."""
-        own = np.arange(programs) if self.rows is None else self.rows
-        kept = np.isin(own, rows)
+    def part(self, chosen):
+        """The access of the chosen of all programs, or None if it is of none of them."""
+        own = np.arange(len(chosen)) if self.rows is None else self.rows
+        kept = chosen[own]
         if not kept.any():
             return None
         if kept.all() and self.rows is not None:
@@ -199,10 +199,11 @@ class Shared:
 
     def divide(self, accesses, rows):
         """(the accesses of some programs, those of the others)."""
-        if rows is None:
+        if rows is None or not accesses:
             return accesses, []
-        others = np.setdiff1d(np.arange(self.programs), rows)
-        parts = [[access.part(chosen, self.programs) for access in accesses] for chosen in (rows, others)]
+        chosen = np.zeros(self.programs, bool)
+        chosen[rows] = True
+        parts = [[access.part(side) for access in accesses] for side in (chosen, ~chosen)]
         return [[access for access in part if access] for part in parts]
 
     def settle(self, rows, machine):
