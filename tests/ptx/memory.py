@@ -113,10 +113,7 @@ class Memory:
         found = self.place(b, address, offset, size, mask, here)
         if found:
             segment, index = found
-            if mask is None:
-                segment.views[size][index] = data
-                return
-            index, data, mask = np.broadcast_arrays(index, data, mask)
+            index, data, mask = np.broadcast_arrays(index, data, True if mask is None else mask)
             segment.views[size][index[mask]] = data[mask]
             return
         address, mask = spread(address, offset, mask, data)
