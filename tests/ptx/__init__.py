@@ -1,0 +1,15 @@
+"""Runs the PTX that Triton compiles for sm_80 and sm_90 on a CPU, in numpy, and finds races and faults by name.
+
+    with ptx.emulate("sm_90", seed=3) as machine:  # TRITON_INTERPRET must not be set
+        launchers.conv2d(x, w, ...)  # CPU tensors
+    print(machine.instructions)
+
+parse reads the text, flow finds its blocks, translate makes Python functions of them, with what arithmetic, formats,
+warp, matrix, memory, shared and asynchronous say; schedule runs these, and launch stands in front of Triton's launches.
+What is not known here raises; nothing is guessed.
+"""
+
+from .faults import KINDS, Fault
+from .launch import Emulator, emulate
+
+__all__ = ["KINDS", "Emulator", "Fault", "emulate"]

@@ -1,0 +1,116 @@
+"""Launches of Triton's kernels on CPU tensors: each is compiled for a GPU and its PTX is run here."""
+
+import contextlib
+import re
+from collections import Counter
+
+import numpy as np
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from bench.compile import NoDevice
+
+from .formats import Approximate
+from .memory import Memory
+from .parse import parse
+from .schedule import Machine
+from .translate import Translated
+
+ARCHITECTURES = ("sm_80", "sm_90")
+# Kernels that have been translated, by the text of their PTX.
+TRANSLATED = {}
+WHEN = ("early", "late")
+
+
+class Emulator:
+    """The machine of an `emulate`.
+
+    memory: keep(tensor) makes its real address one that kernels may find. launches, programs, instructions: how many of
+    each have run, by kernel; an instruction counts once for each warp. seen: the opcodes of the kernels that have run.
+    """
+
+    def __init__(self, arch, seed=0, copies=None, products=None, apart=None, worst=False, alter=None):
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch has to be one of {ARCHITECTURES}, got {arch!r}")
+        for name, value in (("copies", copies), ("products", products)):
+            if value not in (None, *WHEN):
+                raise ValueError(f"{name} has to be None or one of {WHEN}, got {value!r}")
+        self.arch, self.seed, self.copies, self.products = arch, seed, copies, products
+        self.apart, self.worst, self.alter = apart, worst, alter
+        self.rng = np.random.default_rng(seed)
+        self.memory, self.seen = Memory(), set()
+        self.launches, self.programs, self.instructions = Counter(), Counter(), Counter()
+
+    def translated(self, text):
+        """The kernel of a text, altered if that is asked for."""
+        text = self.alter(text) if self.alter else text
+        key = text, self.worst, self.seed if self.worst else None
+        if key not in TRANSLATED:
+            TRANSLATED[key] = Translated(parse(text), Approximate(self.worst, self.seed))
+        return TRANSLATED[key]
+
+    def run(self, text, shared_bytes, grid, arguments):
+        """Runs a grid of programs of a PTX text. arguments: tensors and numbers, one a parameter."""
+        translated = self.translated(text)
+        kernel = translated.kernel
+        self.memory.forget_arguments()
+        params = [self.bits(kind, value) for (_, kind), value in zip(kernel.params, arguments, strict=True)]
+        copies, products = (
+            WHEN[self.rng.integers(2)] if given is None else given for given in (self.copies, self.products)
+        )
+        apart = bool(self.rng.integers(2)) if self.apart is None else self.apart
+        self.launches[kernel.name] += 1
+        self.programs[kernel.name] += grid[0] * grid[1] * grid[2]
+        self.seen |= {each.opcode for each in kernel.code}
+        machine = Machine(
+            translated, shared_bytes, self.memory, copies, products, apart, self.rng,
+            lambda n: self.instructions.update({kernel.name: n}),
+        )  # fmt: skip
+        machine.launch(grid, params)
+
+    def bits(self, kind, value):
+        """The bits of an argument for a parameter's type."""
+        size = int(re.search(r"\d+", kind)[0]) // 8
+        if isinstance(value, torch.Tensor):
+            value = self.memory.argument(value.untyped_storage()) + value.data_ptr() - value.untyped_storage().data_ptr()
+        elif kind[0] == "f":
+            value = int(np.array(value, f"f{size}").view(f"u{size}"))
+        return np.array([[int(value) & (1 << 8 * size) - 1]], f"u{size}")
+
+
+@contextlib.contextmanager
+def emulate(arch, *, seed=0, copies=None, products=None, apart=None, worst=False, alter=None):
+    """Kernels that are launched inside run as PTX for `arch`, on CPU tensors; gives the Emulator.
+
+    seed: of all that is left open: orders, and what is None of copies and products ("early" or "late") and of apart
+    (whether warps run one after the other instead of in step), drawn for each launch. worst: approximate functions are
+    as far off as the ISA allows. alter: a function of a kernel's PTX that gives the text to run instead.
+
+    Calls with warmup=True compile only, as ever.
+    """
+    emulator = Emulator(arch, seed, copies, products, apart, worst, alter)
+    original = JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        if warmup:
+            return kernel
+        bound = dict(zip(self.arg_names, args)) | kwargs
+        size = grid(bound) if callable(grid) else grid
+        size = tuple(int(n) for n in (*size, 1, 1)[:3])
+        arguments = [bound[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+        text = kernel.asm["ptx"]
+        # What memory the compiler asks for besides is none, in the kernels that run here.
+        emulator.run(text, kernel.metadata.shared, size, [*arguments, 0, 0])
+        return kernel
+
+    before = driver._active
+    driver.set_active(NoDevice(GPUTarget("cuda", int(arch[3:]), 32)))
+    JITFunction.run = run
+    try:
+        yield emulator
+    finally:
+        JITFunction.run = original
+        driver._active = before

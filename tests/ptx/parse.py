@@ -1,0 +1,152 @@
+"""Reads the text of a kernel in PTX.
+
+Source: PTX ISA 9.0, sections "Syntax", "State Spaces, Types, and Variables" and "Instruction Operands".
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from .faults import Fault
+
+ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.S)
+REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w]+)(?:<\d+>)?$")
+GUARD = re.compile(r"@(!?)(%\w+)\s+")
+LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+.*?(?://\s*(.*))?$")
+# The directives that say nothing about what a kernel computes.
+SILENT = (".pragma", ".file", ".loc")
+# Opcodes whose first operand is no destination.
+WITHOUT_RESULT = {"st", "cp", "bra", "bar", "ret", "fence", "wgmma", "stmatrix", "trap"}
+
+
+@dataclass(slots=True)
+class Instruction:
+    """operands: strings; the elements of a vector are a tuple. guard: (register, negated), or None."""
+
+    opcode: str
+    operands: tuple
+    guard: tuple | None
+    line: int
+    source: str
+
+    @property
+    def base(self):
+        return self.opcode.split(".", 1)[0]
+
+
+@dataclass
+class Kernel:
+    """params: (name, type). registers: the type of each, by name or by the letters that its name starts with."""
+
+    name: str
+    params: list
+    threads: int
+    registers: dict = field(default_factory=dict)
+    symbols: set = field(default_factory=set)
+    code: list = field(default_factory=list)
+    labels: dict = field(default_factory=dict)
+
+    def type_of(self, register):
+        """The type that a register is declared with, such as "b32"."""
+        found = self.registers.get(register) or self.registers.get(register.rstrip("0123456789"))
+        if found is None:
+            raise Fault("instruction", f"undeclared register {register}", self.name)
+        return found
+
+
+def split(text):
+    """Operands at the commas outside brackets."""
+    operands, depth, start = [], 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and not depth:
+            operands.append(text[start:i])
+            start = i + 1
+    operands.append(text[start:])
+    return tuple(operand(part.strip()) for part in operands if part.strip())
+
+
+def operand(text):
+    if text.startswith("{"):
+        return tuple(part.strip() for part in text[1:-1].split(","))
+    return text
+
+
+def registers_of(part):
+    """The registers of an operand: of a vector, of a pair a|b, of an address or alone."""
+    if isinstance(part, tuple):
+        return [name for one in part for name in registers_of(one)]
+    if part.startswith("["):
+        part = part[1:-1].split("+")[0].strip()
+    return [name.strip() for name in part.split("|") if re.match(r"\s*%(?!tid|ctaid|nctaid|ntid|laneid)", name)]
+
+
+def effects(instruction):
+    """(registers read, registers written)."""
+    operands = instruction.operands
+    if instruction.base == "wgmma" and operands and isinstance(operands[0], tuple):
+        accumulators = list(operands[0])
+        return accumulators + [name for part in operands[1:] for name in registers_of(part)], accumulators
+    has_result = instruction.base not in WITHOUT_RESULT
+    written = registers_of(operands[0]) if has_result and operands else []
+    read = [name for part in operands[has_result:] for name in registers_of(part)]
+    if instruction.guard:
+        read = [*read, instruction.guard[0], *written]  # what is not written keeps its value
+    return read, written
+
+
+def header(text):
+    """(kernel without code, where its code starts)."""
+    entry = ENTRY.search(text)
+    if entry is None or len(ENTRY.findall(text)) != 1:
+        raise Fault("instruction", "a text without exactly one kernel")
+    params = [part.split() for part in entry[2].split(",") if part.strip()]
+    threads = re.search(r"\.reqntid\s+(\d+)(?:,\s*1)*\s*$", entry[3].strip())
+    if threads is None:
+        raise Fault("instruction", f"threads of a program: {entry[3].strip()}", entry[1])
+    kernel = Kernel(entry[1], [(part[-1], part[1].lstrip(".")) for part in params], int(threads[1]))
+    for name, size in re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text):
+        if size or kernel.symbols:
+            raise Fault("instruction", f"shared memory {name} besides the one block of unknown size", kernel.name)
+        kernel.symbols.add(name)
+    return kernel, entry.end()
+
+
+def parse(text):
+    """A Kernel."""
+    kernel, start = header(text)
+    number, source, scopes = text.count("\n", 0, start), "?", 0
+    for line in text[start:].split("\n"):
+        number += 1
+        code = line.split("//")[0].strip()
+        if place := LOCATION.search(line):
+            source = place[3] or f"file {place[1]}:{place[2]}"
+        if code == "}" and not scopes:
+            return kernel
+        if code in ("{", "}"):
+            scopes += 1 if code == "{" else -1
+            continue
+        if re.match(r"\{\s*\.reg", code):  # a scope of one line, whose registers have no % of their own
+            code = code[1:].rstrip().removesuffix("}")
+            for name in re.findall(r"\.reg\s+\.\w+\s+([a-z]\w*)", code):
+                code = re.sub(rf"(?<![.%\w]){name}\b", f"%{name}", code)
+        for statement in filter(None, (part.strip() for part in code.split(";"))):
+            read(kernel, statement, number, source)
+    raise Fault("instruction", "a kernel without an end", kernel.name)
+
+
+def read(kernel, statement, line, source):
+    """Adds one statement to the kernel."""
+    if statement.startswith(SILENT):
+        return
+    if statement.endswith(":"):
+        kernel.labels[statement[:-1]] = len(kernel.code)
+        return
+    if found := REGISTERS.match(statement):
+        kernel.registers[found[2]] = found[1]
+        return
+    guard = GUARD.match(statement)
+    code = re.match(r"([a-z][\w.:]*)\s*(.*)", statement[guard.end() :] if guard else statement, re.S)
+    if code is None:
+        raise Fault("instruction", statement, kernel.name, None, line, source)
+    condition = (guard[2], bool(guard[1])) if guard else None
+    kernel.code.append(Instruction(code[1], split(code[2]), condition, line, source))
