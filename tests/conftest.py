@@ -1,4 +1,7 @@
-"""Without a GPU the kernels run in Triton's interpreter, with one on the GPU; TRITONNET_TEST_DEVICE=cpu overrules."""
+"""Without a GPU the kernels run in Triton's interpreter, with one on the GPU; TRITONNET_TEST_DEVICE=cpu overrules.
+
+TRITONNET_TEST_DEVICE=sm_90 or sm_80 runs what they compile to for such a GPU, on the CPU (see emulated.py).
+"""
 
 import dataclasses
 import gzip
@@ -25,6 +28,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 DEVICE = os.environ.get("TRITONNET_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+# The architecture whose code is run without a GPU. Its tensors are on the CPU by another name than the interpreter's.
+EMULATED = DEVICE if DEVICE.startswith("sm_") else None
+DEVICE = "cpu:0" if EMULATED else DEVICE
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 
@@ -37,6 +43,9 @@ if DEVICE == "cpu" and not INTERPRETER_RUNS:
     pytest.exit("the interpreter of triton 3.6 needs numpy before 2.4: pip install 'numpy<2.4'", returncode=4)
 
 import memory  # noqa: E402  (needs triton)
+
+if EMULATED:
+    import emulated
 
 import tritonnet  # noqa: E402
 from tritonnet import lenet_step, losses  # noqa: E402
@@ -58,6 +67,23 @@ torch.set_num_threads(1)  # for the same reason
 def pytest_collection_modifyitems(items):
     """What takes longest comes first, so that it does not run alone at the end."""
     items.sort(key=lambda item: not item.name.startswith("test_machine_code["))  # stable: the others keep their order
+
+
+def pytest_sessionfinish(session):
+    if EMULATED and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["programs"] = dict(emulated.PROGRAMS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    if EMULATED:
+        emulated.PROGRAMS.update(getattr(node, "workeroutput", {}).get("programs", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if EMULATED:
+        ran = ", ".join(f"{name} {count}" for name, count in sorted(emulated.PROGRAMS.items()))
+        terminalreporter.write_line(f"programs run as compiled for {EMULATED}: {ran or 'none'}")
 
 
 @pytest.fixture
@@ -93,6 +119,10 @@ def unpoisoned():
 @pytest.fixture(autouse=True)
 def memory_is_watched():
     """Fails any test in which a kernel strays from its tensors or programs race (see memory.py)."""
+    if EMULATED:
+        with emulated.emulated(EMULATED):
+            yield
+        return
     with memory.watched() if DEVICE == "cpu" else memory.guard_bands() as violations:
         yield
     assert not violations, "\n".join(violations)

@@ -1,0 +1,42 @@
+"""The tests on compiled kernels without a GPU: TRITONNET_TEST_DEVICE=sm_90 or sm_80, see the package `ptx`.
+
+Tensors are on the CPU, kernels have the tiles and the layouts of that GPU, and their PTX runs in numpy.
+"""
+
+import contextlib
+from collections import Counter
+from unittest import mock
+
+import ptx
+
+from tritonnet import dispatch, lenet_step, lenet_weights, losses, ops, train_step
+from tritonnet.kernels import launchers
+
+# What has run in this process, by kernel.
+PROGRAMS = Counter()
+
+
+def _implementation(tensor):
+    return dispatch.reference if dispatch._backend == "reference" else launchers
+
+
+@contextlib.contextmanager
+def emulated(arch, seed=0):
+    """Inside, tensors on the CPU stand in for those of a GPU of this architecture."""
+    with contextlib.ExitStack() as stack:
+        for module in (dispatch, lenet_step, lenet_weights, ops, train_step):
+            stack.enter_context(mock.patch.object(module, "implementation", _implementation))
+        emulator = stack.enter_context(ptx.emulate(arch, seed=seed))
+        new_block = losses.new_block
+
+        def known_block(device):
+            # Kernels find its address in memory.
+            block = new_block(device)
+            emulator.memory.keep(block)
+            return block
+
+        stack.enter_context(mock.patch.object(losses, "new_block", known_block))
+        try:
+            yield emulator
+        finally:
+            PROGRAMS.update(emulator.programs)
