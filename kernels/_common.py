@@ -148,7 +148,7 @@ RESIDENT = 2 * 132
 # architecture by bench.machine_code, so each has to be worth it.
 SQUARE = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
-    "tf32": (Tile(128, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
     "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 16, 4, 3)),
     "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
 }
@@ -186,16 +186,22 @@ def _block(size, least, most):
     return min(most, max(least, power_of_2(size)))
 
 
-def gemm_tile(table, M, N, K, dtype, precision):
-    """The tile of a table for an (M, K) x (K, N) product: the widest that it fills over half of."""
+def gemm_tile(table, M, N, K, dtype, precision, halve=True):
+    """The tile of a table for an (M, K) x (K, N) product: the widest that it fills over half of.
+
+    On sm_90 one of half as many rows, if `halve`, where there are too few for every multiprocessor to have two.
+    """
     if INTERPRETED:
         # The interpreter's time goes by the operation, whatever its size: few tiles, yet more than one.
         return Tile(_block(M // 3, 32, 4096), _block(N // 2, 16, 128), _block(K // 4, 32, 256), 4, 1)
-    tiles, square = table[number_format(dtype, precision)], table in (SQUARE, GRADIENT)
+    tiles, square = table[number_format(dtype, precision)], table is not TALL and table is not POOLED
     tile = next((t for t in tiles if N > t.N // 2 and (M > t.M // 2 or not square)), tiles[-1])
-    if table is not GRADIENT and tile[:2] == (128, 128) and cdiv(M, 128) * cdiv(N, 128) < RESIDENT:
-        # Too few for every multiprocessor to have two.
-        tile = tile._replace(M=64, num_warps=4)
+    if tile[:2] == (128, 128) and table is not GRADIENT and compute_capability() == 9:
+        if halve and cdiv(M, 128) * cdiv(N, 128) < RESIDENT:
+            return tile._replace(M=64, num_warps=4)
+        if table is SQUARE and tile.K == 32:
+            # Of tf32, for rows side by side in memory.
+            return tile._replace(num_warps=4)
     return tile
 
 

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from . import shapes
 from ._common import (
+    SQUARE,
     TALL,
     Window,
     acc_type,
@@ -49,8 +50,8 @@ SHORT_K = 32
 NARROW_N = 64
 
 
-def tile_for(table, M, N, K, dtype, precision, index, short, narrow):
-    tile = gemm_tile(table, M, min(N, NARROW_N) if narrow else N, K, dtype, precision)
+def tile_for(table, M, N, K, dtype, precision, index, short, narrow, halve=True):
+    tile = gemm_tile(table, M, min(N, NARROW_N) if narrow else N, K, dtype, precision, halve)
     if short:
         tile = tile._replace(K=min(tile.K, SHORT_K))
     # Addresses of 64 bits take twice the registers.
@@ -184,7 +185,9 @@ def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, p
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
     M, OC, flat = N * OH * OW, OC // groups, C < FLAT_BELOW
     index = index_type(x, w, bias, y)
-    tile = tile_for(TALL, M, OC, C * KH * KW if flat else C, x.dtype, precision, index, C <= SHORT_K, flat)
+    K, inner = C * KH * KW if flat else C, y.stride(1) == 1
+    # Where results go to addresses of their own each, four warps on 64 rows spill registers.
+    tile = tile_for(TALL, M, OC, K, x.dtype, precision, index, C <= SHORT_K, flat, halve=inner)
     steps, units = in_units(x.itemsize, *strides(x), *strides(w), *strides(y))
     numbers = M, H, W, OH, OW, *steps[:8], 0 if bias is None else bias.stride(0), *steps[8:]
     return (cdiv(M, tile.M) * cdiv(OC, tile.N) * groups,), numbers, dict(
@@ -418,7 +421,9 @@ def _split(K, size, groups, dtype, precision, index):
     """(Tile, tiles of dw, programs that share each of them, pixels for each of these)."""
     OC, C, KH, KW = size
     OC, flat = OC // groups, C < FLAT_BELOW
-    tile = tile_for(gradient_tiles(), OC, C * KH * KW if flat else C, K, dtype, precision, index, flat, flat)
+    # Two warps have registers for no addresses beside 64 x 64 sums, nor for those of a flat index.
+    table, narrow = SQUARE if flat else gradient_tiles(), flat or wants_k_inner(dtype, precision)
+    tile = tile_for(table, OC, C * KH * KW if flat else C, K, dtype, precision, index, flat, narrow)
     tiles_n = cdiv(C * KH * KW, tile.N) if flat else KH * KW * cdiv(C, tile.N)
     tiles = cdiv(OC, tile.M) * tiles_n * groups
     return tile, tiles, *split_product(tiles, K, tile.K, tile.M * tile.N)
