@@ -55,6 +55,27 @@ def small():
     ]
 
 
+def launch_overhead(seconds):
+    """As overhead(), but of the kernels' launchers in the place of the reference, on a GPU that does nothing.
+
+    Nothing where the kernels are interpreted or triton is missing. torch's times include its work on the CPU.
+    """
+    if lenet_step.launchers is None or lenet_step.INTERPRETED:
+        return []
+    from .no_launch import gpu_that_does_nothing  # which needs triton
+
+    with gpu_that_does_nothing():
+        found = overhead(seconds)
+        net, images, labels = tritonnet.LeNet(), torch.zeros(2, 1, 32, 32), torch.tensor([1, 2])
+        space = {"net": net, "images": images, "labels": labels, "F": F, "torch": torch}
+        inference, training = "with torch.no_grad(): net(images)", "F.cross_entropy(net(images), labels).backward()"
+        for task, statement in ((BOTH, training), (FORWARD, inference)):
+            net.train(task == BOTH)
+            us = Timer(statement, globals=space).blocked_autorange(min_run_time=seconds).median * 1e6
+            found.append({"operator": "LeNet", "task": task, "torch_us": None, "tritonnet_us": us})
+    return found
+
+
 def overhead(seconds):
     """Microseconds of a call of torch and of ours on tiny tensors, a dict for each operator and task.
 
@@ -134,6 +155,7 @@ def compare(record):
     """Fills the Record of a run on the CPU; to be called inside tritonnet.backend("reference")."""
     quick = record.quick
     record.overhead = overhead(0.02 if quick else 0.2)
+    record.launches = launch_overhead(0.02 if quick else 0.2)
     record.steps = step_overhead(0.02 if quick else 0.5)
     cases = [Case(subject, FORMAT) for subject in small()]
     libraries = {name: library for name, library in installed().items() if not library.compiled}

@@ -65,6 +65,7 @@ class Record:
         rows: every Row.
         accuracy: the times to a test accuracy, of accuracy.race().
         overhead: of cpu.overhead().
+        launches: of cpu.launch_overhead().
         steps: of cpu.step_overhead().
         left_out: what there was no time or no way for, a line each.
     """
@@ -75,6 +76,7 @@ class Record:
     rows: list = field(default_factory=list)
     accuracy: list = field(default_factory=list)
     overhead: list = field(default_factory=list)
+    launches: list = field(default_factory=list)
     steps: list = field(default_factory=list)
     left_out: list = field(default_factory=list)
 

@@ -103,6 +103,10 @@ def page(record, plots=()):
         header = "operator", "task", "torch us", "tritonnet us", "more us"
         lines = [(*r.values(), r["tritonnet_us"] - r["torch_us"]) for r in record.overhead]
         parts.append("## Calls on tiny tensors: the Python and the dispatch of each\n\n" + markdown(header, lines))
+    if record.launches:
+        header = "operator", "task", "torch us", "tritonnet us"
+        lines = [tuple("" if value is None else value for value in r.values()) for r in record.launches]
+        parts.append("## The same on the kernels, their launches left out\n\n" + markdown(header, lines))
     if record.steps:
         lines = [tuple(r.values()) for r in record.steps]
         parts.append(

@@ -1,9 +1,9 @@
 """How kernels are launched: what a launch needs is worked out once for each kind of arguments, and kept.
 
-For a small batch the host is slower than the GPU: Triton takes 30 to 60 microseconds to find the compiled kernel of 40
-arguments, and a launcher as long to work them out. Both depend on nothing but the tensors' shapes, strides, dtypes and
-alignment, a few values and the device. So a launcher is written in two parts: a plan, a pure function of those, and a
-function that allocates and hands the tensors over.
+For a small batch the host takes longer than the GPU: Triton to find the compiled kernel of forty arguments, and a
+launcher to work the arguments out. Both depend only on the tensors' shapes, strides, dtypes and alignment, on a few
+values and on the device. So a launcher is written in two parts: a plan, which is a pure function of those, and a
+function that allocates the results and passes the tensors on.
 """
 
 import concurrent.futures
@@ -85,7 +85,7 @@ def planned(kernel):
     kernel does not follow its pointer, and gets the first tensor's.
 
     A second call with tensors of the same kind, on the same device, launches the kernel that the first call has
-    compiled or found. Where anybody looks at launches they go through Triton, one and all.
+    compiled or found. While there are hooks, debugging or stand-ins, every launch goes through Triton.
     """
 
     def decorate(plan):

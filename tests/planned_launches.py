@@ -8,6 +8,7 @@ import collections
 import contextlib
 import itertools
 import json
+import sys
 from unittest import mock
 
 import torch
@@ -106,12 +107,14 @@ def every_call():
 
 # Numbers are below, addresses above.
 ADDRESS = 2**40
-launched, inputs, in_full = [], set(), collections.Counter()
+launched, inputs, in_full, noting = [], set(), collections.Counter(), True
 real_launch = launching.launch
 
 
 def note(x, y, z, stream, name, metadata, launch_metadata, enter, leave, *args):
     """What a launch is made of, but for where the tensors lie, which differs from call to call."""
+    if not noting:
+        return
     args = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
     args = ["new" if isinstance(arg, int) and arg >= ADDRESS and arg not in inputs else arg for arg in args]
     launched.append((x, y, z, stream, name, metadata, args))
@@ -156,6 +159,23 @@ def compare(calls):
     return sum(map(len, full)), len(kernels), wrong, in_full_again
 
 
+def python_calls(function):
+    """How many functions, Python's and C's, a call of `function` calls: a time that does not depend on the machine."""
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    function()
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 result = {}
 with gpu_that_does_nothing(launch=note) as gpu, mock.patch.object(launching, "launch", note_in_full):
     result["calls"] = compare(every_call())
@@ -178,6 +198,17 @@ with gpu_that_does_nothing(launch=note) as gpu, mock.patch.object(launching, "la
     for _ in range(2):
         made((launchers.linear, x, w, torch.empty(16, device="meta")))
     result["in full"] = in_full.total() - before
+    net, images = tritonnet.LeNet().eval(), torch.empty(2, 1, 32, 32)
+    with torch.no_grad():
+        functions = {"linear": lambda: launchers.linear(x, w, None), "LeNet": lambda: net(images)}
+        noting = False
+        result["python calls"] = {name: python_calls(function) for name, function in functions.items()}
+        noting = True
+        net.to(memory_format=torch.channels_last)
+        before = len(launched)
+        net(images)
+        result["launches of a LeNet in channels_last"] = len(launched) - before
+
     launching.forget()
     with mock.patch.object(launching, "MOST_KEPT", 8):
         for n in range(1, 30):

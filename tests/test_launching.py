@@ -27,6 +27,16 @@ def test_whoever_looks_sees_every_launch(planned):
     assert planned["in full"] == 4 and planned["debugging"]
 
 
+def test_little_python_for_a_launch(planned):
+    """Through Triton there were three times as many for a linear; a LeNet was told to be one anew for each batch."""
+    assert planned["python calls"]["linear"] <= 45 and planned["python calls"]["LeNet"] <= 200
+
+
+def test_inference_with_weights_in_channels_last(planned):
+    """Weights are packed once, in a launch of its own, and then it is one launch a batch."""
+    assert planned["launches of a LeNet in channels_last"] <= 2
+
+
 def test_what_is_kept_is_bounded(planned):
     assert 0 < planned["kept"] <= 8
 

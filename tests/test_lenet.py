@@ -1,5 +1,6 @@
 """LeNet as any tutorial writes it, with the two import lines changed; the training program; the digits."""
 
+import copy
 import json
 import struct
 
@@ -159,3 +160,28 @@ def test_bad_files_are_named(tmp_path):
     path.write_bytes(struct.pack(">HBBI", 0, 8, 1, 5) + b"abc")
     with pytest.raises(ValueError, match="should hold 5 bytes.*got 3"):
         data.read_idx(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.conv1.bias.add_(1),
+        lambda net: setattr(net.fc1, "bias", torch.nn.Parameter(net.fc1.bias + 1)),
+        lambda net: setattr(net, "fc3", torch.nn.Linear(84, 7).to(net.fc3.weight.device)),
+        lambda net: setattr(net.conv1, "padding", (1, 1)),
+        lambda net: net.fc2.register_forward_hook(lambda module, arguments, result: result + 1),
+        lambda net: net.double(),
+    ],
+    ids=["a value", "a parameter", "a layer", "a setting", "a hook", "the dtype"],
+)
+def test_what_changes_between_batches_is_seen(change, device):
+    """Inference in one launch remembers that the layers are a LeNet's, and looks whether they still are."""
+    images, net = torch.randn(2, 1, 32, 32, device=device), tritonnet.LeNet().to(device).eval()
+    with torch.no_grad():
+        before = net(images)
+        change(net)
+        images = images.to(net.conv1.weight.dtype)
+        after = net(images)
+        # The same net, of which nothing is remembered.
+        assert torch.equal(after, copy.deepcopy(net)(images))
+    assert after.shape != before.shape or not torch.allclose(after.float(), before, rtol=0, atol=1e-9)
