@@ -199,7 +199,25 @@ def test_permute(selector):
 
 
 FLOATS = np.array(
-    [0, -0.0, 1, -1, 0.1, 1 / 3, 1e-40, -1e-45, 3e38, np.inf, -np.inf, np.nan, 2.0**-126, 65504, 65520, 1.00390625, 7.5],
+    [
+        0,
+        -0.0,
+        1,
+        -1,
+        0.1,
+        1 / 3,
+        1e-40,
+        -1e-45,
+        3e38,
+        np.inf,
+        -np.inf,
+        np.nan,
+        2.0**-126,
+        65504,
+        65520,
+        1.00390625,
+        7.5,
+    ],
     np.float32,
 )
 
@@ -232,6 +250,10 @@ def test_fused():
     assert compute("fma.rn.f32 {d}, {a}, {a}, {b};", np.float32, a, c)[0] == 2.0**-24
     a, c = np.array([1 + 2.0**-30]), np.array([-1 - 2.0**-29])
     assert compute("fma.rn.f64 {d}, {a}, {a}, {b};", np.float64, a, c)[0] == 2.0**-60
+    # 1.5 (1 + 2^-7) is in the middle between two bfloat16: what is added decides, though float32 would lose it.
+    a, b, c = (torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16) for x in ([1.5], [1.0078125], [2.0**-24]))
+    assert compute("fma.rn.bf16 {d}, {a}, {b}, {c};", np.uint16, a, b, c)[0] == 0x3FC2
+    assert compute("fma.rn.bf16 {d}, {a}, {b}, {c};", np.uint16, a, b, c ^ 0x8000)[0] == 0x3FC1
     tiny = np.float32([1e-40])
     assert compute("fma.rn.ftz.f32 {d}, {a}, {b}, {b};", np.float32, np.float32([1.0]), tiny)[0] == 0
 
@@ -352,7 +374,11 @@ def matrices(count, dtype=np.uint16):
 @pytest.mark.parametrize("transposed", (False, True), ids=("rows", "transposed"))
 def test_matrices_to_and_from_shared_memory(count, transposed):
     """Thread t has elements 2 (t % 4) and the next of row t / 4 of each matrix, and lane i the address of row i."""
-    tiles, out, back = torch.from_numpy(matrices(count).view(np.int32).ravel()), torch.zeros(32 * count), torch.zeros(32 * count)
+    tiles, out, back = (
+        torch.from_numpy(matrices(count).view(np.int32).ravel()),
+        torch.zeros(32 * count),
+        torch.zeros(32 * count),
+    )
     trans = ".trans" * transposed
     registers = ", ".join(f"%r{20 + k}" for k in range(count))
     copy = "\n".join(
@@ -369,7 +395,9 @@ def test_matrices_to_and_from_shared_memory(count, transposed):
     {store}
     stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r3+1024], {{{registers}}};
     bar.sync 0;
-    """ + "\n".join(f"ld.shared.b32 %r10, [%r1+{1024 + 128 * k}]; st.global.b32 [%rd12+{128 * k}], %r10;" for k in range(count))
+    """ + "\n".join(
+        f"ld.shared.b32 %r10, [%r1+{1024 + 128 * k}]; st.global.b32 [%rd12+{128 * k}], %r10;" for k in range(count)
+    )
     run(code, out, tiles, back)
     halves = out.numpy().view(np.uint16).reshape(count, 32, 2)
     for k, tile in enumerate(matrices(count)):
@@ -543,7 +571,10 @@ def test_wgmma(dtype, swizzle, major, products):
     a, b = (torch.randint(-4, 5, (rows, k)).to(dtype) for rows in (64, n))
     # Rows of a swizzle hold more of K than one product takes.
     wide = max(k, SWIZZLES[swizzle][1] // size)
-    padded = [x if across else torch.cat([x, torch.zeros(len(x), wide - k, dtype=dtype)], 1) for x, across in zip((a, b), by_k)]
+    padded = [
+        x if across else torch.cat([x, torch.zeros(len(x), wide - k, dtype=dtype)], 1)
+        for x, across in zip((a, b), by_k)
+    ]
     parts = [lay_out(bits_of(x), swizzle, across, size) for x, across in zip(padded, by_k)]
     memory = np.concatenate([np.resize(part[0], -(-len(part[0]) // 1024) * 1024) for part in parts])
     second = -(-len(parts[0][0]) // 1024) * 1024
@@ -644,7 +675,9 @@ $L3:
 
 def test_guards():
     x, out = torch.arange(32, dtype=torch.int32), torch.full((32,), -1, dtype=torch.int32)
-    code = SLOTS + """
+    code = (
+        SLOTS
+        + """
     and.b32 %r5, %r0, 1; setp.ne.b32 %p1, %r5, 0;
     mov.b32 %r6, 77; mul.wide.u32 %rd11, %r0, 4; add.s64 %rd11, %rd11, %rd1; mov.b64 %rd12, 16; selp.b64 %rd11, %rd11, %rd12, %p1;
     @%p1 ld.global.b32 %r6, [%rd11];
@@ -652,18 +685,22 @@ def test_guards():
     @!%p2 mov.u32 %r6, %r5;
     setp.lt.u32 %p3, %r0, 30;
     @%p3 st.global.b32 [%rd10], %r6;"""
+    )
     run(code, out, x)
     t = torch.arange(32)
     expected = torch.where(t < 16, torch.where(t % 2 == 1, t, 77), t % 2)
     assert (out == torch.where(t < 30, expected, -1)).all()
 
 
-EXCHANGE = SLOTS + """
+EXCHANGE = (
+    SLOTS
+    + """
     st.shared.b32 [%r1], %r0;
     {barrier}
     xor.b32 %r5, %r1, 128;
     ld.shared.b32 %r6, [%r5];
     st.global.b32 [%rd10], %r6;"""
+)
 
 
 @pytest.mark.parametrize("apart", (False, True), ids=("in step", "apart"))
@@ -796,7 +833,9 @@ def test_products_in_flight(products):
     faulty("register", product(after="add.f32 %r3, %r101, %r101;"), out, x, **how)
     faulty("register", product(after="mov.b32 %r102, 0;"), out, x, **how)
     faulty("register", product(wait=""), out, x, **how)
-    faulty("register", product(before="mov.b32 %r100, 0;"), out, x, **how)
+    second = wgmma(FORM, "%rd20", "%rd21")
+    silent(product() + second, out, x, **how)
+    faulty("register", product() + second.replace("wgmma.fence.sync.aligned;", ""), out, x, **how)
     no_fence = product().replace("wgmma.fence.sync.aligned;", "")
     faulty("register", no_fence, out, x, **how)
     in_registers = product().replace("%rd20, %rd21", "{%r50, %r51, %r52, %r53}, %rd21")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import F2, F4, F8, U2, U4, U8, halves, to_bf16
+from .formats import F2, F4, F8, U2, U4, U8, fma_odd, halves, to_bf16
 
 I2, I4, I8 = np.int16, np.int32, np.int64
 
@@ -159,6 +159,9 @@ NAMES |= {
     "add_f16x2": each_half(np.add),
     "sub_f16x2": each_half(np.subtract),
     "mul_f16x2": each_half(np.multiply),
+    "fma_bf16x2": bf16_halves(fma_odd),
+    "fma_f16x2": each_half(lambda *operands: fma_odd(*operands).astype(F2)),
+    "fma_odd": fma_odd,
 }
 
 
@@ -216,6 +219,9 @@ def floats():
         form = "p2" if t == "bf16x2" else "ph"
         for name in ("add", "sub", "mul"):
             row(f"{name}.{t}", "u4", f"{form} {form}", f"{name}_{t}({{0}}, {{1}})")
+        row(f"fma.rn.{t}", "u4", f"{form} {form} {form}", f"fma_{t}({{0}}, {{1}}, {{2}})")
+    row("fma.rn.bf16", "bf", "bf bf bf", "fma_odd({0}, {1}, {2})")
+    row("fma.rn.f16", "f2", "f2 f2 f2", "fma_odd({0}, {1}, {2}).astype(f2)")
     row("fma.rn.f32", "f4", "w4 w4 w4", "fma32({0}, {1}, {2})")
     row("fma.rn.ftz.f32", "f4", "f4 f4 f4", "flush(fma32(*(flush(x).astype(float64) for x in ({0}, {1}, {2}))))")
     row("fma.rn.f64", "f8", "f8 f8 f8", "fma64({0}, {1}, {2})")

@@ -288,19 +288,18 @@ def judge_stores(b, address, here):
 
 
 def judge_fences(b, form, names, operands, here):
-    """Faults if accumulators have been written since the last wgmma.fence, or if a fence is missing altogether.
+    """Faults if registers have been written since the last commit and no wgmma.fence has come since, or none at all.
 
-    Operands in registers need a fence since the last commit, on either side of their writes: LLVM moves these past it, as
-    it takes the fence for one of memory only, and ptxas sees by the registers what depends on what.
+    The ISA asks for the fence behind the writes. LLVM moves copies of registers past it, as it takes it for a fence of
+    memory only, and ptxas sees by the registers what depends on what: so it may be on either side here.
     """
+    if not b.fenced:
+        b.fault("register", "a product without any wgmma.fence before it", here)
     segments = b.batch.machine.translated.segments
-    accumulators = set(names)
-    for k in b.since_fence:
-        for name in accumulators & segments[k].writes.keys():
+    for k in () if b.ordered else b.since_fence:
+        for name in {*names, *operands} & segments[k].writes.keys():
             place = b.batch.machine.describe(segments[k].writes[name])
             b.fault("register", f"{name}, written at {place}, without wgmma.fence before the product", here)
-    if not b.fenced or operands and not b.ordered:
-        b.fault("register", "a product without wgmma.fence before it", here)
     for this in in_flight(b):
         if set(names) & {*this.names, *this.operands} and (this.names != names or this.form.n != form.n):
             b.fault("register", f"accumulators of the product at {b.batch.machine.describe(this.here)}", here)

@@ -30,4 +30,6 @@ class Fault(Exception):
         super().__init__(kind, detail)
 
     def __str__(self):
-        return f"{self.kind}: {self.detail} ({self.kernel}, program {self.program}, PTX line {self.line}, {self.source})"
+        return (
+            f"{self.kind}: {self.detail} ({self.kernel}, program {self.program}, PTX line {self.line}, {self.source})"
+        )

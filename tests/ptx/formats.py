@@ -85,6 +85,18 @@ def fma32(a, b, c):
     return (a * b + c).astype(F4)
 
 
+def fma_odd(a, b, c):
+    """a * b + c of numbers of 16 bits, as float32 from which another rounding to 16 bits gives the correct result.
+
+    float32 of the exact sum is cut off, with its last bit set if anything was. The sum itself is float64's.
+    """
+    exact = a.astype(F8) * b + c
+    near = exact.astype(F4)
+    bits = near.view(U4)
+    cut = bits - (np.abs(near) > np.abs(exact)).astype(U4)
+    return np.where((near == exact) | ~np.isfinite(near), bits, cut | U4(1)).view(F4)
+
+
 def two_sum(a, b):
     """a + b and its rounding error (Knuth)."""
     s = a + b

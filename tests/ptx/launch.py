@@ -74,7 +74,9 @@ class Emulator:
         """The bits of an argument for a parameter's type."""
         size = int(re.search(r"\d+", kind)[0]) // 8
         if isinstance(value, torch.Tensor):
-            value = self.memory.argument(value.untyped_storage()) + value.data_ptr() - value.untyped_storage().data_ptr()
+            value = (
+                self.memory.argument(value.untyped_storage()) + value.data_ptr() - value.untyped_storage().data_ptr()
+            )
         elif kind[0] == "f":
             value = int(np.array(value, f"f{size}").view(f"u{size}"))
         return np.array([[int(value) & (1 << 8 * size) - 1]], f"u{size}")

@@ -618,7 +618,9 @@ class BlockTranslator:
         bits16 = shape and shape[3] in ("bf16", "f16")
         in_registers = isinstance(operands[1], tuple)
         flags = tuple(map(int, operands[4:]))
-        known = shape and shape[3] == shape[4] and (shape[3], shape[2]) in (("bf16", "16"), ("f16", "16"), ("tf32", "8"))
+        known = (
+            shape and shape[3] == shape[4] and (shape[3], shape[2]) in (("bf16", "16"), ("f16", "16"), ("tf32", "8"))
+        )
         if not known or len(operands[0]) != int(shape[1]) // 2 or flags[:2] != (1, 1):
             raise self.unknown()
         if len(flags) != 2 + (bits16 and (1 if in_registers else 2)):
