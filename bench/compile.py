@@ -237,8 +237,9 @@ def tiles(c, format):
                 continue
             name = f"{walk}, {tile.M}x{tile.N}"
             yield name, lambda m=tile.M, k=k, channels=channels: c.conv_weight_grad(channels, m, k)
-        # Many rows: of few a program takes half a tile's.
-        yield f"{tile.M}x{tile.N}", lambda m=320 * tile.M, n=tile.N: c.linear(m, 4 * n, n)
+        # Of few rows a program takes half the widest tile's.
+        many = 320 * tile.M if tile.M == 128 else tile.M
+        yield f"{tile.M}x{tile.N}", lambda m=many, n=tile.N: c.linear(m, 4 * n, n)
     for tile in linear_chain.ROWS[rows]:
         # As many rows as choose the tile, and layers as wide as there may be.
         m, wide = 129 * tile.M, (256, *[kernel_shapes.MOST_WIDTH] * 3)

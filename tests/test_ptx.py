@@ -1,10 +1,9 @@
 """The machine that runs PTX (tests/ptx): its instructions, by hand or by numpy, and each of its faults, by name."""
 
 import numpy as np
+import ptx
 import pytest
 import torch
-
-import ptx
 
 TEXT = """
 .version 8.7
@@ -251,7 +250,9 @@ def test_fused():
     a, c = np.array([1 + 2.0**-30]), np.array([-1 - 2.0**-29])
     assert compute("fma.rn.f64 {d}, {a}, {a}, {b};", np.float64, a, c)[0] == 2.0**-60
     # 1.5 (1 + 2^-7) is in the middle between two bfloat16: what is added decides, though float32 would lose it.
-    a, b, c = (torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16) for x in ([1.5], [1.0078125], [2.0**-24]))
+    a, b, c = (
+        torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16) for x in ([1.5], [1.0078125], [2.0**-24])
+    )
     assert compute("fma.rn.bf16 {d}, {a}, {b}, {c};", np.uint16, a, b, c)[0] == 0x3FC2
     assert compute("fma.rn.bf16 {d}, {a}, {b}, {c};", np.uint16, a, b, c ^ 0x8000)[0] == 0x3FC1
     tiny = np.float32([1e-40])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import F2, F4, F8, U2, U4, U8, fma_odd, halves, to_bf16
+from .formats import F2, F8, U2, U4, U8, fma_odd, halves, to_bf16
 
 I2, I4, I8 = np.int16, np.int32, np.int64
 
