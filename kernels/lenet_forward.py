@@ -139,6 +139,9 @@ def tile_for(form, images, geometry, train):
         return block, Tile(64, max(1, block // 2), rows[0], 64, rows[1], 32, 128, 128, kept, 4)
     hopper = compute_capability() == 9 and form in HOPPER_TILES[train]
     tile = (_hopper_tile if hopper else _other_tile)(form, images, geometry, train)
+    if tile.kept < 2:
+        # Filters that are not kept are loaded in blocks of one depth, of which 288 rows have to be a multiple.
+        tile = tile._replace(K2=min(tile.K2, 32))
     # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
     block = min(tile.images, power_of_2(cdiv(images, 132)))
     return block, tile._replace(F=128) if form == "lanes" and block < 32 else tile
