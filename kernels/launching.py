@@ -41,7 +41,7 @@ def launch(kernel, grid, *args, **options):
 @contextlib.contextmanager
 def compiled_together():
     """Inside, the kernels of `launch` are compiled side by side in threads; they are ready when the block ends."""
-    # A kernel that does not compile says so when it is launched; an error here would leave Triton in this mode for good.
+    # A kernel that does not compile says so when launched. An error here would leave Triton in this mode for good.
     together = triton.AsyncCompileMode
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads, together(threads, ignore_errors=True):
         before = compiling.set(True)
