@@ -351,7 +351,8 @@ def test_shuffle(mode, clamp):
             j = {"down": lane + b, "bfly": lane ^ b, "idx": least | (b & ~segment)}[mode]
             valid = j <= most
         expected.append(100 + (j if valid else lane) + 1000 * valid)
-    code = f"shfl.sync.{mode}.b32 {{d}}|%p1, {{a}}, {{b}}, {clamp}, -1; selp.b32 %r90, 1000, 0, %p1; add.s32 {{d}}, {{d}}, %r90;"
+    code = f"shfl.sync.{mode}.b32 {{d}}|%p1, {{a}}, {{b}}, {clamp}, -1; "
+    code += "selp.b32 %r90, 1000, 0, %p1; add.s32 {d}, {d}, %r90;"
     assert compute(code, np.uint32, value, by).tolist() == expected
 
 
@@ -494,8 +495,8 @@ SWIZZLES = {"none": (0, 16, 0), "32 bytes": (3, 32, 1), "64 bytes": (2, 64, 3), 
 def lay_out(matrix, swizzle, by_k, bytes_each):
     """(bytes of an operand in shared memory, leading and stride byte offsets), from (rows, K), as the ISA draws it.
 
-    A core matrix has 8 lines of 16 bytes. In rows of the swizzle's width, 16-byte units are exchanged by the bits of the
-    address above 128 bytes.
+    A core matrix has 8 lines of 16 bytes. In rows of the swizzle's width, 16-byte units are exchanged by the bits of
+    the address above 128 bytes.
     """
     _, width, bits = SWIZZLES[swizzle]
     lines = matrix.T if by_k else matrix  # what runs along a line is contiguous
@@ -680,7 +681,8 @@ def test_guards():
         SLOTS
         + """
     and.b32 %r5, %r0, 1; setp.ne.b32 %p1, %r5, 0;
-    mov.b32 %r6, 77; mul.wide.u32 %rd11, %r0, 4; add.s64 %rd11, %rd11, %rd1; mov.b64 %rd12, 16; selp.b64 %rd11, %rd11, %rd12, %p1;
+    mov.b32 %r6, 77; mul.wide.u32 %rd11, %r0, 4; add.s64 %rd11, %rd11, %rd1;
+    mov.b64 %rd12, 16; selp.b64 %rd11, %rd11, %rd12, %p1;
     @%p1 ld.global.b32 %r6, [%rd11];
     setp.lt.u32 %p2, %r0, 16;
     @!%p2 mov.u32 %r6, %r5;
@@ -726,8 +728,10 @@ def test_unwritten():
 @pytest.mark.parametrize(
     "code",
     [
-        "add.sat.s32 %r1, %r0, 1;", "add.f32.ftz %r1, %r0, %r0;", "add.rz.f32 %r1, %r0, %r0;", "add.cc.s32 %r1, %r0, 1;",
-        "atom.global.add.u32 %r1, [%rd0], 1;", "ld.volatile.global.b32 %r1, [%rd0];", "bar.sync 0, 32;", "popc.b32 %r1, %r0;",
+        "add.sat.s32 %r1, %r0, 1;", "add.f32.ftz %r1, %r0, %r0;", "add.rz.f32 %r1, %r0, %r0;",
+        "add.cc.s32 %r1, %r0, 1;",
+        "atom.global.add.u32 %r1, [%rd0], 1;", "ld.volatile.global.b32 %r1, [%rd0];", "bar.sync 0, 32;",
+        "popc.b32 %r1, %r0;",
         "mov.u32 %r1, %smid;", "setp.lt.and.s32 %p1, %r0, 1, %p2;", "cvt.rz.bf16.f32 %r1, %r0;", "mul.s32 %r1, %r0, 1;",
         "mbarrier.init.shared::cta.b64 [%r0], 1;", "ld.local.b32 %r1, [%r0];", "@%p1 ret;", "bar.arrive 0, 64;",
     ],
@@ -857,7 +861,8 @@ def test_race():
     fault = faulty("race", EXCHANGE.format(barrier=""), out, threads=64)
     assert "without a barrier in between" in fault.detail and "kernel.py:1:0" in fault.detail
     # Two halves of a word are two warps'; one value may be written by both, two may not.
-    halves = """and.b32 %r1, %r0, 31; shl.b32 %r1, %r1, 2; shr.u32 %r2, %r0, 5; shl.b32 %r2, %r2, 1; add.s32 %r1, %r1, %r2;
+    halves = """and.b32 %r1, %r0, 31; shl.b32 %r1, %r1, 2; shr.u32 %r2, %r0, 5;
+    shl.b32 %r2, %r2, 1; add.s32 %r1, %r1, %r2;
     cvt.u16.u32 %rs1, %r0; st.shared.b16 [%r1], %rs1;"""
     silent(halves, out, threads=64)
     faulty("race", halves.replace("add.s32 %r1, %r1, %r2;", ""), out, threads=64)

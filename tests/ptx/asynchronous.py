@@ -191,7 +191,7 @@ CHUNKS = {}
 
 
 def chunks(b, descriptor, rows, form, transposed, here):
-    """The 16-byte chunks of an operand of `rows` rows along M or N, by row and K, or by K and row if it is transposed."""
+    """The 16-byte chunks of an operand of `rows` rows along M or N, by row and K, if transposed by K and row."""
     warpgroups = b.threads // 128
     descriptor = np.broadcast_to(descriptor, (len(descriptor), b.threads)).reshape(len(descriptor), warpgroups, 128)
     if (descriptor != descriptor[:, :, :1]).any():
@@ -428,7 +428,7 @@ def right_operand(b, this):
 
 
 def from_chunks(b, address, rows, form, by_k, swapped, warpgroups):
-    """An operand in shared memory as (program, warpgroup, rows, K), or (..., K, rows) if it lies by K; swapped if asked."""
+    """An operand in shared memory as (program, warpgroup, rows, K), or (..., K, rows) if by_k; swapped if asked."""
     values = numbers(b.batch.shared.bits(b, address, 0, 16), form)
     shape = (form.k, rows) if by_k else (rows, form.k)
     values = values.reshape(len(values), warpgroups, *shape)

@@ -104,9 +104,9 @@ MMA = {
 
 
 def mma(b, opcode, shape, a, b_operands, c, here):
-    """The sums of a grid of products: registers of A by (row, step, k, row half), of B by (column, step, k), C likewise.
+    """The sums of a grid of products: registers of A by (row, step, k, row half), of B by (column, step, k).
 
-    shape: products along M, along N, and steps along K. c: registers by (row, column, row half, pair), or None for zeros.
+    shape: products along M, along N, and steps along K. c: registers by (row, column, row half, pair), None for zeros.
     """
     whole(b, here)
     f, (m, n, steps) = MMA[opcode], shape
@@ -114,7 +114,7 @@ def mma(b, opcode, shape, a, b_operands, c, here):
     right = stacked(b_operands, b.threads)
     warps = b.threads // 32
     h = f.packed
-    # (m, step, k, half, program, warp, group, thread in group, element), to rows (m, half, group) and columns (step, k, ...)
+    # (m, step, k, half, program, warp, group, thread in group, element), to rows (m, half, group) and columns (...)
     left = left.view(U2) if h == 2 else left
     left = left.reshape(m, steps, f.columns, f.rows, -1, warps, 8, 4, h).transpose(4, 5, 0, 3, 6, 1, 2, 7, 8)
     left = f.values(np.ascontiguousarray(left)).reshape(-1, warps, m * f.m, steps * f.k)

@@ -1,8 +1,8 @@
 """Translates each basic block of a kernel into one Python function of numpy's calls.
 
-Within a block every result is a variable of its own that is never written again, so that moves, reinterpretations of bits
-and conversions of one value cost nothing the second time. Between blocks registers are in a list, each in the one of
-numpy's types that it is used as most.
+Within a block every result is a variable of its own that is never written again, so that moves, reinterpretations of
+bits and conversions of one value cost nothing the second time. Between blocks registers are in a list, each in the one
+of numpy's types that it is used as most.
 
 Arrays broadcast to (programs, threads): what is uniform has one row, one column or both, and stays cheap.
 """
@@ -284,8 +284,8 @@ class BlockTranslator:
 
     def source(self):
         result = None
-        for self.place, self.instruction in enumerate(self.block.instructions):
-            each = self.instruction
+        for place, each in enumerate(self.block.instructions):
+            self.place, self.instruction = place, each
             if self.parent.asynchronous:
                 self.count_registers(each)
             if each.base == "bra":
