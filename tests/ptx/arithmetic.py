@@ -1,7 +1,7 @@
 """The instructions that compute registers from registers: what each is in numpy.
 
-`TABLE` has a row for each opcode, written out with its modifiers and its type: one that is not in it is not known. A row
-has the form of the result, the forms of the operands, and an expression of numpy in which {0}, {1}, ... are the
+`TABLE` has a row for each opcode, written out with its modifiers and its type: one that is not in it is not known. A
+row has the form of the result, the forms of the operands, and an expression of numpy in which {0}, {1}, ... are the
 operands. A form is one of numpy's types: u2, i4, f8, ... or
     n2, n4, n8   an integer whose sign does not matter,
     b1           a predicate,
@@ -10,16 +10,16 @@ operands. A form is one of numpy's types: u2, i4, f8, ... or
     w4           float32 as float64, for sums with one rounding,
     i4>i8        an integer, converted to a wider one.
 
-Sources: PTX ISA 9.0, sections "Integer Arithmetic Instructions", "Floating Point Instructions", "Half Precision Floating
-Point Instructions", "Comparison and Selection Instructions", "Logic and Shift Instructions" and "Data Movement and
-Conversion Instructions".
+Sources: PTX ISA 9.0, sections "Integer Arithmetic Instructions", "Floating Point Instructions", "Half Precision
+Floating Point Instructions", "Comparison and Selection Instructions", "Logic and Shift Instructions" and "Data Movement
+and Conversion Instructions".
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import F2, F4, F8, U2, U4, U8, fma_odd, halves, to_bf16
+from .formats import F2, F8, U2, U4, U8, fma_odd, halves, to_bf16
 
 I2, I4, I8 = np.int16, np.int32, np.int64
 

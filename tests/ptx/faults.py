@@ -19,8 +19,8 @@ KINDS = {
 class Fault(Exception):
     """A kernel does what the machine forbids.
 
-    kind: a key of KINDS. kernel: its name. program: its index (x, y, z), or None if the fault is of no one program. line,
-    source: the line of the PTX, and the place in Python that it was compiled from.
+    kind: a key of KINDS. kernel: its name. program: its index (x, y, z), or None if the fault is of no one program.
+    line, source: the line of the PTX, and the place in Python that it was compiled from.
     """
 
     def __init__(self, kind, detail, kernel=None, program=None, line=None, source=None):

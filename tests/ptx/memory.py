@@ -1,8 +1,8 @@
 """Global memory: the storages of the tensors that a launch is given.
 
-Each storage has a range of addresses of its own, far from the others, so that an access is stray even where the process's
-memory goes on behind a tensor with another one. What kernels find pointers to in memory lies at its real address, see
-`Memory.keep`.
+Each storage has a range of addresses of its own, far from the others, so that an access is stray even where the
+process's memory goes on behind a tensor with another one. What kernels find pointers to in memory lies at its real
+address, see `Memory.keep`.
 """
 
 import ctypes

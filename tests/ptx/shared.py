@@ -74,7 +74,7 @@ class Access:
         return part
 
     def units(self, unit, stride, programs):
-        """(the units that are touched, numbered through all programs, their warps); of one program if they all agree."""
+        """(the units that are touched, numbered through all programs, their warps); of one program if all agree."""
         first = (self.address.value + self.offset) // unit
         if programs:
             own = np.arange(programs) if self.rows is None else self.rows
@@ -271,7 +271,7 @@ class Shared:
     # Ordinary stores and products.
 
     def fence(self, b):
-        """fence.proxy.async: products may read what these warps have written, and what all had before the last barrier."""
+        """fence.proxy.async: products may read what these warps have written, and all warps before the last barrier."""
         if self.unfenced:
             own, others = self.divide(self.unfenced, b.rows)
             left = [access for access in own if not access.settled and not np.isin(access.warps, b.warps).all()]
