@@ -310,9 +310,10 @@ def test_reduction():
     "code",
     [
         "add.sat.s32 %r1, %r0, 1;", "add.f32.ftz %r1, %r0, %r0;", "add.rz.f32 %r1, %r0, %r0;", "popc.b32 %r1, %r0;",
-        "add.cc.s32 %r1, %r0, 1;", "atom.global.add.u32 %r1, [%rd0], 1;", "ld.volatile.global.b32 %r1, [%rd0];", "bar.sync 0, 32;",
-        "mov.u32 %r1, %smid;", "setp.lt.and.s32 %p1, %r0, 1, %p2;", "cvt.rz.bf16.f32 %r1, %r0;", "mul.s32 %r1, %r0, 1;",
-        "mbarrier.init.shared::cta.b64 [%r0], 1;", "ld.local.b32 %r1, [%r0];", "@%p1 ret;", "bar.arrive 0, 64;",
+        "add.cc.s32 %r1, %r0, 1;", "atom.global.add.u32 %r1, [%rd0], 1;", "ld.volatile.global.b32 %r1, [%rd0];",
+        "bar.sync 0, 32;", "mov.u32 %r1, %smid;", "setp.lt.and.s32 %p1, %r0, 1, %p2;", "cvt.rz.bf16.f32 %r1, %r0;",
+        "mul.s32 %r1, %r0, 1;", "mbarrier.init.shared::cta.b64 [%r0], 1;", "ld.local.b32 %r1, [%r0];", "@%p1 ret;",
+        "bar.arrive 0, 64;",
     ],
 )  # fmt: skip
 def test_what_is_not_known(code):
