@@ -129,8 +129,8 @@ SWIZZLES = {"none": (0, 16, 0), "32 bytes": (3, 32, 1), "64 bytes": (2, 64, 3), 
 def lay_out(matrix, swizzle, by_k, bytes_each):
     """(bytes of an operand in shared memory, leading and stride byte offsets), from (rows, K), by the ISA's figures.
 
-    A core matrix has 8 lines of 16 bytes. In rows of the swizzle's width, 16-byte units are exchanged by the bits of the
-    address above 128 bytes.
+    A core matrix has 8 lines of 16 bytes. In rows of the swizzle's width, 16-byte units are exchanged by the bits of
+    the address above 128 bytes.
     """
     _, width, bits = SWIZZLES[swizzle]
     lines = matrix.T if by_k else matrix  # what runs along a line is contiguous
