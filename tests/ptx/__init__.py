@@ -4,8 +4,10 @@
         launchers.conv2d(x, w, ...)  # CPU tensors
     print(machine.instructions)
 
-parse reads the text, flow finds its blocks, translate makes Python functions of them, with what arithmetic, formats,
-warp, matrix, memory, shared and asynchronous say; schedule runs these, and launch stands in front of Triton's launches.
+parse reads the text and flow finds its blocks. translate makes a Python function of each (values, operations) by what
+arithmetic, formats, warp, matrix, memory, shared, copies, products and operands say. schedule runs them, and launch
+stands in front of Triton's launches.
+
 What is not known here raises; nothing is guessed.
 """
 

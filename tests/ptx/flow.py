@@ -12,7 +12,7 @@ class Block:
 
     end: how control leaves it: "next", "jump", "branch" (to the target if the last instruction's guard holds, or else
     to the next block), "barrier" (and then to the next block) or "exit". alive: the registers that are read before they
-    are written from the block's start on.
+    are written from the block's start on; alive_after: from its end on.
     """
 
     index: int

@@ -104,9 +104,10 @@ MMA = {
 
 
 def mma(b, opcode, shape, a, b_operands, c, here):
-    """The sums of a grid of products: registers of A by (row, step, k, row half), of B by (column, step, k).
+    """The sums of a grid of products.
 
-    shape: products along M, along N, and steps along K. c: registers by (row, column, row half, pair), None for zeros.
+    shape: products along M, along N, and steps along K. a: registers by (product along M, step, half of K, half of M).
+    b_operands: by (product along N, step, half of K). c: by (along M, along N, half of M, element), or None for zeros.
     """
     whole(b, here)
     f, (m, n, steps) = MMA[opcode], shape
@@ -114,7 +115,7 @@ def mma(b, opcode, shape, a, b_operands, c, here):
     right = stacked(b_operands, b.threads)
     warps = b.threads // 32
     h = f.packed
-    # (m, step, k, half, program, warp, group, thread in group, element), to rows (m, half, group) and columns (...)
+    # Threads are (warp, group, thread in group) and bits (element): those of a row are brought together.
     left = left.view(U2) if h == 2 else left
     left = left.reshape(m, steps, f.columns, f.rows, -1, warps, 8, 4, h).transpose(4, 5, 0, 3, 6, 1, 2, 7, 8)
     left = f.values(np.ascontiguousarray(left)).reshape(-1, warps, m * f.m, steps * f.k)

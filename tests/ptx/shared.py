@@ -271,7 +271,7 @@ class Shared:
     # Ordinary stores and products.
 
     def fence(self, b):
-        """fence.proxy.async: products may read what these warps have written, and all had before the last barrier."""
+        """fence.proxy.async: products may read what these warps have written, and all warps before the last barrier."""
         if self.unfenced:
             own, others = self.divide(self.unfenced, b.rows)
             left = [access for access in own if not access.settled and not np.isin(access.warps, b.warps).all()]

@@ -1,24 +1,21 @@
-"""What runs beside the threads: copies into shared memory (cp.async) and products of shared memory (wgmma).
+"""Products of shared memory that run beside the threads: wgmma.
 
-A copy lands at once, or at the last moment that a wait allows; a product is computed when it is issued, or at its wait.
-Meanwhile the shared memory and the registers that they use are watched.
+A product is computed when it is issued, or at its wait. Until the wait nobody may write the shared memory that it
+reads, nor touch its accumulators, nor write operands that are registers.
 
-Sources: PTX ISA 9.0, sections "Data Movement and Conversion Instructions: cp.async" and "Asynchronous Warpgroup Level
-Matrix Multiply-Accumulate Instructions" (with "Shared Memory Matrix Layout" and "Matrix Descriptor Format").
+Source: PTX ISA 9.0, section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from .formats import F2, F4, U2, cut_tf32, widen_bf16
-from .memory import active
-from .shared import COPY, PRODUCT, READ, WRITE, Access, Address
+from .copies import Owner
+from .formats import F4, U4
+from .operands import Form, chunks, left_operand, right_operand
+from .shared import COPY, PRODUCT, READ, Access, Address
 from .warp import whole
 
-U4, U8, I8 = np.uint32, np.uint64, np.int64
-# By a descriptor's number of its swizzle: bytes of a row, and which bits of 16-byte units are exchanged.
-SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}
 # The thread number that products have in the log of shared memory: no warp's.
 PRODUCTS = 1000
 
@@ -26,130 +23,6 @@ PRODUCTS = 1000
 def kept_rows(array, kept):
     """The rows of an array that are kept, if it has any of its own."""
     return array if array is None or len(array) == 1 else array[kept]
-
-
-@dataclass
-class Copy:
-    """One cp.async of some programs' threads. given: bytes that are read; the others of its size are zeros."""
-
-    rows: object
-    row: object
-    warps: object
-    threads: int
-    to: Address
-    offset: int
-    source: object
-    source_offset: int
-    size: int
-    given: object
-    mask: object
-    here: int
-
-    def part(self, kept, columns, rows, row):
-        """The copy of some of its programs and threads."""
-
-        def cut(array):
-            if array is None:
-                return None
-            array = array if len(array) == 1 else array[kept]
-            return array if array.shape[1] == 1 else array[:, columns]
-
-        to = Address(cut(self.to.value))
-        threads = len(self.warps[0, columns])
-        return Copy(
-            rows, row, self.warps[:, columns], threads, to, self.offset, cut(self.source), self.source_offset,
-            self.size, cut(self.given), cut(self.mask), self.here,
-        )  # fmt: skip
-
-
-def copy(b, to, offset, source, source_offset, size, given, mask, here):
-    """cp.async."""
-    mask, some = active(mask)
-    if not some:
-        return
-    shared = b.batch.shared
-    to, offset = shared.checked(b, to, offset, size, mask, here)
-    this = Copy(b.rows, b.row, b.warps, b.threads, to, offset, source, source_offset, size, given, mask, here)
-    shared.touch(b, WRITE, to, offset, size, mask, b.warps, here)
-    if b.batch.copies_late:
-        read(b, this)  # a stray address is one at once
-    else:
-        land(b, this)
-    shared.mark(b, COPY, to, offset, size, mask, True)
-    shared.in_flight += 1
-    b.copies[-1].append(this)
-
-
-def read(b, this):
-    """The bits that a copy brings; addresses that it does not read may be any."""
-    memory, size = b.batch.memory, this.size
-    mask, given = this.mask, this.given
-    if given is None or (given == U4(size)).all():
-        return memory.load(b, this.source, this.source_offset, size, mask, this.here)
-    if (given > U4(size)).any():
-        b.fault("instruction", f"cp.async of {int(given.max())} of {size} bytes", this.here)
-    shape = np.broadcast_shapes(given.shape, this.source.shape, (1, 1) if mask is None else mask.shape)
-    result = np.zeros((*shape, size), np.uint8)
-    for count in np.unique(given):
-        chosen = given == count if mask is None else (given == count) & mask
-        if not count or not chosen.any():
-            continue
-        chosen = np.broadcast_to(chosen, shape)
-        if count == size:
-            data = memory.load(b, this.source, this.source_offset, size, chosen, this.here)
-            result[chosen] = np.broadcast_to(data, shape)[chosen][:, None].view(np.uint8)
-            continue
-        for k in range(int(count)):
-            data = memory.load(b, this.source, this.source_offset + k, 1, chosen, this.here)
-            result[chosen, k] = np.broadcast_to(data, shape)[chosen]
-    return result.view(shared_type(size))[..., 0]
-
-
-def shared_type(size):
-    return np.complex128 if size == 16 else np.dtype(f"u{size}")
-
-
-def land(b, this):
-    """Writes what a copy brings; b has its rows and threads."""
-    b.batch.shared.write(b, this.to, this.offset, this.size, read(b, this), this.mask)
-
-
-def commit_copies(b):
-    b.copies.append([])
-
-
-def wait_copies(b, pending, here):
-    """cp.async.wait_group: all groups but the last few have landed."""
-    while len(b.copies) - 1 > pending:
-        for this in b.copies.pop(0):
-            shared = b.batch.shared
-            shared.mark(this, COPY, this.to, this.offset, this.size, this.mask, False)
-            shared.in_flight -= 1
-            if b.batch.copies_late:
-                land(Owner(b, this), this)
-            if shared.many:
-                shared.log.append(
-                    Access(WRITE, this.to, this.offset, this.size, this.mask, this.rows, this.warps, this.here)
-                )
-
-
-class Owner:
-    """A bundle as it was when it issued something: its programs and threads."""
-
-    def __init__(self, b, this):
-        self.batch, self.rows, self.row, self.threads = b.batch, this.rows, this.row, this.threads
-        self.fault = b.fault
-
-
-@dataclass(frozen=True)
-class Form:
-    """A kind of product: N, K, the operands' format, and whether A and B lie with M or N running fastest."""
-
-    n: int
-    k: int
-    format: str
-    a_transposed: bool
-    b_transposed: bool
 
 
 @dataclass
@@ -185,44 +58,6 @@ class Product:
             self.form, self.registers, self.names, self.operands, rows, row, self.threads, a, b,
             kept_rows(self.keep, kept), self.here,
         )  # fmt: skip
-
-
-CHUNKS = {}
-
-
-def chunks(b, descriptor, rows, form, transposed, here):
-    """The 16-byte chunks of an operand of `rows` rows along M or N, by row and K, if transposed by K and row."""
-    warpgroups = b.threads // 128
-    descriptor = np.broadcast_to(descriptor, (len(descriptor), b.threads)).reshape(len(descriptor), warpgroups, 128)
-    if (descriptor != descriptor[:, :, :1]).any():
-        b.fault("divergence", "threads of a warpgroup with different descriptors", here)
-    descriptor = descriptor[:, :, :1]
-    layout = np.unique(descriptor & U8(0xFFFFFFFFFFFFC000))
-    if len(layout) != 1 or int(layout[0]) >> 46 & 0xFFFF or int(layout[0]) >> 14 & 3 or int(layout[0]) >> 30 & 3:
-        b.fault("instruction", f"matrix descriptor {int(descriptor.flat[0]):#x}", here)
-    layout = int(layout[0])
-    key = layout, rows, form.k, form.format, transposed
-    if key not in CHUNKS:
-        CHUNKS[key] = layout_of(layout, rows, form, transposed)
-    relative, bits = CHUNKS[key]
-    place = ((descriptor & U8(0x3FFF)).astype(I8) << 4) + relative
-    place = place ^ ((place >> 7 & bits) << 4)
-    return Address(place.reshape(len(place), -1))
-
-
-def layout_of(layout, rows, form, transposed):
-    """(offsets of the chunks before the swizzle, bits that it exchanges)."""
-    leading, stride = (layout >> 16 & 0x3FFF) << 4, (layout >> 32 & 0x3FFF) << 4
-    width, bits = SWIZZLES[layout >> 62]
-    size = 4 if form.format == "tf32" else 2
-    if transposed:
-        line, along = np.arange(form.k)[:, None], 16 * np.arange(rows * size // 16)[None, :]
-    else:
-        line, along = np.arange(rows)[:, None], 16 * np.arange(form.k * size // 16)[None, :]
-    if transposed and width == 16:
-        leading, stride = stride, leading
-    offsets = line // 8 * stride + line % 8 * width + along % width + along // width * leading
-    return offsets.astype(I8).ravel(), bits
 
 
 def product(b, what, a, b_operand, scale, R, here):
@@ -402,38 +237,4 @@ def sums_of(b, this, R):
     return bits.reshape(shape).transpose(3, 4, 5, 1, 6, 0, 7, 2).reshape(-1, this.threads // 128, 64, this.form.n)
 
 
-def numbers(bits, form):
-    """The bits of chunks as float32."""
-    if form.format == "tf32":
-        return cut_tf32(bits.view(U4))
-    return widen_bf16(bits.view(U2)) if form.format == "bf16" else bits.view(U2).view(F2).astype(F4)
-
-
-def left_operand(b, this):
-    """A as (program, warpgroup, 64, K)."""
-    form, warpgroups = this.form, this.threads // 128
-    if isinstance(this.a, Address):
-        return from_chunks(b, this.a, 64, form, form.a_transposed, form.a_transposed, warpgroups)
-    packed = 1 if form.format == "tf32" else 2
-    bits = this.a.view(U2) if packed == 2 else this.a
-    # A register has (half of K, half of the rows).
-    bits = bits.reshape(2, 2, -1, warpgroups, 4, 8, 4, packed).transpose(2, 3, 4, 1, 5, 0, 6, 7)
-    return numbers(np.ascontiguousarray(bits), form).reshape(-1, warpgroups, 64, form.k)
-
-
-def right_operand(b, this):
-    """B as (program, warpgroup, K, N)."""
-    form = this.form
-    return from_chunks(b, this.b, form.n, form, form.b_transposed, not form.b_transposed, this.threads // 128)
-
-
-def from_chunks(b, address, rows, form, by_k, swapped, warpgroups):
-    """An operand in shared memory as (program, warpgroup, rows, K), or (..., K, rows) if by_k; swapped if asked."""
-    values = numbers(b.batch.shared.bits(b, address, 0, 16), form)
-    shape = (form.k, rows) if by_k else (rows, form.k)
-    values = values.reshape(len(values), warpgroups, *shape)
-    return values.swapaxes(2, 3) if swapped else values
-
-
-NAMES = {f.__name__: f for f in (copy, commit_copies, wait_copies, product, fence_registers, segment)}
-NAMES |= {"commit_products": commit_products, "wait_products": wait_products}
+NAMES = {f.__name__: f for f in (product, fence_registers, segment, commit_products, wait_products)}

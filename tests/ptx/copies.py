@@ -1,0 +1,127 @@
+"""Copies into shared memory that run beside the threads: cp.async.
+
+A copy lands at once, or at the last moment that a wait allows. Until the wait nobody may touch what it writes.
+
+Source: PTX ISA 9.0, section "Data Movement and Conversion Instructions: cp.async".
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .memory import BY_SIZE, active
+from .shared import COPY, WRITE, Access, Address
+
+U4 = np.uint32
+
+
+@dataclass
+class Copy:
+    """One cp.async of some programs' threads. given: bytes that are read; the others of its size are zeros."""
+
+    rows: object
+    row: object
+    warps: object
+    threads: int
+    to: Address
+    offset: int
+    source: object
+    source_offset: int
+    size: int
+    given: object
+    mask: object
+    here: int
+
+    def part(self, kept, columns, rows, row):
+        """The copy of some of its programs and threads."""
+
+        def cut(array):
+            if array is None:
+                return None
+            array = array if len(array) == 1 else array[kept]
+            return array if array.shape[1] == 1 else array[:, columns]
+
+        to = Address(cut(self.to.value))
+        threads = len(self.warps[0, columns])
+        return Copy(
+            rows, row, self.warps[:, columns], threads, to, self.offset, cut(self.source), self.source_offset,
+            self.size, cut(self.given), cut(self.mask), self.here,
+        )  # fmt: skip
+
+
+def copy(b, to, offset, source, source_offset, size, given, mask, here):
+    """cp.async."""
+    mask, some = active(mask)
+    if not some:
+        return
+    shared = b.batch.shared
+    to, offset = shared.checked(b, to, offset, size, mask, here)
+    this = Copy(b.rows, b.row, b.warps, b.threads, to, offset, source, source_offset, size, given, mask, here)
+    shared.touch(b, WRITE, to, offset, size, mask, b.warps, here)
+    if b.batch.copies_late:
+        read(b, this)  # a stray address is one at once
+    else:
+        land(b, this)
+    shared.mark(b, COPY, to, offset, size, mask, True)
+    shared.in_flight += 1
+    b.copies[-1].append(this)
+
+
+def read(b, this):
+    """The bits that a copy brings; addresses that it does not read may be any."""
+    memory, size = b.batch.memory, this.size
+    mask, given = this.mask, this.given
+    if given is None or (given == U4(size)).all():
+        return memory.load(b, this.source, this.source_offset, size, mask, this.here)
+    if (given > U4(size)).any():
+        b.fault("instruction", f"cp.async of {int(given.max())} of {size} bytes", this.here)
+    shape = np.broadcast_shapes(given.shape, this.source.shape, (1, 1) if mask is None else mask.shape)
+    result = np.zeros((*shape, size), np.uint8)
+    for count in np.unique(given):
+        chosen = given == count if mask is None else (given == count) & mask
+        if not count or not chosen.any():
+            continue
+        chosen = np.broadcast_to(chosen, shape)
+        if count == size:
+            data = memory.load(b, this.source, this.source_offset, size, chosen, this.here)
+            result[chosen] = np.broadcast_to(data, shape)[chosen][:, None].view(np.uint8)
+            continue
+        for k in range(int(count)):
+            data = memory.load(b, this.source, this.source_offset + k, 1, chosen, this.here)
+            result[chosen, k] = np.broadcast_to(data, shape)[chosen]
+    return result.view(BY_SIZE[size])[..., 0]
+
+
+def land(b, this):
+    """Writes what a copy brings; b has its rows and threads."""
+    b.batch.shared.write(b, this.to, this.offset, this.size, read(b, this), this.mask)
+
+
+def commit_copies(b):
+    b.copies.append([])
+
+
+def wait_copies(b, pending, here):
+    """cp.async.wait_group: all groups but the last few have landed."""
+    while len(b.copies) - 1 > pending:
+        for this in b.copies.pop(0):
+            shared = b.batch.shared
+            shared.mark(this, COPY, this.to, this.offset, this.size, this.mask, False)
+            shared.in_flight -= 1
+            if b.batch.copies_late:
+                land(Owner(b, this), this)
+            if shared.many:
+                shared.log.append(
+                    Access(WRITE, this.to, this.offset, this.size, this.mask, this.rows, this.warps, this.here)
+                )
+
+
+class Owner:
+    """A bundle as it was when it issued something: its programs and threads."""
+
+    def __init__(self, b, this):
+        self.batch, self.rows, self.row, self.threads = b.batch, this.rows, this.row, this.threads
+        self.fault = b.fault
+
+
+NAMES = {f.__name__: f for f in (copy, commit_copies, wait_copies)}
