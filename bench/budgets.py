@@ -52,7 +52,7 @@ def violations(records):
         for what in ("spilled", "shared") if same_compiler else ("shared",):
             most = BUDGETS[f"{what}_bytes"][r["arch"]]
             if what == "spilled":
-                most = max(most, *(rule["bytes"] for rule in BUDGETS["may_spill"] if _applies(rule, r)), 0)
+                most = max([most, *(rule["bytes"] for rule in BUDGETS["may_spill"] if _applies(rule, r))])
             if r[what] > most:
                 yield f"{where}: {r[what]} bytes {what}, {most} allowed"
         if r["dot"] and r["format"] in BUDGETS["matrix_units"][r["arch"]] and not r["matrix"]:

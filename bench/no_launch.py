@@ -46,6 +46,15 @@ def _not_compiled(src, target=None, options=None, **kwargs):
 
 
 @contextlib.contextmanager
+def served_by(implementation):
+    """Inside, implementation(tensor) says who serves a tensor, in the place of dispatch.implementation."""
+    with contextlib.ExitStack() as stack:
+        for module in (dispatch, lenet_step, lenet_weights, ops, train_step):
+            stack.enter_context(mock.patch.object(module, "implementation", implementation))
+        yield
+
+
+@contextlib.contextmanager
 def gpu_that_does_nothing(arch=90, launch=_nothing):
     """Inside, tensors on the CPU stand in for those of a GPU, and launches do nothing.
 
@@ -56,10 +65,7 @@ def gpu_that_does_nothing(arch=90, launch=_nothing):
     """
     device, before = NoDevice(GPUTarget("cuda", arch, 32)), driver._active
     device.launch = launch
-    with contextlib.ExitStack() as stack:
-        for module in (dispatch, lenet_step, lenet_weights, ops, train_step):
-            stack.enter_context(mock.patch.object(module, "implementation", lambda tensor: launchers))
-        stack.enter_context(mock.patch.object(triton.compiler, "compile", _not_compiled))
+    with served_by(lambda tensor: launchers), mock.patch.object(triton.compiler, "compile", _not_compiled):
         driver._active = device
         try:
             yield device

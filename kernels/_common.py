@@ -10,6 +10,8 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.driver import driver
 
+from .launching import remembered
+
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 OPTIONS = {
@@ -43,8 +45,8 @@ def compute_capability():
 
 
 def cached_for_architecture(function):
-    """functools.cache for a function of the compute capability too."""
-    cached = functools.cache(lambda _, *args: function(*args))
+    """`remembered` for a function of the compute capability too."""
+    cached = remembered(lambda _, *args: function(*args))
     return functools.wraps(function)(lambda *args: cached(compute_capability(), *args))
 
 
@@ -152,6 +154,8 @@ SQUARE = {
     "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 16, 4, 3)),
     "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
 }
+# For rows side by side in memory on sm_90: in tf32 four warps were faster than eight.
+HOPPER_SQUARE = {**SQUARE, "tf32": (Tile(128, 128, 32, 4, 3), *SQUARE["tf32"][1:])}
 # For the weight's gradient on sm_90, whose operands both have the summed index far apart. In tf32 four warps on 64 rows
 # would be given to the units that do not read such operands; those that two warps get take 0.3 to 0.5 of the time.
 GRADIENT = {**SQUARE, "tf32": (Tile(64, 128, 32, 2, 3), Tile(64, 64, 32, 2, 3), Tile(32, 32, 32, 4, 3))}
@@ -169,6 +173,11 @@ POOLED = {
     "ieee": (Tile(64, 32, 16, 8, 2),),
     "fp64": (Tile(32, 16, 16, 4, 2),),
 }
+
+
+def square_tiles():
+    """The table of tiles for a product of matrices."""
+    return HOPPER_SQUARE if compute_capability() == 9 else SQUARE
 
 
 def gradient_tiles():
@@ -199,9 +208,6 @@ def gemm_tile(table, M, N, K, dtype, precision, halve=True):
     if tile[:2] == (128, 128) and table is not GRADIENT and compute_capability() == 9:
         if halve and cdiv(M, 128) * cdiv(N, 128) < RESIDENT:
             return tile._replace(M=64, num_warps=4)
-        if table is SQUARE and tile.K == 32:
-            # Of tf32, for rows side by side in memory.
-            return tile._replace(num_warps=4)
     return tile
 
 
@@ -220,16 +226,15 @@ def split_count(tiles, K, block_k):
 
 
 def split_product(tiles, K, block_k, elements=128 * 128):
-    """(programs that share the K > 0 products of a tile of `elements`, products of each but the last).
-
-    Each has a share.
+    """(programs that share the K > 0 products of a tile of `elements`, products of each but the last); none is idle.
 
     The number of least time by a model, in steps of block_k products: a program takes its share of them in as many
     turns as the H200 needs for all programs, and partial sums are written and read at 3 TB/s, where a multiprocessor
     does 3 TFLOP/s.
     """
-    splits = split_count(tiles, K, block_k)
-    if not INTERPRETED:
+    if INTERPRETED:
+        splits = split_count(tiles, K, block_k)
+    else:
         resident, steps = RESIDENT * (1 if elements >= 128 * 128 else 2), K / block_k
         most = max(1, min(4 * resident // tiles, K // (4 * block_k)))
         splits = min(range(1, most + 1), key=lambda s: cdiv(tiles * s, resident) * steps / s + 2 * tiles * s / block_k)

@@ -26,6 +26,7 @@ from ._common import (
     TALL,
     Window,
     acc_type,
+    cached_for_architecture,
     cdiv,
     first_tap,
     gemm_tile,
@@ -38,7 +39,7 @@ from ._common import (
     strides,
     wants_k_inner,
 )
-from .launching import planned, remembered
+from .launching import planned
 from .padding import PAD_MODES, source
 from .reduce import Partials
 
@@ -416,7 +417,7 @@ def conv2d_weight_grad_kernel(
             tl.store(db_ptr + split * stride_split + group * OC + offs_m, db, mask=mask_m)
 
 
-@remembered
+@cached_for_architecture
 def _split(K, size, groups, dtype, precision, index):
     """(Tile, tiles of dw, programs that share each of them, pixels for each of these)."""
     OC, C, KH, KW = size

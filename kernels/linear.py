@@ -13,8 +13,8 @@ import triton.language as tl
 
 from . import shapes
 from ._common import (
-    SQUARE,
     acc_type,
+    cached_for_architecture,
     cdiv,
     gemm_tile,
     gradient_tiles,
@@ -23,15 +23,21 @@ from ._common import (
     operand_type,
     round_to,
     split_product,
+    square_tiles,
     wants_k_inner,
 )
-from .launching import planned, remembered
+from .launching import planned
 from .reduce import Partials
 
 
 def precision():
     """What float32 products are taken in: torch's flag for matrix products, "ieee" unless the user changes it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def features_inner(t):
+    """t with its features side by side in memory, copied only if they are not."""
+    return t if t.stride(1) == 1 else t.contiguous()
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -76,7 +82,7 @@ def linear_forward_kernel(
 @planned(linear_forward_kernel)
 def _forward(x, w, bias, y, relu, precision):
     (M, K), N = x.shape, w.shape[0]
-    tile = gemm_tile(SQUARE, M, N, K, x.dtype, precision)
+    tile = gemm_tile(square_tiles(), M, N, K, x.dtype, precision)
     (n, k, *steps, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
     numbers = M, n, k, *steps, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1)
     return (cdiv(M, tile.M) * cdiv(N, tile.N),), numbers, dict(
@@ -90,7 +96,7 @@ def forward(x, w, bias, relu=False):
     """x (M, K), w (N, K), bias (N) or None -> y (M, N), of one floating dtype; with `relu` what is negative is 0."""
     y = shapes.linear(x, w)
     if wants_k_inner(x.dtype, precision()):
-        x, w = x.contiguous(), w.contiguous()
+        x, w = features_inner(x), features_inner(w)
     if y.numel() > 0:
         _forward((x, w, bias, y), relu, precision())
     return y
@@ -174,7 +180,7 @@ def linear_weight_grad_kernel(
     )  # fmt: skip
 
 
-@remembered
+@cached_for_architecture
 def _split(M, N, K, dtype, precision):
     """(Tile, tiles of dw, programs that share each of them, rows of dy and x for each of these)."""
     tile = gemm_tile(gradient_tiles(), N, K, M, dtype, precision)

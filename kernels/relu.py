@@ -14,7 +14,7 @@ from .launching import planned
 
 
 def _plan(*tensors):
-    """Launch over the elements of dense tensors that share one memory order."""
+    """Of a launch over the elements of dense tensors that share one memory order."""
     out = tensors[-1]
     block = flat_block(out.numel(), 1024)
     constants = {"INDEX": index_type(out), "ACC": acc_type(out.dtype), "BLOCK": block, "num_warps": 4, **OPTIONS}

@@ -9,7 +9,8 @@ from unittest import mock
 
 import ptx
 
-from tritonnet import dispatch, lenet_step, lenet_weights, losses, ops, train_step
+from bench.no_launch import served_by
+from tritonnet import dispatch, losses
 from tritonnet.kernels import launchers
 
 # What has run in this process, by kernel.
@@ -23,10 +24,7 @@ def _implementation(tensor):
 @contextlib.contextmanager
 def emulated(arch, seed=0):
     """Inside, tensors on the CPU stand in for those of a GPU of this architecture."""
-    with contextlib.ExitStack() as stack:
-        for module in (dispatch, lenet_step, lenet_weights, ops, train_step):
-            stack.enter_context(mock.patch.object(module, "implementation", _implementation))
-        emulator = stack.enter_context(ptx.emulate(arch, seed=seed))
+    with served_by(_implementation), ptx.emulate(arch, seed=seed) as emulator:
         new_block = losses.new_block
 
         def known_block(device):
@@ -35,8 +33,8 @@ def emulated(arch, seed=0):
             emulator.memory.keep(block)
             return block
 
-        stack.enter_context(mock.patch.object(losses, "new_block", known_block))
         try:
-            yield emulator
+            with mock.patch.object(losses, "new_block", known_block):
+                yield emulator
         finally:
             PROGRAMS.update(emulator.programs)

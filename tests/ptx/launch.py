@@ -1,6 +1,7 @@
 """Launches of Triton's kernels on CPU tensors: each is compiled for a GPU and its PTX is run here."""
 
 import contextlib
+import functools
 import re
 from collections import Counter
 
@@ -19,9 +20,13 @@ from .schedule import Machine
 from .translate import Translated
 
 ARCHITECTURES = ("sm_80", "sm_90")
-# Kernels that have been translated, by the text of their PTX.
-TRANSLATED = {}
 WHEN = ("early", "late")
+
+
+@functools.lru_cache(maxsize=64)
+def translate(text, worst, seed):
+    """The functions of a kernel's blocks. Translating takes longer than a small launch, and a kernel some megabytes."""
+    return Translated(parse(text), Approximate(worst, seed))
 
 
 class Emulator:
@@ -46,10 +51,7 @@ class Emulator:
     def translated(self, text):
         """The kernel of a text, altered if that is asked for."""
         text = self.alter(text) if self.alter else text
-        key = text, self.worst, self.seed if self.worst else None
-        if key not in TRANSLATED:
-            TRANSLATED[key] = Translated(parse(text), Approximate(self.worst, self.seed))
-        return TRANSLATED[key]
+        return translate(text, self.worst, self.seed if self.worst else 0)
 
     def run(self, text, shared_bytes, grid, arguments):
         """Runs a grid of programs of a PTX text. arguments: tensors and numbers, one a parameter."""

@@ -12,6 +12,8 @@ ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.S)
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w]+)(?:<\d+>)?$")
 GUARD = re.compile(r"@(!?)(%\w+)\s+")
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+.*?(?://\s*(.*))?$")
+# What looks like a register and is none that a kernel can write.
+SPECIAL = re.compile(r"%(tid|ctaid|nctaid|ntid|laneid)\b")
 # The directives that say nothing about what a kernel computes.
 SILENT = (".pragma", ".file", ".loc")
 # Opcodes whose first operand is no destination.
@@ -20,13 +22,17 @@ WITHOUT_RESULT = {"st", "cp", "bra", "bar", "ret", "fence", "wgmma", "stmatrix",
 
 @dataclass(slots=True)
 class Instruction:
-    """operands: strings; the elements of a vector are a tuple. guard: (register, negated), or None."""
+    """operands: strings; the elements of a vector are a tuple. guard: (register, negated), or None.
+
+    touched: what `effects` has found.
+    """
 
     opcode: str
     operands: tuple
     guard: tuple | None
     line: int
     source: str
+    touched: tuple | None = None
 
     @property
     def base(self):
@@ -75,13 +81,22 @@ def registers_of(part):
     """The registers of an operand: of a vector, of a pair a|b, of an address or alone."""
     if isinstance(part, tuple):
         return [name for one in part for name in registers_of(one)]
-    if part.startswith("["):
-        part = part[1:-1].split("+")[0].strip()
-    return [name.strip() for name in part.split("|") if re.match(r"\s*%(?!tid|ctaid|nctaid|ntid|laneid)", name)]
+    if "%" not in part:
+        return []
+    if part[0] == "[":
+        part = part[1:-1].split("+")[0]
+    names = (name.strip() for name in part.split("|"))
+    return [name for name in names if name[:1] == "%" and not SPECIAL.match(name)]
 
 
 def effects(instruction):
     """(registers read, registers written)."""
+    if instruction.touched is None:
+        instruction.touched = read_and_written(instruction)
+    return instruction.touched
+
+
+def read_and_written(instruction):
     operands = instruction.operands
     if instruction.base == "wgmma" and operands and isinstance(operands[0], tuple):
         accumulators = list(operands[0])
