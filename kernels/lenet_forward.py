@@ -407,9 +407,8 @@ def _pooled_size(form, geometry):
 
 
 @cached_for_architecture
-def _inference_sizes(N, geometry, format, device):
+def _inference_sizes(N, geometry, form, device):
     """(name, size) of the tensors of a launch for inference; its programs use them again and again."""
-    form = lenet_lanes.form(format)
     block, tile = tile_for(form, N, geometry, False)
     programs = inference_programs(N, block, tile, torch.device(device))
     # The last program may have fewer images than the others.
@@ -420,13 +419,11 @@ def _inference_sizes(N, geometry, format, device):
 
 def activations(N, geometry, format, device, train):
     """The tensors that the launches leave to each other for N images: p1, code1, acts, code2, grads, dz, loss."""
+    form, dtype = lenet_lanes.form(format), torch.bfloat16 if format == "bfloat16" else torch.float32
     if not train:
-        sizes = _inference_sizes(N, geometry, format, device)
-        dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
+        sizes = _inference_sizes(N, geometry, form, device)
         return {name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes}
     F = geometry.features
-    dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
-    form = lenet_lanes.form(format)
     block, _ = tile_for(form, N, geometry, train)
 
     def new(*size, dtype=dtype):

@@ -9,7 +9,7 @@ from exact import ROUNDOFF
 
 import tritonnet
 from tritonnet import lenet_weights
-from tritonnet.kernels import lenet_lanes
+from tritonnet.kernels import lenet, lenet_forward, lenet_lanes
 
 
 @pytest.fixture
@@ -43,6 +43,15 @@ def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
     for (parameter, p), q, old in zip(net.named_parameters(), truth.parameters(), before):
         error, hidden = (old.double() - p.double() - q.grad).norm(), 2 * u * old.double().norm()
         assert error <= 50 * u * q.grad.norm() + hidden, f"{parameter}: off by {error:.3g} of {q.grad.norm():.3g}"
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_buffers_follow_the_form(train, monkeypatch):
+    """Also where the same net has been asked for in the other form before."""
+    for form, size in (("ieee", (3, 14, 14, 8)), ("lanes", (3, 6, 14, 14)), ("ieee", (3, 14, 14, 8))):
+        monkeypatch.setattr(lenet_lanes, "form", lambda format, form=form: form)
+        p1 = lenet_forward.activations(3, lenet.Geometry(1, 32, 0, 7), "ieee", "cpu", train)["p1"]
+        assert p1.shape == size
 
 
 def test_bytes_in_lanes(in_lanes, device, full_precision):
