@@ -137,6 +137,63 @@ def test_race():
     faulty("race", again.format(""), out, threads=64)
 
 
+# Two warps of 32 threads at the same 32 words of the first argument; the result is the second.
+SAME = """
+    and.b32 %r1, %r0, 31; shr.u32 %r2, %r0, 5; mul.wide.u32 %rd10, %r1, 4; add.s64 %rd10, %rd10, %rd0;
+    mul.wide.u32 %rd11, %r0, 4; add.s64 %rd11, %rd11, %rd1;
+    cvt.u64.u32 %rd12, %r2; setp.eq.u32 %p1, %r2, 0;"""
+
+
+def test_race_in_global_memory():
+    """In place: both warps load an element that one of them stores. One seed in two has a right result all the same."""
+    x, out = torch.zeros(32, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    in_place = SAME + "ld.global.b32 %r3, [%rd10]; add.s32 %r3, %r3, 1; {} @%p1 st.global.b32 [%rd10], %r3;"
+    silent(in_place.format("bar.sync 0;"), x, out, threads=64)
+    fault = faulty("race", in_place.format(""), x, out, threads=64)
+    assert "of a tensor's storage" in fault.detail and fault.detail.count("kernel.py:1:0") == 1
+    assert fault.program == (0, 0, 0)
+    # The same by several programs, each with a part of its own; the third strays into the second one's.
+    parts = SAME.replace("add.s64 %rd10, %rd10, %rd0;", "add.s64 %rd10, %rd10, %rd0; {}")
+    own = parts.format("mov.u32 %r4, %ctaid.x; {} mul.wide.u32 %rd13, %r4, 128; add.s64 %rd10, %rd10, %rd13;")
+    x = torch.zeros(4, 32, dtype=torch.int32)
+    each = own.format("") + "@%p1 st.global.b32 [%rd10], %r3; bar.sync 0; ld.global.b32 %r3, [%rd10];"
+    silent(each, x, out, threads=64, programs=4)
+    assert faulty("race", each.replace("bar.sync 0;", ""), x, out, threads=64, programs=4).program[0] in range(4)
+    # A barrier in a loop lets go of what came before it, and only of that.
+    one = own.format("setp.eq.u32 %p2, %r4, 2; @%p2 bra $L1; bar.sync 0;\n $L1:\n")
+    again = one + "@%p1 st.global.b32 [%rd10], %r0; bar.sync 0; ld.global.b32 %r3, [%rd10];"
+    silent(again, x, out, threads=64, programs=4)
+
+
+def test_one_value_of_several_warps():
+    x, out = torch.zeros(33, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    silent(SAME + "st.global.b32 [%rd10], %r1;", x, out, threads=64)
+    faulty("race", SAME + "st.global.b32 [%rd10], %r0;", x, out, threads=64)
+    # Bytes of one word are different addresses, and a word is at all of its bytes.
+    silent(SAME + "add.s64 %rd10, %rd10, %rd12; st.global.b8 [%rd10], %r0;", x, out, threads=64)
+    mixed = SAME + "@%p1 st.global.b32 [%rd10], %r0; @!%p1 st.global.b8 [%rd10+{}], %r0;"
+    faulty("race", mixed.format(3), x, out, threads=64)
+    silent(SAME + "@%p1 st.global.b8 [%rd10+2], %r0; @!%p1 st.global.b8 [%rd10+3], %r0;", x, out, threads=64)
+
+
+def test_race_with_a_copy():
+    """A copy reads its source until its wait."""
+    x, out = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    code = (
+        SAME
+        + """
+    shl.b32 %r5, %r0, 2;
+    @%p1 cp.async.ca.shared.global [%r5], [%rd10], 4;
+    cp.async.commit_group;
+    {}
+    @!%p1 st.global.b32 [%rd10], %r0;
+    cp.async.wait_group 0;"""
+    )
+    faulty("race", code.format(""), x, out, threads=64)
+    faulty("race", code.format("bar.sync 0;"), x, out, threads=64, copies="late")
+    silent(code.format("cp.async.wait_group 0; bar.sync 0;"), x, out, threads=64)
+
+
 @pytest.mark.parametrize("apart", (False, True), ids=("in step", "apart"))
 def test_barrier(apart):
     part = "setp.lt.u32 %p1, %r0, {}; @%p1 bra $L1; bar.sync 0; {} $L1:\n {}"

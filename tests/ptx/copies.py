@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .memory import BY_SIZE, active
-from .shared import COPY, WRITE, Access, Address
+from .memory import BY_SIZE, WRITE, active
+from .shared import COPY, Access, Address
 
 U4 = np.uint32
 
@@ -109,7 +109,7 @@ def wait_copies(b, pending, here):
             shared.mark(this, COPY, this.to, this.offset, this.size, this.mask, False)
             shared.in_flight -= 1
             if b.batch.copies_late:
-                land(Owner(b, this), this)
+                land(Owner(b, this, this.warps), this)
             if shared.many:
                 shared.log.append(
                     Access(WRITE, this.to, this.offset, this.size, this.mask, this.rows, this.warps, this.here)
@@ -119,8 +119,9 @@ def wait_copies(b, pending, here):
 class Owner:
     """A bundle as it was when it issued something: its programs and threads."""
 
-    def __init__(self, b, this):
+    def __init__(self, b, this, warps=None):
         self.batch, self.rows, self.row, self.threads = b.batch, this.rows, this.row, this.threads
+        self.warps = warps
         self.fault = b.fault
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .formats import F2, F4, F8, U2, U4, cut_tf32, widen_bf16
-from .shared import READ, Address, store
+from .memory import READ
+from .shared import Address, store
 from .warp import whole
 
 

@@ -13,6 +13,7 @@ U8, I8 = np.uint64, np.int64
 # numpy's type that has each size, for copying bits.
 BY_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 SHIFT = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
+READ, WRITE = "reads", "writes"
 RANGE = 40
 # Allocations on a GPU start at multiples of this.
 ALIGNED = 512
@@ -85,7 +86,7 @@ class Memory:
         return segment, (inside >> U8(SHIFT[size])).view(I8)
 
     def places(self, b, address, size, mask, here):
-        """(segment, which threads are in it, their indices) for each segment that any are in."""
+        """(segment, which threads are in it, index of each element) for each segment that any are in."""
         left = mask.copy()
         misaligned(b, address, size, left, here)
         for segment in self.segments():
@@ -93,7 +94,7 @@ class Memory:
             chosen = left & (inside < segment.size) & (inside + U8(size) <= segment.size)
             if chosen.any():
                 left &= ~chosen
-                yield segment, chosen, (inside[chosen] >> U8(SHIFT[size])).view(I8)
+                yield segment, chosen, np.where(chosen, inside >> U8(SHIFT[size]), U8(0)).view(I8)
         if left.any():
             b.fault("stray", f"{size} bytes at {int(address[left][0]):#x}, which is in no tensor", here, left)
 
@@ -102,24 +103,34 @@ class Memory:
         found = self.place(b, address, offset, size, mask, here)
         if found:
             segment, index = found
+            note(b, READ, segment, index, size, mask, here)
             return segment.views[size].take(index)
         address, mask = spread(address, offset, mask)
         result = np.zeros(mask.shape, BY_SIZE[size])
         for segment, chosen, index in self.places(b, address, size, mask, here):
-            result[chosen] = segment.views[size].take(index)
+            note(b, READ, segment, index, size, chosen, here)
+            result[chosen] = segment.views[size].take(index[chosen])
         return result
 
     def store(self, b, address, offset, size, data, mask, here):
         found = self.place(b, address, offset, size, mask, here)
         if found:
             segment, index = found
+            note(b, WRITE, segment, index, size, mask, here, data)
             index, data, mask = np.broadcast_arrays(index, data, True if mask is None else mask)
             segment.views[size][index[mask]] = data[mask]
             return
         address, mask = spread(address, offset, mask, data)
         data = np.broadcast_to(data, mask.shape)
         for segment, chosen, index in self.places(b, address, size, mask, here):
-            segment.views[size][index] = data[chosen]
+            note(b, WRITE, segment, index, size, chosen, here, data)
+            segment.views[size][index[chosen]] = data[chosen]
+
+
+def note(b, kind, segment, index, size, mask, here, data=None):
+    """Tells the watch over the warps of a program, if it has several."""
+    if b.batch.traffic:
+        b.batch.traffic.note(b, kind, segment, index, size, mask, here, data)
 
 
 def first_active(address, mask):

@@ -12,8 +12,9 @@ import numpy as np
 
 from .copies import Owner
 from .formats import F4, U4
+from .memory import READ
 from .operands import Form, chunks, left_operand, right_operand
-from .shared import COPY, PRODUCT, READ, Access, Address
+from .shared import COPY, PRODUCT, Access, Address
 from .warp import whole
 
 # The thread number that products have in the log of shared memory: no warp's.

@@ -12,6 +12,7 @@ import numpy as np
 
 from .faults import Fault
 from .shared import Shared
+from .traffic import Traffic
 
 # Elements of an array that make its overhead small, and bytes of shared memory that fit a cache.
 ELEMENTS, BYTES = 8192, 1 << 23
@@ -66,6 +67,7 @@ class Batch:
         self.grid, self.memory = grid, machine.memory
         warps = -(-kernel.threads // 32)
         self.shared = Shared(len(programs), machine.shared_bytes, warps, translated.asynchronous)
+        self.traffic = Traffic(len(programs)) if warps > 1 else None
         self.copies_late, self.products_late = machine.copies_late, machine.products_late
         self.ntid = uniform(kernel.threads, np.uint32)
         self.nctaid = [uniform(n, np.uint32) for n in grid]
@@ -107,7 +109,13 @@ class Batch:
             if len(mine) > 1:
                 b = self.meet(b, mine)
             self.step(b, len(mine) == 1)
-        self.shared.settle(None, self)
+        self.settle(None)
+
+    def settle(self, rows):
+        """What some programs, or all (None), have done to memory since their last barrier is judged."""
+        self.shared.settle(rows, self)
+        if self.traffic:
+            self.traffic.settle(rows, self)
 
     def step(self, b, alone):
         """Runs a bundle: one block if others of its warps are about, or else up to where it parts or waits."""
@@ -179,7 +187,7 @@ class Batch:
         going = sum(waiting.values())
         # Programs that have ended are judged with the others.
         everyone = bool(complete[going > 0].all())
-        self.shared.settle(None if everyone else np.flatnonzero(complete), self)
+        self.settle(None if everyone else np.flatnonzero(complete))
         for b in self.bundles:
             rows = np.arange(len(self.programs)) if b.rows is None else b.rows
             free = complete[rows]

@@ -15,14 +15,13 @@ and Communication Instructions: bar, membar, fence" and "Asynchronous Operations
 
 import numpy as np
 
-from .memory import BY_SIZE, SHIFT, active, elements, joined
+from .memory import BY_SIZE, READ, SHIFT, WRITE, active, elements, joined
 
 COPY, PRODUCT = 1, 2
 I8, U1 = np.int64, np.uint8
 FLAGS = {size: np.dtype(f"u{max(size // 4, 1)}") for size in BY_SIZE}
 # A flag of every word of an access.
 EVERY = {size: int.from_bytes(bytes([1] * max(size // 4, 1)), "little") for size in BY_SIZE}
-READ, WRITE = "reads", "writes"
 
 
 class Address:
