@@ -156,6 +156,9 @@ def lenet_update_kernel(
                 second = tl.load(second_ptr + offs)
             if AMSGRAD:
                 third = tl.load(third_ptr + offs)
+        place = tl.load(place_ptr, mask=pid == 0, other=0)
+        first_bad = tl.load(trouble_ptr, mask=pid == 0, other=0)
+        call = tl.load(trouble_ptr + 1, mask=pid == 0, other=0) + 1
         # What is loaded above is stored below, in the same places. Several warps load an element and one of them stores
         # it, so all have to be here first.
         tl.debug_barrier()
@@ -163,11 +166,9 @@ def lenet_update_kernel(
             tl.store(grad_ptr + offs, g)
         if pid == 0:
             loss = loss / count
-            place = tl.load(place_ptr)
             tl.store(place.to(tl.pointer_type(tl.float32)), loss)
             tl.store(place_ptr, place + 4)
             # Of the calls so far the first whose loss was no finite number, and how many there were.
-            first_bad, call = tl.load(trouble_ptr), tl.load(trouble_ptr + 1) + 1
             bad = (first_bad == 0) & ((tl.abs(loss) < float("inf")) == 0)
             tl.store(trouble_ptr, tl.where(bad, call, first_bad))
             tl.store(trouble_ptr + 1, call)
