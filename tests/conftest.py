@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,8 @@ DEVICE = os.environ.get("TRITONNET_TEST_DEVICE") or ("cuda" if torch.cuda.is_ava
 # The architecture whose code is run without a GPU. Its tensors are on the CPU by another name than the interpreter's.
 EMULATED = DEVICE if DEVICE.startswith("sm_") else None
 DEVICE = "cpu:0" if EMULATED else DEVICE
+# Of all that is left open there: the order of warps and programs, and when copies land.
+SEED = int(os.environ.get("TRITONNET_TEST_SEED", 0))
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 
@@ -69,20 +72,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.name.startswith("test_machine_code["))  # stable: the others keep their order
 
 
-def pytest_sessionfinish(session):
-    if EMULATED and hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["programs"] = dict(emulated.PROGRAMS)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    if EMULATED:
-        emulated.PROGRAMS.update(getattr(node, "workeroutput", {}).get("programs", {}))
-
-
 def pytest_terminal_summary(terminalreporter):
+    """The programs that have run as compiled code, and what tests have recorded as a "summary"."""
+    programs = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", None) == "teardown":
+            recorded = dict(report.user_properties)
+            programs.update(recorded.get("programs", {}))
+            if "summary" in recorded:
+                terminalreporter.write_line(recorded["summary"])
     if EMULATED:
-        ran = ", ".join(f"{name} {count}" for name, count in sorted(emulated.PROGRAMS.items()))
+        ran = ", ".join(f"{name} {count}" for name, count in sorted(programs.items()))
         terminalreporter.write_line(f"programs run as compiled for {EMULATED}: {ran or 'none'}")
 
 
@@ -117,11 +117,12 @@ def unpoisoned():
 
 
 @pytest.fixture(autouse=True)
-def memory_is_watched():
+def memory_is_watched(record_property):
     """Fails any test in which a kernel strays from its tensors or programs race (see memory.py)."""
     if EMULATED:
-        with emulated.emulated(EMULATED):
+        with emulated.emulated(EMULATED, SEED) as emulator:
             yield
+        record_property("programs", dict(emulator.programs))
         return
     with memory.watched() if DEVICE == "cpu" else memory.guard_bands() as violations:
         yield

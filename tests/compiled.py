@@ -1,0 +1,136 @@
+"""Every kernel as compiled for a GPU that need not be there, in every format that it serves, against float64.
+
+    TRITONNET_TEST_DEVICE=sm_90 python -m pytest tests/compiled.py
+
+runs them on the machine of the package `ptx`; sm_80 is the other architecture, and test_compiled runs both. The truth,
+and how far a format may be off it, are those of the timings (bench/exactness.py). Sizes are odd, so that the edges of
+tiles are met, and sums are long enough to fill a pipeline.
+"""
+
+import pytest
+import torch
+from test_machine_code import every_kernel
+
+import tritonnet
+import tritonnet.nn.functional as F
+from bench import FORMATS, operators
+from bench.case import CHANNELS_LAST, CONTIGUOUS
+from bench.lenet import Network
+from bench.libraries import WHOLE_STEPS, installed
+from bench.measure import Host, precision
+
+LIBRARIES = installed()
+
+
+def operator(call, result, *sizes):
+    """An Operator of a call and of the sizes of its result and of its inputs."""
+    return operators.Operator("", sizes[0][0], call, sizes, result, {})
+
+
+def chain(f, x, w1, w2, b1, b2):
+    return f.linear_chain(x, (w1, w2), (b1, b2))
+
+
+def reflected(f, x, w):
+    """A convolution whose padding is read in place, and one of a padded image."""
+    return f._conv2d(x, w, None, 1, (1, 1), 1, 1, "reflect") if f is F else f.conv2d(f.pad(x, (1,) * 4, "reflect"), w)
+
+
+def gradient_of_pooling(f, x):
+    (dx,) = torch.autograd.grad(f.max_pool2d(x, 2).square().sum(), x, create_graph=True)
+    return dx
+
+
+IMAGES, CHAIN = (2, 4, 9, 11), ((70, 10), (70, 200), (84, 200), (10, 84), (84,), (10,))
+# name: subject, layout
+CASES = {
+    "relu": (operators.relu("", 3, 5, 7, 9), CONTIGUOUS),
+    "max_pool2d": (operators.max_pool2d("", (2, 5, 11, 9), 3, 2, 1), CHANNELS_LAST),
+    "max_pool2d twice": (operator(gradient_of_pooling, IMAGES, IMAGES), CONTIGUOUS),
+    "cross_entropy": (operators.cross_entropy(37, 50), CONTIGUOUS),
+    "linear": (operators.linear("", 70, 200, 40, relu=True), CONTIGUOUS),
+    "linear, split": (operators.linear("", 4100, 24, 24), CONTIGUOUS),
+    "chain": (operator(chain, *CHAIN), CONTIGUOUS),
+    "conv2d": (operators.conv2d("", (2, 40, 9, 11), (24, 3), padding=1, relu=True), CHANNELS_LAST),
+    "conv2d, few channels": (operators.conv2d("", (2, 3, 19, 17), (20, 5), stride=2), CONTIGUOUS),
+    "conv2d, reflected": (operator(reflected, (2, 6, 9, 11), IMAGES, (6, 4, 3, 3)), CONTIGUOUS),
+    "depthwise": (operators.conv2d("", (2, 12, 9, 11), (12, 3), padding=1, groups=12), CHANNELS_LAST),
+    "pooled": (operators.conv2d("", (2, 20, 9, 11), (24, 3), padding=1, pool=(3, 2, 1)), CHANNELS_LAST),
+    "pooled, few channels": (operators.conv2d("", (5, 6, 14, 14), (16, 5), pool=(2, 2, 0)), CONTIGUOUS),
+    "pooled, one channel": (operators.conv2d("", (3, 1, 20, 20), (6, 5), pool=(2, 2, 0)), CONTIGUOUS),
+    "LeNet": (Network(False, 3), CONTIGUOUS),
+    "LeNet step": (Network(True, 3), CONTIGUOUS),
+}
+
+CONV = "conv2d_forward", "conv2d_input_grad", "conv2d_weight_grad"
+POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter", *CONV[1:]
+BY_PRODUCT = (
+    "place_filters", "conv2d_relu_max_pool2d_product", "filters_for_blocks",
+    "conv2d_relu_max_pool2d_input_grad", "conv2d_relu_max_pool2d_weight_grad",
+)  # fmt: skip
+# Of images of few channels in the formats of matrix units, and the others'.
+FEW_CHANNELS = {
+    **dict.fromkeys(("bfloat16", "float16", "tf32"), BY_PRODUCT),
+    "float32": ("conv2d_relu_max_pool2d_lanes", *POOLED[1:]),
+    "float64": POOLED,
+}
+WHOLE = "lenet_update", "lenet_forward"
+# What each case launches, in all formats or by format.
+LAUNCHED = {
+    "relu": ("relu", "relu_grad"),
+    "max_pool2d": ("max_pool2d_forward", "max_pool2d_scatter"),
+    "max_pool2d twice": ("max_pool2d_forward", "max_pool2d_scatter", "max_pool2d_gather"),
+    "cross_entropy": ("cross_entropy",),
+    "linear": ("linear_forward", "linear_weight_grad", "relu_grad"),
+    "linear, split": ("linear_forward", "linear_weight_grad", "sum_partials"),
+    "chain": ("linear_chain_forward", "linear_chain_input_grad", "linear_chain_weight_grad"),
+    "conv2d": (*CONV, "relu_grad"),
+    "conv2d, few channels": CONV,
+    "conv2d, reflected": (*CONV, "fold_padding"),
+    "depthwise": ("depthwise_forward", "depthwise_input_grad", "depthwise_weight_grad"),
+    "pooled": POOLED,
+    "pooled, few channels": FEW_CHANNELS,
+    "pooled, one channel": FEW_CHANNELS,
+    "LeNet": dict.fromkeys(WHOLE_STEPS, WHOLE),
+    "LeNet step": dict.fromkeys(WHOLE_STEPS, (*WHOLE, "lenet_gradient")),
+}
+# The kernels that are not for a format; that there are others for the same arguments is seen above.
+LANES, LENET = {"conv2d_relu_max_pool2d_lanes"}, {*WHOLE, "lenet_gradient"}
+OTHERS = {
+    "bfloat16": LANES,
+    "tf32": LANES,
+    "float16": LANES | LENET,
+    "float32": {*BY_PRODUCT},
+    "float64": LANES | LENET | {*BY_PRODUCT},
+}
+
+
+def kernels(case, format):
+    """The names of the kernels that a case launches in a format; empty if it is not served."""
+    names = LAUNCHED[case]
+    return {f"{name}_kernel" for name in (names.get(format, ()) if isinstance(names, dict) else names)}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_kernel_is_here(format):
+    here = set().union(*(kernels(case, format) for case in CASES))
+    assert every_kernel() - here == {f"{name}_kernel" for name in OTHERS[format]}
+
+
+@pytest.mark.parametrize(
+    "case, format", [(case, format) for format in FORMATS for case in CASES if kernels(case, format)]
+)
+def test_against_float64(case, format):
+    subject, layout = CASES[case]
+    library = LIBRARIES["TrainStep" if case == "LeNet step" else "tritonnet"]
+    with precision(format):
+        gate = subject.gate(format, "cpu")
+        with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
+            contestant = subject.contestant(library, layout, format, Host())
+            *_, task = contestant.steps
+            results = contestant.first(task)
+    assert kernels(case, format) <= set(launches) <= kernels(case, format) | {"sum_partials_kernel"}
+    complaint = gate.complaint(results, contestant.dtype or FORMATS[format][0])
+    assert complaint is None, complaint
+    if format == "float64":  # where the gate's allowance for sums in float32 says little
+        torch.testing.assert_close(results[:2], gate.truth[:2], rtol=1e-11, atol=1e-11)
