@@ -69,7 +69,7 @@ def test_undelivered():
     silent(COPY.format(copy=copy, wait=WAIT), out, x)
     faulty("undelivered", COPY.format(copy=copy, wait=""), out, x)
     two = copy + "cp.async.commit_group; cp.async.ca.shared.global [%r1+128], [%rd12], 4;"
-    silent(COPY.format(copy=two, wait="cp.async.wait_group 1;"), out, x)
+    silent(COPY.format(copy=two, wait="cp.async.wait_group 1;") + "cp.async.wait_group 0;", out, x)
     faulty("undelivered", COPY.format(copy=two, wait="cp.async.wait_group 2;"), out, x)
     # Written under the copy; and a wait that is another warp's.
     faulty("undelivered", COPY.format(copy=copy + "st.shared.b32 [%r1], %r0;", wait=WAIT), out, x)
@@ -78,6 +78,16 @@ def test_undelivered():
     silent(COPY.format(copy=copy, wait=WAIT + "bar.sync 0;" + other), out, x, threads=64)
     with pytest.raises(ptx.Fault, match="race|undelivered"):
         run(COPY.format(copy=copy, wait=WAIT + other), out, x, threads=64, apart=False)
+
+
+def test_pending():
+    """A program that ends before its copies have landed."""
+    x, out = torch.arange(64, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    copy = "cp.async.ca.shared.global [%r1], [%rd12], 4;"
+    more = COPY.format(copy=copy, wait=WAIT) + "cp.async.ca.shared.global [%r1], [%rd12], 4; {}"
+    silent(more.format("cp.async.commit_group; cp.async.wait_group 0;"), out, x)
+    for left in ("", "cp.async.commit_group;", "cp.async.commit_group; cp.async.wait_group 1;"):
+        assert "issued at PTX line" in faulty("pending", more.format(left), out, x).detail
 
 
 PAIR = "mov.b64 %rd20, 0x4000000000010000; mov.b64 %rd21, 0x4000000000010000;"
@@ -111,6 +121,16 @@ def test_products_in_flight(products):
     silent(in_registers, out, x, **how)
     late = product(after="mov.b32 %r51, 0;").replace("%rd20, %rd21", "{%r50, %r51, %r52, %r53}, %rd21")
     faulty("register", late, out, x, **how)
+
+
+def test_products_in_flight_at_a_branch_and_at_the_end():
+    out, x, how = products_of()
+    branch = "setp.lt.u32 %p1, %r0, {}; @%p1 bra $L9; bar.warp.sync 0xffffffff;\n$L9:\n"
+    silent(product(after=branch.format(128)), out, x, **how)
+    with pytest.raises(ptx.Fault, match="instruction: threads that part while a product is in flight"):
+        run(product(after=branch.format(64)), out, x, **how)
+    ends = product(before="setp.lt.u32 %p2, %r0, 128;", after="@%p2 bra $L9;").replace("ret;", "")
+    faulty("pending", ends + "\n$L9:\n", out, x, **how)
 
 
 def test_proxy():

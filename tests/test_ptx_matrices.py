@@ -249,7 +249,7 @@ def test_groups_of_copies():
     x, out = torch.arange(64, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
     copy = """cp.async.ca.shared.global [%r1], [%rd12], 4; cp.async.commit_group;
     cp.async.ca.shared.global [%r1+128], [%rd12+128], 4;"""
-    run(COPY.format(copy=copy, wait="cp.async.wait_group 1;"), out, x, copies="late")
+    run(COPY.format(copy=copy, wait="cp.async.wait_group 1;") + WAIT, out, x, copies="late")
     assert (out == x[:32]).all()
 
 

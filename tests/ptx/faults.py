@@ -11,6 +11,7 @@ KINDS = {
     "proxy": "a product that reads what ordinary stores have written, without fence.proxy.async in between",
     "register": "a register of a product in flight, or one that wgmma.fence has not ordered before a product",
     "barrier": "a barrier that not all threads of the program reach",
+    "pending": "a program that ends without a wait for its copies or products",
     "divergence": "an instruction of whole warps that some threads of a warp do not reach, or not with one operand",
     "trap": "trap",
 }

@@ -47,14 +47,13 @@ class Product:
     here: int
 
     def part(self, kept, columns, rows, row):
+        """The product of some of its programs; its threads have not parted."""
         a = self.a
         if isinstance(a, Address):
             a = Address(kept_rows(a.value, kept))
         elif a.shape[1] > 1:
             a = a[:, kept]
         b = Address(kept_rows(self.b.value, kept))
-        if len(columns) != self.threads:
-            raise NotImplementedError("warpgroups that part while a product is in flight")
         return Product(
             self.form, self.registers, self.names, self.operands, rows, row, self.threads, a, b,
             kept_rows(self.keep, kept), self.here,

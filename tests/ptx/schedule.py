@@ -139,6 +139,8 @@ class Batch:
                 b.barrier = block.barrier, block_end(translated, block)
                 return
             elif block.end == "exit":
+                for this in (this for group in (*b.copies, *b.products) for this in group):
+                    b.fault("pending", f"what is issued at {self.describe(this.here)}", block_end(translated, block))
                 self.bundles.remove(b)
                 return
             if not alone:
@@ -253,6 +255,9 @@ class Bundle:
     def piece(self, kept, columns, pc):
         """Some of the programs and threads, by their numbers here, at a place."""
         everyone = len(columns) == self.threads
+        if self.busy() and not everyone:
+            here = block_end(self.batch.machine.translated, self.batch.machine.translated.blocks[pc])
+            self.fault("instruction", "threads that part while a product is in flight", here)
         registers = list(self.batch.machine.garbage)
         for k in self.batch.machine.translated.alive[pc]:
             value = self.registers[k]
