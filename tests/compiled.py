@@ -7,6 +7,7 @@ and how far a format may be off it, are those of the timings (bench/exactness.py
 tiles are met, and sums are long enough to fill a pipeline.
 """
 
+import ptx
 import pytest
 import torch
 from test_machine_code import every_kernel
@@ -117,10 +118,8 @@ def test_every_kernel_is_here(format):
     assert every_kernel() - here == {f"{name}_kernel" for name in OTHERS[format]}
 
 
-@pytest.mark.parametrize(
-    "case, format", [(case, format) for format in FORMATS for case in CASES if kernels(case, format)]
-)
-def test_against_float64(case, format):
+def check(case, format):
+    """Launches a case; its results are within the gate."""
     subject, layout = CASES[case]
     library = LIBRARIES["TrainStep" if case == "LeNet step" else "tritonnet"]
     with precision(format):
@@ -134,3 +133,30 @@ def test_against_float64(case, format):
     assert complaint is None, complaint
     if format == "float64":  # where the gate's allowance for sums in float32 says little
         torch.testing.assert_close(results[:2], gate.truth[:2], rtol=1e-11, atol=1e-11)
+
+
+SERVED = [(case, format) for format in FORMATS for case in CASES if kernels(case, format)]
+
+
+@pytest.mark.parametrize("case, format", SERVED)
+def test_against_float64(case, format):
+    check(case, format)
+
+
+@pytest.mark.parametrize("case", ["cross_entropy", "LeNet step"])
+def test_approximations_at_their_worst(case, memory_is_watched):
+    """Powers and quotients as far off as the ISA lets a GPU's be."""
+    machine = memory_is_watched
+    machine.worst = True
+    check(case, "float32")
+    assert any(opcode.startswith(("ex2.approx", "div.full")) for opcode in machine.seen)
+
+
+def test_each_architecture_has_its_own_code():
+    """Also where one process compiles for both."""
+    x, seen = torch.randn(64, 64, dtype=torch.bfloat16), {}
+    for arch in (*ptx.ARCHITECTURES, *ptx.ARCHITECTURES):
+        with ptx.emulate(arch) as machine, tritonnet.backend("triton"):
+            F.linear(x, x)
+        seen[arch] = {opcode.split(".")[0] for opcode in machine.seen if "mma" in opcode}
+        assert seen[arch] == {"wgmma" if arch == "sm_90" else "mma"}

@@ -121,7 +121,7 @@ def memory_is_watched(record_property):
     """Fails any test in which a kernel strays from its tensors or programs race (see memory.py)."""
     if EMULATED:
         with emulated.emulated(EMULATED, SEED) as emulator:
-            yield
+            yield emulator
         record_property("programs", dict(emulator.programs))
         return
     with memory.watched() if DEVICE == "cpu" else memory.guard_bands() as violations:

@@ -12,6 +12,6 @@ What is not known here raises; nothing is guessed.
 """
 
 from .faults import KINDS, Fault
-from .launch import Emulator, emulate
+from .launch import ARCHITECTURES, Emulator, emulate
 
-__all__ = ["KINDS", "Emulator", "Fault", "emulate"]
+__all__ = ["ARCHITECTURES", "KINDS", "Emulator", "Fault", "emulate"]
