@@ -209,8 +209,8 @@ def compute(b, chain, R):
     """The sums of a chain of products, into the registers."""
     first = chain[0]
     owner, form, threads = Owner(b, first), first.form, first.threads
-    left = np.concatenate([left_operand(owner, this) for this in chain], axis=3)
-    right = np.concatenate([right_operand(owner, this) for this in chain], axis=2)
+    left = side_by_side([left_operand(owner, this) for this in chain], axis=3)
+    right = side_by_side([right_operand(owner, this) for this in chain], axis=2)
     sums = left @ right
     if first.keep.any():
         start = sums_of(b, first, R)
@@ -222,6 +222,12 @@ def compute(b, chain, R):
     for register, value in zip(first.registers, parts):
         R[register] = value
     b.sums[first.registers] = sums, parts
+
+
+def side_by_side(operands, axis):
+    """Operands along K, of which some may be one for all programs."""
+    programs = max(map(len, operands))
+    return np.concatenate([np.broadcast_to(each, (programs, *each.shape[1:])) for each in operands], axis=axis)
 
 
 def sums_of(b, this, R):
