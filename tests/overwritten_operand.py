@@ -1,4 +1,7 @@
-"""Compiles a weight gradient and its bias for sm_90 and prints what bench.ttgir finds: see test_machine_code.py."""
+"""A weight gradient and its bias, of which one of two forms has an operand overwritten on sm_90.
+
+Compiles both and prints what bench.ttgir finds, see test_machine_code.py; planted.py runs them.
+"""
 
 import json
 
@@ -28,17 +31,22 @@ def gradient_kernel(dy_ptr, a_ptr, dw_ptr, db_ptr, N, AGAIN: tl.constexpr, PRECI
     tl.store(db_ptr + columns, tl.sum(acc_b, axis=0))
 
 
-found = {}
-for dtype, precision in (("bf16", "ieee"), ("fp32", "tf32")):
-    for again in (False, True):
-        signature = {"dy_ptr": f"*{dtype}", "a_ptr": f"*{dtype}", "dw_ptr": "*fp32", "db_ptr": "*fp32", "N": "i32"}
-        pointers = {(i,): [["tt.divisibility", 16]] for i in range(4)}
-        source = triton.compiler.ASTSource(
-            gradient_kernel,
-            {**signature, "AGAIN": "constexpr", "PRECISION": "constexpr"},
-            {"AGAIN": again, "PRECISION": precision},
-            pointers,
-        )
-        kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-        found[f"{'loaded again' if again else 'shared'}, {dtype}"] = overwritten(kernel.asm["ttgir"])
-print(json.dumps(found))
+def main():
+    found = {}
+    for dtype, precision in (("bf16", "ieee"), ("fp32", "tf32")):
+        for again in (False, True):
+            signature = {"dy_ptr": f"*{dtype}", "a_ptr": f"*{dtype}", "dw_ptr": "*fp32", "db_ptr": "*fp32", "N": "i32"}
+            pointers = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+            source = triton.compiler.ASTSource(
+                gradient_kernel,
+                {**signature, "AGAIN": "constexpr", "PRECISION": "constexpr"},
+                {"AGAIN": again, "PRECISION": precision},
+                pointers,
+            )
+            kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+            found[f"{'loaded again' if again else 'shared'}, {dtype}"] = overwritten(kernel.asm["ttgir"])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """The machine that runs PTX: each of its faults, by name, and a program that differs by what is wrong and is silent."""
 
+import re
+
 import ptx
 import pytest
 import torch
@@ -138,6 +140,11 @@ def test_proxy():
     silent(product(), out, x, **how)
     faulty("proxy", product(fence=""), out, x, **how)
     silent(product(fence="", before="fence.proxy.async.shared::cta;"), out, x, **how)
+    # Copies are of the proxy that stores are of.
+    load, copied = r"ld\.global\.b32 %r2, (\S+); st\.shared\.b32 (\S+), %r2;", r"cp.async.ca.shared.global \2, \1, 4;"
+    landed = "cp.async.commit_group;" + WAIT
+    silent(re.sub(load, copied, product(fence=landed + "fence.proxy.async.shared::cta;")), out, x, **how)
+    faulty("proxy", re.sub(load, copied, product(fence=landed)), out, x, **how)
 
 
 def test_race():

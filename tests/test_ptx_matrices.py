@@ -1,5 +1,7 @@
 """The machine that runs PTX: matrices in shared memory, products, copies, and how threads go."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -227,6 +229,19 @@ def test_wgmma_of_registers(dtype):
     out = torch.zeros(8, 128)
     run(code, out, torch.from_numpy(memory.view(np.int32)), fragments.contiguous(), threads=128)
     assert (sums_of(out, 16) == a.float() @ b.float().T).all()
+
+
+def test_group_of_products_is_one_sum():
+    """Whether early or late: the same bits, though their terms could be added in many orders."""
+    torch.manual_seed(0)
+    x, results = torch.randn(2048), []
+    code = fill(2048) + "mov.b64 %rd20, 0x4000000000010000; mov.b64 %rd21, 0x4000000000010000;"
+    code += wgmma("m64n16k8.f32.tf32.tf32", "%rd20", "%rd21", keep=1)
+    product = re.search(r"wgmma\.mma_async.*;", code)[0]
+    for products in ("early", "late"):
+        results.append(torch.zeros(8, 128))
+        run(code.replace(product, 8 * product), results[-1], x, threads=128, shared=8192, products=products)
+    assert torch.equal(*results) and results[0].all()
 
 
 @pytest.mark.parametrize("copies", ("early", "late"))

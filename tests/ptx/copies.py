@@ -1,8 +1,9 @@
 """Copies into shared memory that run beside the threads: cp.async.
 
-A copy lands at once, or at the last moment that a wait allows. Until the wait nobody may touch what it writes.
+A copy lands at once, or at the last moment that a wait allows. Until the wait nobody may touch what it writes. For
+products it is then as an ordinary store: only copies in bulk are of the proxy that products are of.
 
-Source: PTX ISA 9.0, section "Data Movement and Conversion Instructions: cp.async".
+Source: PTX ISA 9.0, sections "Data Movement and Conversion Instructions: cp.async" and "Async Proxy".
 """
 
 from dataclasses import dataclass
@@ -110,10 +111,11 @@ def wait_copies(b, pending, here):
             shared.in_flight -= 1
             if b.batch.copies_late:
                 land(Owner(b, this, this.warps), this)
+            written = Access(WRITE, this.to, this.offset, this.size, this.mask, this.rows, this.warps, this.here)
             if shared.many:
-                shared.log.append(
-                    Access(WRITE, this.to, this.offset, this.size, this.mask, this.rows, this.warps, this.here)
-                )
+                shared.log.append(written)
+            if shared.proxies:
+                shared.unfenced.append(written)
 
 
 class Owner:

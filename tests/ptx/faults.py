@@ -8,7 +8,7 @@ KINDS = {
     "undelivered": "an access to shared memory that a copy in flight has yet to write",
     "overwritten": "a write to shared memory that a product in flight still reads",
     "race": "two warps of a program at one address of memory, one of them writing, and no barrier in between",
-    "proxy": "a product that reads what ordinary stores have written, without fence.proxy.async in between",
+    "proxy": "a product that reads what stores or copies have written, without fence.proxy.async in between",
     "register": "a register of a product in flight, or one that wgmma.fence has not ordered before a product",
     "barrier": "a barrier that not all threads of the program reach",
     "pending": "a program that ends without a wait for its copies or products",

@@ -10,13 +10,14 @@ from .parse import effects
 class Block:
     """Instructions that run one after the other.
 
-    end: how control leaves it: "next", "jump", "branch" (to the target if the last instruction's guard holds, or else
-    to the next block), "barrier" (and then to the next block) or "exit". alive: the registers that are read before they
-    are written from the block's start on; alive_after: from its end on.
+    last: the number of its last instruction. end: how control leaves it: "next", "jump", "branch" (to the target if the
+    last instruction's guard holds, or else to the next block), "barrier" (and then to the next block) or "exit". alive:
+    the registers that are read before they are written from the block's start on; alive_after: from its end on.
     """
 
     index: int
     instructions: list
+    last: int
     end: str = "next"
     target: int | None = None
     barrier: int | None = None
@@ -37,7 +38,7 @@ def blocks(kernel):
     number = {start: k for k, start in enumerate(starts)}
     found = []
     for k, (start, stop) in enumerate(zip(starts, [*starts[1:], len(code)])):
-        block = Block(k, code[start:stop])
+        block = Block(k, code[start:stop], stop - 1)
         close(kernel, block, number)
         found.append(block)
     if found[-1].end in ("next", "branch", "barrier"):

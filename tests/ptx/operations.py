@@ -297,7 +297,8 @@ class Operations(Computing):
         if kinds == ("fence", "sync", "aligned"):
             self.lines.append("fence_registers(b)")
         elif kinds == ("commit_group", "sync", "aligned"):
-            self.lines.append("commit_products(b)")
+            self.release(self.parent.accumulators)
+            self.lines.append("commit_products(b, R)")
         elif kinds == ("wait_group", "sync", "aligned"):
             self.release(self.parent.accumulators)
             self.lines.append(f"wait_products(b, {int(self.instruction.operands[0], 0)}, R, {self.here})")
@@ -328,4 +329,4 @@ class Operations(Computing):
         registers = tuple(self.parent.index[name] for name in operands[0])
         name = f"product_{self.here}"
         self.parent.names[name] = form, registers, operands[0], operands[1] if in_registers else ()
-        self.lines.append(f"product(b, {name}, {a}, {b}, {scale}, R, {self.here})")
+        self.lines.append(f"product(b, {name}, {a}, {b}, {scale}, {self.here})")

@@ -1,7 +1,8 @@
 """Products of shared memory that run beside the threads: wgmma.
 
-A product is computed when it is issued, or at its wait. Until the wait nobody may write the shared memory that it
-reads, nor touch its accumulators, nor write operands that are registers.
+A group of products is computed when it is committed, or at its wait: in both cases as a whole, so that its sums are
+the same bits. From a product's issue to its wait nobody may write the shared memory that it reads, nor touch its
+accumulators, nor write operands that are registers.
 
 Source: PTX ISA 9.0, section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 """
@@ -60,7 +61,7 @@ class Product:
         )  # fmt: skip
 
 
-def product(b, what, a, b_operand, scale, R, here):
+def product(b, what, a, b_operand, scale, here):
     """wgmma.mma_async."""
     form, registers, names, operands = what
     whole(b, here)
@@ -86,8 +87,6 @@ def product(b, what, a, b_operand, scale, R, here):
         shared.mark(b, PRODUCT, address, 0, 16, None, True)
     shared.in_flight += 1
     b.products[-1].append(this)
-    if not b.batch.products_late:
-        run(b, [this], R)
 
 
 def regions(this):
@@ -101,7 +100,7 @@ def touch(b, this, address):
 
 
 def judge_stores(b, address, here):
-    """Faults if an operand has chunks that ordinary stores have written, and no fence.proxy.async since."""
+    """Faults if an operand has chunks that stores or copies have written, and no fence.proxy.async since."""
     shared = b.batch.shared
     in_flight = shared.in_flight and shared.cells(b, address, 0, 16)
     if in_flight:
@@ -169,7 +168,10 @@ def segment(b, number):
                 b.fault("register", f"{name} is read by the product in flight of {place}", touched.writes[name])
 
 
-def commit_products(b):
+def commit_products(b, R):
+    """wgmma.commit_group."""
+    if not b.batch.products_late:
+        run(b, b.products[-1], R)
     b.products.append([])
     b.ordered = False
 
@@ -178,11 +180,12 @@ def wait_products(b, pending, R, here):
     """wgmma.wait_group: all groups but the last few are complete."""
     finished = []
     while len(b.products) - 1 > pending:
-        finished += b.products.pop(0)
+        group = b.products.pop(0)
+        if b.batch.products_late:
+            run(b, group, R)
+        finished += group
     if not finished:
         return
-    if b.batch.products_late:
-        run(b, finished, R)
     shared = b.batch.shared
     for this in finished:
         for address in regions(this):
@@ -202,7 +205,8 @@ def run(b, products, R):
             compute(b, chain, R)
             chain = []
         chain.append(this)
-    compute(b, chain, R)
+    if chain:
+        compute(b, chain, R)
 
 
 def compute(b, chain, R):

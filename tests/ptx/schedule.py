@@ -14,8 +14,9 @@ from .faults import Fault
 from .shared import Shared
 from .traffic import Traffic
 
-# Elements of an array that make its overhead small, and bytes of shared memory that fit a cache.
-ELEMENTS, BYTES = 8192, 1 << 23
+# Threads that run together, so many that the overhead of arrays is small even where programs part by their numbers, and
+# bytes of their shared memory that fit a cache.
+ELEMENTS, BYTES = 32768, 1 << 23
 
 
 def uniform(value, kind):
@@ -135,12 +136,12 @@ class Batch:
                     return
             elif block.end == "barrier":
                 if not b.whole:
-                    b.fault("barrier", "threads of a warp that others have parted from", block_end(translated, block))
-                b.barrier = block.barrier, block_end(translated, block)
+                    b.fault("barrier", "threads of a warp that others have parted from", block.last)
+                b.barrier = block.barrier, block.last
                 return
             elif block.end == "exit":
                 for this in (this for group in (*b.copies, *b.products) for this in group):
-                    b.fault("pending", f"what is issued at {self.describe(this.here)}", block_end(translated, block))
+                    b.fault("pending", f"what is issued at {self.describe(this.here)}", block.last)
                 self.bundles.remove(b)
                 return
             if not alone:
@@ -212,11 +213,6 @@ class Batch:
         self.fault("barrier", f"{threads}; the program has {self.threads}", b.barrier[1], row)
 
 
-def block_end(translated, block):
-    """The number of a block's last instruction."""
-    return next(k for k, each in enumerate(translated.kernel.code) if each is block.instructions[-1])
-
-
 class Bundle:
     """Threads at one place. rows: their programs in the batch, or None for all of it. columns: their numbers in each.
 
@@ -256,7 +252,7 @@ class Bundle:
         """Some of the programs and threads, by their numbers here, at a place."""
         everyone = len(columns) == self.threads
         if self.busy() and not everyone:
-            here = block_end(self.batch.machine.translated, self.batch.machine.translated.blocks[pc])
+            here = self.batch.machine.translated.blocks[pc].last
             self.fault("instruction", "threads that part while a product is in flight", here)
         registers = list(self.batch.machine.garbage)
         for k in self.batch.machine.translated.alive[pc]:

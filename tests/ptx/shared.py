@@ -5,7 +5,7 @@ Three watches:
   copy is smaller, and products read 16 bytes at a time. Whoever touches it before the wait is stopped at once;
 - all accesses since the last barrier are logged, and looked through at the next one: two warps at one byte, one of them
   writing, are a race, whatever the order was that they came in here;
-- what ordinary stores have written is remembered until fence.proxy.async, and looked for in what a product reads.
+- what stores and copies have written is remembered until fence.proxy.async, and looked for in what a product reads.
 
 Programs that go the same way have the same addresses: these are judged once for all of them.
 
