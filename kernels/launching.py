@@ -16,11 +16,12 @@ import torch
 import triton
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime._async_compile import FutureKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-# Whether `launch` only has kernels compiled, in this thread.
-compiling = contextvars.ContextVar("compiling", default=False)
+# The kernels that `launch` has compiled and not launched, in this thread; None where it launches.
+compiling = contextvars.ContextVar("compiling", default=None)
 # So many kinds of arguments are remembered, of a kernel or of a function: past that it starts again.
 MOST_KEPT = 4096
 # Triton compiles for this alignment of a pointer where it has it.
@@ -33,22 +34,38 @@ _kept = []
 
 def launch(kernel, grid, *args, **options):
     """Launches a kernel; inside compiled_together() it is compiled and not launched."""
-    if compiling.get():
+    begun = compiling.get()
+    if begun is not None:
+        begun.append(kernel)
         return kernel.warmup(*args, grid=grid, **options)
     return kernel[grid](*args, **options)
 
 
 @contextlib.contextmanager
 def compiled_together():
-    """Inside, the kernels of `launch` are compiled side by side in threads; they are ready when the block ends."""
-    # A kernel that does not compile says so when launched. An error here would leave Triton in this mode for good.
+    """Inside, the kernels of `launch` are compiled side by side in threads; they are ready when the block ends.
+
+    One that could not be compiled is compiled again when it is launched, and then says why. It may well compile alone:
+    where other threads run, Python 3.11's ast.parse now and then raises "AST constructor recursion depth mismatch".
+    """
+    # An error here would leave Triton in this mode for good.
     together = triton.AsyncCompileMode
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads, together(threads, ignore_errors=True):
-        before = compiling.set(True)
+        begun = []
+        before = compiling.set(begun)
         try:
             yield
         finally:
             compiling.reset(before)
+    for kernel in begun:
+        for compiled, *_ in kernel.device_caches.values():
+            for key in [key for key, found in compiled.items() if _has_failed(found)]:
+                del compiled[key]
+
+
+def _has_failed(kernel):
+    """Whether Triton keeps an error in the place of a kernel, to be raised at each launch."""
+    return isinstance(kernel, FutureKernel) and kernel.kernel is None
 
 
 def remembered(function):
@@ -74,7 +91,7 @@ def _nobody_looks(kernel):
         and runtime.add_stages_inspection_hook is None
         and not runtime.debug
         and not knobs.compilation.instrumentation_mode
-        and not compiling.get()
+        and compiling.get() is None
     )
 
 

@@ -43,4 +43,32 @@ with tritonnet.count_launches() as launches:
         assert all(type(c) is triton.compiler.CompiledKernel for cache in caches for c in cache)
         compiled.append({k.fn.__name__: len(cache) for k, cache in zip(kernels, caches)})
 threads.discard(threading.get_ident())
-print(json.dumps({"compiled": compiled, "launches": launches.total(), "threads": len(threads)}))
+
+# A kernel whose compilation fails in a thread, and only there, is not kept: it is compiled again at its launch.
+for kernel in kernels:
+    kernel.device_caches.clear()
+compile, failed = triton.compiler.compile, []
+
+
+def compile_but_gradients(src, *args, **kwargs):
+    if src.fn is lenet_gradient.lenet_gradient_kernel and threading.current_thread() is not threading.main_thread():
+        failed.append(src)
+        raise SystemError("AST constructor recursion depth mismatch")
+    return compile(src, *args, **kwargs)
+
+
+triton.compiler.compile = compile_but_gradients
+images, labels = torch.empty(100, 1, 32, 32), torch.zeros(100, dtype=torch.int64)
+step._new_batch(100, images, labels, packed, add=False, update=True)
+kept = [len(k.device_caches[0][0]) for k in kernels]
+print(
+    json.dumps(
+        {
+            "compiled": compiled,
+            "launches": launches.total(),
+            "threads": len(threads),
+            "failed": len(failed),
+            "kept": kept,
+        }
+    )
+)

@@ -7,7 +7,7 @@ from conftest import run_python
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("file", ["compiled.py"])
+@pytest.mark.parametrize("file", ["compiled.py", "planted.py"])
 def test_as_compiled(file, arch, record_property):
     """In a process of its own: in this one kernels may be the interpreter's."""
     options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist"

@@ -109,7 +109,7 @@ def count_launches() -> Iterator[collections.Counter[str]]:
         name = kernel.fn.__name__
 
         def hook(*args, name=name, **kwargs):
-            if not compiling.get():
+            if compiling.get() is None:
                 launches[name] += 1
 
         kernel.add_pre_run_hook(hook)
