@@ -69,7 +69,8 @@ torch.set_num_threads(1)  # for the same reason
 
 def pytest_collection_modifyitems(items):
     """What takes longest comes first, so that it does not run alone at the end."""
-    items.sort(key=lambda item: not item.name.startswith("test_machine_code["))  # stable: the others keep their order
+    first = "test_machine_code[", "test_as_compiled["
+    items.sort(key=lambda item: not item.name.startswith(first))  # stable: the others keep their order
 
 
 def pytest_terminal_summary(terminalreporter):
