@@ -22,6 +22,7 @@ import os
 import sys
 import weakref
 
+import fast_interpreter
 import numpy as np
 import torch
 import triton
@@ -114,6 +115,7 @@ class Watch:
 
     def install(self):
         """From now on every launch in the interpreter is watched."""
+        fast_interpreter.install()
         watch, builder = self, interpreter.interpreter_builder
         to_pointer, barrier = interpreter._implicit_cvt, builder.create_barrier
 
@@ -282,7 +284,7 @@ class Watch:
 
 def _line():
     """file:line of the kernel's statement that runs now, or the kernel's end."""
-    frame, outside = sys._getframe(1), (os.path.dirname(triton.__file__), __file__)
+    frame, outside = sys._getframe(1), (os.path.dirname(triton.__file__), fast_interpreter.__file__, __file__)
     while frame and frame.f_code.co_filename.startswith(outside):
         if frame.f_code.co_name == "end":
             return "at its end"
