@@ -18,6 +18,7 @@ memory that nobody has written to holds NaN.
 import contextlib
 import functools
 import math
+import mmap
 import os
 import sys
 import weakref
@@ -46,6 +47,16 @@ PARTLY = {
 }
 
 
+def _zeros(count, dtype):
+    """Zeros, which take no memory before they are touched, nor more than a page of 4 kB then.
+
+    numpy asks for pages of 2 MB where an array is large: a few rows of a huge matrix would be gigabytes.
+    """
+    if count < 2**22:
+        return np.zeros(count, dtype)
+    return np.frombuffer(mmap.mmap(-1, count * dtype().itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
+
+
 class Tensor:
     """A tensor argument of a launch: which of its bytes are elements, and who has loaded or stored each."""
 
@@ -61,14 +72,14 @@ class Tensor:
             at = np.zeros(1, np.int64)
             for size, stride in steps:
                 at = (at[:, None] + np.arange(size) * stride).ravel()
-            self.elements = np.zeros(extent, bool)
+            self.elements = _zeros(extent, np.bool_)
             self.elements[at] = True
         # Tensors that share their storage share its history.
         storage = tensor.untyped_storage()
         key = storage.data_ptr(), self.itemsize
         if key not in histories:
             whole = storage.nbytes() // self.itemsize
-            histories[key] = np.zeros(whole, np.int32), np.zeros(whole, np.int32)
+            histories[key] = _zeros(whole, np.int32), _zeros(whole, np.int32)
         first = tensor.storage_offset()
         self.loaded_by, self.stored_by = (history[first : first + extent] for history in histories[key])
         self.is_output = False
