@@ -23,7 +23,7 @@ from bench import unfused as TF
 
 # name: function of a module of functionals and its tensors, their sizes; the first size starts with the batch.
 OPERATORS = {
-    "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1, groups=2), (4, 4, 5, 6), (6, 2, 3, 2), (6,)),
+    "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1, groups=2), (4, 4, 5, 3), (6, 2, 3, 2), (6,)),
     "conv2d depthwise": (lambda f, x, w: f.conv2d(x, w, padding="same", groups=4), (4, 4, 3, 4), (4, 1, 3, 3)),
     "max_pool2d": (lambda f, x: f.max_pool2d(x, 3, 2, 1), (4, 2, 5, 4)),
     "relu": (lambda f, x: f.relu(x), (4, 3, 5)),
