@@ -18,10 +18,12 @@ memory that nobody has written to holds NaN.
 import contextlib
 import functools
 import math
+import mmap
 import os
 import sys
 import weakref
 
+import fast_interpreter
 import numpy as np
 import torch
 import triton
@@ -45,6 +47,16 @@ PARTLY = {
 }
 
 
+def _zeros(count, dtype):
+    """Zeros, which take no memory before they are touched, nor more than a page of 4 kB then.
+
+    numpy asks for pages of 2 MB where an array is large: a few rows of a huge matrix would be gigabytes.
+    """
+    if count < 2**22:
+        return np.zeros(count, dtype)
+    return np.frombuffer(mmap.mmap(-1, count * dtype().itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
+
+
 class Tensor:
     """A tensor argument of a launch: which of its bytes are elements, and who has loaded or stored each."""
 
@@ -60,14 +72,14 @@ class Tensor:
             at = np.zeros(1, np.int64)
             for size, stride in steps:
                 at = (at[:, None] + np.arange(size) * stride).ravel()
-            self.elements = np.zeros(extent, bool)
+            self.elements = _zeros(extent, np.bool_)
             self.elements[at] = True
         # Tensors that share their storage share its history.
         storage = tensor.untyped_storage()
         key = storage.data_ptr(), self.itemsize
         if key not in histories:
             whole = storage.nbytes() // self.itemsize
-            histories[key] = np.zeros(whole, np.int32), np.zeros(whole, np.int32)
+            histories[key] = _zeros(whole, np.int32), _zeros(whole, np.int32)
         first = tensor.storage_offset()
         self.loaded_by, self.stored_by = (history[first : first + extent] for history in histories[key])
         self.is_output = False
@@ -114,6 +126,7 @@ class Watch:
 
     def install(self):
         """From now on every launch in the interpreter is watched."""
+        fast_interpreter.install()
         watch, builder = self, interpreter.interpreter_builder
         to_pointer, barrier = interpreter._implicit_cvt, builder.create_barrier
 
@@ -282,7 +295,7 @@ class Watch:
 
 def _line():
     """file:line of the kernel's statement that runs now, or the kernel's end."""
-    frame, outside = sys._getframe(1), (os.path.dirname(triton.__file__), __file__)
+    frame, outside = sys._getframe(1), (os.path.dirname(triton.__file__), fast_interpreter.__file__, __file__)
     while frame and frame.f_code.co_filename.startswith(outside):
         if frame.f_code.co_name == "end":
             return "at its end"

@@ -6,6 +6,7 @@ float64. The checks run on the reference and again on the kernels.
 
 import gc
 import io
+import itertools
 import warnings
 import weakref
 
@@ -23,7 +24,7 @@ from bench import unfused as TF
 
 # name: function of a module of functionals and its tensors, their sizes; the first size starts with the batch.
 OPERATORS = {
-    "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1, groups=2), (4, 4, 5, 6), (6, 2, 3, 2), (6,)),
+    "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1, groups=2), (4, 4, 5, 3), (6, 2, 3, 2), (6,)),
     "conv2d depthwise": (lambda f, x, w: f.conv2d(x, w, padding="same", groups=4), (4, 4, 3, 4), (4, 1, 3, 3)),
     "max_pool2d": (lambda f, x: f.max_pool2d(x, 3, 2, 1), (4, 2, 5, 4)),
     "relu": (lambda f, x: f.relu(x), (4, 3, 5)),
@@ -136,20 +137,32 @@ def hessian(op):
     same(*(tf.hessian(loss(function), every)(*inputs) for function in (op.ours, op.theirs)))
 
 
-def vmap_over_any_argument(op):
-    """A batch on every choice of arguments and at two places, value and gradients, without the slow loop's warning."""
+def vmap_over(op, choices):
+    """A batch on the chosen arguments, at a place: value and gradients, without the slow loop's warning."""
     inputs = op.inputs(2)
     every = tuple(range(len(inputs)))
-    for chosen in range(1, 2 ** len(inputs)):
-        for place in (0, 1):
-            dims = tuple(place if chosen >> i & 1 else None for i in every)
-            batched = [t if d is None else torch.stack([t, 2 * t, t.flip(0)], d) for t, d in zip(inputs, dims)]
-            for wrap in (lambda f: f, lambda f: tf.grad(loss(f), every), lambda f: tf.grad(loss(f), every[-1])):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error", UserWarning)  # the slow loop's
-                    ours = tf.vmap(wrap(op.ours), dims)(*batched)
-                same(ours, tf.vmap(wrap(op.theirs), dims)(*batched))
-    twice = [torch.stack([torch.stack([t, t + 1])] * 3) for t in inputs]
+    for chosen, place in choices:
+        dims = tuple(place if i in chosen else None for i in every)
+        batched = [t if d is None else torch.stack([t, 2 * t, t.flip(0)], d) for t, d in zip(inputs, dims)]
+        for wrap in (lambda f: f, lambda f: tf.grad(loss(f), every), lambda f: tf.grad(loss(f), every[-1])):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # the slow loop's
+                ours = tf.vmap(wrap(op.ours), dims)(*batched)
+            same(ours, tf.vmap(wrap(op.theirs), dims)(*batched))
+
+
+def vmap_over_any_argument(op):
+    """Every choice of arguments, the batch at two places."""
+    every = range(len(op.sizes))
+    choices = [chosen for n in every for chosen in itertools.combinations(every, n + 1)]
+    vmap_over(op, itertools.product(choices, (0, 1)))
+
+
+def vmap_over_one_argument_and_all(op):
+    """The batch at two places by turns; and a batch of batches."""
+    every = range(len(op.sizes))
+    vmap_over(op, [*(((i,), i % 2) for i in every), (every, 1)])
+    twice = [torch.stack([torch.stack([t, t + 1])] * 3) for t in op.inputs(2)]
     same(*(tf.vmap(tf.vmap(f), in_dims=1)(*[t.transpose(0, 1) for t in twice]) for f in (op.ours, op.theirs)))
 
 
@@ -349,7 +362,6 @@ def frozen_parameters(op):
 
 def no_reference_cycles(op):
     """What a call holds goes as the result goes, without the garbage collector."""
-    gc.collect()
     gc.disable()
     try:
         inputs = op.inputs(grad=True)
@@ -367,8 +379,9 @@ CHECKS = {
     check.__name__: check
     for check in (
         gradients_forward_backward_and_batched, second_derivatives_forward_over_reverse, transforms, hessian,
-        vmap_over_any_argument, per_sample_gradients, compiles_dynamic_shapes_once, compiles_dynamic_inductor,
-        compiles_without_gradients, compiled_transforms, compiled_checkpoint, compiled_autocast, compiled_autograd,
+        vmap_over_any_argument, vmap_over_one_argument_and_all, per_sample_gradients, compiles_dynamic_shapes_once,
+        compiles_dynamic_inductor, compiles_without_gradients, compiled_transforms, compiled_checkpoint,
+        compiled_autocast, compiled_autograd,
         autocast, checkpoints, selective_checkpoint, saved_tensor_hooks, inference_mode, meta_and_fake, make_fx,
         deterministic_algorithms, frozen_parameters, no_reference_cycles,
     )
@@ -377,8 +390,12 @@ CHECKS = {
     "compiles_inductor": compiles("inductor"), "exports": exports(False), "exports_strict": exports(True),
 }  # fmt: skip
 
-# Thousands of launches each; test_gradcheck.py and the row of transforms make them in fewer.
-SLOW_ON_KERNELS = {"gradients_forward_backward_and_batched", "second_derivatives_forward_over_reverse", "hessian"}
+# Thousands of launches each; test_gradcheck.py and the rows of transforms and of one argument make them in fewer.
+# The rules for vmap are the same on both; what a batch of each input comes to the kernels are given there, too.
+SLOW_ON_KERNELS = {
+    "gradients_forward_backward_and_batched", "second_derivatives_forward_over_reverse", "hessian",
+    "vmap_over_any_argument",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -12,6 +12,7 @@ import torch.nn.functional as TF
 import triton
 import triton.language as tl
 from conftest import DEVICE
+from test_train_step import small
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonnet
@@ -32,9 +33,9 @@ def make_step(net, **options):
     return tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), adam(net), "ieee", **options)
 
 
-def batch(n, device="cpu", seed=0):
+def batch(n, device="cpu", seed=0, side=28):
     torch.manual_seed(seed)
-    return torch.randn(n, 1, 32, 32, device=device), torch.randint(10, (n,), device=device)
+    return torch.randn(n, 1, side, side, device=device), torch.randint(10, (n,), device=device)
 
 
 @contextlib.contextmanager
@@ -73,7 +74,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(device, monkeypatch):
     for module in (ops, lenet_step, lenet_weights):
         monkeypatch.setattr(module, "on_device", on_device)
     net = tritonnet.LeNet().to(device)
-    images, labels = batch(2, device)
+    images, labels = batch(2, device, side=32)
     with hooked(hook):
         make_step(net)(images, labels)
         with torch.no_grad():
@@ -169,7 +170,7 @@ def test_without_a_capture_the_step_goes_on_and_says_so_once(reported, monkeypat
         raise lenet_step.NotCaptured("somebody pinned memory")
 
     monkeypatch.setattr(lenet_step, "capture", capture)
-    net = tritonnet.LeNet()
+    net = small()
     twin, lines = copy.deepcopy(net), []
     true_step = make_step(twin)
     true_losses = [true_step(*batch(n, seed=n)) for n in (2, 1)]
@@ -186,7 +187,7 @@ def test_without_a_capture_the_step_goes_on_and_says_so_once(reported, monkeypat
 
 @on_the_cpu
 def test_after_a_launch_that_fails_losses_and_counts_are_right(monkeypatch):
-    net = tritonnet.LeNet()
+    net = small()
     twin = copy.deepcopy(net)
     step, true_step = make_step(net), make_step(twin)
     for i in range(3):
@@ -206,7 +207,7 @@ def test_a_loss_never_changes(graphs, device, monkeypatch):
     if graphs:
         monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ("cpu",))
         monkeypatch.setattr(lenet_step, "capture", lambda launch, restore, device: [launch(), restore(), launch][2])
-    step = make_step(tritonnet.LeNet().to(device))
+    step = make_step(small().to(device))
     kept, values = [], []
     for i in range(5):
         kept.append(step(*batch(1 + i % 2, device, i)))
@@ -249,7 +250,7 @@ def test_nothing_is_done_twice(name):
     with cpu.without_gpu():
         net = tritonnet.LeNet()
         step = tritonnet.TrainStep(net, TF.cross_entropy, cpu.OPTIMIZERS[name](net.parameters()))
-        images, labels = batch(2)
+        images, labels = batch(2, side=32)
         step(images, labels)
         with Called() as called:
             for _ in range(losses.BLOCK - 1):

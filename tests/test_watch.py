@@ -8,6 +8,10 @@ import triton.language as tl
 from conftest import DEVICE
 from memory import BAND, guard_bands, unwatched, watched
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+import tritonnet
+import tritonnet.nn.functional as F
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="rides on the interpreter")
 
@@ -257,3 +261,23 @@ def test_guard_bands_take_one_copy_and_chunks(device, monkeypatch):
     assert not violations and (y == 1).all()
     huge = sorted(n for n in made.values() if n > 4 * size // 8)
     assert huge == [4 * size, 4 * size + 2 * BAND]
+
+
+@interpreted
+def test_what_the_interpreter_remembers_changes_nothing(monkeypatch):
+    """The same bits from kernels with helpers, reductions and products, and from a bug the same line."""
+
+    def run():
+        torch.manual_seed(0)
+        x, w, labels = torch.randn(5, 6, requires_grad=True), torch.randn(7, 6, requires_grad=True), torch.arange(5)
+        with watched() as violations, tritonnet.backend("triton"):
+            loss = F.cross_entropy(F.linear(x, w), labels)
+            loss.backward()
+            copy(torch.zeros(20), torch.zeros(20), mask_load=False)
+        return loss.detach(), x.grad, w.grad, violations
+
+    *results, violations = run()
+    monkeypatch.setattr(interpreter, "_patch_lang", interpreter._patch_lang.patch)
+    *as_triton_has_it, true_violations = run()
+    assert all(map(torch.equal, results, as_triton_has_it))
+    assert violations == true_violations and len(violations) == 1

@@ -1,0 +1,138 @@
+"""Lets Triton's interpreter remember what it would find out again for each launch and each operation.
+
+Nine tenths of its time go into Python: for each launch and each call of a helper it walks through triton.language for
+the functions that it has to replace, and for each operation it works out shapes and types that it has just had. With
+what is remembered here a launch takes a third of the time and does the same in the same order. It holds while a kernel
+runs and no longer: what compiles kernels is left alone. A release of Triton with other parts runs at its own speed.
+"""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import triton.language as tl
+from triton.language import core
+from triton.runtime import interpreter
+
+# What is replaced or relied upon, and where.
+PARTS = {
+    interpreter: ("_LangPatchScope", "_get_np_dtype", "_patch_lang", "interpreter_semantic"),
+    core: ("block_type", "constexpr", "tensor", "tuple"),
+    getattr(interpreter, "interpreter_semantic", None): (
+        "binary_op_type_checking_impl", "broadcast_impl_value", "computation_type_impl",
+    ),
+}  # fmt: skip
+
+
+def install():
+    if all(hasattr(owner, name) for owner, names in PARTS.items() for name in names):
+        interpreter._get_np_dtype = by_name(interpreter._get_np_dtype)
+        interpreter._patch_lang = Patches(interpreter._patch_lang)
+
+
+def by_name(find):
+    """numpy's type of one of Triton's."""
+    known = {}
+
+    def np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = find(dtype)
+        return known[name]
+
+    return np_dtype
+
+
+class Patches:
+    """Replaces what kernels call, as `interpreter._patch_lang` does, by a list that is made once."""
+
+    def __init__(self, patch):
+        self.patch, self.changes, self.hold = patch, None, False
+
+    def __call__(self, fn):
+        scope = interpreter._LangPatchScope()
+        if self.hold:  # fn is a helper of the kernel that runs
+            return scope
+        if self.changes is None:
+            self.changes = [*self.of_triton(), *shapes_and_types()]
+        for change in self.changes:
+            scope.set_attr(*change)
+        self.hold = True
+        return SimpleNamespace(restore=functools.partial(self.restore, scope))
+
+    def restore(self, scope):
+        scope.restore()
+        self.hold = False
+
+    def of_triton(self):
+        """(object, name, replacement) of all that kernels and the helpers in triton.language may call."""
+        scope = self.patch(SimpleNamespace(__globals__={"tl": tl, "core": core}))
+        names = {(id(owner), name): (owner, name) for owner, name, _ in scope._changes}
+        changes = [(owner, name, with_semantic(getattr(owner, name))) for owner, name in names.values()]
+        scope.restore()
+        return changes
+
+
+def with_semantic(replacement):
+    """Triton's replacement of a builtin without its copy of the arguments, anything else as it is."""
+    builtin = (getattr(replacement, "__kwdefaults__", None) or {}).get("member")
+    if builtin is None:
+        return replacement
+    function = getattr(builtin, "__wrapped__", builtin)  # without the check that there is a semantic
+
+    def called(*args, **kwargs):
+        kwargs["_semantic"] = interpreter.interpreter_semantic
+        return function(*args, **kwargs)
+
+    return called
+
+
+def shapes_and_types():
+    """(object, name, replacement) of what shapes and types of operands come to."""
+    new_block, semantic = core.block_type.__init__, interpreter.interpreter_semantic
+    operands, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    computation_type = semantic.computation_type_impl
+    blocks, types = {}, {}
+
+    def block_type(self, element_ty, shape):
+        key = tuple(shape.values if type(shape) is core.tuple else shape)
+        if key not in blocks:
+            new_block(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, str(self.shape)
+        self.shape, self.numel, text = blocks[key]
+        self.element_ty, self.name = element_ty, f"<{text}, {element_ty}>"
+
+    @functools.cache
+    def in_constexpr(*shape):
+        return core.tuple([core.constexpr(n) for n in shape]), core.constexpr(math.prod(shape))
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = in_constexpr(*(type.shape.values if type.is_block() else ()))
+
+    def binary_op_type_checking_impl(lhs, rhs, *options, **named):
+        if type(lhs) is type(rhs) is core.tensor and lhs.type.name == rhs.type.name:
+            # With four options it is a division, which 16 bits make in float32.
+            if not (lhs.type.scalar.is_ptr() or len(options) > 3 or named):
+                return lhs, rhs
+        return operands(lhs, rhs, *options, **named)
+
+    def broadcast_impl_value(lhs, rhs):
+        left, right = lhs.type, rhs.type
+        if left.is_block() and right.is_block() and left.shape.values == right.shape.values:
+            return lhs, rhs
+        return broadcast(lhs, rhs)
+
+    def computation_type_impl(a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod):
+        key = a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod
+        if key not in types:
+            types[key] = computation_type(a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod)
+        return types[key]
+
+    return [
+        (core.block_type, "__init__", block_type),
+        (core.tensor, "__init__", tensor),
+        (semantic, "binary_op_type_checking_impl", binary_op_type_checking_impl),
+        (semantic, "broadcast_impl_value", broadcast_impl_value),
+        (semantic, "computation_type_impl", computation_type_impl),
+    ]
