@@ -203,6 +203,46 @@ def test_fused():
     assert compute("fma.rn.ftz.f32 {d}, {a}, {b}, {b};", np.float32, np.float32([1.0]), tiny)[0] == 0
 
 
+def test_pairs_of_float32():
+    """Each half on its own, whether it comes from memory or from another instruction."""
+    a, b = (x.ravel() for x in np.meshgrid(FLOATS[:16], FLOATS[:16]))
+    pairs = a.view(np.uint64), b.view(np.uint64)
+    with np.errstate(all="ignore"):
+        for rounding in ("", ".rn"):
+            for name, f in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply)):
+                code = f"{name}{rounding}.f32x2 {{d}}, {{a}}, {{b}};"
+                equal(compute(code, np.uint64, *pairs).view(np.float32), f(a, b))
+        code = "mul.f32x2 %rd80, {a}, {b}; fma.rn.f32x2 {d}, %rd80, {a}, %rd80;"
+        product = a * b
+        expected = (product.astype(np.float64) * a + product).astype(np.float32)
+        equal(compute(code, np.uint64, *pairs).view(np.float32), expected)
+    # One rounding; and what a guard leaves as it was.
+    x, c = np.float32([1 + 2**-12, 3]).view(np.uint64), np.float32([-1 - 2**-11, 1]).view(np.uint64)
+    assert (compute("fma.rn.f32x2 {d}, {a}, {a}, {b};", np.uint64, x, c).view(np.float32) == [2.0**-24, 10]).all()
+    code = "setp.lt.u32 %p1, %r0, 1; mov.b64 {d}, {a}; @%p1 add.f32x2 {d}, {a}, {a}; add.f32x2 {d}, {d}, {a};"
+    twice = compute(code, np.uint64, np.resize(x, 2)).view(np.float32).reshape(2, 2)
+    assert (twice == np.outer([3, 2], np.float32([1 + 2**-12, 3]))).all()
+    code = "mov.b32 %r70, 0f3F800000; mov.b64 %rd80, {{%r70, %r70}}; add.f32x2 {d}, {a}, %rd80;"
+    assert (compute(code, np.uint64, c).view(np.float32) == [-(2.0**-11), 2]).all()
+
+
+def test_sums_of_two_formats():
+    x = np.float32([1e-40, 1.00390625, -3.1415927, 65504, -1e-5, np.inf])
+    for kind, half in (("f16", x.astype(np.float16)), ("bf16", torch.from_numpy(x).bfloat16())):
+        bits = half.view(np.uint16) if kind == "f16" else half.view(torch.int16).numpy().view(np.uint16)
+        wide = half.astype(np.float32) if kind == "f16" else half.float().numpy()
+        for rounding in ("", ".rn"):
+            equal(compute(f"add{rounding}.f32.{kind} {{d}}, {{a}}, {{b}};", np.float32, bits, x[::-1]), wide + x[::-1])
+
+
+def test_the_largest_of_three():
+    a, b = (x.ravel() for x in np.meshgrid(FLOATS, FLOATS))
+    for name, f, nan in (("max", np.fmax, np.maximum), ("min", np.fmin, np.minimum)):
+        code = f"{name}{{}}.f32 {{{{d}}}}, {{{{a}}}}, {{{{b}}}}, 0f3F000000;"
+        equal(compute(code.format(""), np.float32, a, b), f(f(a, b), np.float32(0.5)))
+        equal(compute(code.format(".NaN"), np.float32, a, b), nan(nan(a, b), np.float32(0.5)))
+
+
 def test_comparisons_with_nan():
     nan = float("nan")
     a, b = np.float32([1, 2, nan, nan, 1]), np.float32([2, 2, 1, nan, nan])
@@ -304,6 +344,29 @@ def test_reduction():
     value = np.arange(64, dtype=np.uint32)
     found = compute("mov.b32 %r90, -1; redux.sync.add.s32 {d}, {a}, %r90;", np.uint32, value)
     assert found.tolist() == [value[:32].sum()] * 32 + [value[32:].sum()] * 32
+    value = np.random.default_rng(0).standard_normal(64).astype(np.float32)
+    value[3], value[32:] = np.nan, np.nan
+    found = compute("mov.b32 %r90, -1; redux.sync.max.f32 {d}, {a}, %r90;", np.float32, value)
+    assert (found[:32] == np.nanmax(value[:32])).all() and np.isnan(found[32:]).all()
+
+
+def test_scopes():
+    """Registers and labels of a scope are its own, whatever others are called."""
+    loop = """
+    {{{{
+        .reg .pred more;
+        .reg .b32 left;
+        mov.b32 left, {};
+    loop:
+        add.s32 {{d}}, {{d}}, {};
+        sub.s32 left, left, 1; setp.ne.s32 more, left, 0;
+        @more bra.uni loop;
+    }}}}
+    """
+    code = "mov.b32 {d}, {a};" + loop.format(3, 1) + loop.format(5, 10)
+    assert compute(code, np.uint32, np.uint32([0, 7])).tolist() == [53, 60]
+    with pytest.raises(ptx.Fault, match="two labels"):
+        run("$L1:\n add.s32 %r1, %r0, 1;\n$L1:\n", torch.zeros(32))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +376,9 @@ def test_reduction():
         "add.cc.s32 %r1, %r0, 1;", "atom.global.add.u32 %r1, [%rd0], 1;", "ld.volatile.global.b32 %r1, [%rd0];",
         "bar.sync 0, 32;", "mov.u32 %r1, %smid;", "setp.lt.and.s32 %p1, %r0, 1, %p2;", "cvt.rz.bf16.f32 %r1, %r0;",
         "mul.s32 %r1, %r0, 1;", "mbarrier.init.shared::cta.b64 [%r0], 1;", "ld.local.b32 %r1, [%r0];", "@%p1 ret;",
-        "bar.arrive 0, 64;",
+        "bar.arrive 0, 64;", "add.rz.f32x2 %rd1, %rd1, %rd1;", "add.rz.f32.bf16 %r1, %rs1, %r0;",
+        "fma.f32x2 %rd1, %rd1, %rd1, %rd1;", "max.s32 %r1, %r0, %r0, 1;",
+        "redux.sync.min.f32 %r1, %r0, -1;", "redux.sync.max.NaN.f32 %r1, %r0, -1;",
     ],
 )  # fmt: skip
 def test_what_is_not_known(code):

@@ -7,7 +7,8 @@ operands. A form is one of numpy's types: u2, i4, f8, ... or
     b1           a predicate,
     bf           16 bits, read and written as bfloat16 through float32,
     p2, ph       32 bits, read as a pair of bfloat16 or float16 (see formats.both_halves),
-    w4           float32 as float64, for sums with one rounding,
+    pf           64 bits, read and written as a pair of float32 along one more axis,
+    w4, wf       float32, or a pair of it, as float64, for sums with one rounding,
     i4>i8        an integer, converted to a wider one.
 
 Sources: PTX ISA 9.0, sections "Integer Arithmetic Instructions", "Floating Point Instructions", "Half Precision
@@ -38,6 +39,11 @@ TABLE = {}
 
 def row(opcode, result, operands, expression):
     TABLE[opcode] = Row(result, tuple(operands.split()), expression)
+
+
+def row_of(instruction):
+    """An instruction's row, or None. Three numbers may be compared at once by what compares two otherwise."""
+    return TABLE.get(f"{instruction.opcode} of {len(instruction.operands) - 1}") or TABLE.get(instruction.opcode)
 
 
 def quotient(a, b):
@@ -215,11 +221,21 @@ def floats():
             row(f"{name}.{t}", form, f"{form} {form}", f"f{name}({{0}}, {{1}})")
             if t != "f64":
                 row(f"{name}.NaN.{t}", form, f"{form} {form}", f"{name}imum({{0}}, {{1}})")
+        if t == "f32":
+            for name in ("min", "max"):
+                row(f"{name}.f32 of 3", form, "f4 f4 f4", f"f{name}(f{name}({{0}}, {{1}}), {{2}})")
+                row(f"{name}.NaN.f32 of 3", form, "f4 f4 f4", f"{name}imum({name}imum({{0}}, {{1}}), {{2}})")
     for t in ("bf16x2", "f16x2"):
         form = "p2" if t == "bf16x2" else "ph"
         for name in ("add", "sub", "mul"):
             row(f"{name}.{t}", "u4", f"{form} {form}", f"{name}_{t}({{0}}, {{1}})")
         row(f"fma.rn.{t}", "u4", f"{form} {form} {form}", f"fma_{t}({{0}}, {{1}}, {{2}})")
+    for rounding in ("", ".rn"):
+        for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
+            row(f"{name}{rounding}.f32x2", "pf", "pf pf", f"{{0}} {sign} {{1}}")
+        for t, form in (("f16", "f2"), ("bf16", "bf")):
+            row(f"add{rounding}.f32.{t}", "f4", f"{form} f4", "{0} + {1}")
+    row("fma.rn.f32x2", "pf", "wf wf wf", "fma32({0}, {1}, {2})")
     row("fma.rn.bf16", "bf", "bf bf bf", "fma_odd({0}, {1}, {2})")
     row("fma.rn.f16", "f2", "f2 f2 f2", "fma_odd({0}, {1}, {2}).astype(f2)")
     row("fma.rn.f32", "f4", "w4 w4 w4", "fma32({0}, {1}, {2})")

@@ -59,6 +59,17 @@ bf16_pair = both_halves(widen_bf16)
 f16_pair = both_halves(lambda bits: bits.view(F2))
 
 
+def f32_pair(bits):
+    """Each element of 64 bits as two float32 along a new last axis: the lower half comes first."""
+    bits = np.ascontiguousarray(bits)
+    return bits.view(F4).reshape(*bits.shape, 2)
+
+
+def joined_f32(pairs):
+    """The 64 bits of pairs of float32."""
+    return np.ascontiguousarray(pairs).view(U8)[..., 0]
+
+
 def cut_tf32(bits):
     """What a product sees of a float32 operand in tf32: the lower 13 bits are cut off."""
     return (bits.view(U4) & TF32).view(F4)

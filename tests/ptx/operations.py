@@ -253,11 +253,13 @@ class Operations(Computing):
             self.put(register, kind, name)
 
     def op_redux(self, *kinds):
-        if kinds not in (("sync", "add", "s32"), ("sync", "add", "u32")):
+        known = {("add", "s32"): ("add", "u4"), ("add", "u32"): ("add", "u4"), ("max", "f32"): ("fmax", "f4")}
+        if kinds[0] != "sync" or kinds[1:] not in known:
             raise self.unknown()
+        name, form = known[kinds[1:]]
         register, value, members = self.instruction.operands
-        call = f"reduce_add(b, {self.get(value, 'u4')}, {self.get(members, 'u4')}, {self.here})"
-        self.put(register, "u4", self.variable(call))
+        call = f"reduce(b, {name!r}, {self.get(value, form)}, {self.get(members, 'u4')}, {self.here})"
+        self.put(register, form, self.variable(call))
 
     def op_bar(self, *kinds):
         """bar.warp.sync: warps run in step here."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from .faults import Fault
 
 ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.S)
+LABEL = re.compile(r"^([$\w]+):(?!:)\s*")
+SCOPE = re.compile(r"\{(\s*\.reg.*\})?$")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w]+)(?:<\d+>)?$")
 GUARD = re.compile(r"@(!?)(%\w+)\s+")
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+.*?(?://\s*(.*))?$")
@@ -129,33 +131,55 @@ def header(text):
 def parse(text):
     """A Kernel."""
     kernel, start = header(text)
-    number, source, scopes = text.count("\n", 0, start), "?", 0
-    for line in text[start:].split("\n"):
+    number, source, scopes = text.count("\n", 0, start), "?", []
+    lines = text[start:].split("\n")
+    for k, line in enumerate(lines):
         number += 1
         code = line.split("//")[0].strip()
         if place := LOCATION.search(line):
             source = place[3] or f"file {place[1]}:{place[2]}"
         if code == "}" and not scopes:
             return kernel
-        if code in ("{", "}"):
-            scopes += 1 if code == "{" else -1
-            continue
-        if re.match(r"\{\s*\.reg", code):  # a scope of one line, whose registers have no % of their own
-            code = code[1:].rstrip().removesuffix("}")
-            for name in re.findall(r"\.reg\s+\.\w+\s+([a-z]\w*)", code):
-                code = re.sub(rf"(?<![.%\w]){name}\b", f"%{name}", code)
+        if SCOPE.match(code):
+            scopes.append(own_names(lines[k:], f"_{number}"))
+            code = code[1:]
+        for names in reversed(scopes):
+            for name, own in names.items():
+                code = re.sub(rf"(?<![.%$\w]){re.escape(name)}\b", own, code)
+        if scopes and code.endswith("}"):
+            scopes.pop()
+            code = code[:-1]
         for statement in filter(None, (part.strip() for part in code.split(";"))):
             read(kernel, statement, number, source)
     raise Fault("instruction", "a kernel without an end", kernel.name)
+
+
+def own_names(lines, suffix):
+    """The registers and labels of a scope that starts here, and the names that they have in the kernel.
+
+    Its registers have no % of their own. Several scopes of a kernel may have the same names.
+    """
+    names = {}
+    for line in lines:
+        code = line.split("//")[0].strip()
+        names |= {name: f"%{name}{suffix}" for name in re.findall(r"\.reg\s+\.\w+\s+([a-z]\w*)", code)}
+        names |= {name: f"{name}{suffix}" for name in LABEL.findall(code)}
+        if code.endswith("}"):
+            break
+    return names
 
 
 def read(kernel, statement, line, source):
     """Adds one statement to the kernel."""
     if statement.startswith(SILENT):
         return
-    if statement.endswith(":"):
-        kernel.labels[statement[:-1]] = len(kernel.code)
-        return
+    if label := LABEL.match(statement):
+        if label[1] in kernel.labels:
+            raise Fault("instruction", f"two labels {label[1]}", kernel.name, None, line, source)
+        kernel.labels[label[1]] = len(kernel.code)
+        statement = statement[label.end() :]
+        if not statement:
+            return
     if found := REGISTERS.match(statement):
         kernel.registers[found[2]] = found[1]
         return

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from . import arithmetic, copies, flow, formats, matrix, memory, products, shared, warp
-from .arithmetic import TABLE
+from .arithmetic import row_of
 from .operations import Operations
 from .parse import effects
 from .values import FORMS, WIDTHS
@@ -61,6 +61,7 @@ def namespace(approximate):
     names |= {name: getattr(np, name) for name in ("where", "minimum", "maximum", "fmin", "fmax", "isnan", "sqrt")}
     names |= {name: getattr(np, name) for name in ("trunc", "rint", "floor", "ceil", "abs")}
     names |= {name: getattr(formats, name) for name in ("widen_bf16", "to_bf16", "bf16_pair", "f16_pair", "halves")}
+    names |= {name: getattr(formats, name) for name in ("f32_pair", "joined_f32")}
     names |= {name: getattr(formats, name) for name in ("pack_bf16", "pack_f16", "to_tf32", "flush", "fma32", "fma64")}
     for module in (memory, shared, warp, matrix, copies, products):
         names |= module.NAMES
@@ -71,7 +72,7 @@ def usage(kernel):
     """How often each register is read or written in each form."""
     votes = {}
     for each in kernel.code:
-        row = TABLE.get(each.opcode)
+        row = row_of(each)
         if row is None:
             continue
         for part, form in zip(each.operands, (row.result, *row.operands)):
@@ -94,8 +95,8 @@ class BlockTranslator(Operations):
                 result = self.mask() if each.guard else None
             elif each.base in ("bar", "ret") and self.block.end in ("barrier", "exit"):
                 pass
-            elif each.opcode in TABLE and (each.base != "mov" or isinstance(each.operands[0], str)):
-                self.compute(TABLE[each.opcode])
+            elif (row := row_of(each)) and (each.base != "mov" or isinstance(each.operands[0], str)):
+                self.compute(row)
             else:
                 method = getattr(self, f"op_{each.base}", None)
                 if method is None or each.guard and each.base not in GUARDED:

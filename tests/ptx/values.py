@@ -22,6 +22,9 @@ SPECIAL |= {f"%ctaid.{x}": f"b.ctaid[{i}]" for i, x in enumerate("xyz")}
 SPECIAL |= {f"%nctaid.{x}": f"b.batch.nctaid[{i}]" for i, x in enumerate("xyz")}
 NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$|0[fF][0-9a-fA-F]{8}$|0[dD][0-9a-fA-F]{16}$")
 
+# Forms that numpy has no type for: the function that reads them, and the form that it reads.
+READ_BY = {"bf": ("widen_bf16", "u2"), "p2": ("bf16_pair", "u4"), "ph": ("f16_pair", "u4"), "pf": ("f32_pair", "u8")}
+
 
 def bits_of(token):
     """The bits of a number in the text."""
@@ -106,12 +109,12 @@ class Values:
         kind, bits = form.split(">")[-1], bits_of(token)
         if kind == "b1":
             return self.parent.constant(bool(bits), "b1")
-        kind = {"w4": "f4", "bf": "u2", "p2": "u4", "ph": "u4", "address": "u4"}.get(kind, kind)
+        kind = {"w4": "f4", "bf": "u2", "p2": "u4", "ph": "u4", "pf": "u8", "wf": "u8", "address": "u4"}.get(kind, kind)
         size = int((form if ">" in form else kind)[1])
         value = np.array(bits & (1 << 8 * size) - 1, f"u{size}").view(form.split(">")[0] if ">" in form else kind)[()]
         if form == "w4":
             return self.parent.constant(value, "f8")
-        if form in ("bf", "p2", "ph", "address"):
+        if form in (*READ_BY, "wf", "address"):
             return self.convert(Value(kind, self.parent.constant(value, kind)), form)
         return self.parent.constant(value, kind)
 
@@ -121,13 +124,13 @@ class Values:
             return value.forms[form]
         if value.bits is not None:
             return self.number(str(value.bits), form)
-        if form == "w4":
-            name = self.variable(f"{self.convert(value, 'f4')}.astype(f8)")
+        if form in ("w4", "wf"):
+            name = self.variable(f"{self.convert(value, 'f4' if form == 'w4' else 'pf')}.astype(f8)")
         elif ">" in form:
             source, wide = form.split(">")
             name = self.variable(f"{self.convert(value, source)}.astype({wide})")
-        elif form in ("bf", "p2", "ph"):
-            function, source = {"bf": ("widen_bf16", "u2"), "p2": ("bf16_pair", "u4"), "ph": ("f16_pair", "u4")}[form]
+        elif form in READ_BY:
+            function, source = READ_BY[form]
             name = self.variable(f"{function}({self.convert(value, source)})")
         elif form == "address":
             name = self.variable(f"Address({self.convert(value, 'u4')})")
@@ -154,8 +157,11 @@ class Values:
         if register == "_":
             return
         width = WIDTHS[self.kernel.type_of(register)]
+        pair = name if form == "pf" else None
         if form == "bf":
             form, name = "u2", self.variable(f"to_bf16({name})")
+        elif pair:
+            form, name = "u8", self.variable(f"joined_f32({name})")
         if (width == "b1") != (form == "b1"):
             raise self.unknown(f"{form} into {register}")
         if form != "b1" and int(form[1]) < width:
@@ -165,8 +171,10 @@ class Values:
             raise self.unknown(f"{form} into {register}")
         mask = self.mask()
         if mask != "None" and not merged:
-            name = self.variable(f"where({mask}, {name}, {self.get(register, form)})")
+            name, pair = self.variable(f"where({mask}, {name}, {self.get(register, form)})"), None
         self.env[register] = Value(form, name)
+        if pair:
+            self.env[register].forms["pf"] = pair
         self.written.add(register)
 
     def mask(self):

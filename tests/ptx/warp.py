@@ -45,11 +45,11 @@ def shuffle(b, mode, value, by, clamp, mask, here):
     return np.take_along_axis(np.broadcast_to(value, source.shape), source, 1), valid
 
 
-def reduce_add(b, value, mask, here):
-    """The sum over the warp, modulo 2^32."""
+def reduce(b, name, value, mask, here):
+    """redux: numpy's function of that name over the warp. Sums are modulo 2^32; fmax is NaN if all values are."""
     members(b, mask, here)
     value = np.broadcast_to(value, (len(value), b.threads)).reshape(len(value), -1, 32)
-    return np.repeat(value.sum(axis=2, dtype=U4), 32, axis=1)
+    return np.repeat(getattr(np, name).reduce(value, axis=2, dtype=value.dtype), 32, axis=1)
 
 
 def warp_barrier(b, mask, here):
@@ -60,4 +60,4 @@ def trap(b, here):
     b.fault("trap", "the kernel has stopped itself", here)
 
 
-NAMES = {f.__name__: f for f in (shuffle, reduce_add, warp_barrier, trap)}
+NAMES = {f.__name__: f for f in (shuffle, reduce, warp_barrier, trap)}
