@@ -82,6 +82,17 @@ def test_undelivered():
         run(COPY.format(copy=copy, wait=WAIT + other), out, x, threads=64, apart=False)
 
 
+def test_undelivered_where_only_another_program_has_waited():
+    x, out = torch.arange(64, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    copy = """cp.async.ca.shared.global [%r1], [%rd12], 4; mov.u32 %r3, %ctaid.x; setp.eq.u32 %p1, %r3, {};
+    @%p1 bra $L1; cp.async.wait_all;
+$L1:
+    mov.b32 %r4, 0;"""
+    for first in (0, 1):
+        faulty("undelivered", COPY.format(copy=copy.format(first), wait=""), out, x, programs=2)
+        silent(COPY.format(copy=copy.format(first), wait=WAIT), out, x, programs=2)
+
+
 def test_pending():
     """A program that ends before its copies have landed."""
     x, out = torch.arange(64, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)

@@ -268,6 +268,24 @@ def test_groups_of_copies():
     assert (out == x[:32]).all()
 
 
+def test_copies_of_threads_that_meet_and_part():
+    """Half of the threads copy, all meet, and part again before they wait."""
+    x = torch.arange(64, dtype=torch.int32)
+    copy = """setp.lt.u32 %p1, %r0, 32; @!%p1 bra $L1;
+    cp.async.ca.shared.global [%r1], [%rd12], 4;
+$L1:
+    {} and.b32 %r3, %r0, 32; setp.eq.s32 %p2, %r3, {}; @%p2 bra $L2; add.s32 %r4, %r0, 1;
+$L2:
+    """
+    for apart in (False, True):
+        for between in ("", "bar.sync 0;"):
+            for other in (0, 32):
+                out = torch.zeros(64, dtype=torch.int32)
+                code = COPY.format(copy=copy.format(between, other), wait=WAIT).replace("st.global", "@%p1 st.global")
+                run(code.replace("ld.shared", "@%p1 ld.shared"), out, x, threads=64, apart=apart, copies="late")
+                assert (out == torch.where(x < 32, x, 0)).all()
+
+
 def test_threads_that_part():
     """A loop whose length is each thread's own, in each program another one."""
     out = torch.zeros(3, 64, dtype=torch.int32)

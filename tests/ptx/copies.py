@@ -22,8 +22,7 @@ class Copy:
 
     rows: object
     row: object
-    warps: object
-    threads: int
+    columns: object
     to: Address
     offset: int
     source: object
@@ -33,8 +32,23 @@ class Copy:
     mask: object
     here: int
 
-    def part(self, kept, columns, rows, row):
-        """The copy of some of its programs and threads."""
+    @property
+    def threads(self):
+        return len(self.columns)
+
+    @property
+    def warps(self):
+        return self.columns[None, :] // 32
+
+    @property
+    def count(self):
+        return len(self.row) * len(self.columns)
+
+    def part(self, b):
+        """The copy of those of its programs and threads that are a bundle's, or None."""
+        kept, columns = np.isin(self.row[:, 0], b.row[:, 0]), np.isin(self.columns, b.columns)
+        if not kept.any() or not columns.any():
+            return None
 
         def cut(array):
             if array is None:
@@ -42,10 +56,10 @@ class Copy:
             array = array if len(array) == 1 else array[kept]
             return array if array.shape[1] == 1 else array[:, columns]
 
-        to = Address(cut(self.to.value))
-        threads = len(self.warps[0, columns])
+        to, row = Address(cut(self.to.value)), self.row[kept]
+        rows = None if len(row) == len(b.batch.programs) else row[:, 0]
         return Copy(
-            rows, row, self.warps[:, columns], threads, to, self.offset, cut(self.source), self.source_offset,
+            rows, row, self.columns[columns], to, self.offset, cut(self.source), self.source_offset,
             self.size, cut(self.given), cut(self.mask), self.here,
         )  # fmt: skip
 
@@ -57,14 +71,14 @@ def copy(b, to, offset, source, source_offset, size, given, mask, here):
         return
     shared = b.batch.shared
     to, offset = shared.checked(b, to, offset, size, mask, here)
-    this = Copy(b.rows, b.row, b.warps, b.threads, to, offset, source, source_offset, size, given, mask, here)
+    this = Copy(b.rows, b.row, b.columns, to, offset, source, source_offset, size, given, mask, here)
     shared.touch(b, WRITE, to, offset, size, mask, b.warps, here)
     if b.batch.copies_late:
         read(b, this)  # a stray address is one at once
     else:
         land(b, this)
     shared.mark(b, COPY, to, offset, size, mask, True)
-    shared.in_flight += 1
+    shared.in_flight += this.count
     b.copies[-1].append(this)
 
 
@@ -108,7 +122,7 @@ def wait_copies(b, pending, here):
         for this in b.copies.pop(0):
             shared = b.batch.shared
             shared.mark(this, COPY, this.to, this.offset, this.size, this.mask, False)
-            shared.in_flight -= 1
+            shared.in_flight -= this.count
             if b.batch.copies_late:
                 land(Owner(b, this, this.warps), this)
             written = Access(WRITE, this.to, this.offset, this.size, this.mask, this.rows, this.warps, this.here)

@@ -85,7 +85,7 @@ def product(b, what, a, b_operand, scale, here):
         judge_stores(b, address, here)
         touch(b, this, address)
         shared.mark(b, PRODUCT, address, 0, 16, None, True)
-    shared.in_flight += 1
+    shared.in_flight += len(this.row)
     b.products[-1].append(this)
 
 
@@ -191,7 +191,7 @@ def wait_products(b, pending, R, here):
         for address in regions(this):
             shared.mark(this, PRODUCT, address, 0, 16, None, False)
             touch(b, this, address)
-        shared.in_flight -= 1
+        shared.in_flight -= len(this.row)
     for this in in_flight(b):
         for address in regions(this):
             shared.mark(this, PRODUCT, address, 0, 16, None, True)

@@ -263,10 +263,8 @@ class Bundle:
         rows = None if len(rows) == len(self.batch.programs) else rows
         part = Bundle(self.batch, self.key, rows, self.columns[columns], registers, pc)
         part.since_fence, part.fenced, part.ordered = set(self.since_fence), self.fenced, self.ordered
-        part.copies, part.products = (
-            [[this.part(kept, columns, part.rows, part.row) for this in group] for group in groups]
-            for groups in (self.copies, self.products)
-        )
+        part.copies = [[each for this in group if (each := this.part(part))] for group in self.copies]
+        part.products = [[this.part(kept, columns, part.rows, part.row) for this in group] for group in self.products]
         return part
 
     def join(self, other):
