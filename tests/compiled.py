@@ -2,9 +2,9 @@
 
     TRITONNET_TEST_DEVICE=sm_90 python -m pytest tests/compiled.py
 
-runs them on the machine of the package `ptx`; sm_80 is the other architecture, and test_compiled runs both. The truth,
-and how far a format may be off it, are those of the timings (bench/exactness.py). Sizes are odd, so that the edges of
-tiles are met, and sums are long enough to fill a pipeline.
+runs them on the machine of the package `ptx`; sm_80 and sm_100 are the other architectures. The truth, and how far a
+format may be off it, are those of the timings (bench/exactness.py). Sizes are odd, so that the edges of tiles are met,
+and sums are long enough to fill a pipeline.
 """
 
 import ptx
@@ -153,10 +153,11 @@ def test_approximations_at_their_worst(case, memory_is_watched):
 
 
 def test_each_architecture_has_its_own_code():
-    """Also where one process compiles for both."""
+    """Also where one process compiles for all."""
     x, seen = torch.randn(64, 64, dtype=torch.bfloat16), {}
     for arch in (*ptx.ARCHITECTURES, *ptx.ARCHITECTURES):
         with ptx.emulate(arch) as machine, tritonnet.backend("triton"):
             F.linear(x, x)
-        seen[arch] = {opcode.split(".")[0] for opcode in machine.seen if "mma" in opcode}
-        assert seen[arch] == {"wgmma" if arch == "sm_90" else "mma"}
+        products = {opcode.split(".")[0] for opcode in machine.seen if "mma" in opcode}
+        assert seen.setdefault(arch, products) == products
+    assert seen == {"sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05"}}

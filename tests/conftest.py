@@ -1,6 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, with one on the GPU; TRITONNET_TEST_DEVICE=cpu overrules.
 
-TRITONNET_TEST_DEVICE=sm_90 or sm_80 runs what they compile to for such a GPU, on the CPU (see emulated.py).
+TRITONNET_TEST_DEVICE=sm_80, sm_90 or sm_100 runs what they compile to for such a GPU, on the CPU (see emulated.py).
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The tests on compiled kernels without a GPU: TRITONNET_TEST_DEVICE=sm_90 or sm_80, see the package `ptx`.
+"""The tests on compiled kernels without a GPU: TRITONNET_TEST_DEVICE=sm_80, sm_90 or sm_100, see the package `ptx`.
 
 Tensors are on the CPU, kernels have the tiles and the layouts of that GPU, and their PTX runs in numpy.
 """

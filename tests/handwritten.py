@@ -111,3 +111,36 @@ def fill(words, source="%rd1", fence="fence.proxy.async.shared::cta;"):
     for k in range(words // 128):
         lines.append(f"ld.global.b32 %r2, [%rd11+{512 * k}]; st.shared.b32 [%r1+{512 * k}], %r2;")
     return "\n".join([*lines, fence, "bar.sync 0;"])
+
+
+# By name: the number in a descriptor of wgmma, bytes of a row, and which bits of 16-byte units are exchanged.
+SWIZZLES = {"none": (0, 16, 0), "32 bytes": (3, 32, 1), "64 bytes": (2, 64, 3), "128 bytes": (1, 128, 7)}
+
+
+def lay_out(matrix, swizzle, by_k, bytes_each):
+    """(bytes of an operand in shared memory, leading and stride byte offsets), from (rows, K), by the ISA's figures.
+
+    A core matrix has 8 lines of 16 bytes. In rows of the swizzle's width, 16-byte units are exchanged by the bits of
+    the address above 128 bytes.
+    """
+    _, width, bits = SWIZZLES[swizzle]
+    lines = matrix.T if by_k else matrix  # what runs along a line is contiguous
+    count, length = lines.shape
+    across = length * bytes_each
+    stripes = max(across // width, 1)
+    stripe = count * width
+    leading, stride = (stripe, 8 * width)
+    memory = np.zeros(stripes * stripe, np.uint8)
+    for line in range(count):
+        for element in range(length):
+            byte = element * bytes_each
+            place = byte // width * leading + line // 8 * stride + line % 8 * width + byte % width
+            place ^= (place >> 7 & bits) << 4
+            memory[place : place + bytes_each] = np.frombuffer(lines[line, element].tobytes(), np.uint8)
+    if by_k and width == 16:
+        leading, stride = stride, leading  # of MN-major operands without swizzle the ISA names them the other way round
+    return memory, leading, stride
+
+
+def bits_of(values):
+    return values.contiguous().view({2: torch.int16, 4: torch.int32}[values.element_size()]).numpy()

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from handwritten import COPY, EXCHANGE, SLOTS, WAIT, fill, run, vectors_of, wgmma
+from handwritten import COPY, EXCHANGE, SLOTS, SWIZZLES, WAIT, bits_of, fill, lay_out, run, vectors_of, wgmma
 
 
 def matrices(count, dtype=np.uint16):
@@ -125,34 +125,6 @@ def test_chains_of_products():
     assert (out[0] == 16).all() and (out[1] == 24).all()
 
 
-SWIZZLES = {"none": (0, 16, 0), "32 bytes": (3, 32, 1), "64 bytes": (2, 64, 3), "128 bytes": (1, 128, 7)}
-
-
-def lay_out(matrix, swizzle, by_k, bytes_each):
-    """(bytes of an operand in shared memory, leading and stride byte offsets), from (rows, K), by the ISA's figures.
-
-    A core matrix has 8 lines of 16 bytes. In rows of the swizzle's width, 16-byte units are exchanged by the bits of
-    the address above 128 bytes.
-    """
-    _, width, bits = SWIZZLES[swizzle]
-    lines = matrix.T if by_k else matrix  # what runs along a line is contiguous
-    count, length = lines.shape
-    across = length * bytes_each
-    stripes = max(across // width, 1)
-    stripe = count * width
-    leading, stride = (stripe, 8 * width)
-    memory = np.zeros(stripes * stripe, np.uint8)
-    for line in range(count):
-        for element in range(length):
-            byte = element * bytes_each
-            place = byte // width * leading + line // 8 * stride + line % 8 * width + byte % width
-            place ^= (place >> 7 & bits) << 4
-            memory[place : place + bytes_each] = np.frombuffer(lines[line, element].tobytes(), np.uint8)
-    if by_k and width == 16:
-        leading, stride = stride, leading  # of MN-major operands without swizzle the ISA names them the other way round
-    return memory, leading, stride
-
-
 def descriptor(address, leading, stride, swizzle):
     return address >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | SWIZZLES[swizzle][0] << 62
 
@@ -165,10 +137,6 @@ def sums_of(out, n):
     for k in range(n // 2):
         result[row + 8 * (k % 4 // 2), 8 * (k // 4) + column + k % 2] = out[k]
     return result
-
-
-def bits_of(values):
-    return values.contiguous().view({2: torch.int16, 4: torch.int32}[values.element_size()]).numpy()
 
 
 @pytest.mark.parametrize("products", ("early", "late"))

@@ -1,12 +1,12 @@
-"""Runs the PTX that Triton compiles for sm_80 and sm_90 on a CPU, in numpy, and finds races and faults by name.
+"""Runs the PTX that Triton compiles for sm_80, sm_90 and sm_100 on a CPU, in numpy; finds races and faults by name.
 
     with ptx.emulate("sm_90", seed=3) as machine:  # TRITON_INTERPRET must not be set
         launchers.conv2d(x, w, ...)  # CPU tensors
     print(machine.instructions)
 
 parse reads the text and flow finds its blocks. translate makes a Python function of each (values, operations) by what
-arithmetic, formats, warp, matrix, memory, shared, copies, products and operands say. schedule runs them, and launch
-stands in front of Triton's launches.
+arithmetic, formats, warp, matrix, memory, shared, copies, products and operands say, and for the products of sm_100
+mbarrier, tensor, tensor_products and flight. schedule runs them, and launch stands in front of Triton's launches.
 
 What is not known here raises; nothing is guessed.
 """

@@ -22,7 +22,7 @@ from .parse import parse
 from .schedule import Machine
 from .translate import Translated
 
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 WHEN = ("early", "late")
 
 

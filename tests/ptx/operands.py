@@ -1,7 +1,8 @@
-"""Operands of wgmma: where a descriptor says that they lie in shared memory, or in which registers.
+"""Operands of wgmma and tcgen05.mma: where a descriptor says that they lie in shared memory, or in which registers.
 
-Source: PTX ISA 9.0, section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions" (with "Register
-Fragments", "Shared Memory Matrix Layout", "Strides" and "Matrix Descriptor Format").
+Sources: PTX ISA 9.0, sections "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions" (with "Register
+Fragments", "Shared Memory Matrix Layout", "Strides" and "Matrix Descriptor Format") and "TensorCore 5th Generation
+Family Instructions" ("Canonical Layouts", "Shared Memory Descriptor").
 """
 
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from .formats import F2, F4, U2, U4, U8, cut_tf32, widen_bf16
+from .mbarrier import compact
 from .shared import Address
 
 I8 = np.int64
 # By a descriptor's number of its swizzle: bytes of a row, and which bits of 16-byte units are exchanged.
 SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}
 CHUNKS = {}
+# The bits of tcgen05.mma's descriptor between its offsets and its swizzle, and those between the offsets.
+FIXED = 0x7FFF << 46 | 3 << 14 | 3 << 30
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,21 @@ def chunks(b, descriptor, rows, form, transposed, here):
     place = ((descriptor & U8(0x3FFF)).astype(I8) << 4) + relative
     place = place ^ ((place >> 7 & bits) << 4)
     return Address(place.reshape(len(place), -1))
+
+
+def tensor_chunks(part, descriptor, rows, form, transposed, here):
+    """The chunks of an operand of tcgen05.mma, whose descriptor is as wgmma's in another dress: with a swizzle."""
+    layout = np.unique(descriptor & U8(0xFFFFFFFFFFFFC000))
+    swizzle = int(layout[0]) >> 61
+    if len(layout) != 1 or swizzle not in (2, 4, 6) or int(layout[0]) & FIXED != 1 << 46:
+        part.fault("instruction", f"matrix descriptor {int(descriptor[0]):#x}", here)
+    layout = int(layout[0]) & ~FIXED
+    key = layout, rows, form.k, form.format, transposed
+    if key not in CHUNKS:
+        CHUNKS[key] = layout_of(layout, rows, form, transposed)
+    relative, bits = CHUNKS[key]
+    place = (compact(descriptor & U8(0x3FFF)).astype(I8) << 4) + relative
+    return Address(place ^ ((place >> 7 & bits) << 4))
 
 
 def layout_of(layout, rows, form, transposed):

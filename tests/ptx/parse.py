@@ -18,8 +18,9 @@ LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+.*?(?://\s*(.*))?$")
 SPECIAL = re.compile(r"%(tid|ctaid|nctaid|ntid|laneid)\b")
 # The directives that say nothing about what a kernel computes.
 SILENT = (".pragma", ".file", ".loc")
-# Opcodes whose first operand is no destination.
-WITHOUT_RESULT = {"st", "cp", "bra", "bar", "ret", "fence", "wgmma", "stmatrix", "trap"}
+# Opcodes whose first operand is no destination, but for a few of their forms.
+WITHOUT_RESULT = {"st", "cp", "bra", "bar", "ret", "fence", "wgmma", "stmatrix", "trap", "tcgen05", "mbarrier"}
+WITH_RESULT = "tcgen05.ld.", "mbarrier.try_wait."
 
 
 @dataclass(slots=True)
@@ -103,7 +104,7 @@ def read_and_written(instruction):
     if instruction.base == "wgmma" and operands and isinstance(operands[0], tuple):
         accumulators = list(operands[0])
         return accumulators + [name for part in operands[1:] for name in registers_of(part)], accumulators
-    has_result = instruction.base not in WITHOUT_RESULT
+    has_result = instruction.base not in WITHOUT_RESULT or instruction.opcode.startswith(WITH_RESULT)
     written = registers_of(operands[0]) if has_result and operands else []
     read = [name for part in operands[has_result:] for name in registers_of(part)]
     if instruction.guard:

@@ -10,8 +10,10 @@ Instructions: bar".
 
 import numpy as np
 
-from .faults import Fault
+from . import tensor_products
+from .faults import Fault, row_of
 from .shared import Shared
+from .tensor import Tensor
 from .traffic import Traffic
 
 # Threads that run together, so many that the overhead of arrays is small even where programs part by their numbers, and
@@ -67,9 +69,12 @@ class Batch:
         kernel, translated = machine.kernel, machine.translated
         self.grid, self.memory = grid, machine.memory
         warps = -(-kernel.threads // 32)
-        self.shared = Shared(len(programs), machine.shared_bytes, warps, translated.asynchronous)
+        proxies = translated.asynchronous or translated.tensor
+        self.shared = Shared(len(programs), machine.shared_bytes, warps, proxies)
         self.traffic = Traffic(len(programs)) if warps > 1 else None
         self.copies_late, self.products_late = machine.copies_late, machine.products_late
+        self.tensor = Tensor(self, tensor_products.compute) if translated.tensor else None
+        self.shared.flight = self.tensor and self.tensor.flight
         self.ntid = uniform(kernel.threads, np.uint32)
         self.nctaid = [uniform(n, np.uint32) for n in grid]
         self.threads = kernel.threads
@@ -98,9 +103,9 @@ class Batch:
     def run(self):
         key = None
         while self.bundles:
-            ready = [b for b in self.bundles if b.barrier is None]
+            ready = [b for b in self.bundles if b.barrier is None and b.waits is None]
             if not ready:
-                self.release()
+                self.go_on()
                 continue
             # From barrier to barrier, in any order of the warps.
             if not any(b.key == key for b in ready):
@@ -111,12 +116,26 @@ class Batch:
                 b = self.meet(b, mine)
             self.step(b, len(mine) == 1)
         self.settle(None)
+        if self.tensor:
+            self.tensor.finish()
+
+    def wake(self):
+        """An mbarrier has completed a phase: who waits for one looks again."""
+        for b in self.bundles:
+            b.waits = None
+
+    def go_on(self):
+        """All wait. Who is at a barrier goes on if all are; else what has been put off happens; else it is a fault."""
+        if not self.release() and not (self.tensor and self.tensor.flight.deliver()):
+            self.incomplete()
 
     def settle(self, rows):
         """What some programs, or all (None), have done to memory since their last barrier is judged."""
         self.shared.settle(rows, self)
         if self.traffic:
             self.traffic.settle(rows, self)
+        if self.tensor:
+            self.tensor.settle(rows)
 
     def step(self, b, alone):
         """Runs a bundle: one block if others of its warps are about, or else up to where it parts or waits."""
@@ -144,7 +163,7 @@ class Batch:
                     b.fault("pending", f"what is issued at {self.describe(this.here)}", block.last)
                 self.bundles.remove(b)
                 return
-            if not alone:
+            if not alone or b.waits is not None:
                 return
 
     def part(self, b, condition, target):
@@ -177,16 +196,14 @@ class Batch:
         return b
 
     def release(self):
-        """All wait at a barrier, or have ended: those programs go on whose threads all wait at one."""
-        waiting = {}
-        for b in self.bundles:
-            arrived = waiting.setdefault(b.barrier[0], np.zeros(len(self.programs), int))
-            arrived[slice(None) if b.rows is None else b.rows] += b.threads
+        """All wait, or have ended: programs whose threads are all at one barrier go on; gives whether there are any."""
+        waiting = self.waiting()
         complete = np.zeros(len(self.programs), bool)
-        for arrived in waiting.values():
-            complete |= arrived == self.threads
+        for number, arrived in waiting.items():
+            if number is not None:
+                complete |= arrived == self.threads
         if not complete.any():
-            self.incomplete(waiting)
+            return False
         going = sum(waiting.values())
         # Programs that have ended are judged with the others.
         everyone = bool(complete[going > 0].all())
@@ -202,15 +219,26 @@ class Batch:
                 left, gone = (b.piece(np.flatnonzero(x), columns, b.pc) for x in (~free, free))
                 left.barrier = b.barrier
                 self.bundles += [left, gone]
-                return
+                return True
+        return True
 
-    def incomplete(self, waiting):
+    def waiting(self):
+        """How many threads of each program wait at a barrier, by its number; or for an mbarrier (None)."""
+        waiting = {}
+        for b in self.bundles:
+            arrived = waiting.setdefault(b.barrier and b.barrier[0], np.zeros(len(self.programs), int))
+            arrived[slice(None) if b.rows is None else b.rows] += b.threads
+        return waiting
+
+    def incomplete(self):
         """Faults: some threads of a program wait, and the others never come."""
         b = self.bundles[0]
         row = 0 if b.rows is None else int(b.rows[0])
-        arrived = {number: int(counts[row]) for number, counts in waiting.items() if counts[row]}
-        threads = ", ".join(f"{n} threads at barrier {number}" for number, n in arrived.items())
-        self.fault("barrier", f"{threads}; the program has {self.threads}", b.barrier[1], row)
+        arrived = {number: int(counts[row]) for number, counts in self.waiting().items() if counts[row]}
+        places = {number: "for an mbarrier" if number is None else f"at barrier {number}" for number in arrived}
+        threads = ", ".join(f"{n} threads {places[number]}" for number, n in arrived.items())
+        here = b.waits if b.barrier is None else b.barrier[1]
+        self.fault("barrier", f"{threads}; the program has {self.threads}", here, row)
 
 
 class Bundle:
@@ -222,6 +250,7 @@ class Bundle:
     def __init__(self, batch, key, rows, columns, registers, pc=0):
         self.batch, self.key, self.rows, self.columns = batch, key, rows, columns
         self.registers, self.pc, self.barrier = registers, pc, None
+        self.waits = None  # the instruction that has found an mbarrier's phase incomplete
         own = np.arange(len(batch.programs)) if rows is None else rows
         self.row, self.program_count, self.threads = own[:, None], len(own), len(columns)
         self.tid = columns[None, :].astype(np.uint32)
@@ -241,9 +270,7 @@ class Bundle:
 
     def fault(self, kind, detail, here, where=0):
         """where: which (programs, threads) are at fault, or the number of a program here."""
-        if isinstance(where, np.ndarray):
-            where = int(np.flatnonzero(where.any(axis=1))[0]) if len(where) > 1 else 0
-        self.batch.fault(kind, detail, here, int(self.row[where, 0]))
+        self.batch.fault(kind, detail, here, int(self.row[row_of(where), 0]))
 
     def busy(self):
         return any(self.products)

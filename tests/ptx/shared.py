@@ -1,8 +1,9 @@
 """Shared memory of the programs that run together, and what may not be touched in it.
 
 Three watches:
-- what a copy in flight will write, and what a product in flight reads, is marked in a byte for each word of 4 bytes: no
-  copy is smaller, and products read 16 bytes at a time. Whoever touches it before the wait is stopped at once;
+- what a copy in flight will write, what a product in flight reads, and what an mbarrier is in, is marked in a byte for
+  each word of 4 bytes: no copy is smaller, and products read 16 bytes at a time. Whoever touches it before the wait is
+  stopped at once;
 - all accesses since the last barrier are logged, and looked through at the next one: two warps at one byte, one of them
   writing, are a race, whatever the order was that they came in here;
 - what stores and copies have written is remembered until fence.proxy.async, and looked for in what a product reads.
@@ -17,7 +18,7 @@ import numpy as np
 
 from .memory import BY_SIZE, READ, SHIFT, WRITE, active, elements, joined
 
-COPY, PRODUCT = 1, 2
+COPY, PRODUCT, BARRIER = 1, 2, 4
 I8, U1 = np.int64, np.uint8
 FLAGS = {size: np.dtype(f"u{max(size // 4, 1)}") for size in BY_SIZE}
 # A flag of every word of an access.
@@ -108,7 +109,8 @@ class Shared:
         self.views = {n: data.view(kind) for n, kind in BY_SIZE.items()}
         self.flat = {n: view.reshape(-1) for n, view in self.views.items()}
         self.flags = np.zeros((1, padded // 4), U1)
-        self.in_flight = 0
+        # How many of those are marked; and of tcgen05.mma the products, each of which some warps may have waited for.
+        self.in_flight, self.flight = 0, None
         self.log, self.unfenced = [], []
 
     # Where.
@@ -173,16 +175,21 @@ class Shared:
 
     def judge_flags(self, b, kind, address, offset, size, mask, here):
         view, words = self.cells(b, address, offset & ~3 if size < 4 else offset, size)
-        forbidden = COPY if kind == READ else COPY | PRODUCT
+        forbidden = COPY | BARRIER if kind == READ else COPY | PRODUCT | BARRIER
         found = view.take(words) & view.dtype.type(forbidden * EVERY[size])
         if not found.any():
             return
         bad = (found != 0) if mask is None else (found != 0) & mask
         if not bad.any():
             return
-        if (np.broadcast_to(found, bad.shape)[bad] & view.dtype.type(COPY * EVERY[size])).any():
+        found = np.broadcast_to(found, bad.shape)[bad]
+        if (found & view.dtype.type(COPY * EVERY[size])).any():
             b.fault("undelivered", f"{kind} {size} bytes that a copy in flight has yet to write", here, bad)
-        b.fault("overwritten", f"{kind} {size} bytes that a product in flight still reads", here, bad)
+        if (found & view.dtype.type(BARRIER * EVERY[size])).any():
+            b.fault("mbarrier", f"{kind} {size} bytes where an mbarrier is", here, bad)
+        if self.flight is None:
+            b.fault("overwritten", f"{kind} {size} bytes that a product in flight still reads", here, bad)
+        self.flight.judge_shared(b, address, offset, size, mask, here)
 
     def mark(self, b, flag, address, offset, size, mask, on):
         """Sets or clears a flag of every word of an access."""

@@ -9,13 +9,27 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import arithmetic, copies, flow, formats, matrix, memory, products, shared, warp
+from . import (
+    arithmetic,
+    copies,
+    flow,
+    formats,
+    matrix,
+    mbarrier,
+    memory,
+    products,
+    shared,
+    tensor,
+    tensor_products,
+    warp,
+)
 from .arithmetic import row_of
-from .operations import Operations
+from .faults import Fault
 from .parse import effects
+from .tensor_operations import TensorOperations
 from .values import FORMS, WIDTHS
 
-GUARDED = {"ld", "st", "cp", "bra"}
+GUARDED = {"ld", "st", "cp", "bra", "tcgen05", "mbarrier"}
 
 
 class Translated:
@@ -31,6 +45,7 @@ class Translated:
             name for each in kernel.code if each.opcode.startswith("wgmma.mma") for name in each.operands[0]
         }
         self.asynchronous = bool(self.accumulators)
+        self.tensor = any(each.base in ("tcgen05", "mbarrier", "elect") for each in kernel.code)
         votes = usage(kernel)
         for name in sorted(set().union(*(set().union(*effects(each)) for each in kernel.code))):
             self.index[name] = len(self.forms)
@@ -63,7 +78,7 @@ def namespace(approximate):
     names |= {name: getattr(formats, name) for name in ("widen_bf16", "to_bf16", "bf16_pair", "f16_pair", "halves")}
     names |= {name: getattr(formats, name) for name in ("f32_pair", "joined_f32")}
     names |= {name: getattr(formats, name) for name in ("pack_bf16", "pack_f16", "to_tf32", "flush", "fma32", "fma64")}
-    for module in (memory, shared, warp, matrix, copies, products):
+    for module in (memory, shared, warp, matrix, copies, products, mbarrier, tensor, tensor_products):
         names |= module.NAMES
     return names | {"approximate": approximate, "float64": np.float64}
 
@@ -82,7 +97,7 @@ def usage(kernel):
     return votes
 
 
-class BlockTranslator(Operations):
+class BlockTranslator(TensorOperations):
     """Writes the function of one block."""
 
     def source(self):
@@ -91,6 +106,7 @@ class BlockTranslator(Operations):
             self.place, self.instruction = place, each
             if self.parent.asynchronous:
                 self.count_registers(each)
+            self.judge_loads(each)
             if each.base == "bra":
                 result = self.mask() if each.guard else None
             elif each.base in ("bar", "ret") and self.block.end in ("barrier", "exit"):
@@ -103,6 +119,8 @@ class BlockTranslator(Operations):
                     raise self.unknown()
                 method(*each.opcode.split(".")[1:])
         self.place = len(self.block.instructions)
+        if self.loading:
+            raise self.unknown("in a block that ends before tcgen05.wait::ld of an earlier load")
         self.save(sorted(self.block.alive_after))
         self.products.flush()
         body = "\n    ".join([*self.lines, f"return {result}"])
@@ -114,6 +132,13 @@ class BlockTranslator(Operations):
     @property
     def here(self):
         return self.number_of(self.instruction)
+
+    def judge_loads(self, each):
+        """Faults if an instruction touches what tcgen05.ld has yet to load."""
+        for name in self.loading.keys() & set().union(*effects(each)):
+            place = f"PTX line {self.loading[name].line} ({self.loading[name].source})"
+            detail = f"{name}, loaded at {place}, without tcgen05.wait::ld"
+            raise Fault("register", detail, self.kernel.name, None, each.line, each.source)
 
     def count_registers(self, each):
         """Notes which registers are touched between one instruction of wgmma and the next."""

@@ -52,6 +52,7 @@ class Values:
         self.lines, self.count, self.env, self.written, self.specials = [], 0, {}, set(), {}
         self.numbers = {id(each): next(numbers) for each in block.instructions}
         self.products, self.segment = Products(self), None
+        self.loading = {}  # the registers that tcgen05.ld has yet to load, and the instruction of each
         self.reads_at, self.writes_at = {}, {}
         for place, each in enumerate(block.instructions):
             reads, writes = effects(each)

@@ -1,0 +1,258 @@
+"""Products of tcgen05.mma in flight: what may not be touched, and which warps know that they are complete.
+
+tcgen05.commit makes an mbarrier complete a phase once all earlier products of its thread are complete. A warp that has
+waited for this phase knows it, and after a barrier of the program all warps do. Until then nobody may write the shared
+memory that a product reads, nor store to the tensor memory that it reads, nor touch its sums.
+
+A commit arrives at once, or as late as it can, when no thread can go on without. Its products are computed then, as a
+whole, so that their sums are the same bits in both cases.
+
+Source: PTX ISA 9.0, section "TensorCore 5th Generation Family Instructions": "Memory Consistency Model" and
+"tcgen05.commit".
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .memory import WRITE
+from .shared import PRODUCT, Address
+
+
+@dataclass(frozen=True)
+class Region:
+    """Lanes of tensor memory, as the bits of a number, and columns from the first to before the last."""
+
+    lanes: int
+    first: int
+    last: int
+
+    def meets(self, other):
+        return bool(self.lanes & other.lanes) and self.first < other.last and other.first < self.last
+
+
+@dataclass(eq=False)
+class Product:
+    """One tcgen05.mma of the programs of these numbers. a: an Address of chunks of shared memory, or a Region.
+
+    lanes: those of the rows of its sums, and of A if that is a Region. keep: whether it adds to what is there.
+    """
+
+    batch: object
+    form: object
+    numbers: object
+    issuer: int
+    lanes: object
+    d: Region
+    a: object
+    b: Address
+    keep: object
+    here: int
+
+    @property
+    def row(self):
+        return self.numbers[:, None]
+
+    @property
+    def rows(self):
+        return None if len(self.numbers) == len(self.batch.programs) else self.numbers
+
+    def addresses(self):
+        return [address for address in (self.a, self.b) if isinstance(address, Address)]
+
+    def among(self, numbers):
+        """The product of those of its programs that are among some, or None."""
+        kept = np.isin(self.numbers, numbers)
+        if kept.all() or not kept.any():
+            return self if kept.all() else None
+        a, b = (x if isinstance(x, Region) or len(x.value) == 1 else Address(x.value[kept]) for x in (self.a, self.b))
+        keep = self.keep if len(self.keep) == 1 else self.keep[kept]
+        return replace(self, numbers=self.numbers[kept], a=a, b=b, keep=keep)
+
+
+@dataclass(eq=False)
+class Commit:
+    """known: by program and warp. arrived: whether the phase is complete."""
+
+    products: list
+    numbers: object
+    issuer: int
+    place: int
+    known: object
+    here: int
+    arrived: bool = False
+
+    def among(self, numbers):
+        kept = np.isin(self.numbers, numbers)
+        products = [part for this in self.products if (part := this.among(numbers))]
+        return replace(self, products=products, numbers=self.numbers[kept])
+
+
+class Flight:
+    """open: products without a commit. compute: a function of a list of products."""
+
+    def __init__(self, batch, compute):
+        self.batch, self.compute, self.programs = batch, compute, len(batch.programs)
+        self.open, self.commits = [], []
+
+    def in_flight(self):
+        """(product, its commit or None) of each."""
+        yield from ((this, commit) for commit in self.commits for this in commit.products)
+        yield from ((this, None) for this in self.open)
+
+    def unaware(self, rows, warp):
+        """(product, the programs in which the warp does not know that it is complete) of each, if there are any."""
+        for this, commit in self.in_flight():
+            flags = np.zeros(self.programs, bool)
+            flags[this.numbers] = True if commit is None else ~commit.known[this.numbers, warp]
+            flags &= rows
+            if flags.any():
+                yield this, flags
+
+    # What happens to products.
+
+    def issue(self, this):
+        self.open.append(this)
+        self.mark(this, True)
+
+    def mark(self, this, on):
+        for address in this.addresses():
+            self.batch.shared.mark(this, PRODUCT, address, 0, 16, None, on)
+        self.batch.shared.in_flight += (1 if on else -1) * len(this.addresses()) * len(this.numbers)
+
+    def commit(self, part, issuer, place, here):
+        """A thread's commit, to the mbarrier at a place in each program."""
+        mine = [this for this in self.open if this.issuer == issuer]
+        others = np.setdiff1d(np.arange(self.programs), part.numbers)
+        left = [rest for this in mine if (rest := this.among(others))]
+        self.open = [this for this in self.open if this.issuer != issuer] + left
+        for one in np.unique(place):
+            numbers = part.numbers[place == one]
+            products = [each for this in mine if (each := this.among(numbers))]
+            known = np.zeros((self.programs, -(-self.batch.threads // 32)), bool)
+            self.commits.append(Commit(products, numbers, issuer, int(one), known, here))
+            if not self.batch.products_late:
+                self.arrive(self.commits[-1])
+
+    def arrive(self, commit):
+        self.compute(commit.products)
+        self.batch.tensor.barriers.arrive(commit.place, commit.numbers)
+        commit.arrived = True
+        self.batch.wake()
+
+    def deliver(self):
+        """The oldest commit of each program that is yet to arrive does; gives whether there is any."""
+        seen = np.zeros(self.programs, bool)
+        for commit in [commit for commit in self.commits if not commit.arrived]:
+            first = ~seen[commit.numbers]
+            seen[commit.numbers] = True
+            if first.all():
+                self.arrive(commit)
+            elif first.any():
+                parts = [commit.among(commit.numbers[chosen]) for chosen in (first, ~first)]
+                place = self.commits.index(commit)
+                self.commits[place : place + 1] = parts
+                self.arrive(parts[0])
+        return bool(seen.any())
+
+    # Who knows of it.
+
+    def observed(self, numbers, warps, places):
+        """Warps have seen the mbarriers at these places complete a phase: they know of all that had arrived there.
+
+        They know of the earlier commits of the same thread as well.
+        """
+        at, learned = np.full(self.programs, -1), {}
+        at[numbers] = places
+        for commit in reversed(self.commits):
+            rows = learned.setdefault(commit.issuer, np.zeros(self.programs, bool))
+            if commit.arrived:
+                rows[commit.numbers] |= at[commit.numbers] == commit.place
+            commit.known[np.ix_(commit.numbers[rows[commit.numbers]], np.unique(warps))] = True
+        self.retire()
+
+    def together(self, rows):
+        """A barrier of some programs, by flags: what one warp knows all do."""
+        for commit in self.commits:
+            commit.known[rows] |= commit.known[rows].any(axis=1, keepdims=True)
+        self.retire()
+
+    def retire(self):
+        """Products that all warps know to be complete are out of flight."""
+        done, left = [], []
+        for commit in self.commits:
+            known = commit.known[commit.numbers].all(axis=1)
+            parts = [commit.among(commit.numbers[chosen]) for chosen in (known, ~known) if chosen.any()]
+            done += parts[0].products if known.any() else []
+            left += [] if known.all() else parts[-1:]
+        self.commits = left
+        for this in done:
+            self.mark(this, False)
+        for this, _ in self.in_flight() if done else ():
+            for address in this.addresses():
+                self.batch.shared.mark(this, PRODUCT, address, 0, 16, None, True)
+
+    # Faults.
+
+    def fault(self, kind, detail, this, here, rows):
+        detail = f"{detail} the product in flight of {self.batch.describe(this.here)}"
+        self.batch.fault(kind, detail, here, int(rows.argmax()))
+
+    def judge(self, kind, rows, warp, region, here):
+        """Faults if a warp may not load from, or store to, a region of tensor memory."""
+        for this, flags in self.unaware(rows, warp):
+            if this.d.meets(region):
+                self.fault("register", f"{kind} the sums of", this, here, flags)
+            if kind == WRITE and isinstance(this.a, Region) and this.a.meets(region):
+                self.fault("overwritten", "writes tensor memory that is read by", this, here, flags)
+
+    def judge_shared(self, b, address, offset, size, mask, here):
+        """Faults if some threads' warps may not write to shared memory."""
+        shared = self.batch.shared
+        stride = shared.stride // 16
+        cells = (address.value + offset >> 4) + b.row * stride
+        mask = np.broadcast_to(True if mask is None else mask, np.broadcast_shapes(cells.shape, b.warps.shape))
+        for warp in np.unique(b.warps):
+            rows = np.zeros(self.programs, bool)
+            rows[b.row[:, 0]] = True
+            for this, flags in self.unaware(rows, warp):
+                chosen = flags[b.row] & mask & (b.warps == warp)
+                for read in this.addresses():
+                    bad = np.isin(cells, (read.value >> 4) + this.row * stride) & chosen
+                    if bad.any():
+                        row = np.zeros(self.programs, bool)
+                        row[b.row[:, 0]] = bad.any(axis=1)
+                        self.fault("overwritten", f"writes {size} bytes that are read by", this, here, row)
+
+    def judge_product(self, new):
+        """Faults unless the products in flight whose places meet those of a new one are sure to come before it."""
+        rows = np.zeros(self.programs, bool)
+        rows[new.numbers] = True
+        for this, flags in self.unaware(rows, new.issuer // 32):
+            same = (this.issuer, this.d, this.form.m) == (new.issuer, new.d, new.form.m)
+            if this.d.meets(new.d) and not same:
+                self.fault("register", "has sums in other places than", this, new.here, flags)
+            if isinstance(new.a, Region) and this.d.meets(new.a):
+                self.fault("register", "reads the sums of", this, new.here, flags)
+            if isinstance(this.a, Region) and this.a.meets(new.d):
+                self.fault("overwritten", "writes tensor memory that is read by", this, new.here, flags)
+
+    def judge_inval(self, part, place, here):
+        """Faults if a commit arrives at an mbarrier that a thread unmakes without having waited for it."""
+        at = np.full(self.programs, -1)
+        at[part.numbers] = place
+        for commit in self.commits:
+            wrong = (at[commit.numbers] == commit.place) & ~commit.known[commit.numbers, part.warp]
+            if wrong.any():
+                detail = f"mbarrier.inval without a wait for the commit of {self.batch.describe(commit.here)}"
+                self.batch.fault("pending", detail, here, int(commit.numbers[wrong.argmax()]))
+
+    def finish(self):
+        """Faults if programs end before their products."""
+        for this in self.open:
+            self.batch.fault("pending", "a product without tcgen05.commit", this.here, int(this.numbers[0]))
+        for commit in self.commits:
+            lost = ~commit.known[commit.numbers].any(axis=1)
+            if lost.any():
+                row = int(commit.numbers[lost.argmax()])
+                self.batch.fault("pending", "a commit of products that nobody waits for", commit.here, row)

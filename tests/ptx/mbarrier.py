@@ -1,0 +1,151 @@
+"""Barriers in shared memory that products arrive at: mbarrier, and elect.sync, which chooses who handles them.
+
+An mbarrier completes a phase at each arrival, as it expects one. A thread waits for the phase of a parity: the wait
+fails while that phase is the current one, and its bundle is put aside until some mbarrier completes a phase. Only
+tcgen05.commit arrives here (see flight).
+
+Sources: PTX ISA 9.0, sections "Parallel Synchronization and Communication Instructions: mbarrier" and "elect.sync".
+"""
+
+import numpy as np
+
+from .faults import row_of
+from .memory import READ, WRITE
+from .shared import BARRIER, Access, Address
+from .warp import members
+
+U4, U8 = np.uint32, np.uint64
+SIZE = 8
+
+
+class Part:
+    """One thread of some of a bundle's programs: numbers are the programs', kept their numbers in the bundle."""
+
+    def __init__(self, b, kept, thread):
+        self.batch, self.kept, self.thread, self.program_count = b.batch, kept, thread, len(kept)
+        self.row = b.row[kept]
+        self.numbers = self.row[:, 0]
+        self.rows = None if len(kept) == len(b.batch.programs) else self.numbers
+        self.warps = b.warps[:, thread : thread + 1]
+        self.warp = int(self.warps[0, 0])
+
+    def of(self, value):
+        """A register's value in each program."""
+        value = value[:, self.thread if value.shape[1] > 1 else 0]
+        return np.broadcast_to(value, self.program_count) if len(value) == 1 else value[self.kept]
+
+    def fault(self, kind, detail, here, where=0):
+        self.batch.fault(kind, detail, here, int(self.numbers[row_of(where)]))
+
+
+def single(b, mask, what, here):
+    """The Part of a bundle that acts, one thread of a program; None if there is none."""
+    chosen = np.broadcast_to(True if mask is None else mask, (1 if mask is None else len(mask), b.threads))
+    count = chosen.sum(axis=1)
+    if (count > 1).any():
+        b.fault("instruction", f"{what} by several threads", here, chosen)
+    kept = np.flatnonzero(np.broadcast_to(count, b.program_count))
+    if not len(kept):
+        return None
+    threads = np.unique(chosen.argmax(axis=1)[count > 0])
+    if len(threads) > 1:
+        b.fault("instruction", f"{what} by another thread in another program", here)
+    return Part(b, kept, int(threads[0]))
+
+
+def compact(values):
+    """A number of each program as a column, of one row if all are the same."""
+    return values[:1, None] if (values == values[0]).all() else values[:, None]
+
+
+class Barriers:
+    """Of programs that run together: by its address, how many phases an mbarrier has completed in each; -1 for none."""
+
+    def __init__(self, programs):
+        self.programs, self.phases = programs, {}
+
+    def of(self, b, place, what, here):
+        """The completed phases of the mbarrier at each program's place."""
+        result = np.empty(len(place), int)
+        for one in np.unique(place):
+            chosen = place == one
+            result[chosen] = self.phases[one][b.row[chosen, 0]] if one in self.phases else -1
+        if (result < 0).any():
+            row = int(np.flatnonzero(result < 0)[0])
+            b.fault("mbarrier", f"{what} of shared memory at {int(place[row])}, which is no mbarrier", here, row)
+        return result
+
+    def set(self, place, rows, value):
+        for one in np.unique(place):
+            phases = self.phases.setdefault(one, np.full(self.programs, -1))
+            phases[rows[place == one]] = value
+
+    def arrive(self, place, rows):
+        self.phases[place][rows] += 1
+
+
+def log(b, kind, address, here):
+    """To others an mbarrier is written where it is made and unmade, and read wherever it is used."""
+    shared = b.batch.shared
+    if shared.many:
+        shared.log.append(Access(kind, address, 0, SIZE, None, b.rows, b.warps, here))
+
+
+def barrier_init(b, address, offset, count, mask, here):
+    part = single(b, mask, "mbarrier.init", here)
+    if part is None:
+        return
+    if (part.of(count) != 1).any():
+        b.fault("instruction", "an mbarrier that expects several arrivals", here)
+    shared, barriers = b.batch.shared, b.batch.tensor.barriers
+    place = part.of(address.value) + offset
+    address, _ = shared.checked(part, Address(compact(place)), 0, SIZE, None, here)
+    shared.touch(part, WRITE, address, 0, SIZE, None, part.warps, here)
+    shared.write(part, address, 0, SIZE, np.full((1, 1), ~U8(0)), None)
+    shared.mark(part, BARRIER, address, 0, SIZE, None, True)
+    shared.in_flight += part.program_count
+    barriers.set(place, part.numbers, 0)
+
+
+def barrier_inval(b, address, offset, mask, here):
+    part = single(b, mask, "mbarrier.inval", here)
+    if part is None:
+        return
+    shared, tensor = b.batch.shared, b.batch.tensor
+    place = part.of(address.value) + offset
+    tensor.barriers.of(part, place, "mbarrier.inval", here)
+    tensor.flight.judge_inval(part, place, here)
+    address = Address(compact(place))
+    shared.mark(part, BARRIER, address, 0, SIZE, None, False)
+    shared.in_flight -= part.program_count
+    log(part, WRITE, address, here)
+    tensor.barriers.set(place, part.numbers, -1)
+
+
+def barrier_wait(b, address, offset, parity, here):
+    """mbarrier.try_wait.parity: whether the phase is complete."""
+    tensor = b.batch.tensor
+    for value in (address.value, parity):
+        if value.shape[1] > 1 and (value != value[:, :1]).any():
+            b.fault("divergence", "threads that wait for different mbarriers or phases", here)
+    if (parity > U4(1)).any():
+        b.fault("instruction", f"parity {int(parity.max())}", here)
+    place = np.broadcast_to(address.value[:, 0] + offset, b.program_count)
+    phases = tensor.barriers.of(b, place, "mbarrier.try_wait", here)
+    log(b, READ, Address(compact(place)), here)
+    complete = phases & 1 != parity[:, 0]
+    if not complete.all():
+        b.waits = here
+    if complete.any():
+        tensor.flight.observed(b.row[complete, 0], b.warps, place[complete])
+    return complete[:, None]
+
+
+def elect(b, mask, here):
+    """(the elected lane, whether a thread has it): the same one all along, but any."""
+    members(b, mask, here)
+    leader = U4(b.batch.tensor.leader)
+    return np.full((1, 1), leader), b.lane == leader
+
+
+NAMES = {f.__name__: f for f in (barrier_init, barrier_inval, barrier_wait, elect)}
