@@ -385,3 +385,13 @@ def test_what_is_not_known(code):
     with pytest.raises(ptx.Fault) as e:
         run(code, torch.zeros(32))
     assert e.value.kind == "instruction" and e.value.kernel == "kernel"
+
+
+def test_directives_of_a_kernel():
+    out = torch.zeros(32, dtype=torch.int32)
+    code = "mul.wide.u32 %rd1, %r0, 4; add.s64 %rd1, %rd1, %rd0; st.global.b32 [%rd1], %r0;"
+    run(code, out, threads="32, 1, 1\n.maxnreg 255")
+    assert (out == torch.arange(32)).all()
+    for threads in ("32, 2", "32\n.maxnreg 255\n.minnctapersm 2"):
+        with pytest.raises(ptx.Fault, match="instruction: threads of a program"):
+            run(code, out, threads=threads)

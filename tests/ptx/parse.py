@@ -118,7 +118,8 @@ def header(text):
     if entry is None or len(ENTRY.findall(text)) != 1:
         raise Fault("instruction", "a text without exactly one kernel")
     params = [part.split() for part in entry[2].split(",") if part.strip()]
-    threads = re.search(r"\.reqntid\s+(\d+)(?:,\s*1)*\s*$", entry[3].strip())
+    # How many registers ptxas may use says nothing about what a kernel computes.
+    threads = re.fullmatch(r"\.reqntid\s+(\d+)(?:,\s*1)*(?:\s*\.maxnreg\s+\d+)?", entry[3].strip())
     if threads is None:
         raise Fault("instruction", f"threads of a program: {entry[3].strip()}", entry[1])
     kernel = Kernel(entry[1], [(part[-1], part[1].lstrip(".")) for part in params], int(threads[1]))
