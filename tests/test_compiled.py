@@ -1,4 +1,4 @@
-"""What the kernels compile to for an A100, an H100 and a B200, run without one: compiled.py and planted.py beside it."""
+"""What the kernels compile to for an A100, an H100 and a B200, run without one: compiled.py and planted.py here."""
 
 import re
 
