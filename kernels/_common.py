@@ -190,6 +190,15 @@ def number_format(dtype, precision):
     return "fp64" if dtype == torch.float64 else precision if dtype == torch.float32 else "half"
 
 
+def input_precision(dtype, precision):
+    """tl.dot's argument: `precision` for float32, and otherwise "ieee".
+
+    In other formats it means nothing, but Triton 3.7.1 gives products of float64 that are said to be in tf32 to the
+    matrix units of sm_100, which have no float64, and does not compile them.
+    """
+    return precision if dtype == torch.float32 else "ieee"
+
+
 def _block(size, least, most):
     """The power of two at or above `size`, within bounds."""
     return min(most, max(least, power_of_2(size)))

@@ -24,6 +24,7 @@ from ._common import (
     compute_capability,
     flat_block,
     index_type,
+    input_precision,
     number_format,
     operand_type,
     power_of_2,
@@ -255,7 +256,8 @@ def _input_grad(dy, code, f, dx, blocks, channels_last, stride, pool_stride, pre
         H=H, W=W, QH=QH, QW=QW, **_strides("y", dy), **_strides("c", code), **_strides("x", dx),
         STEP_H=blocks.BH // (pool_stride[0] * stride[0]), STEP_W=blocks.BW // (pool_stride[1] * stride[1]),
         REACH_H=blocks.REACH_H, COUNT=blocks.COUNT,
-        INDEX=index_type(dy, code, f, dx), OPERAND=operand_type(dy.dtype), PRECISION=precision,
+        INDEX=index_type(dy, code, f, dx), OPERAND=operand_type(dy.dtype),
+        PRECISION=input_precision(dy.dtype, precision),
         BLOCK_M=block_m, num_warps=4, num_stages=1, **_constants(blocks, C, OC, channels_last), **OPTIONS,
     )  # fmt: skip
 
@@ -419,7 +421,8 @@ def _weight_grad(
         RH=R, RW=R, PATCH_H=PATCH_H, PATCH_W=PATCH_W, POSITIONS=power_of_2(WH * WW),
         CHANNELS_LAST=C > 1 and x.stride(1) == 1 and x.stride(3) == C,
         EDGES=first_h < 0 or first_w < 0 or last_h > H or last_w > W, HAS_BIAS=with_bias,
-        INDEX=index_type(dy, code, x, dw_ptr), OPERAND=operand_type(dy.dtype), PRECISION=precision,
+        INDEX=index_type(dy, code, x, dw_ptr), OPERAND=operand_type(dy.dtype),
+        PRECISION=input_precision(dy.dtype, precision),
         BLOCK_OC=block_oc, BLOCK_N=max(16, power_of_2(C * PATCH_H * PATCH_W)), BLOCK_K=IMAGES,
         BLOCK_T=max(16, power_of_2(C * KH * KW)), num_warps=4,
         num_stages=num_stages, **OPTIONS,

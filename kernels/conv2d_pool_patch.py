@@ -27,6 +27,7 @@ from ._common import (
     cdiv,
     flat_block,
     index_type,
+    input_precision,
     number_format,
     operand_type,
     power_of_2,
@@ -282,7 +283,8 @@ def _product(x, placed, bias, y, code, w_size, channels_last, form, stride, padd
     # Programs that walk several tiles load the filters once; a batch with few tiles has one program for each.
     busy = cdiv(tiles, 2) if INTERPRETED else max(PROGRAMS // 4, min(PROGRAMS, tiles // 3)) // chunks
     return (max(1, min(tiles, busy)) * chunks,), (M, 0 if bias is None else bias.stride(0)), dict(
-        CHANNELS_LAST=channels_last, LENGTH=length, OPERAND=operand_type(x.dtype), PRECISION=precision,
+        CHANNELS_LAST=channels_last, LENGTH=length, OPERAND=operand_type(x.dtype),
+        PRECISION=input_precision(x.dtype, precision),
         INDEX=index_type(x, placed, bias, y), BLOCK_M=block_m, BLOCK_K=form.block_k, **constants,
         # Wide tiles with several blocks of filters would spill registers.
         num_warps=8 if columns == COLUMNS and length > 64 else 4, num_stages=1, **OPTIONS,

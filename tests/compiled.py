@@ -143,6 +143,15 @@ def test_against_float64(case, format):
     check(case, format)
 
 
+def test_float64_under_tf32():
+    """Torch's flag for float32 says nothing to other formats."""
+    x, w = torch.randn(2, 40, 9, 11).double(), torch.randn(40, 40, 1, 1).double()
+    with precision("tf32"), tritonnet.backend("triton"):
+        torch.testing.assert_close(F.conv2d(x, w), torch.nn.functional.conv2d(x, w), rtol=1e-11, atol=1e-11)
+        rows, other = x.flatten(1), torch.randn(70, 40 * 99).double()
+        torch.testing.assert_close(F.linear(rows, other), rows @ other.t(), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("case", ["cross_entropy", "LeNet step"])
 def test_approximations_at_their_worst(case, memory_is_watched):
     """Powers and quotients as far off as the ISA lets a GPU's be."""
