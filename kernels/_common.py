@@ -199,6 +199,11 @@ def input_precision(dtype, precision):
     return precision if dtype == torch.float32 else "ieee"
 
 
+def product_types(dtype, precision):
+    """The constants of a kernel with products: what operands are taken in, what sums are kept in, and how precisely."""
+    return dict(OPERAND=operand_type(dtype), ACC=acc_type(dtype), PRECISION=input_precision(dtype, precision))
+
+
 def _block(size, least, most):
     """The power of two at or above `size`, within bounds."""
     return min(most, max(least, power_of_2(size)))

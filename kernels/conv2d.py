@@ -25,7 +25,6 @@ from ._common import (
     SQUARE,
     TALL,
     Window,
-    acc_type,
     cached_for_architecture,
     cdiv,
     first_tap,
@@ -33,8 +32,7 @@ from ._common import (
     gradient_tiles,
     in_units,
     index_type,
-    input_precision,
-    operand_type,
+    product_types,
     round_to,
     split_product,
     strides,
@@ -196,8 +194,7 @@ def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, p
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, FLAT=flat, UNITS=units,
-        INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype),
-        PRECISION=input_precision(x.dtype, precision),
+        INDEX=index, **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 
@@ -319,8 +316,7 @@ def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
         FLAT=flat, UNITS=units,
-        INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
-        PRECISION=input_precision(dy.dtype, precision),
+        INDEX=index, **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 
@@ -447,8 +443,7 @@ def _weight_grad(
         C=C, OC=OC // groups, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, FLAT=C < FLAT_BELOW, GROUPS=groups, UNITS=units,
-        INDEX=index, OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
-        PRECISION=input_precision(dy.dtype, precision),
+        INDEX=index, **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 

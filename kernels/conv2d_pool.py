@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import POOLED, acc_type, cdiv, index_type, input_precision, operand_type, round_to, strides
+from ._common import POOLED, cdiv, index_type, product_types, round_to, strides
 from .conv2d import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for
 from .launching import planned
 from .padding import PAD_MODES
@@ -100,8 +100,7 @@ def _forward(
         WH=pool_kernel[0], WW=pool_kernel[1], TH=pool_stride[0], TW=pool_stride[1],
         UH=pool_padding[0], UW=pool_padding[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, FLAT=flat,
-        INDEX=index, OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype),
-        PRECISION=input_precision(x.dtype, precision),
+        INDEX=index, **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 

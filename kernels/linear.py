@@ -13,15 +13,13 @@ import triton.language as tl
 
 from . import shapes
 from ._common import (
-    acc_type,
     cached_for_architecture,
     cdiv,
     gemm_tile,
     gradient_tiles,
     in_units,
     index_type,
-    input_precision,
-    operand_type,
+    product_types,
     round_to,
     split_product,
     square_tiles,
@@ -88,8 +86,7 @@ def _forward(x, w, bias, y, relu, precision):
     numbers = M, n, k, *steps, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1)
     return (cdiv(M, tile.M) * cdiv(N, tile.N),), numbers, dict(
         HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
-        INDEX=index_type(x, w, bias, y), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype),
-        PRECISION=input_precision(x.dtype, precision),
+        INDEX=index_type(x, w, bias, y), **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 
@@ -198,8 +195,7 @@ def _weight_grad(dy, x, dw_ptr, db_ptr, strides, stride_split, with_bias, precis
     numbers = M, n, k, per_split, *steps, stride_wn, strides[1], stride_split
     return (tiles * splits,), numbers, dict(
         HAS_BIAS=with_bias, UNITS=units,
-        INDEX=index_type(dy, x, dw_ptr), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
-        PRECISION=input_precision(dy.dtype, precision),
+        INDEX=index_type(dy, x, dw_ptr), **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 

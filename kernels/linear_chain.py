@@ -21,14 +21,12 @@ from ._common import (
     INTERPRETED,
     SQUARE,
     Tile,
-    acc_type,
     cdiv,
     gemm_tile,
     index_type,
-    input_precision,
     number_format,
-    operand_type,
     power_of_2,
+    product_types,
     round_to,
     split_product,
 )
@@ -161,8 +159,8 @@ def _forward(x, w1, b1, w2, b2, w3, b3, w4, b4, y, hidden, widths, has_bias, kee
     tile = _tile(M, x.dtype, precision)
     return (cdiv(M, tile.M),), (M, *x.stride()), dict(
         **_sizes(K, widths), HIDDEN=sum(widths[:-1]), HAS_BIAS=has_bias, KEEP=keep,
-        INDEX=index_type(x, w1, w2, w3, w4, y, hidden), OPERAND=operand_type(x.dtype), ACC=acc_type(x.dtype),
-        PRECISION=input_precision(x.dtype, precision), BLOCK_M=tile.M, BLOCK_K=tile.K, **tile.options,
+        INDEX=index_type(x, w1, w2, w3, w4, y, hidden), **product_types(x.dtype, precision),
+        BLOCK_M=tile.M, BLOCK_K=tile.K, **tile.options,
     )  # fmt: skip
 
 
@@ -239,8 +237,8 @@ def _input_grad(dy, hidden, w1, w2, w3, w4, dx, dz, K, widths, needs_dx, precisi
     tile = _tile(dy.shape[0], dy.dtype, precision)
     return (cdiv(dy.shape[0], tile.M),), (dy.shape[0], *dy.stride()), dict(
         **_sizes(K, widths), HIDDEN=hidden.shape[1], NEEDS_DX=needs_dx,
-        INDEX=index_type(dy, hidden, w1, w2, w3, w4, dx), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
-        PRECISION=input_precision(dy.dtype, precision), **tile.blocks, **tile.options,
+        INDEX=index_type(dy, hidden, w1, w2, w3, w4, dx), **product_types(dy.dtype, precision),
+        **tile.blocks, **tile.options,
     )  # fmt: skip
 
 
@@ -313,8 +311,8 @@ def _weight_grad(dy, dz, x, hidden, dw_ptr, db_ptr, widths, stride_split, with_b
     tile, tiles, splits, per_split = _split(M, K, widths, dy.dtype, precision)
     return (tiles * splits,), (M, per_split, *dy.stride(), *x.stride(), stride_split), dict(
         **_sizes(K, widths), HIDDEN=hidden.shape[1], TILES=tiles, HAS_BIAS=with_bias,
-        INDEX=index_type(dy, dz, x, hidden), OPERAND=operand_type(dy.dtype), ACC=acc_type(dy.dtype),
-        PRECISION=input_precision(dy.dtype, precision), **tile.blocks, **tile.options,
+        INDEX=index_type(dy, dz, x, hidden), **product_types(dy.dtype, precision),
+        **tile.blocks, **tile.options,
     )  # fmt: skip
 
 
