@@ -10,6 +10,7 @@ and sums are long enough to fill a pipeline.
 import ptx
 import pytest
 import torch
+from conftest import EMULATED
 from test_machine_code import every_kernel
 
 import tritonnet
@@ -20,6 +21,8 @@ from bench.lenet import Network
 from bench.libraries import WHOLE_STEPS, installed
 from bench.measure import Host, precision
 
+if EMULATED is None:
+    raise pytest.UsageError("TRITONNET_TEST_DEVICE has to be sm_80, sm_90 or sm_100")
 LIBRARIES = installed()
 
 

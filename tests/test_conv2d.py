@@ -1,7 +1,7 @@
 """conv2d against float64, value and every gradient, on the kernels and on the reference.
 
 In the interpreter the float64, float32 and float16 cases prove the arithmetic; bfloat16 is emulated there and tf32 is
-computed in full float32, so their hardware paths are proved by these same tests on a GPU only.
+computed in full float32, so their hardware paths are proved by these same tests on a GPU, or as compiled code.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """The gradients of conv2d_relu_max_pool2d straight from the pooled gradient and the code, against float64.
 
 In the interpreter float32 is computed in full, where a GPU takes tf32, and bfloat16 is emulated: what the hardware
-makes of them is proved by these same tests on a GPU only.
+makes of them is proved by these same tests on a GPU, or as compiled code.
 """
 
 import pytest

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .memory import BY_SIZE, WRITE, active
+from .memory import BY_SIZE, WRITE, active, kept_rows
 from .shared import COPY, Access, Address
 
 U4 = np.uint32
@@ -51,10 +51,8 @@ class Copy:
             return None
 
         def cut(array):
-            if array is None:
-                return None
-            array = array if len(array) == 1 else array[kept]
-            return array if array.shape[1] == 1 else array[:, columns]
+            array = kept_rows(array, kept)
+            return array if array is None or array.shape[1] == 1 else array[:, columns]
 
         to, row = Address(cut(self.to.value)), self.row[kept]
         rows = None if len(row) == len(b.batch.programs) else row[:, 0]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .memory import WRITE
+from .memory import WRITE, kept_rows
 from .shared import PRODUCT, Address
 
 
@@ -65,9 +65,9 @@ class Product:
         kept = np.isin(self.numbers, numbers)
         if kept.all() or not kept.any():
             return self if kept.all() else None
-        a, b = (x if isinstance(x, Region) or len(x.value) == 1 else Address(x.value[kept]) for x in (self.a, self.b))
-        keep = self.keep if len(self.keep) == 1 else self.keep[kept]
-        return replace(self, numbers=self.numbers[kept], a=a, b=b, keep=keep)
+        a = self.a if isinstance(self.a, Region) else self.a.kept(kept)
+        keep = kept_rows(self.keep, kept)
+        return replace(self, numbers=self.numbers[kept], a=a, b=self.b.kept(kept), keep=keep)
 
 
 @dataclass(eq=False)

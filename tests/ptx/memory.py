@@ -154,6 +154,11 @@ def misaligned(b, address, size, mask, here):
         b.fault("misaligned", f"{size} bytes at ...{int(address[wrong][0]) & 0xFFFF:04x}", here, wrong)
 
 
+def kept_rows(array, kept):
+    """The rows of an array that are kept, if it has any of its own: one row is all programs'."""
+    return array if array is None or len(array) == 1 else array[kept]
+
+
 def active(mask):
     """A mask that says something: (mask or None if all are active, whether any is)."""
     if mask is None or mask.all():

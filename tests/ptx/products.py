@@ -13,18 +13,13 @@ import numpy as np
 
 from .copies import Owner
 from .formats import F4, U4
-from .memory import READ
+from .memory import READ, kept_rows
 from .operands import Form, chunks, left_operand, right_operand
 from .shared import COPY, PRODUCT, Access, Address
 from .warp import whole
 
 # The thread number that products have in the log of shared memory: no warp's.
 PRODUCTS = 1000
-
-
-def kept_rows(array, kept):
-    """The rows of an array that are kept, if it has any of its own."""
-    return array if array is None or len(array) == 1 else array[kept]
 
 
 @dataclass
@@ -51,10 +46,10 @@ class Product:
         """The product of some of its programs; its threads have not parted."""
         a = self.a
         if isinstance(a, Address):
-            a = Address(kept_rows(a.value, kept))
+            a = a.kept(kept)
         elif a.shape[1] > 1:
             a = a[:, kept]
-        b = Address(kept_rows(self.b.value, kept))
+        b = self.b.kept(kept)
         return Product(
             self.form, self.registers, self.names, self.operands, rows, row, self.threads, a, b,
             kept_rows(self.keep, kept), self.here,

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import tensor_products
 from .faults import Fault, row_of
+from .memory import kept_rows
 from .shared import Shared
 from .tensor import Tensor
 from .traffic import Traffic
@@ -283,8 +284,7 @@ class Bundle:
             self.fault("instruction", "threads that part while a product is in flight", here)
         registers = list(self.batch.machine.garbage)
         for k in self.batch.machine.translated.alive[pc]:
-            value = self.registers[k]
-            value = value if len(value) == 1 else value[kept]
+            value = kept_rows(self.registers[k], kept)
             registers[k] = value if everyone or value.shape[1] == 1 else value[:, columns]
         rows = self.row[kept, 0]
         rows = None if len(rows) == len(self.batch.programs) else rows

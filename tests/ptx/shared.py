@@ -16,7 +16,7 @@ and Communication Instructions: bar, membar, fence" and "Asynchronous Operations
 
 import numpy as np
 
-from .memory import BY_SIZE, READ, SHIFT, WRITE, active, elements, joined
+from .memory import BY_SIZE, READ, SHIFT, WRITE, active, elements, joined, kept_rows
 
 COPY, PRODUCT, BARRIER = 1, 2, 4
 I8, U1 = np.int64, np.uint8
@@ -35,6 +35,10 @@ class Address:
         self.low = int(np.bitwise_or.reduce(value, axis=None))
         self.top = int(value.max())
         self.shifted = {}
+
+    def kept(self, kept):
+        """The addresses of the programs that are kept."""
+        return self if len(self.value) == 1 else Address(self.value[kept])
 
     def words(self, shift, offset):
         """The number of each element, of 2**shift bytes, from an offset that is a multiple of it on."""
@@ -65,10 +69,8 @@ class Access:
             return None
         if kept.all() and self.rows is not None:
             return self
-        value, mask = self.address.value, self.mask
-        address = self.address if len(value) == 1 else Address(value[kept])
-        mask = mask if mask is None or len(mask) == 1 else mask[kept]
-        data = self.data if self.data is None or len(self.data) == 1 else self.data[kept]
+        mask, data = kept_rows(self.mask, kept), kept_rows(self.data, kept)
+        address = self.address.kept(kept)
         part = Access(self.kind, address, self.offset, self.size, mask, own[kept], self.warps, self.here, data)
         part.settled = self.settled
         return part

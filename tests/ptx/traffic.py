@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .memory import BY_SIZE, WRITE
+from .memory import BY_SIZE, WRITE, kept_rows
 
 
 @dataclass(slots=True)
@@ -40,11 +40,7 @@ class Touch:
             return self
         if not kept.any():
             return None
-
-        def cut(array):
-            return array if array is None or len(array) == 1 else array[kept]
-
-        index, mask, data = cut(self.index), cut(self.mask), cut(self.data)
+        index, mask, data = (kept_rows(array, kept) for array in (self.index, self.mask, self.data))
         return Touch(self.kind, index, self.size, mask, own[kept], self.warps, self.here, data)
 
     def elements(self, unit, programs):
