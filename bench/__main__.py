@@ -1,12 +1,13 @@
 """Checks and times everything against torch, on one GPU.
 
-    python -m bench             # everything, below 8 minutes; --quick takes below 2
+    python -m bench             # everything, below 8 minutes; --quick takes 90 seconds
     python -m bench --data DIR  # and the time to 99 % on MNIST, from the four IDX files in DIR
     python -m bench --cpu       # without a GPU: what a call costs in Python, and the reference
-    python -m bench --verify    # on a GPU: all tests, the sanitizers, then --quick
+    python -m bench --verify    # on a GPU: whether it is right and how fast, in stages (see bench/verify.py)
 
-Prints tables, and writes them with JSON and pictures to bench/results. The exit status is 1 if a result of ours is
-wrong or a contestant of ours failed.
+Prints tables, and writes them with JSON and pictures to bench/results, the JSON after every case. Ctrl-C and SIGTERM
+end it with what was found; --resume goes on with what is missing, if the code and the machine are the same. The exit
+status is 1 if a result of ours is wrong or a contestant of ours failed.
 """
 
 import argparse
@@ -21,50 +22,69 @@ import tritonnet
 from . import cpu, plots, verify
 from .accuracy import add_arguments, race
 from .case import TIMED
+from .keep import ROOT, sources
 from .libraries import installed
+from .limit import interrupted_by_sigterm
 from .measure import Cuda, ceilings
 from .progress import progress
-from .record import Record, machine
+from .record import Record, earlier, machine
 from .report import page
 from .run import COMPILED_OPERATORS, Budget, plan, run
 
-RESULTS = Path(__file__).parent / "results"
-# Seconds for the cases; starting, the ceilings before them and the pictures after them take the rest.
-FULL, QUICK = 440, 90
+RESULTS = ROOT / "bench" / "results"
+# Seconds until the last case ends; starting Python before and the pictures after take the rest.
+FULL, QUICK = 440, 75
+FULL_LEAVES_OUT = (
+    "torch.compile, other than for LeNet in bfloat16, at batch 65536 in tf32, and for the operators "
+    f"{'; '.join(COMPILED_OPERATORS)} in bfloat16: it takes too long"
+)
+QUICK_LEAVES_OUT = (
+    "--quick: float16, float32, operators in tf32, some of them in bfloat16, and torch.compile but for LeNet in "
+    "bfloat16 at batch 64 and 65536 in its default mode"
+)
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="LeNet in bfloat16 and tf32, operators in bfloat16")
+    parser.add_argument("--quick", action="store_true", help="LeNet in bfloat16 and tf32, some operators in bfloat16")
     parser.add_argument("--cpu", action="store_true", help="without a GPU: the cost of a call, and the reference")
-    parser.add_argument("--verify", action="store_true", help="tests on the GPU, sanitizers, then the quick run")
+    parser.add_argument("--verify", action="store_true", help="tests, sanitizers and measurements in stages")
+    parser.add_argument("--minutes", type=float, metavar="M", help="with --verify: how long it may take in all")
+    parser.add_argument("--resume", action="store_true", help="go on with the run whose files are there")
+    parser.add_argument("--seconds", type=float, metavar="S", help=f"for the cases (default: {FULL}, quick {QUICK})")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave a contestant out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: bench/results, or nowhere)")
     add_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if unknown := set(args.without) - set(installed()):
+        parser.error(f"--without {unknown.pop()}: it has to be one of {', '.join(installed())}")
+    if args.minutes is not None and args.minutes <= 0:
+        parser.error(f"--minutes has to be more than 0, got {args.minutes:g}")
+    return args
 
 
-def on_gpu(record, args, start):
+def on_gpu(record, args, start, keep):
     """Fills the record of a run on the current GPU that started at `start` of time.monotonic."""
     device, libraries = Cuda(), installed()
     torch.backends.cudnn.benchmark = True
+    for name in args.without:
+        del libraries[name]
+        record.left_out.append(f"{name}: by --without")
     if "FlagGems" not in libraries:
         record.left_out.append("FlagGems: it is not installed")
-    record.left_out.append("torch.compile, other than for LeNet in bfloat16, at batch 65536 in tf32, and for the "
-                           f"operators {'; '.join(COMPILED_OPERATORS)} in bfloat16: it takes too long")  # fmt: skip
-    if args.quick:
-        record.left_out.append("--quick: float16, float32, and operators in tf32")
-    record.ceilings = ceilings(TIMED, device)
-    if args.data:
+    record.left_out.append(QUICK_LEAVES_OUT if args.quick else FULL_LEAVES_OUT)
+    record.ceilings = record.ceilings or ceilings(TIMED, device)
+    keep()
+    if args.data and not record.accuracy:
         race(record, args.data, args.target, libraries, device)
-    budget = Budget(QUICK if args.quick else FULL, start)
-    run(record, progress(plan(args.quick)), libraries, device, budget, seconds=0.05 if args.quick else 0.1)
+    budget = Budget(args.seconds or (QUICK if args.quick else FULL), start)
+    run(record, progress(plan(args.quick)), libraries, device, budget, keep=keep)
 
 
 def save(record, folder):
     """Write JSON, Markdown and pictures, and say where."""
-    folder.mkdir(parents=True, exist_ok=True)
     record.write(folder / f"{record.name}.json")
     pictures = plots.draw(record, folder) if not (why := plots.missing()) else print(why) or []
     (folder / f"{record.name}.md").write_text(page(record, pictures), encoding="utf-8")
@@ -76,19 +96,26 @@ def main(argv=None):
     args = parse(argv)
     if not args.cpu and not torch.cuda.is_available():
         sys.exit("no GPU: nothing is timed without one, except what `python -m bench --cpu` compares")
-    if args.verify:
-        sys.exit(verify.main(args))
-    record = Record(machine("cpu" if args.cpu else "cuda"), args.quick)
-    try:
-        if args.cpu:
-            with tritonnet.backend("reference"):
-                cpu.compare(record)
-        else:
-            on_gpu(record, args, start)
-    finally:  # also of a run that is interrupted, or that loses its GPU
-        print(page(record))
-        if folder := args.out or (None if args.cpu else RESULTS):
-            save(record, folder)
+    folder = args.out or (None if args.cpu else RESULTS)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    with interrupted_by_sigterm():
+        if args.verify:
+            sys.exit(verify.main(folder, args.minutes))
+        here = machine("cpu" if args.cpu else "cuda")
+        record = earlier(here, args.quick, folder) if args.resume and folder else Record(here, args.quick)
+        record.sources = sources()
+        keep = (lambda: record.write(folder / f"{record.name}.json")) if folder else lambda: None
+        try:
+            if args.cpu:
+                with tritonnet.backend("reference"):
+                    cpu.compare(record)
+            else:
+                on_gpu(record, args, start, keep)
+        finally:  # also of a run that is interrupted, or that loses its GPU
+            print(page(record))
+            if folder:
+                save(record, folder)
     sys.exit(1 if record.faults else 0)
 
 

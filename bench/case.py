@@ -9,6 +9,9 @@ import torch
 FORWARD, BOTH = "forward", "forward + backward"
 INFERENCE, TRAINING = "inference", "training step"
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+# What is timed of a call: the device's time where it is launched as it comes, where it is replayed in a CUDA graph, and
+# the host's time until a call returns.
+CALLS, GRAPH, HOST = "calls", "graph", "host"
 # float64 is what the others are compared with.
 TIMED = ("bfloat16", "tf32", "float16", "float32")
 
@@ -33,6 +36,9 @@ class Contestant(NamedTuple):
         results: function of a task and what its first step returned; Results, or None where steps build on each other.
         dtype: of the values of its results, None for that of the case's format.
         note: function that says how it went about it, where that is not plain from its name.
+        replay: where the steps are CUDA graphs of their own, function that gives one that replays the last of them
+            alone, without what the host and its copies do before; it gives None where there is no graph.
+        input_bytes: of the tensors that the steps are given.
     """
 
     steps: dict
@@ -40,6 +46,8 @@ class Contestant(NamedTuple):
     results: Callable
     dtype: torch.dtype | None = None
     note: Callable = str
+    replay: Callable | None = None
+    input_bytes: int = 0
 
 
 class Case(NamedTuple):

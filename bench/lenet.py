@@ -117,8 +117,9 @@ class Network:
         sets = [self._laid_out(0, layout, format, device)]
         size = sets[0][0].nbytes
         sets += [self._laid_out(number, layout, format, device) for number in range(1, copies(size, device))]
+        input_bytes = sum(t.nbytes for tensors in sets for t in tensors)
         if self.training:
-            return self._trained(model, library, sets, format, mode)
+            return self._trained(model, library, sets, format, mode)._replace(input_bytes=input_bytes)
         run = compiled(model.eval(), mode)
 
         def infer(images):
@@ -153,5 +154,6 @@ class Network:
         steps = [lambda images=images, labels=labels: step(images, labels) for images, labels in sets]
         dtype = torch.float32 if library.whole else None
         return Contestant(
-            {TRAINING: steps}, first, lambda task, returned: None, dtype, lambda: getattr(step, "path", "")
-        )
+            {TRAINING: steps}, first, lambda task, returned: None, dtype,
+            note=getattr(step, "note", str), replay=getattr(step, "replay", None),
+        )  # fmt: skip

@@ -15,8 +15,8 @@ import tritonnet.nn.functional as F
 
 from . import unfused
 
-# What torch.compile is asked for: all that it has, or without CUDA graphs of its own.
-COMPILE, COMPILE_NO_GRAPHS = "max-autotune", "max-autotune-no-cudagraphs"
+# What torch.compile is asked for: all that it has, the same without CUDA graphs of its own, and what takes least time.
+COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY = "max-autotune", "max-autotune-no-cudagraphs", "default"
 
 
 class TutorialLeNet(nn.Module):
@@ -69,8 +69,23 @@ def eager_step(model, loss, optimizer, format, mode=None):
 WHOLE_STEPS = {"bfloat16": "bfloat16", "tf32": "tf32", "float32": "ieee"}
 
 
-def whole_step(model, loss, optimizer, format, mode=None):
-    return tritonnet.TrainStep(model, loss, optimizer, WHOLE_STEPS[format])
+class WholeStep:
+    """tritonnet.TrainStep, the whole of a call, and what it says of itself."""
+
+    def __init__(self, model, loss, optimizer, format, mode=None):
+        self.said = []
+        self.step = tritonnet.TrainStep(model, loss, optimizer, WHOLE_STEPS[format], report=self.said.append)
+
+    def __call__(self, images, labels):
+        return self.step(images, labels)
+
+    def note(self):
+        """The path it takes, and whatever it has reported after it first chose one."""
+        return "; ".join([self.step.path, *self.said[1:]])
+
+    def replay(self):
+        """What replays the last step's CUDA graph alone, or None."""
+        return self.step._step.latest_replay() if self.step.path == "three launches" else None
 
 
 class Library(NamedTuple):
@@ -99,7 +114,7 @@ def installed():
     """{name: Library} of those that are there."""
     found = {"tritonnet": Library(F, tritonnet.LeNet)}
     if hasattr(tritonnet, "TrainStep"):
-        found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=whole_step)
+        found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=WholeStep)
     found["torch"] = Library(unfused, TutorialLeNet)
     found["torch.compile"] = Library(unfused, TutorialLeNet, compiled=True)
     if importlib.util.find_spec("flag_gems"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import statistics
 import time
@@ -14,6 +15,8 @@ from . import FORMATS
 # A pair of events spans about this long, so that a launch that is late counts little.
 SPAN_MS = 0.5
 FEWEST, MOST = 10, 200  # pairs of events
+# Calls of some tens of launches each: a GPU's queue holds about a thousand.
+MOST_QUEUED = 10
 
 
 class Timing(NamedTuple):
@@ -60,13 +63,26 @@ class Cuda:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
+    def allocated(self):
+        """Bytes that tensors hold; what nothing refers to any more is let go before."""
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    def peak_bytes(self, call):
+        """The most bytes that tensors hold while call() runs."""
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated()
+
 
 class Host:
-    """The CPU by the wall clock; it has no graphs."""
+    """The CPU by the wall clock; it has no graphs, and does not know what memory is held."""
 
     torch_device = torch.device("cpu")
     l2_bytes = 0
     capture = None
+    allocated = peak_bytes = None
 
     def synchronize(self):
         pass
@@ -136,6 +152,29 @@ def measure_graph(steps, device, seconds=0.1):
     """(Timing of one call of `steps` inside one CUDA graph of them all, result of the first of them)."""
     replay, first = device.capture(steps)
     return Timing(*(ms / len(steps) for ms in measure([replay], device, seconds))), first
+
+
+def measure_host(steps, device, seconds=0.1):
+    """The Timing of one call of `steps` on the host, until it returns; the device is waited for between spans.
+
+    A span is short enough for the queue of the device to take it without waiting.
+    """
+    turns = itertools.cycle(steps)
+    device.synchronize()
+    start = time.perf_counter()
+    for _ in range(MOST_QUEUED):
+        next(turns)()
+    device.synchronize()
+    whole = time.perf_counter() - start
+    spans = []
+    for _ in range(int(min(MOST, max(3, seconds / whole)))):
+        start = time.perf_counter()
+        for _ in range(MOST_QUEUED):
+            next(turns)()
+        spans.append((time.perf_counter() - start) / MOST_QUEUED * 1e3)
+        device.synchronize()
+    low, median, high = statistics.quantiles(spans, n=4)
+    return Timing(median, low, high)
 
 
 def ceilings(formats, device, size=8192):

@@ -34,7 +34,6 @@ class Operator:
         works: the Work of each task.
         classes: if not 0, one more input are indices of so many classes, one for each row of the first.
         decisions: signs and maxima of computed numbers, which send gradients one way or another.
-        small: launching may take longer than the work, so that CUDA graphs are worth it.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Operator:
     works: dict
     classes: int = 0
     decisions: int = 0
-    small: bool = False
 
     @property
     def layouts(self):
@@ -117,7 +115,7 @@ def _works(forward, backward):
 def relu(name, *size):
     count = math.prod(size)
     works = _works(Work(count, 2 * count), Work(count, 3 * count))  # x, y; dy, y, dx
-    return Operator(f"relu {name}", size[0], lambda f, x: f.relu(x), (size,), size, works, small=_is_small(name))
+    return Operator(f"relu {name}", size[0], lambda f, x: f.relu(x), (size,), size, works)
 
 
 def max_pool2d(name, size, kernel, stride, padding=0):
@@ -128,7 +126,6 @@ def max_pool2d(name, size, kernel, stride, padding=0):
     works[BOTH] = works[BOTH]._replace(other_bytes=2 * y)  # the window's place, written and read
     return Operator(
         f"max_pool2d {name}", size[0], lambda f, x: f.max_pool2d(x, kernel, stride, padding), (size,), result, works,
-        small=_is_small(name),
     )  # fmt: skip
 
 
@@ -140,7 +137,7 @@ def linear(name, M, K, N, relu=False):
     operator = "linear_relu" if relu else "linear"
     return Operator(
         f"{operator} {name}", M, lambda f, *tensors: getattr(f, operator)(*tensors), sizes, result,
-        _works(forward, backward), decisions=M * N if relu else 0, small=_is_small(name),
+        _works(forward, backward), decisions=M * N if relu else 0,
     )  # fmt: skip
 
 
@@ -171,7 +168,7 @@ def conv2d(name, size, filters, stride=1, padding=0, groups=1, relu=False, pool=
             *tensors, stride=stride, padding=padding, groups=groups, **arguments
         ),
         (size, weights, (OC,)), result, _works(forward, backward),
-        decisions=kept if relu or pool else 0, small=_is_small(name),
+        decisions=kept if relu or pool else 0,
     )  # fmt: skip
 
 
@@ -184,12 +181,8 @@ def cross_entropy(N, C):
     }
     return Operator(
         f"cross_entropy {C} classes", N, lambda f, x, target: f.cross_entropy(x, target), ((N, C),), (), works,
-        classes=C, small=N * C < 10**6,
+        classes=C,
     )  # fmt: skip
-
-
-def _is_small(name):
-    return name.startswith("LeNet")
 
 
 def catalogue():

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 
-from .case import INFERENCE, TRAINING
+from .case import GRAPH, HOST, INFERENCE, TRAINING
 
 # In the order of the legend: colour, marker, and whether it is filled in the rooflines.
 STYLES = {
@@ -51,7 +51,12 @@ def _legend(figure, axes):
 
 def _roofline(record):
     """FLOP/s against FLOPs for each byte: a panel for each format, its roof as measured."""
-    rows = [row for row in record.rows if row.ms and not row.graph]
+    best = {}  # of calls and graphs: launching may take longer than the work
+    for row in record.rows:
+        if row.ms and row.form != HOST:
+            *work, _, library = row.key
+            best[*work, library] = min(row, best.get((*work, library), row), key=lambda row: row.ms)
+    rows = list(best.values())
     formats = [format for format in record.ceilings["flops_per_s"] if any(row.format == format for row in rows)]
     if not formats:
         return None
@@ -86,8 +91,8 @@ def _against_batch(record):
     """Microseconds against batch: a row for each task, a panel for each format, in the faster layout."""
     lines = {}  # {(task, format): {(library, graph): {batch: microseconds}}}
     for row in record.rows:
-        if row.ms and row.task in TASKS:
-            times = lines.setdefault((row.task, row.format), {}).setdefault((row.library, row.graph), {})
+        if row.ms and row.task in TASKS and row.form != HOST:
+            times = lines.setdefault((row.task, row.format), {}).setdefault((row.library, row.form == GRAPH), {})
             times[row.batch] = min(row.ms * 1e3, times.get(row.batch, math.inf))
     if not lines:
         return None

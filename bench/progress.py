@@ -1,4 +1,4 @@
-"""A progress bar, where tqdm is installed."""
+"""A progress bar in a terminal, where tqdm is installed, and lines elsewhere."""
 
 import importlib.util
 import sys
@@ -6,9 +6,10 @@ import sys
 
 def progress(cases):
     """The cases of a list one by one, with a bar that names the one that runs."""
-    if not importlib.util.find_spec("tqdm"):
-        print(f"{len(cases)} cases; no progress bar, because tqdm is not installed", file=sys.stderr)
-        yield from cases
+    if not (sys.stderr.isatty() and importlib.util.find_spec("tqdm")):
+        for i, case in enumerate(cases, 1):
+            print(f"{i} of {len(cases)}: {case.name}", file=sys.stderr, flush=True)
+            yield case
         return
     from tqdm import tqdm
 

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.util
-import json
 import platform
 import re
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 import tritonnet
+
+from .keep import read_json, sources, write_json
 
 # The contestants of this project; all others are its peers.
 OURS = "tritonnet", "TrainStep"
@@ -23,11 +24,12 @@ class Row:
     Attributes:
         subject, batch, format, task: what was timed.
         layout: of the images and weights.
-        graph: whether the calls are part of a CUDA graph.
+        form: CALLS, GRAPH or HOST of bench.case.
         library: the contestant, of libraries.installed().
         bytes, flops: that one call cannot do without.
         status, detail: OK, or WRONG or FAILED and how; of one that is OK, which of several paths it took.
         ms, low, high: the median of one call in milliseconds, and the quartiles; None without a time.
+        peak_bytes: the most memory that a step of training held beside its images and labels; None if not looked at.
     """
 
     subject: str
@@ -35,7 +37,7 @@ class Row:
     format: str
     task: str
     layout: str
-    graph: bool
+    form: str
     library: str
     bytes: int
     flops: int
@@ -44,6 +46,12 @@ class Row:
     ms: float | None = None
     low: float | None = None
     high: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def key(self):
+        """What tells it from the other rows of a record."""
+        return self.subject, self.batch, self.format, self.task, self.layout, self.form, self.library
 
     def set_time(self, timing):
         self.ms, self.low, self.high = timing
@@ -67,7 +75,10 @@ class Record:
         overhead: of cpu.overhead().
         launches: of cpu.launch_overhead().
         steps: of cpu.step_overhead().
-        left_out: what there was no time or no way for, a line each.
+        left_out: what there was no way for, or what is not worth its time, a line each.
+        missing: what there was no time for, a line each; a run that resumes this one measures it.
+        done: names of what has been measured.
+        sources: keep.sources() of the code that was measured.
     """
 
     machine: dict
@@ -79,32 +90,72 @@ class Record:
     launches: list = field(default_factory=list)
     steps: list = field(default_factory=list)
     left_out: list = field(default_factory=list)
+    missing: list = field(default_factory=list)
+    done: list = field(default_factory=list)
+    sources: str = ""
 
     @property
     def name(self):
         """A file name without its ending."""
-        return re.sub(r"[^a-z0-9]+", "-", self.machine["device"].lower()).strip("-") + ("-quick" if self.quick else "")
+        return file_name(self.machine) + "-quick" * self.quick
 
     @property
     def title(self):
         """The machine in a line."""
-        m = self.machine
-        versions = ", ".join(f"{name} {m[name]}" for name in ("torch", "triton", "CUDA", "cuDNN") if m.get(name))
-        return f"{m['device']}, {versions}, tritonnet {m['tritonnet']}, {m['date']}" + ", quick run" * self.quick
+        return title(self.machine) + ", quick run" * self.quick
 
     @property
     def faults(self):
         """Rows of this project's own that are wrong or failed."""
         return [row for row in self.rows if row.status != OK and row.library in OURS]
 
+    def add(self, rows):
+        """Append rows, in the place of those that say the same of an earlier run."""
+        new = {row.key for row in rows}
+        self.rows = [row for row in self.rows if row.key not in new] + rows
+
     def write(self, path):
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path):
-        record = cls(**json.loads(path.read_text(encoding="utf-8")))
+        record = cls(**read_json(path))
         record.rows = [Row(**row) for row in record.rows]
         return record
+
+
+def file_name(machine):
+    """What files about a machine are called, without an ending."""
+    return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+
+
+def title(machine):
+    """A machine, its versions and the date, in a line."""
+    versions = ", ".join(
+        f"{name} {machine[name]}" for name in ("torch", "triton", "CUDA", "cuDNN") if machine.get(name)
+    )
+    return f"{machine['device']}, {versions}, tritonnet {machine['tritonnet']}, {machine['date']}"
+
+
+def same_but_date(one, other):
+    """Whether two machines are the same, with the same versions."""
+    return {**one, "date": ""} == {**other, "date": ""}
+
+
+def earlier(machine, quick, folder):
+    """The Record of an earlier run here of the same code, to be gone on with, or a new one.
+
+    Where there is none of all cases, the quick run's begins it.
+    """
+    new, code = Record(machine, quick), sources()
+    for name in dict.fromkeys((new.name, f"{file_name(machine)}-quick")):
+        path = folder / f"{name}.json"
+        if path.exists():
+            found = Record.read(path)
+            if same_but_date(found.machine, machine) and found.sources == code:
+                found.quick, found.machine, found.left_out, found.missing = quick, machine, [], []
+                return found
+    return new
 
 
 def machine(kind):

@@ -1,6 +1,6 @@
 """A record as tables: times, how they compare with each peer, and how near they come to what the device can do."""
 
-from .case import BOTH, FORWARD, INFERENCE, TRAINING
+from .case import BOTH, FORWARD, HOST, INFERENCE, TRAINING
 from .record import OK, OURS
 from .table import markdown
 
@@ -9,10 +9,10 @@ TASKS = {TRAINING: "LeNet, training step", INFERENCE: "LeNet, inference", FORWAR
 
 
 def groups(rows):
-    """{(subject, batch, format, task, layout, graph): {library: Row}}, of rows that did the same work."""
+    """{(subject, batch, format, task, layout, form): {library: Row}}, of rows that did the same work."""
     found = {}
     for row in rows:
-        key = row.subject, row.batch, row.format, row.task, row.layout, row.graph
+        key = row.subject, row.batch, row.format, row.task, row.layout, row.form
         found.setdefault(key, {})[row.library] = row
     return found
 
@@ -30,7 +30,7 @@ def ratio(group, library):
         return "-"
     if row.status != OK:
         return row.status
-    return f"{row.ms / ours.ms:.2f}x" if ours else "-"
+    return f"{row.ms / ours.ms:.2f}x" if row.ms and ours else "-"
 
 
 def _microseconds(row):
@@ -46,11 +46,11 @@ def table(record, task):
     ours = [name for name in libraries if name in OURS]
     peers = [name for name in libraries if name not in OURS]
     lines = []
-    for (subject, batch, format, _, layout, graph), group in found.items():
+    for (subject, batch, format, _, layout, form), group in found.items():
         lines.append((
-            subject, batch, format, layout, "graph" if graph else "calls",
+            subject, batch, format, layout, form,
             *(_microseconds(group.get(name)) for name in ours), *(ratio(group, name) for name in peers),
-            *_rates(best_of_ours(group), record.ceilings),
+            *_rates(None if form == HOST else best_of_ours(group), record.ceilings),
         ))  # fmt: skip
     header = ("case", "batch", "format", "layout", "as", *(f"{name} us" for name in ours), *peers)
     return (*header, "floor us", "of it", "GB/s", "TFLOP/s") if record.ceilings else header, lines
@@ -77,7 +77,9 @@ the same layout. Every result was checked against float64 before it was timed.
 """
 # What is there to say where there are ceilings.
 RATES = """\
-"graph" is a call among others in one CUDA graph, "calls" are launched one by one. The floor is the longer of two times:
+"calls" are launched one by one, "graph" is a call among others in one CUDA graph, "host" the time until a call returns,
+the GPU's work left to itself. TrainStep's "calls" are the whole of it, its "graph" replays the three launches alone,
+where the images lie. The floor is the longer of two times:
 the bytes that the work cannot do without (counted in bench/operators.py and bench/lenet.py) at the rate of a large
 copy, and its FLOPs at the rate of a large product of matrices. Both rates were measured in this run:
 
@@ -99,6 +101,8 @@ def page(record, plots=()):
         header, lines = table(record, task)
         if lines:
             parts.append(f"## {heading}\n\n{markdown(header, lines)}")
+    if lines := memory(record):
+        parts.append("## Peak memory of a training step, beside its images and labels\n\n" + markdown(*lines))
     if record.overhead:
         header = "operator", "task", "torch us", "tritonnet us", "more us"
         lines = [(*r.values(), r["tritonnet_us"] - r["torch_us"]) for r in record.overhead]
@@ -118,10 +122,31 @@ def page(record, plots=()):
         parts.append("## Not timed\n\n" + _bullets(dict.fromkeys(map(fault, faults))))
     if notes := [row for row in record.rows if row.status == OK and row.detail]:
         parts.append("## Paths taken\n\n" + _bullets(dict.fromkeys(map(fault, notes))))
+    if record.missing:
+        parts.append("## Missing\n\n" + _bullets(record.missing))
     if record.left_out:
         parts.append("## Left out\n\n" + _bullets(record.left_out))
     parts += [f"![{name}]({name})\n" for name in plots]
     return "\n".join(parts)
+
+
+def memory(record):
+    """(header, rows) of what steps of training hold beside their inputs, or None; everyone in the layout of least."""
+    held = {}
+    for row in record.rows:
+        if row.peak_bytes is not None:
+            of_case = held.setdefault((row.subject, row.batch, row.format), {})
+            of_case[row.library] = min(row.peak_bytes, of_case.get(row.library, row.peak_bytes))
+    if not held:
+        return None
+    libraries = list(dict.fromkeys(name for of_case in held.values() for name in of_case))
+    return (
+        ("case", "batch", "format", *(f"{name} MB" for name in libraries)),
+        [
+            (*case, *(f"{of_case[name] / 1e6:.4g}" if name in of_case else "-" for name in libraries))
+            for case, of_case in held.items()
+        ],
+    )
 
 
 def accuracy_table(results):
@@ -132,7 +157,7 @@ def accuracy_table(results):
 
 def fault(row):
     """What was wrong with a row, or how it was done, in a line."""
-    how = f"{row.layout}, {row.format}, batch {row.batch}{', graph' * row.graph}"
+    how = f"{row.layout}, {row.format}, batch {row.batch}, {row.form}"
     return f"{row.library}, {row.subject}, {row.task} ({how}): {row.status}: {row.detail}"
 
 

@@ -1,52 +1,99 @@
 """Writes the measured results into the README:  python -m bench.results
 
-Reads every JSON file in bench/results, each the record of a run on a GPU, and replaces what stands between the comments
-<!-- results --> and <!-- /results -->.
+Reads every JSON file in bench/results, each the record of a run on a GPU or of the stages of --verify on one, and
+replaces what stands between the comments <!-- results --> and <!-- /results -->: times, first calls, memory, what was
+proved there, and what was not measured.
 """
 
 import sys
-from pathlib import Path
 
-from .case import BOTH, INFERENCE, TRAINING
-from .record import OURS, Record
-from .report import accuracy_table
+from . import verify
+from .case import BOTH, FORWARD, GRAPH, HOST, INFERENCE, TRAINING
+from .keep import ROOT, read_json
+from .record import OURS, Record, file_name, same_but_date
+from .report import accuracy_table, memory
+from .run import plan
 from .table import markdown
 
-ROOT = Path(__file__).parents[1]
 START, END = "<!-- results -->", "<!-- /results -->"
 NOTHING = "Nothing has been measured on a GPU yet."
 # Operators are shown in one format, networks in all.
 FORMAT = "bfloat16"
+REPLAY = "its graph alone"
 
 
 def records(folder):
-    """The Records in `folder`, of each machine the full run if there is one."""
-    found = {path.stem: Record.read(path) for path in sorted(folder.glob("*.json"))}
-    return [r for name, r in found.items() if not r.quick or name.removesuffix("-quick") not in found]
+    """The Records in `folder`, of each machine the full run, if there is one that is no older than the quick one."""
+    paths = [path for path in sorted(folder.glob("*.json")) if not path.stem.endswith(verify.ENDING)]
+    of_machine = {}
+    for record in map(Record.read, paths):
+        of_machine.setdefault(file_name(record.machine), []).append(record)
+    return [max(runs, key=lambda record: (record.machine["date"], not record.quick)) for runs in of_machine.values()]
 
 
 def summary(record):
-    """(header, rows): everyone at their best, in whichever layout, in CUDA graphs or not."""
+    """(header, rows): everyone at their best, in whichever layout, in CUDA graphs or not.
+
+    Of TrainStep that is the whole of its call; its graph alone, which reads its images where they lie as torch's graphs
+    do, has a row of its own.
+    """
     best = {}
     for row in record.rows:
         shown = row.task in (TRAINING, INFERENCE) or (row.task == BOTH and row.format == FORMAT)
-        if row.ms and shown:
-            name = "ours" if row.library in OURS else row.library
-            of_case = best.setdefault((row.subject, row.task, row.batch, row.format), {})
+        if not row.ms or not shown or row.form == HOST:
+            continue
+        whole_in_graph = row.library == "TrainStep" and row.form == GRAPH
+        name = "ours" if row.library in OURS else row.library
+        ways = [REPLAY] if whole_in_graph else ["", REPLAY] if row.form == GRAPH and name != "ours" else [""]
+        for way in ways:
+            of_case = best.setdefault((row.subject, row.task, row.batch, row.format, way), {})
             of_case[name] = min(row, of_case.get(name, row), key=lambda r: r.ms)
+    best = {case: of_case for case, of_case in best.items() if "ours" in of_case}
     peers = list(dict.fromkeys(name for of_case in best.values() for name in of_case if name != "ours"))
     rows = []
-    for (subject, task, batch, format), of_case in best.items():
-        if ours := of_case.get("ours"):
-            ratios = [f"{of_case[name].ms / ours.ms:.2f}x" if name in of_case else "-" for name in peers]
-            name = subject if task in subject else f"{subject}, {task}"
-            share = f"{ours.floor_ms(record.ceilings) / ours.ms:.0%}"
-            rows.append((name, batch, format, f"{ours.ms * 1e3:.4g}", *ratios, share))
+    for (subject, task, batch, format, way), of_case in best.items():
+        ours = of_case["ours"]
+        ratios = [f"{of_case[name].ms / ours.ms:.2f}x" if name in of_case else "-" for name in peers]
+        name = subject if task in subject else f"{subject}, {task}"
+        share = f"{ours.floor_ms(record.ceilings) / ours.ms:.0%}"
+        name = f"{name}, {way}" if way else name
+        rows.append((name, batch, format, f"{ours.ms * 1e3:.4g}", *ratios, share))
     return ("", "batch", "format", "us", *(f"{name} takes" for name in peers), "of the floor"), rows
 
 
-def section(found):
-    """The text between the comments, for the Records `found`."""
+def unmeasured(record, state):
+    """What a full run measures and this record has no time of ours for, a few words each.
+
+    Args:
+        record: a Record.
+        state: what the stages of --verify have kept, {} if there were none.
+    """
+    timed = {(row.subject, row.format) for row in record.rows if row.ms and row.library in OURS}
+    of_format = {}
+    for case in plan(quick=False):
+        of_format.setdefault(case.format, {}).setdefault(case.subject.name, (case.subject.name, case.format) in timed)
+    found = []
+    for format, names in of_format.items():
+        lacking = [name for name, there in names.items() if not there]
+        if len(lacking) == len(names):
+            found.append(f"anything in {format}")
+        elif lacking:
+            found.append(f"in {format} " + ", ".join(f"`{name}`" for name in lacking))
+    if not any(row.form == GRAPH and row.task in (FORWARD, BOTH) and row.ms for row in record.rows):
+        found.append("operators in CUDA graphs")
+    if not any(row.form == HOST for row in record.rows):
+        found.append("the host's time of a call")
+    if not any(row.peak_bytes for row in record.rows):
+        found.append("memory")
+    if not state.get("start"):
+        found.append("the wait for a first step and a first image")
+    stages = [name for name in ("smoke", "tests") if not state.get(name)]
+    stages += [tool for tool in verify.SANITIZERS if tool not in state.get("stages", {})]
+    return found + ([f"{', '.join(stages)} by --verify"] if stages else [])
+
+
+def section(found, folder):
+    """The text between the comments, for the Records `found` in `folder`."""
     if not found:
         return NOTHING
     parts = []
@@ -54,13 +101,22 @@ def section(found):
         parts.append(f"**{record.title}**, everyone in the faster layout and in CUDA graphs where that is faster "
                      f"([all of it](bench/results/{record.name}.md)):")  # fmt: skip
         parts.append(markdown(*summary(record)).strip())
+        if lines := memory(record):
+            header, rows = lines
+            parts.append("Peak memory of a training step, beside its images and labels:\n\n"
+                         + markdown(header, [row for row in rows if row[2] == FORMAT]).strip())  # fmt: skip
         if record.accuracy:
             parts.append(accuracy_table(record.accuracy).strip())
+        state = read_json(folder / f"{file_name(record.machine)}{verify.ENDING}.json")
+        checked = bool(state) and same_but_date(state["machine"], record.machine)
+        parts += verify.in_words(state) if checked else []
+        if lacking := unmeasured(record, state if checked else {}):
+            parts.append(f"Not measured: {'; '.join(lacking)}.")
     return "\n\n".join(parts)
 
 
-def written(text, found):
-    """The README's `text` with the results of the Records `found`.
+def written(text, found, folder):
+    """The README's `text` with the results of the Records `found` in `folder`.
 
     Raises:
         ValueError: the two comments are not both there, once and in order.
@@ -69,12 +125,12 @@ def written(text, found):
     _, end, after = rest.partition(END)
     if not (start and end) or START in rest or END in after:
         raise ValueError(f"the README needs {START} and {END} after it, each once")
-    return f"{before}{START}\n{section(found)}\n{END}{after}"
+    return f"{before}{START}\n{section(found, folder)}\n{END}{after}"
 
 
 def main(readme=ROOT / "README.md", folder=ROOT / "bench" / "results"):
     found = records(folder)
-    readme.write_text(written(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
+    readme.write_text(written(readme.read_text(encoding="utf-8"), found, folder), encoding="utf-8")
     print(f"{readme}: {len(found)} machines", file=sys.stderr)
 
 

@@ -7,22 +7,28 @@ from typing import NamedTuple
 import torch
 
 from . import FORMATS
-from .case import CONTIGUOUS, Case
+from .case import CALLS, CONTIGUOUS, GRAPH, HOST, TRAINING, Case
 from .lenet import Network
-from .libraries import COMPILE, COMPILE_NO_GRAPHS, WHOLE_STEPS, Library
-from .measure import measure, measure_graph, precision
+from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS, Library
+from .limit import OutOfTime, limited
+from .measure import measure, measure_graph, measure_host, precision
 from .operators import catalogue
-from .record import FAILED, OK, WRONG, Row
+from .record import FAILED, OK, OURS, WRONG, Row
 
-# Seconds that each is expected to take before any was seen, and the share of all that torch.compile may take.
-EXPECTED = {"case": 6.0, "compile": 40.0}
-COMPILE_SHARE = 0.5
+# Seconds that each is expected to take before any was seen, and the most that an entry under torch.compile gets, all
+# that it has to search or what takes least time.
+EXPECTED = {"case": 4.0, "compile": 15.0}
+MOST_COMPILING = {COMPILE: 60.0, COMPILE_NO_GRAPHS: 60.0, COMPILE_QUICKLY: 15.0}
+# How many operators of the catalogue the quick run has, from its first on: those that tell most.
+QUICK_OPERATORS = 14
 # Those that torch.compile is worth its time for: of the networks all in the first format, the largest in the second.
 COMPILED_NETWORKS = "bfloat16", "tf32"
 COMPILED_OPERATORS = (
     "conv2d_relu_max_pool2d LeNet conv1", "conv2d_relu ResNet 3x3, 64", "linear_relu 4096 x 4096 x 4096",
     "cross_entropy 1000 classes", "conv2d_relu_max_pool2d ResNet stem",
 )  # fmt: skip
+# Of those the batches of networks that the quick run has time for.
+COMPILED_QUICKLY = 64, 65536
 
 
 class Budget:
@@ -37,105 +43,143 @@ class Budget:
         self.seconds, self.now = seconds, now
         self.start = now() if start is None else start
         self.expected = dict(EXPECTED)
-        self.spent = dict.fromkeys(EXPECTED, 0.0)
+
+    @property
+    def left(self):
+        return self.start + self.seconds - self.now()
 
     def fits(self, kind):
-        expected = self.expected[kind]
-        if kind == "compile" and self.spent[kind] + expected > COMPILE_SHARE * self.seconds:
-            return False
-        return self.now() - self.start + expected <= self.seconds
+        return self.expected[kind] <= self.left
 
     @contextlib.contextmanager
     def spend(self, kind):
         start = self.now()
         yield
-        took = self.now() - start
-        self.spent[kind] += took
-        self.expected[kind] = (self.expected[kind] + took) / 2
+        self.expected[kind] = (self.expected[kind] + self.now() - start) / 2
 
 
 def plan(quick):
     """The cases, those first that are missed most if time runs out."""
     networks = [Network(training, batch) for batch in (64, 65536, 1024) for training in (True, False)]
     operators = catalogue()
-    order = [(networks, "bfloat16"), (operators, "bfloat16"), (networks, "tf32")]
-    if not quick:
+    if quick:
+        order = [(networks, "bfloat16"), (operators[:QUICK_OPERATORS], "bfloat16"), (networks, "tf32")]
+    else:
+        order = [(networks, "bfloat16"), (operators, "bfloat16"), (networks, "tf32")]
         order += [(networks, "float32"), (networks, "float16")]
         order += [(operators, format) for format in ("tf32", "float32", "float16")]
     return [Case(subject, format) for subjects, format in order for subject in subjects]
 
 
 class Entry(NamedTuple):
-    """A contestant of a case: in a layout, launched as it comes (False) or in CUDA graphs (True), compiled or not."""
+    """A contestant of a case: in a layout, timed in some of the forms of bench.case, compiled or not."""
 
     name: str
     library: Library
     layout: str
-    graphs: tuple
+    forms: tuple
     mode: str | None = None
 
 
 def entries(case, libraries, device):
-    """(those as they are, those under torch.compile)."""
-    subject, network = case.subject, isinstance(case.subject, Network)
-    graphs = (False, True) if subject.small and device.capture else (False,)
-    whole_too = network and subject.training and case.format in WHOLE_STEPS
-    taking_part = {name: library for name, library in libraries.items() if whole_too or not library.whole}
-    plain = [
-        Entry(name, library, layout, graphs)
-        for name, library in taking_part.items() if not library.compiled
+    """The entries of a case as they are, without torch.compile."""
+    subject = case.subject
+    whole_too = isinstance(subject, Network) and subject.training and case.format in WHOLE_STEPS
+    forms = (CALLS, HOST, GRAPH) if device.capture else (CALLS, HOST)
+    return [
+        Entry(name, library, layout, forms)
+        for name, library in libraries.items() if not library.compiled and (whole_too or not library.whole)
         for layout in (subject.layouts[:1] if library.whole else subject.layouts)
     ]  # fmt: skip
-    # Inductor lays out a network as it likes. Its strongest form comes first; CUDA graphs of its own copy all inputs,
-    # which is worth it where launches take longer.
-    layout = CONTIGUOUS if network else subject.layouts[-1]
-    as_calls = COMPILE if network and subject.small else COMPILE_NO_GRAPHS
-    compiled = [
-        Entry(name, library, layout, (graph,), COMPILE_NO_GRAPHS if graph else as_calls)
-        for graph in reversed(graphs)
-        for name, library in taking_part.items() if library.compiled and worth_compiling(case)
+
+
+def compiled_entries(case, libraries, device, quick):
+    """The entries of a case under torch.compile.
+
+    Inductor lays out a network as it likes. Its code in a CUDA graph of the bench comes first, which is its strongest
+    form: CUDA graphs of its own copy all inputs, which is worth it where launches take longer.
+    """
+    if not worth_compiling(case, quick):
+        return []
+    network = isinstance(case.subject, Network)
+    forms = (CALLS, HOST, GRAPH) if device.capture else (CALLS, HOST)
+    modes = [(forms, COMPILE_QUICKLY if quick else COMPILE_NO_GRAPHS)]
+    if network and case.subject.small and not quick:
+        modes = [((form,), COMPILE_NO_GRAPHS) for form in forms if form == GRAPH] + [((CALLS, HOST), COMPILE)]
+    layout = CONTIGUOUS if network else case.subject.layouts[-1]
+    return [
+        Entry(name, library, layout, of_mode, mode)
+        for of_mode, mode in modes
+        for name, library in libraries.items() if library.compiled
     ]  # fmt: skip
-    return plain, compiled
 
 
-def worth_compiling(case):
+def worth_compiling(case, quick):
     if not isinstance(case.subject, Network):
-        return case.format == "bfloat16" and case.subject.name in COMPILED_OPERATORS
+        return not quick and case.format == "bfloat16" and case.subject.name in COMPILED_OPERATORS
     first, second = COMPILED_NETWORKS
+    if quick:
+        return case.format == first and case.subject.batch in COMPILED_QUICKLY
     return case.format == first or (case.format == second and not case.subject.small)
 
 
-def run(record, cases, libraries, device, budget, seconds=0.1):
-    """Fills the rows of `record`, and the list of what it left out.
+def run(record, cases, libraries, device, budget, seconds=0.05, keep=lambda: None):
+    """Fills the rows of `record`, and the list of what it had no time for.
+
+    Everything without torch.compile comes first: compiling may take any time, and what it leaves is enough for few.
 
     Args:
-        cases: an iterable of Case, such as a progress bar over one.
+        cases: an iterable of Case, such as a progress bar over one; what `record` has done already is passed over.
         libraries: what libraries.installed() returns.
         device: measure.Cuda or measure.Host.
         seconds: how long to measure each row, about.
+        keep: called whenever the record has something new.
 
     Raises:
         RuntimeError: the device itself has failed, so that nothing more can be timed.
     """
+    seen = []
     for case in cases:
-        if not budget.fits("case"):
-            record.left_out.append(f"{case.name}: no time")
-            continue
-        plain, compiled = entries(case, libraries, device)
-        with precision(case.format):
-            with budget.spend("case"):
-                gate, problem = attempt(lambda case=case: _gate(case, device), device)
-                if problem:
-                    record.left_out.append(f"{case.name}: no truth to compare with, {problem}")
-                    continue
-                for entry in plain:
-                    record.rows += _enter(case, entry, gate, device, seconds)
-            for entry in compiled:
-                if not budget.fits("compile"):
-                    record.left_out.append(f"{case.name}: no time for {entry.name} in {entry.mode}")
-                    continue
-                with budget.spend("compile"):
-                    record.rows += _enter(case, entry, gate, device, seconds)
+        seen.append(case)
+        _measure(record, case, entries(case, libraries, device), device, budget, seconds, keep)
+    for case in seen:
+        for entry in compiled_entries(case, libraries, device, record.quick):
+            _measure(record, case, [entry], device, budget, seconds, keep)
+
+
+def _measure(record, case, of_case, device, budget, seconds, keep):
+    """The rows of entries of a case: either all that are not compiled, or one that is."""
+    if not of_case:
+        return
+    mode = of_case[0].mode
+    name = f"{case.name}: torch.compile in {mode}, {' and '.join(of_case[0].forms)}" if mode else case.name
+    kind = "compile" if mode else "case"
+    if name in record.done:
+        return
+    if not budget.fits(kind):
+        record.missing.append(f"{name}: no time")
+        return
+    limit = min(MOST_COMPILING[mode], budget.left) if mode else None
+    rows = []
+    try:
+        with precision(case.format), budget.spend(kind), limited(limit) if mode else contextlib.nullcontext():
+            gate, problem = attempt(lambda: _gate(case, device), device)
+            if problem:
+                record.left_out.append(f"{name}: no truth to compare with, {problem}")
+                return
+            for entry in of_case:
+                rows += _enter(case, entry, gate, device, seconds)
+    except OutOfTime as e:
+        if limit < MOST_COMPILING[mode]:
+            record.missing.append(f"{name}: no time")
+            return
+        rows = list(_rows(case, of_case[0]).values())
+        for row in rows:
+            row.status, row.detail = FAILED, f"{mode} took {e}"
+    record.add(rows)
+    if not any(row.status != OK and row.library in OURS for row in rows):
+        record.done.append(name)
+    keep()
 
 
 def _gate(case, device):
@@ -156,17 +200,22 @@ def attempt(call, device):
         return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
+def _rows(case, entry):
+    """{(task, form): Row} of an entry, without times."""
+    dtype, subject = FORMATS[case.format][0], case.subject
+    return {
+        (task, form): Row(
+            subject.name, subject.batch, case.format, task, entry.layout, form, entry.name, work.bytes(dtype),
+            work.flops,
+        )
+        for task, work in subject.works.items()
+        for form in entry.forms
+    }  # fmt: skip
+
+
 def _enter(case, entry, gate, device, seconds):
     """The rows of one contestant, each with its time or with what was wrong."""
-    dtype = FORMATS[case.format][0]
-    rows = {
-        (task, graph): Row(
-            case.subject.name, case.subject.batch, case.format, task, entry.layout, graph, entry.name,
-            work.bytes(dtype), work.flops,
-        )
-        for task, work in case.subject.works.items()
-        for graph in entry.graphs
-    }  # fmt: skip
+    dtype, rows = FORMATS[case.format][0], _rows(case, entry)
 
     def complaint(task, contestant, results):
         if wrong := gate.complaint(results, contestant.dtype or dtype):
@@ -177,20 +226,32 @@ def _enter(case, entry, gate, device, seconds):
 
     def time_all():
         with entry.library.context():
+            before = device.allocated() if device.allocated else 0
             contestant = case.subject.contestant(entry.library, entry.layout, case.format, device, entry.mode)
             # All are checked before any is timed: time changes the parameters of a network in training.
             right = [task for task in contestant.steps if not complaint(task, contestant, contestant.first(task))]
-            for (task, graph), row in rows.items():
-                if task not in right:
-                    continue
-                row.detail = contestant.note()
-                if not graph or entry.library.whole:
-                    row.set_time(measure(contestant.steps[task], device, seconds))
-                    continue
-                timing, returned = measure_graph(contestant.steps[task], device, seconds)
-                results = contestant.results(task, returned)
-                if results is None or not complaint(task, contestant, results):
-                    row.set_time(timing)
+            for task in right:
+                if task == TRAINING and device.peak_bytes and CALLS in entry.forms:
+                    peak = device.peak_bytes(contestant.steps[task][0])
+                    rows[task, CALLS].peak_bytes = peak - before - contestant.input_bytes
+                for form in entry.forms:
+                    time_one(contestant, task, form)
+
+    def time_one(contestant, task, form):
+        row, steps = rows[task, form], contestant.steps[task]
+        row.detail = "; ".join(filter(None, [contestant.note(), entry.mode]))
+        if form != GRAPH:
+            row.set_time((measure if form == CALLS else measure_host)(steps, device, seconds))
+        elif entry.library.whole:
+            if replay := contestant.replay():
+                row.set_time(measure([replay], device, seconds))
+            else:
+                del rows[task, form]  # its calls are all there is
+        else:
+            timing, returned = measure_graph(steps, device, seconds)
+            results = contestant.results(task, returned)
+            if results is None or not complaint(task, contestant, results):
+                row.set_time(timing)
 
     _, problem = attempt(time_all, device)
     for row in rows.values():

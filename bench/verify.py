@@ -1,60 +1,284 @@
-"""Everything that an hour on a GPU can prove, in one command:  python -m bench --verify"""
+"""Everything that some minutes on a GPU can prove and measure, what tells most first:
 
+    python -m bench --verify [--minutes M]
+
+The stages follow each other whatever comes of one. With --minutes each has its share of what is left, those that need
+less leave it to the later ones, and one that is still at it gets SIGINT. What a stage finds is on disk after every case
+of its own, in bench/results/<GPU>-verify.json and the records of the bench; a call after an interrupt, or after the
+time was over, goes on with what is missing, and then with what has failed, as long as kernels/, tritonnet/ and the
+versions are the same. If TrainStep is wrong it is not timed. The exit status is 0 if all is there and well.
+"""
+
+import collections
+import dataclasses
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 
-ROOT = Path(__file__).parents[1]
-# Not in these tests: the interpreter, which needs no GPU.
+from . import outcomes, start
+from .keep import ROOT, put, read_json, sources, write_json
+from .record import Record, file_name, machine, same_but_date, title
+from .smoke import AGREES
+from .table import markdown
+
+PYTHON = (sys.executable,)
+# Of the files that keep what the stages find, after the GPU's name.
+ENDING = "-verify"
+PASSED, FAILED, LATE, STOPPED = "passed", "FAILED", "out of time", "interrupted"
+NO_TIME, LEFT = "no time", "left out"
+# Seconds that a stage which was told to stop has for its report.
+GRACE = 20
+# So many times its share has a stage for which there is no limit in all: what takes longer hangs.
+PATIENCE = 20
+LAST_LINES = 30
+
+# Tests by file. Those of the step tell whether it is timed; those of the other kernels come before all others.
+STEP_TESTS = "test_graphs", "test_train_step", "test_lenet", "test_lenet_lanes"
+CONVOLUTION_TESTS = "test_conv2d", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch"
+KERNEL_TESTS = (
+    "test_max_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu", "test_memory"
+)  # fmt: skip
+OTHER_TESTS = (
+    "test_distributed", "test_citizenship", "test_gradcheck", "test_peers", "test_properties", "test_layers",
+    "test_fusion", "test_conversion", "test_launching", "test_dispatch", "test_errors", "test_cli", "test_examples",
+    "test_huge",
+)  # fmt: skip
+# What these look at is the same on every machine.
+WITHOUT_GPU = (
+    "test_bench", "test_compiled", "test_machine_code", "test_package", "test_ptx", "test_ptx_faults",
+    "test_ptx_matrices", "test_ptx_tensor", "test_ptx_tensor_faults", "test_step_on_host", "test_verify", "test_warm",
+    "test_watch",
+)  # fmt: skip
+# The interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"
 SANITIZERS = "memcheck", "racecheck"
 
 
-def commands(out):
-    """[(title, command, variables)], and what is left out, a line each.
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A process of its own.
+
+    Attributes:
+        name: of the stage.
+        command: function of the seconds that it may take and of the contestants to leave out that gives the command.
+        seconds: its share of twelve minutes.
+        least: seconds below which it is not worth beginning.
+        variables: of its environment.
+        nothing_left: the exit status that says that all was there before.
+    """
+
+    name: str
+    command: Callable
+    seconds: float
+    least: float
+    variables: dict = dataclasses.field(default_factory=dict)
+    nothing_left: int = 0
+
+
+def stages(folder, kept):
+    """([Stage], {name of what is left out: why}).
 
     Args:
-        out: folder for the files of the bench, or None for its own.
+        folder: for the records of the bench.
+        kept: path of the file that keeps the outcome of each case.
     """
-    left_out = [f"{INTERPRETER}: it runs without a GPU"]
-    tests = [sys.executable, "-m", "pytest", "-q", "--deselect", INTERPRETER]
-    if importlib.util.find_spec("xdist"):
-        tests += ["-n", "4"]
-    found = [("tests", tests, {"TRITONNET_TEST_DEVICE": "cuda"})]
-    if not importlib.util.find_spec("pytest"):
-        left_out.append("the tests: pytest is not installed")
-        found = []
-    for package in ("hypothesis", "tqdm"):
-        if not importlib.util.find_spec(package):
-            left_out.append(f"the tests that need {package}: it is not installed")
+    found, left_out = [], {}
+
+    def add(name, seconds, least, *arguments, **options):
+        found.append(Stage(name, lambda limit, without: [*PYTHON, *arguments], seconds, least, **options))
+
+    def tests(name, files, seconds):
+        if not importlib.util.find_spec("pytest"):
+            left_out[name] = "pytest is not installed"
+            return
+        processes = ("-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))) if importlib.util.find_spec("xdist") else ()
+        add(
+            name, seconds, 20, "-m", "pytest", "-q", *processes, "-p", "bench.outcomes", "--outcomes", str(kept),
+            "--deselect", INTERPRETER, *(f"tests/{file}.py" for file in files),
+            variables={"TRITONNET_TEST_DEVICE": "cuda"}, nothing_left=5,
+        )  # fmt: skip
+
+    def bench(name, seconds, *arguments):
+        def command(limit, without):
+            of_cases = max(10, limit - GRACE)
+            leave_out = [word for library in without for word in ("--without", library)]
+            time_left = [] if limit > 2 * seconds else ["--seconds", f"{of_cases:.0f}"]
+            return [
+                *PYTHON, "-m", "bench", "--out", str(folder), "--resume", *arguments, *time_left, *leave_out
+            ]  # fmt: skip
+
+        found.append(Stage(name, command, seconds, 30))
+
+    add("doctor", 25, 15, "-m", "tritonnet", "doctor")
+    add("smoke", 60, 25, "-m", "bench.smoke", "--keep", str(kept))
+    bench("quick bench", 100, "--quick")
+    tests("tests of the step", STEP_TESTS, 70)
+    tests("tests of convolutions", CONVOLUTION_TESTS, 75)
+    tests("tests of the other kernels", KERNEL_TESTS, 45)
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in SANITIZERS:
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "bench.every_kernel"]
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *PYTHON, "-m", "bench.every_kernel"]
             # Out of bounds is out of an allocation, and so each tensor gets one of its own.
-            found.append((tool, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            found.append(Stage(tool, lambda limit, without, command=command: command, 40, 20, alone))
     else:
-        left_out.append("the sanitizers: there is no compute-sanitizer on the PATH")
-    bench = [sys.executable, "-m", "bench", "--quick", *(["--out", str(out)] if out else [])]
-    return [*found, ("bench", bench, {})], left_out
+        left_out.update(dict.fromkeys(SANITIZERS, "there is no compute-sanitizer on the PATH"))
+    add("first step and image", 60, 20, "-m", "bench.start", "--keep", str(kept))
+    if importlib.util.find_spec("bench.tune"):
+        add("tune", 100, 60, "-m", "bench.tune", "--keep", str(kept))
+    else:
+        left_out["tune"] = "there is no bench.tune"
+    tests("all other tests", OTHER_TESTS, 60)
+    bench("bench", 200)
+    return found, left_out
 
 
-def main(args):
-    """Run all, one after the other whatever comes of it; returns the exit status."""
-    planned, left_out = commands(args.out)
-    outcomes = []
-    for title, command, variables in planned:
-        print(f"\n{title}: {' '.join(command)}", flush=True)
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        start = time.monotonic()
-        status = subprocess.run(command, cwd=ROOT, env={**environment, **variables}).returncode
-        outcomes.append((title, status, time.monotonic() - start))
-    print()
-    for title, status, seconds in outcomes:
-        print(f"{title}: {'passed' if status == 0 else f'FAILED, status {status}'} in {seconds:.0f} s")
-    for line in left_out:
-        print(f"left out: {line}")
-    return int(any(status for _, status, _ in outcomes))
+def run(stage, limit, without=()):
+    """(status, seconds, last lines) of a stage.
+
+    Raises:
+        KeyboardInterrupt: this process was told to stop; the stage has been stopped before.
+    """
+    command = stage.command(limit, without)
+    print(f"\n{stage.name}, up to {limit:.0f} s: {' '.join(command)}", flush=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    begun, last = time.monotonic(), collections.deque(maxlen=LAST_LINES)
+    # A session of its own, so that its children can be ended with it, and Ctrl-C reaches it once, from here.
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**environment, "PYTHONUNBUFFERED": "1", **stage.variables}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+
+    def show():
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last.append(line.rstrip().rpartition("\r")[2])
+
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    try:
+        code = process.wait(limit)
+        status = PASSED if code in (0, stage.nothing_left) else FAILED
+        if code < 0:
+            last.append(f"ended by {signal.Signals(-code).name}")
+    except subprocess.TimeoutExpired:
+        status = LATE
+    finally:
+        _end(process)
+        reader.join(GRACE)
+    return status, time.monotonic() - begun, [line for line in last if line.strip()]
+
+
+def _end(process):
+    """Ask the process to stop, and see to it that nothing of it stays."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def still_to_do(stages, outcome_of):
+    """The stages that are missing, then those that have failed."""
+    missing = [stage for stage in stages if outcome_of.get(stage.name, {}).get("status") not in (PASSED, FAILED)]
+    return missing + [stage for stage in stages if outcome_of.get(stage.name, {}).get("status") == FAILED]
+
+
+def main(folder, minutes=None):
+    """Run what is to be done; returns the exit status.
+
+    Args:
+        folder: where files go.
+        minutes: how long it may take in all, None for as long as it takes.
+    """
+    here, begun = machine("cuda"), time.monotonic()
+    kept = folder / f"{file_name(here)}{ENDING}.json"
+    planned, left_out = stages(folder, kept)
+    state = read_json(kept)
+    known = bool(state) and same_but_date(state["machine"], here) and state["sources"] == sources()
+    to_do = still_to_do(planned, state["stages"]) if known else []
+    if to_do:
+        print(f"going on with {kept}: {', '.join(stage.name for stage in to_do)}")
+    else:
+        to_do = planned
+        write_json(kept, {"machine": here, "sources": sources(), "stages": {}})
+    try:
+        for place, stage in enumerate(to_do):
+            limit = PATIENCE * stage.seconds
+            if minutes is not None:
+                left = 60 * minutes - (time.monotonic() - begun)
+                share = stage.seconds / sum(later.seconds for later in to_do[place:])
+                # A stage that is told to stop takes a while to do so.
+                limit = min(max(share * left, stage.least), left - GRACE)
+            if limit < stage.least:
+                continue
+            put(kept, "stages", stage.name, {"status": STOPPED, "seconds": 0.0, "said": ""})
+            status, seconds, last = run(stage, limit, _not_timed(read_json(kept)))
+            if status == PASSED and stage.name == "bench" and Record.read(folder / f"{file_name(here)}.json").missing:
+                status = LATE
+            entry = {"status": status, "seconds": round(seconds, 1), "said": last[-1] if last else ""}
+            put(kept, "stages", stage.name, entry | ({} if status == PASSED else {"last_lines": last}))
+    except KeyboardInterrupt:
+        print("\ninterrupted")
+        _finish(kept, planned, left_out)
+        return 130
+    return _finish(kept, planned, left_out)
+
+
+def _not_timed(state):
+    """The contestants that have been found wrong so far."""
+    smoke, tests = state.get("smoke", {}), state.get("tests", {})
+    differs = "smoke" in state["stages"] and set(smoke.values()) != {AGREES}  # also if it has not come to a first case
+    fails = any(tests.get(f"tests/{file}.py", {}).get("failed") for file in STEP_TESTS)
+    return ("TrainStep",) if differs or fails or _status(state, "smoke") == FAILED else ()
+
+
+def _status(state, name):
+    return state["stages"].get(name, {}).get("status")
+
+
+def _finish(kept, planned, left_out):
+    """Print a line for each stage, and keep the same; returns the exit status."""
+    state, lines = read_json(kept), []
+    for stage in planned:
+        outcome = state["stages"].get(stage.name, {"status": NO_TIME, "seconds": 0.0, "said": ""})
+        lines.append((stage.name, outcome["status"], f"{outcome['seconds']:.0f} s", outcome["said"][:60]))
+    lines += [(name, LEFT, "", why) for name, why in left_out.items()]
+    print(f"\n{title(state['machine'])}\n\n{markdown(('stage', 'outcome', 'took', 'its last words'), lines)}")
+    for file, of_file in state.get("tests", {}).items():
+        for name in of_file["failed"]:
+            print(f"failed: {file}::{name}")
+    well = all(_status(state, stage.name) == PASSED for stage in planned)
+    write_json(kept, state | {"summary": lines, "well": well})
+    print(f"{'all is well' if well else 'not all is there and well: the same command goes on'}; kept in {kept}")
+    return 0 if well else 1
+
+
+def in_words(state):
+    """What the stages have found, for the README, a paragraph or a table each."""
+    found = []
+    if smoke := state.get("smoke"):
+        agree = sum(outcome == AGREES for outcome in smoke.values())
+        found.append(
+            f"`TrainStep` with CUDA graphs, without, and once more: the same bits in {agree} of {len(smoke)} cases"
+        )
+    if tests := state.get("tests"):
+        of = outcomes.counts(tests)
+        found.append(f"{of['passed']:,} tests passed, {of['failed']} failed, {of['skipped']} skipped")
+    found += [f"{tool}: {status}" for tool in SANITIZERS if (status := _status(state, tool))]
+    parts = [f"On it: {'; '.join(found)}."] if found else []
+    if times := state.get("start"):
+        parts.append(markdown(*start.table(times)).strip())
+    return parts

@@ -295,6 +295,13 @@ class ThreeLaunches:
             1 / self.accumulate, add, **rule,
         )  # fmt: skip
 
+    def latest_replay(self):
+        """What replays the step of the last batch where it lies, for whoever measures it; None where it has no graph.
+
+        For steps that do not accumulate: the host's part of a call, such as counting it, is left out.
+        """
+        return self._latest.replays.get((False, True))
+
     def check(self):
         """FloatingPointError if the loss of a call was not finite since the last time; waits for the GPU."""
         self.bad.check()

@@ -1,0 +1,39 @@
+"""Results that are on disk after every case: JSON files that are whole at any moment, and the code that they are of."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(path, text):
+    """Write a file in one step: whoever reads it, or ends this process, finds the old text or the new one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """The value in the file, {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def put(path, section, key, value):
+    """Set one entry of a section of the object in the file."""
+    found = read_json(path)
+    found.setdefault(section, {})[key] = value
+    write_json(path, found)
+
+
+def sources():
+    """A hash of the code that is measured, the files of kernels/ and tritonnet/."""
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in ("kernels", "tritonnet") for p in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,42 @@
+"""What ends work before it is over: a time limit inside a process, and a signal that asks the process to stop."""
+
+import contextlib
+import signal
+
+
+class OutOfTime(BaseException):
+    """A block has taken longer than `limited` allowed. No Exception, so that what runs inside does not catch it."""
+
+
+@contextlib.contextmanager
+def limited(seconds):
+    """Raises OutOfTime in the block once it has run for so many seconds. Only for the main thread.
+
+    It is raised between two steps of Python: a call that waits in C for longer is not cut short.
+    """
+
+    def stop(signum, frame):
+        raise OutOfTime(f"more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    # Again every second, in case it falls where whatever is raised is dropped, such as in a destructor.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm():
+    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that what was found is reported before the end."""
+
+    def stop(signum, frame):
+        raise KeyboardInterrupt("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,100 @@
+"""A first look at TrainStep on a GPU: CUDA graphs and plain launches agree to the bit, and so do two runs.
+
+    python -m bench.smoke
+
+Small batches come first, then large ones, each in every precision, on images that lie on the GPU and through a
+DataLoader that pins memory in a thread while the step captures. Prints a line a case; the exit status is 1 if one is
+wrong. With --keep FILE every case is in that file as soon as it is over, and those that agree there are passed over.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import tritonnet
+from tritonnet import lenet_step
+
+from .keep import put, read_json
+
+PRECISIONS = "bfloat16", "tf32", "ieee"
+# Batch, steps, and how many images a DataLoader hands out; 0 for images that lie on the GPU.
+SIZES = (64, 20, 0), (1000, 20, 0), (333, 4, 1000), (8000, 10, 0), (65536, 4, 0)
+CASES = [(precision, *size) for size in SIZES for precision in PRECISIONS]
+AGREES = "agrees"
+
+
+def batches(batch, steps, loaded, device):
+    """Made-up digits with labels, the same for whoever asks."""
+    seed = torch.Generator().manual_seed(0)
+    count = loaded or batch
+    images, labels = torch.randn(count, 1, 32, 32, generator=seed), torch.randint(10, (count,), generator=seed)
+    if not loaded:
+        return [(images.to(device), labels.to(device))] * steps
+    data = torch.utils.data.TensorDataset(images, labels)
+    pinned = torch.device(device).type == "cuda"
+    return torch.utils.data.DataLoader(data, batch, pin_memory=pinned, num_workers=2)
+
+
+def train(precision, batches, device):
+    """(every loss, all parameters, what the step has reported) of a LeNet that was trained on the batches."""
+    torch.manual_seed(0)
+    net, said = tritonnet.LeNet().to(device), []
+    optimizer = torch.optim.Adam(net.parameters())
+    step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optimizer, precision, report=said.append)
+    losses = torch.stack([step(images, labels) for images, labels in batches])
+    step.check()
+    return losses.cpu(), torch.cat([p.detach().flatten() for p in net.parameters()]).cpu(), said
+
+
+def verdict(precision, batch, steps, loaded, device):
+    """AGREES, or what is wrong: of runs with graphs, without, and with them once more."""
+    given, runs = batches(batch, steps, loaded, device), []
+    for graphs_on in ((torch.device(device).type,), (), (torch.device(device).type,)):
+        with mock.patch.object(lenet_step.ThreeLaunches, "graphs_on", graphs_on):
+            runs.append(train(precision, given, device))
+    (losses, parameters, said), *others = runs
+    if "three launches" not in said[0] or len(said) > 1:
+        return "; ".join(said)
+    if not losses.isfinite().all() or not parameters.isfinite().all():
+        return "a loss or a parameter is not finite"
+    for what, run in zip(("without graphs", "once more"), others):
+        for name, one, other in zip(("losses", "parameters"), (losses, parameters), run):
+            if differ := (one != other).sum().item():
+                return f"{what}, {differ} of {one.numel()} {name} differ, by up to {(one - other).abs().max():.2g}"
+    return AGREES
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="JSON file for the outcome of each case")
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("no GPU: there are no CUDA graphs to compare")
+    known = read_json(args.keep).get("smoke", {}) if args.keep else {}
+    agree = 0
+    for precision, batch, steps, loaded in CASES:
+        name = f"{precision}, batch {batch}" + ", from a DataLoader" * bool(loaded)
+        outcome = known.get(name)
+        if outcome != AGREES:
+            start = time.monotonic()
+            try:
+                outcome = verdict(precision, batch, steps, loaded, args.device)
+            except Exception as e:  # whatever it dies of is the finding, and the other cases go on
+                outcome = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+            if args.keep:
+                put(args.keep, "smoke", name, outcome)
+            print(f"{name}: {outcome} ({time.monotonic() - start:.1f} s)", flush=True)
+        agree += outcome == AGREES
+    print(f"{agree} of {len(CASES)} cases agree to the bit")
+    sys.exit(0 if agree == len(CASES) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""How long somebody waits for a first step of training and for a first image, with kernels compiled before and without:
+
+    python -m bench.start
+
+Each is timed in a process of its own, from its start: importing, finding the GPU, compiling or loading kernels. "cold"
+starts with an empty cache of Triton's, "warm" with what the run before it left there; torch has no such cache.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .keep import ROOT, put, read_json
+from .table import markdown
+
+BATCH = 64
+TASKS = "first image", "first step"
+# The warm ones first: they are what most calls are.
+CASES = [(task, library, cache) for cache in ("warm", "cold") for task in TASKS for library in ("tritonnet", "torch")
+         if (library, cache) != ("torch", "cold")]  # fmt: skip
+
+
+def once(task, library, began, device):
+    """Do it, and print the milliseconds since `began` of time.time(), until torch was there and until the end."""
+    import torch
+
+    import tritonnet
+
+    from .libraries import TutorialLeNet
+
+    torch.zeros(1, device=device)
+    there = time.time()
+    model = (tritonnet.LeNet() if library == "tritonnet" else TutorialLeNet()).to(device)
+    images, labels = torch.randn(BATCH, 1, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
+    if task == "first image":
+        with torch.no_grad():
+            model.eval()(images[:1]).cpu()
+    else:
+        loss, optimizer = torch.nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters())
+        if library == "tritonnet":
+            tritonnet.TrainStep(model, loss, optimizer)(images, labels).item()
+        else:
+            value = loss(model(images), labels)
+            value.backward()
+            optimizer.step()
+            value.item()
+    print((there - began) * 1e3, (time.time() - began) * 1e3)
+
+
+def timed(task, library, cache, device):
+    """{"there_ms": until torch and the device were there, "ms": until the end}."""
+    command = [sys.executable, "-m", "bench.start", "--device", device, "--once", task, library]
+    with tempfile.TemporaryDirectory() as empty:
+        variables = {"TRITON_CACHE_DIR": empty} if cache == "cold" else {}
+        if cache == "warm":
+            # What is compiled already, by whatever ran before, is not known.
+            subprocess.run([*command, str(time.time())], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        command.append(str(time.time()))
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **variables}, check=True, stdout=subprocess.PIPE, text=True
+        )
+    there, end = map(float, done.stdout.split()[-2:])
+    return {"there_ms": there, "ms": end}
+
+
+def table(found):
+    """(header, rows) of what is kept under "start" of --keep."""
+    header = "", "library", "kernels", "ms until torch and the GPU are there", "ms until the end"
+    rows = []
+    for task, library, cache in CASES:
+        if times := found.get(f"{task}, {library}, {cache}"):
+            of = cache if library == "tritonnet" else "-"
+            rows.append((task, library, of, round(times["there_ms"]), round(times["ms"])))
+    return header, rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="JSON file for each time; those there are passed over"
+    )
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--once", nargs=3, metavar=("TASK", "LIBRARY", "BEGAN"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.once:
+        task, library, began = args.once
+        return once(task, library, float(began), args.device)
+    found = read_json(args.keep).get("start", {}) if args.keep else {}
+    for task, library, cache in CASES:
+        name = f"{task}, {library}, {cache}"
+        if name not in found:
+            found[name] = timed(task, library, cache, args.device)
+            if args.keep:
+                put(args.keep, "start", name, found[name])
+            print(f"{name}: {found[name]['ms']:.0f} ms", flush=True)
+    print(markdown(*table(found)))
+    return None
+
+
+if __name__ == "__main__":
+    main()
