@@ -2,11 +2,12 @@
 
     python -m bench --verify [--minutes M]
 
-The stages follow each other whatever comes of one. With --minutes each has its share of what is left, those that need
-less leave it to the later ones, and one that is still at it gets SIGINT. What a stage finds is on disk after every case
-of its own, in bench/results/<GPU>-verify.json and the records of the bench; a call after an interrupt, or after the
-time was over, goes on with what is missing, and then with what has failed, as long as kernels/, tritonnet/ and the
-versions are the same. If TrainStep is wrong it is not timed. The exit status is 0 if all is there and well.
+The stages follow each other whatever comes of one. With --minutes each has its share of what is left, the first ones at
+least what they need; who takes less leaves it to the later ones, and one that is still at it gets SIGINT. What a stage
+finds is on disk after every case of its own, in bench/results/<GPU>-verify.json and the records of the bench. A call
+after an interrupt, or after the time was over, goes on with what is missing, and then with what has failed, as long as
+kernels/, tritonnet/ and the versions are the same. If TrainStep is wrong it is not timed. The exit status is 0 if all is
+there and well.
 """
 
 import collections
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from . import outcomes, start
 from .keep import ROOT, put, read_json, sources, write_json
@@ -32,6 +34,8 @@ PYTHON = (sys.executable,)
 ENDING = "-verify"
 PASSED, FAILED, LATE, STOPPED = "passed", "FAILED", "out of time", "interrupted"
 NO_TIME, LEFT = "no time", "left out"
+# pytest's exit status where there was no test to run.
+NO_TESTS = 5
 # Seconds that a stage which was told to stop has for its report.
 GRACE = 20
 # So many times its share has a stage for which there is no limit in all: what takes longer hangs.
@@ -67,7 +71,7 @@ class Stage:
     Attributes:
         name: of the stage.
         command: function of the seconds that it may take and of the contestants to leave out that gives the command.
-        seconds: its share of twelve minutes.
+        seconds: what it needs with compiled kernels, and its share where there is more.
         least: seconds below which it is not worth beginning.
         variables: of its environment.
         nothing_left: the exit status that says that all was there before.
@@ -101,7 +105,7 @@ def stages(folder, kept):
         add(
             name, seconds, 20, "-m", "pytest", "-q", *processes, "-p", "bench.outcomes", "--outcomes", str(kept),
             "--deselect", INTERPRETER, *(f"tests/{file}.py" for file in files),
-            variables={"TRITONNET_TEST_DEVICE": "cuda"}, nothing_left=5,
+            variables={"TRITONNET_TEST_DEVICE": "cuda"}, nothing_left=NO_TESTS,
         )  # fmt: skip
 
     def bench(name, seconds, *arguments):
@@ -221,7 +225,7 @@ def main(folder, minutes=None):
                 left = 60 * minutes - (time.monotonic() - begun)
                 share = stage.seconds / sum(later.seconds for later in to_do[place:])
                 # A stage that is told to stop takes a while to do so.
-                limit = min(max(share * left, stage.least), left - GRACE)
+                limit = min(max(share * left, stage.seconds), left - GRACE)
             if limit < stage.least:
                 continue
             put(kept, "stages", stage.name, {"status": STOPPED, "seconds": 0.0, "said": ""})
@@ -241,7 +245,8 @@ def _not_timed(state):
     """The contestants that have been found wrong so far."""
     smoke, tests = state.get("smoke", {}), state.get("tests", {})
     differs = "smoke" in state["stages"] and set(smoke.values()) != {AGREES}  # also if it has not come to a first case
-    fails = any(tests.get(f"tests/{file}.py", {}).get("failed") for file in STEP_TESTS)
+    of_step = {Path(file).stem for file in STEP_TESTS}
+    fails = any(of_file["failed"] and Path(file).stem in of_step for file, of_file in tests.items())
     return ("TrainStep",) if differs or fails or _status(state, "smoke") == FAILED else ()
 
 

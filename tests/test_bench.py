@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import signal
 import time
 import types
 
@@ -518,7 +520,7 @@ def test_results_in_the_readme(tmp_path):
     line = next(line for line in text.splitlines() if "LeNet training step" in line and "65536" in line)
     assert line.split("|")[5].strip() == "2.00x" and line.split("|")[6].strip() == "3.00x"
     assert line.split("|")[7].strip() == "100%"
-    assert "Not measured: in bfloat16 `cross_entropy 10 classes`, " in text and "; anything in float32; " in text
+    assert "Not measured: in bfloat16 `conv2d ResNet stem 7x7 stride 2`, " in text and "; anything in float32; " in text
     assert text.count("; smoke, tests, memcheck, racecheck by --verify.") == 1
     results.main(tmp_path / "README.md", tmp_path)
     assert (tmp_path / "README.md").read_text() == text
@@ -599,28 +601,59 @@ def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
     assert "\n" not in e.value.code and e.value.code.startswith("no GPU")
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["whole", "lost"])
-def test_a_whole_run_on_a_made_up_device(broken, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments", [("--without", "jax"), ("--minutes", "0")], ids=["contestant", "minutes"])
+def test_a_mistake_is_named(arguments, capsys):
+    with pytest.raises(SystemExit):
+        __main__.parse([*arguments])
+    assert "--without jax: it has to be one of tritonnet, " in (err := capsys.readouterr().err) or "got 0" in err
+
+
+class Stopped:
+    """A case in the middle of which somebody ends the process."""
+
+    name, format = "stopped", "tf32"
+
+    @property
+    def subject(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+
+@pytest.mark.parametrize(
+    "second, end",
+    [(None, SystemExit), (types.SimpleNamespace(name="lost", format="tf32", subject=None), AttributeError),
+     (Stopped(), KeyboardInterrupt)],
+    ids=["whole", "lost", "stopped"],
+)  # fmt: skip
+def test_a_whole_run_on_a_made_up_device(second, end, tmp_path, monkeypatch, capsys):
     """Everything but events and graphs; a device that is lost half-way leaves a report of what came before."""
     device = Clockwork()
     cases = [Case(small_operators()[0], "bfloat16"), Case(small_operators()[2], "float32")]
-    if broken:
-        lost = types.SimpleNamespace(name="lost", format="tf32", subject=None)
-        cases.insert(1, lost)
+    if second:
+        cases.insert(1, second)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(__main__, "Cuda", lambda: device)
     monkeypatch.setattr(__main__, "machine", lambda kind: MACHINE)
     monkeypatch.setattr(__main__, "ceilings", functools.partial(ceilings, size=8))
     monkeypatch.setattr(__main__, "plan", lambda quick: cases)
-    with tritonnet.backend("reference"), pytest.raises(AttributeError if broken else SystemExit) as e:
+    with tritonnet.backend("reference"), pytest.raises(end) as e:
         __main__.main(["--quick", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "conv2d LeNet small" in out and "| product in tf32, TFLOP/s" in out and "- --quick: float16" in out
     record = Record.read(tmp_path / "made-up-gpu-quick.json")
-    assert {row.subject for row in record.rows} == {case.subject.name for case in cases[: 1 if broken else 2]}
+    assert {row.subject for row in record.rows} == {case.subject.name for case in cases[: 1 if second else 2]}
+    assert record.done == [case.name for case in cases[: 1 if second else 2]] and record.sources
     assert (tmp_path / "made-up-gpu-quick.md").read_text().startswith("# Made-up GPU")
-    assert broken or e.value.code == 0
+    assert second or e.value.code == 0
+    # Gone on with, it measures what is missing, and leaves out whom it is told to.
+    monkeypatch.setattr(__main__, "plan", lambda quick: [case for case in cases if case is not second])
+    with tritonnet.backend("reference"), pytest.raises(SystemExit):
+        __main__.main(["--quick", "--resume", "--without", "torch", "--out", str(tmp_path)])
+    more = Record.read(tmp_path / "made-up-gpu-quick.json")
+    assert len(more.done) == 2 and more.rows[: len(record.rows)] == record.rows
+    assert {row.library for row in more.rows[len(record.rows) :]} == ({"tritonnet"} if second else set())
+    assert "torch: by --without" in more.left_out
 
 
 def test_cpu_quick_prints_a_table():

@@ -1,0 +1,66 @@
+"""Stands in for a GPU in the processes that `bench --verify` starts:  python tests/stand_in.py -m MODULE ARGUMENTS
+
+Kernels run on the reference, times are made up, CUDA graphs are lists of calls. What a stage does around them is real.
+"""
+
+import functools
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+_, dash_m, module, *arguments = sys.argv
+assert dash_m == "-m"
+
+
+def bench():
+    """As on a GPU, with a device whose time is made up and few cases."""
+    import torch
+    from test_bench import MACHINE, Clockwork, small_operators
+
+    import tritonnet
+    from bench import __main__ as main
+    from bench.case import Case
+    from bench.measure import ceilings
+
+    torch.cuda.is_available = lambda: True
+    main.Cuda, main.machine = Clockwork, lambda kind: MACHINE
+    main.ceilings = functools.partial(ceilings, size=8)
+    main.plan = lambda quick: [Case(operator, "bfloat16") for operator in small_operators()[: 1 if quick else 3]]
+    main.plots.missing = lambda: "no pictures"
+    with tritonnet.backend("reference"):
+        main.main(arguments)
+
+
+def smoke():
+    """On the CPU, where the launches of a step run in the interpreter and are captured as what they are."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from bench import smoke
+    from tritonnet import lenet_step
+
+    def capture(launch, restore, device):
+        launch()
+        restore()
+        return launch
+
+    lenet_step.capture = capture
+    smoke.CASES = [("ieee", 2, 1, 2)]
+    smoke.main([*arguments, "--device", "cpu"])
+
+
+def start():
+    """One of its cases, on the CPU."""
+    from bench import start
+
+    start.CASES = [("first image", "tritonnet", "cold")]
+    start.main([*arguments, "--device", "cpu"])
+
+
+stood_in_for = {"bench": bench, "bench.smoke": smoke, "bench.start": start}
+if module in stood_in_for:
+    stood_in_for[module]()
+else:
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
