@@ -108,7 +108,7 @@ def section(found, folder):
         if record.accuracy:
             parts.append(accuracy_table(record.accuracy).strip())
         state = read_json(folder / f"{file_name(record.machine)}{verify.ENDING}.json")
-        checked = bool(state) and same_but_date(state["machine"], record.machine)
+        checked = "stages" in state and same_but_date(state["machine"], record.machine)
         parts += verify.in_words(state) if checked else []
         if lacking := unmeasured(record, state if checked else {}):
             parts.append(f"Not measured: {'; '.join(lacking)}.")

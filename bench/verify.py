@@ -6,8 +6,8 @@ The stages follow each other whatever comes of one. With --minutes each has its 
 least what they need; who takes less leaves it to the later ones, and one that is still at it gets SIGINT. What a stage
 finds is on disk after every case of its own, in bench/results/<GPU>-verify.json and the records of the bench. A call
 after an interrupt, or after the time was over, goes on with what is missing, and then with what has failed, as long as
-kernels/, tritonnet/ and the versions are the same. If TrainStep is wrong it is not timed. The exit status is 0 if all is
-there and well.
+kernels/, tritonnet/ and the versions are the same. If TrainStep is wrong it is not timed. The exit status is 0 if all
+is there and well.
 """
 
 import collections
@@ -211,7 +211,7 @@ def main(folder, minutes=None):
     kept = folder / f"{file_name(here)}{ENDING}.json"
     planned, left_out = stages(folder, kept)
     state = read_json(kept)
-    known = bool(state) and same_but_date(state["machine"], here) and state["sources"] == sources()
+    known = "stages" in state and same_but_date(state["machine"], here) and state["sources"] == sources()
     to_do = still_to_do(planned, state["stages"]) if known else []
     if to_do:
         print(f"going on with {kept}: {', '.join(stage.name for stage in to_do)}")

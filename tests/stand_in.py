@@ -54,7 +54,7 @@ def start():
     """One of its cases, on the CPU."""
     from bench import start
 
-    start.CASES = [("first image", "tritonnet", "cold")]
+    start.CASES = [("first image", "torch")]
     start.main([*arguments, "--device", "cpu"])
 
 

@@ -260,7 +260,7 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     assert kept["smoke"] == {"ieee, batch 2, from a DataLoader": "agrees"}
     assert outcomes.counts(kept["tests"]) == {"passed": 1, "failed": 1, "skipped": 0}
     assert kept["stages"]["memcheck"]["said"] == "memcheck: ERROR SUMMARY: 0 errors"
-    assert kept["start"]["first image, tritonnet, cold"]["ms"] > 0
+    assert kept["start"]["first image, torch, -"]["ms"] > 0
     assert "::test_later" in out and "KeyError" in next(iter(kept["tests"].values()))["failed"]["test_later"]
     full = Record.read(tmp_path / "made-up-gpu.json")
     assert len(full.done) == 3 and full.left_out and not full.missing
