@@ -1,0 +1,73 @@
+"""A plugin for pytest under which tests launch nothing, and compile what they would launch for a GPU; see warm.
+
+    TRITONNET_WARM="sm_90 FILE" TRITONNET_TEST_DEVICE=cpu:0 python -O -m pytest -p bench.warm_tests tests/test_relu.py
+
+What tests compute is garbage. -O takes their `assert`s out, and what else compares is replaced here, so that they go on
+to their last launch. Errors of the compiler go into FILE, other failures mean nothing.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .no_launch import cpu_for_gpu
+from .warm_work import Findings, compile_for
+
+# The tests that only a GPU runs are wanted too.
+_WANTED = "CUDA graphs need a GPU"
+_now = ["-"]
+
+
+def _nothing(*args, **kwargs):
+    pass
+
+
+def _linear_without_truth(ours, theirs, inputs, terms, dtype, device, prepare=lambda t: t, tf32=False):
+    """The launches of exact.check_linear."""
+    leaves = [None if t is None else prepare(t.to(device, dtype)).detach().requires_grad_() for t in inputs]
+    y = ours(*leaves)
+    dy = prepare(torch.zeros(y.shape, device=device, dtype=dtype)).detach()
+    torch.autograd.grad(y, [t for t in leaves if t is not None], dy)
+    return y
+
+
+def pytest_configure(config):
+    target, findings = os.environ["TRITONNET_WARM"].split(" ", 1)
+    compile_for(target, Findings(Path(findings)), lambda: f"tests: {_now[0]}")
+    torch.testing.assert_close = _nothing
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which nobody reads
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    """The checks, before a test file imports them by name; their modules are there once conftest is."""
+    import exact
+    import memory
+
+    exact.assert_exact, exact.check_linear = _nothing, _linear_without_truth
+
+    class Bands:
+        def __enter__(self):
+            return []
+
+        def __exit__(self, *error):
+            pass
+
+    memory.guard_bands = Bands
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for node in item.listchain():
+            node.own_markers[:] = [mark for mark in node.own_markers if mark.kwargs.get("reason") != _WANTED]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    _now[0] = item.nodeid
+    print(f"job {item.nodeid}", file=sys.stderr, flush=True)
+    with cpu_for_gpu():
+        yield
