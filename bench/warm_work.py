@@ -242,8 +242,13 @@ def run_tests(folder, cache, target, processes):
     if not importlib.util.find_spec("pytest"):
         findings.add(left_out="the tests: pytest is not installed")
         return findings.read()
-    # Of -O the interpreters that xdist starts hear by the environment only.
-    variables = {"TRITONNET_TEST_DEVICE": "cpu:0", "TRITONNET_WARM": f"{target} {findings.path}", "PYTHONOPTIMIZE": "1"}
+    variables = {
+        "TRITONNET_TEST_DEVICE": "cpu:0",
+        "TRITONNET_WARM": f"{target} {findings.path}",
+        # The interpreters that xdist starts hear of -O by the environment only.
+        "PYTHONOPTIMIZE": "1",
+        "PYTHONPYCACHEPREFIX": str(folder / "pycache"),
+    }
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "bench.warm_tests", "-p", "no:cacheprovider"]
     command += ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
     command += ["-k", NOT_TESTS, *(f"tests/{name}.py" for name in TESTS)]
