@@ -11,7 +11,6 @@ mean nothing. The tests that pytest has compiled are not those of other runs, an
 import ast
 import contextlib
 import os
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -93,7 +92,14 @@ def pytest_collection(session):
     exact.assert_exact, exact.check_linear, memory.guard_bands = _nothing, _linear_without_truth, _NoBands
 
 
+def _backend(item):
+    """What the fixture `backend` says, None where a test does not take it."""
+    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+
+
 def pytest_collection_modifyitems(items):
+    # On the reference nothing is launched.
+    items[:] = [item for item in items if _backend(item) != "reference"]
     for item in items:
         for node in item.listchain():
             node.own_markers[:] = [mark for mark in node.own_markers if mark.kwargs.get("reason") != _WANTED]
@@ -102,6 +108,5 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item):
     _now[0] = item.nodeid
-    print(f"job {item.nodeid}", file=sys.stderr, flush=True)
     with cpu_for_gpu():
         yield
