@@ -87,14 +87,16 @@ def compile_parts(cache, arguments):
     return found, time.monotonic() - start
 
 
-def say(found):
-    """Prints what was found, each once; the names of the kernels, or else jobs, that have failed."""
+def say(found, known=()):
+    """Prints what was found, each once; the names of the kernels, or else jobs, that have failed and are not known."""
     failed = {}
     for line in found:
         if "left_out" in line:
             print(f"left out: {line['left_out']}")
             continue
-        failed.setdefault((line["kernel"] or line["job"], line["error"]), line["job"])
+        name = line["kernel"] or line["job"]
+        if name not in known:
+            failed.setdefault((name, line["error"]), line["job"])
     for (name, error), job in failed.items():
         print(f"FAILED {name}, in {job}: {error}")
     return sorted({name for name, _ in failed})
@@ -187,7 +189,8 @@ def pack(arguments):
         write(archive, cache, manifest)
     print(
         f"{archive}: {manifest['kernels']} kernels for {arguments.target} and {manifest['libraries']} libraries, "
-        f"{archive.stat().st_size / 1e6:.1f} MB, {seconds:.0f} s of compiling in {arguments.processes} processes"
+        f"{archive.stat().st_size / 1e6:.1f} MB, {seconds:.0f} s of compiling in {arguments.processes} processes",
+        flush=True,
     )
     missing = check(arguments, archive) if arguments.check else 0
     return int(bool(failed or missing))
@@ -205,7 +208,7 @@ def check(arguments, archive=None):
         before = kernels(cache)
         found, seconds = compile_parts(cache, arguments)
         new = sorted(name for entry, name in kernels(cache).items() if entry not in before)
-    failed = sorted(set(say(found)) - set(manifest["failed"]))
+    failed = say(found, manifest["failed"])
     print(
         f"checked: {len(before)} kernels were there, {len(new)} were not{': ' if new else ''}{', '.join(new)}; "
         f"{seconds:.0f} s, packing took {manifest['seconds']:.0f} s"

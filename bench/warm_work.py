@@ -44,8 +44,8 @@ TESTS = (
     "test_conv2d_pool_grad", "test_conv2d_pool_patch", "test_max_pool2d", "test_linear", "test_linear_chain",
     "test_cross_entropy", "test_relu", "test_memory",
 )  # fmt: skip
-# What starts processes, which would compile nothing, and seconds for all of the rest.
-NOT_TESTS = "not from_a_data_loader and not process"
+# What starts processes, which would launch nothing, and seconds for all of the rest.
+NOT_TESTS = "not from_a_data_loader and not older_flags"
 TESTS_SECONDS = 3000
 
 
