@@ -11,9 +11,12 @@ import torch
 
 import tritonnet
 import tritonnet.nn.functional as F
+from tritonnet.dispatch import float32_products
 from tritonnet.kernels import launchers
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
+# Of a step on a GPU: one that is not captured, as sanitizers' allocations forbid captures.
+BATCH = 8192
 
 
 def calls(t):
@@ -41,36 +44,39 @@ def calls(t):
     yield F.linear(t(4096, 8), t(8, 8), t(8))
 
 
-def train(device):
-    """A step in launches of its own; on a GPU of a batch that is not captured, which sanitizers' allocations forbid."""
-    batch = 8192 if device == "cuda" else 2
+def train(device, batch):
     model = tritonnet.LeNet().to(device)
     step = tritonnet.TrainStep(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.01))
     step(torch.randn(batch, 1, 32, 32, device=device), torch.arange(batch, device=device) % 10)
+
+
+def launch_all(device, batch):
+    """Every launch on a device; `batch` is that of a step in launches of its own."""
+    for dtype in DTYPES:
+
+        def t(*size, dtype=dtype):
+            return torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+
+        for y in calls(t):
+            y.backward(torch.randn_like(y))
+    # What only full float32 launches.
+    with float32_products("ieee"):
+        images = torch.randn(3, 4, 9, 11, device=device)
+        F.conv2d_relu_max_pool2d(images, torch.randn(6, 4, 3, 3, device=device))
+    # What only second derivatives launch.
+    x = torch.randn(2, 2, 6, 6, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(F.max_pool2d(x, 2).square().sum(), x, create_graph=True)
+    dx.sum().backward()
+    F.max_pool2d(x, 2, return_indices=True)
+    if hasattr(tritonnet, "TrainStep"):
+        train(device, batch)
 
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
-        for dtype in DTYPES:
-
-            def t(*size, dtype=dtype):
-                return torch.randn(size, device=device, dtype=dtype, requires_grad=True)
-
-            for y in calls(t):
-                y.backward(torch.randn_like(y))
-        # What only full float32 launches.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
-        images = torch.randn(3, 4, 9, 11, device=device)
-        F.conv2d_relu_max_pool2d(images, torch.randn(6, 4, 3, 3, device=device))
-        # What only second derivatives launch.
-        x = torch.randn(2, 2, 6, 6, device=device, requires_grad=True)
-        (dx,) = torch.autograd.grad(F.max_pool2d(x, 2).square().sum(), x, create_graph=True)
-        dx.sum().backward()
-        F.max_pool2d(x, 2, return_indices=True)
-        if hasattr(tritonnet, "TrainStep"):
-            train(device)
+        launch_all(device, BATCH if device == "cuda" else 2)
     if device == "cuda":
         torch.cuda.synchronize()
     print(", ".join(f"{name} {count}" for name, count in sorted(launches.items())))

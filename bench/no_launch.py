@@ -54,6 +54,33 @@ def served_by(implementation):
         yield
 
 
+def kernels_unless_reference(tensor):
+    """For `served_by`: the kernels, as on a GPU, but inside tritonnet.backend("reference")."""
+    return dispatch.reference if dispatch._backend == "reference" else launchers
+
+
+def _captured(launch, restore, device):
+    """In the place of lenet_step.capture: what runs before a capture, and a replay that launches one by one."""
+    launch()
+    restore()
+    return launch
+
+
+@contextlib.contextmanager
+def cpu_for_gpu():
+    """Inside, tensors on the CPU take the ways of a GPU's, up to the launches, which are the caller's to replace.
+
+    A TrainStep copies its batches into buffers of its own, as for a CUDA graph, and compiles in no threads.
+    """
+    with (
+        served_by(kernels_unless_reference),
+        mock.patch.object(lenet_step, "capture", _captured),
+        mock.patch.object(lenet_step, "compiled_together", contextlib.nullcontext),
+        mock.patch.object(lenet_step.ThreeLaunches, "graphs_on", ("cuda", "cpu")),
+    ):
+        yield
+
+
 @contextlib.contextmanager
 def gpu_that_does_nothing(arch=90, launch=_nothing):
     """Inside, tensors on the CPU stand in for those of a GPU, and launches do nothing.

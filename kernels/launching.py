@@ -32,8 +32,25 @@ _run = JITFunction.run
 _kept = []
 
 
+def settle(function):
+    """Has Triton hash a kernel's source after all that it calls, whatever was launched before.
+
+    Up to 3.7.1 at least, Triton takes into a hash the constants that a called function uses only if that has been
+    hashed already. What a kernel is called in Triton's cache would depend on which others were launched earlier in the
+    process, and it would be compiled anew in another order. A function's hash is made once.
+    """
+    if not isinstance(function, JITFunction) or function.hash is not None:
+        return
+    for name in function.fn.__code__.co_names:
+        called = function.fn.__globals__.get(name)
+        if called is not function:
+            settle(called)
+    function.cache_key
+
+
 def launch(kernel, grid, *args, **options):
     """Launches a kernel; inside compiled_together() it is compiled and not launched."""
+    settle(kernel)
     begun = compiling.get()
     if begun is not None:
         begun.append(kernel)

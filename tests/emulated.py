@@ -8,19 +8,14 @@ from unittest import mock
 
 import ptx
 
-from bench.no_launch import served_by
-from tritonnet import dispatch, losses
-from tritonnet.kernels import launchers
-
-
-def _implementation(tensor):
-    return dispatch.reference if dispatch._backend == "reference" else launchers
+from bench.no_launch import kernels_unless_reference, served_by
+from tritonnet import losses
 
 
 @contextlib.contextmanager
 def emulated(arch, seed):
     """Inside, tensors on the CPU stand in for those of a GPU of this architecture."""
-    with served_by(_implementation), ptx.emulate(arch, seed=seed) as emulator:
+    with served_by(kernels_unless_reference), ptx.emulate(arch, seed=seed) as emulator:
         new_block = losses.new_block
 
         def known_block(device):

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 import tritonnet
 from bench.no_launch import gpu_that_does_nothing
@@ -159,6 +160,16 @@ def compare(calls):
     return sum(map(len, full)), len(kernels), wrong, in_full_again
 
 
+def hashes(order):
+    """{kernel: hash of its source}, as Triton finds it where no source was looked at before."""
+    for function in (value for module in list(sys.modules.values()) for value in vars(module).values()):
+        if isinstance(function, JITFunction):
+            function.hash, function.used_global_vals = None, {}
+    for kernel in order:
+        launching.settle(kernel)
+    return {kernel.fn.__name__: kernel.hash for kernel in order}
+
+
 def python_calls(function):
     """How many functions, Python's and C's, a call of `function` calls: a time that does not depend on the machine."""
     count = 0
@@ -214,4 +225,5 @@ with gpu_that_does_nothing(launch=note) as gpu, mock.patch.object(launching, "la
         for n in range(1, 30):
             made((launchers.linear, torch.empty(n, 5), torch.empty(7, 5), None))
     result["kept"] = max(map(len, launching._kept))
+result["hashes"] = [hashes(order) for order in (launchers.KERNELS, launchers.KERNELS[::-1])]
 print(json.dumps(result))

@@ -41,6 +41,11 @@ def test_what_is_kept_is_bounded(planned):
     assert 0 < planned["kept"] <= 8
 
 
+def test_kernels_are_found_in_triton_s_cache_whatever_was_launched_before(planned):
+    first, second = planned["hashes"]
+    assert first == second and all(first.values())
+
+
 def test_every_launch_goes_through_launching():
     """A kernel launched in another place would be neither fast nor compiled together with others."""
     for path in (pathlib.Path(__file__).parents[1] / "kernels").glob("*.py"):
