@@ -21,29 +21,22 @@ from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 
-import tritonnet
 from tritonnet.cli import doctor
 from tritonnet.kernels import launchers, launching
 
-from . import TARGETS, every_kernel
+from . import TARGETS, every_kernel, smoke, verify
 from .compile import compile_instead
+from .keep import ROOT
 from .libraries import installed
 from .measure import Host, precision
 from .no_launch import cpu_for_gpu
 from .run import entries, plan
 from .warm_launchers import Launchers
 
-ROOT = Path(__file__).parents[1]
 # Torch's own, which compile nothing of ours.
 THEIRS = "torch", "torch.compile", "FlagGems"
-# What the smoke test trains in, and its batches: 333 are a third of 1000, and 8000 the most that is captured.
-SMOKE_PRECISIONS, SMOKE_BATCHES = ("bfloat16", "tf32", "ieee"), (64, 333, 1000, 8000, 65536)
 # The files that launch every kernel in most ways.
-TESTS = (
-    "test_train_step", "test_lenet_lanes", "test_lenet", "test_graphs", "test_conv2d", "test_fused",
-    "test_conv2d_pool_grad", "test_conv2d_pool_patch", "test_max_pool2d", "test_linear", "test_linear_chain",
-    "test_cross_entropy", "test_relu", "test_memory",
-)  # fmt: skip
+TESTS = *verify.STEP_TESTS, *verify.CONVOLUTION_TESTS, *verify.KERNEL_TESTS
 # What starts processes, which would launch nothing, and seconds for all of the rest.
 NOT_TESTS = "not from_a_data_loader and not older_flags"
 TESTS_SECONDS = 3000
@@ -56,7 +49,7 @@ def _timed(quick):
 
     def launch(case):
         with precision(case.format):
-            for entry in entries(case, ours, device)[0]:
+            for entry in entries(case, ours, device):
                 with entry.library.context():
                     subject, format = case.subject, case.format
                     contestant = subject.contestant(entry.library, entry.layout, format, device, entry.mode)
@@ -68,15 +61,14 @@ def _timed(quick):
 
 def _smoke():
     def launch(precision, batch):
-        model = tritonnet.LeNet()
-        optimizer = torch.optim.Adam(model.parameters())
-        step = tritonnet.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer, precision)
-        step(torch.randn(batch, 1, 32, 32), torch.randint(10, (batch,)))
+        smoke.train(precision, smoke.batches(batch, 1, 0, "cpu"), "cpu")
 
+    # A DataLoader's last batch is what is left.
+    sizes = {(precision, size) for precision, batch, _, loaded in smoke.CASES for size in (batch, loaded % batch)}
     return {
         f"{precision}, batch {batch}": functools.partial(launch, precision, batch)
-        for precision in SMOKE_PRECISIONS
-        for batch in SMOKE_BATCHES
+        for precision, batch in sorted(sizes)
+        if batch
     }
 
 

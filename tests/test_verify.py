@@ -186,7 +186,7 @@ def test_every_test_has_its_place():
         *verify.STEP_TESTS, *verify.CONVOLUTION_TESTS, *verify.KERNEL_TESTS, *verify.OTHER_TESTS, *verify.WITHOUT_GPU
     ]  # fmt: skip
     assert len(set(placed)) == len(placed)
-    there = {path.stem for path in (ROOT / "tests").glob("test_*.py")} | {"test_warm"}
+    there = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     assert set(placed) == there
 
 
