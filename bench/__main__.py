@@ -29,11 +29,9 @@ from .measure import Cuda, ceilings
 from .progress import progress
 from .record import Record, earlier, machine
 from .report import page
-from .run import COMPILED_OPERATORS, Budget, plan, run
+from .run import COMPILED_OPERATORS, FULL, QUICK, Budget, plan, run
 
 RESULTS = ROOT / "bench" / "results"
-# Seconds until the last case ends; starting Python before and the pictures after take the rest.
-FULL, QUICK = 440, 75
 FULL_LEAVES_OUT = (
     "torch.compile, other than for LeNet in bfloat16, at batch 65536 in tf32, and for the operators "
     f"{'; '.join(COMPILED_OPERATORS)} in bfloat16: it takes too long"

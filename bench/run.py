@@ -15,6 +15,8 @@ from .measure import measure, measure_graph, measure_host, precision
 from .operators import catalogue
 from .record import FAILED, OK, OURS, WRONG, Row
 
+# Seconds until the last case ends; starting Python before and the pictures after take the rest.
+FULL, QUICK = 440, 75
 # Seconds that each is expected to take before any was seen, and the most that an entry under torch.compile gets, all
 # that it has to search or what takes least time.
 EXPECTED = {"case": 4.0, "compile": 8.0}

@@ -6,13 +6,15 @@ The stages follow each other whatever comes of one. With --minutes each has its 
 least what they need; who takes less leaves it to the later ones, and one that is still at it gets SIGINT. What a stage
 finds is on disk after every case of its own, in bench/results/<GPU>-verify.json and the records of the bench. A call
 after an interrupt, or after the time was over, goes on with what is missing, and then with what has failed, as long as
-kernels/, tritonnet/ and the versions are the same. If TrainStep is wrong it is not timed. The exit status is 0 if all
-is there and well.
+kernels/, tritonnet/ and the versions are the same; without the files it begins anew. If TrainStep is wrong it is not
+timed. The exit status is 0 if all is there and well.
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -26,6 +28,7 @@ from pathlib import Path
 from . import outcomes, start
 from .keep import ROOT, put, read_json, sources, write_json
 from .record import Record, file_name, machine, same_but_date, title
+from .run import QUICK
 from .smoke import AGREES
 from .table import markdown
 
@@ -39,7 +42,7 @@ NO_TESTS = 5
 # Seconds that a stage which was told to stop has for its report.
 GRACE = 20
 # So many times its share has a stage for which there is no limit in all: what takes longer hangs.
-PATIENCE = 20
+PATIENCE = 60
 LAST_LINES = 30
 
 # Tests by file. Those of the step tell whether it is timed; those of the other kernels come before all others.
@@ -108,20 +111,20 @@ def stages(folder, kept):
             variables={"TRITONNET_TEST_DEVICE": "cuda"}, nothing_left=NO_TESTS,
         )  # fmt: skip
 
-    def bench(name, seconds, *arguments):
+    def bench(name, seconds, most, *arguments):
+        """`most`: seconds that its cases may take if there is more."""
+
         def command(limit, without):
-            of_cases = max(10, limit - GRACE)
+            of_cases = f"{min(most, max(10, limit - GRACE)):.0f}"
             leave_out = [word for library in without for word in ("--without", library)]
-            time_left = [] if limit > 2 * seconds else ["--seconds", f"{of_cases:.0f}"]
-            return [
-                *PYTHON, "-m", "bench", "--out", str(folder), "--resume", *arguments, *time_left, *leave_out
-            ]  # fmt: skip
+            options = ["--resume", "--out", str(folder), "--seconds", of_cases, *arguments, *leave_out]
+            return [*PYTHON, "-m", "bench", *options]
 
         found.append(Stage(name, command, seconds, 30))
 
     add("doctor", 25, 15, "-m", "tritonnet", "doctor")
     add("smoke", 60, 25, "-m", "bench.smoke", "--keep", str(kept))
-    bench("quick bench", 100, "--quick")
+    bench("quick bench", 100, QUICK, "--quick")
     tests("tests of the step", STEP_TESTS, 70)
     tests("tests of convolutions", CONVOLUTION_TESTS, 75)
     tests("tests of the other kernels", KERNEL_TESTS, 45)
@@ -139,7 +142,7 @@ def stages(folder, kept):
     else:
         left_out["tune"] = "there is no bench.tune"
     tests("all other tests", OTHER_TESTS, 60)
-    bench("bench", 200)
+    bench("bench", 200, math.inf)
     return found, left_out
 
 
@@ -181,17 +184,16 @@ def run(stage, limit, without=()):
 
 def _end(process):
     """Ask the process to stop, and see to it that nothing of it stays."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(GRACE)
+    except subprocess.TimeoutExpired:
         pass
-    process.wait()
+    finally:  # also if this is interrupted once more
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def still_to_do(stages, outcome_of):
@@ -208,13 +210,14 @@ def main(folder, minutes=None):
         minutes: how long it may take in all, None for as long as it takes.
     """
     here, begun = machine("cuda"), time.monotonic()
+    folder = folder.absolute()  # stages run in the project's root
     kept = folder / f"{file_name(here)}{ENDING}.json"
     planned, left_out = stages(folder, kept)
     state = read_json(kept)
     known = "stages" in state and same_but_date(state["machine"], here) and state["sources"] == sources()
-    to_do = still_to_do(planned, state["stages"]) if known else []
-    if to_do:
-        print(f"going on with {kept}: {', '.join(stage.name for stage in to_do)}")
+    if known:
+        to_do = still_to_do(planned, state["stages"])
+        print(f"going on with {kept}: {', '.join(stage.name for stage in to_do) or 'all is there'}")
     else:
         to_do = planned
         write_json(kept, {"machine": here, "sources": sources(), "stages": {}})
