@@ -98,8 +98,8 @@ def _backend(item):
 
 
 def pytest_collection_modifyitems(items):
-    # On the reference nothing is launched.
-    items[:] = [item for item in items if _backend(item) != "reference"]
+    # On the reference nothing is launched, and the training of the README is a process of its own, on the CPU.
+    items[:] = [item for item in items if _backend(item) != "reference" and "trained" not in item.fixturenames]
     for item in items:
         for node in item.listchain():
             node.own_markers[:] = [mark for mark in node.own_markers if mark.kwargs.get("reason") != _WANTED]
