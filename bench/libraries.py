@@ -1,6 +1,7 @@
 """Who takes part: this library, torch as it is and compiled, and FlagGems where it is installed."""
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
@@ -35,6 +36,12 @@ class TutorialLeNet(nn.Module):
         x = TF.max_pool2d(TF.relu(self.conv2(x)), 2)
         x = TF.relu(self.fc1(torch.flatten(x, 1)))
         return self.fc3(TF.relu(self.fc2(x)))
+
+
+def load_compiler():
+    """Imports what torch.compile imports as it goes: cut short by a limit of time, that could not be imported again."""
+    for name in ("compile_fx", "lowering", "cudagraph_trees"):
+        importlib.import_module(f"torch._inductor.{name}")
 
 
 def compiled(function, mode):

@@ -9,7 +9,7 @@ import torch
 from . import FORMATS
 from .case import CALLS, CONTIGUOUS, GRAPH, HOST, TRAINING, Case
 from .lenet import Network
-from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS, Library
+from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS, Library, load_compiler
 from .limit import OutOfTime, limited
 from .measure import measure, measure_graph, measure_host, precision
 from .operators import catalogue
@@ -144,9 +144,11 @@ def run(record, cases, libraries, device, budget, seconds=0.05, keep=lambda: Non
     for case in cases:
         seen.append(case)
         _measure(record, case, entries(case, libraries, device), device, budget, seconds, keep)
-    for case in seen:
-        for entry in compiled_entries(case, libraries, device, record.quick):
-            _measure(record, case, [entry], device, budget, seconds, keep)
+    to_compile = [(case, entry) for case in seen for entry in compiled_entries(case, libraries, device, record.quick)]
+    if to_compile and budget.fits("compile"):
+        load_compiler()
+    for case, entry in to_compile:
+        _measure(record, case, [entry], device, budget, seconds, keep)
 
 
 def _measure(record, case, of_case, device, budget, seconds, keep):
