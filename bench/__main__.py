@@ -51,7 +51,12 @@ def parse(argv=None):
     parser.add_argument("--verify", action="store_true", help="tests, sanitizers and measurements in stages")
     parser.add_argument("--minutes", type=float, metavar="M", help="with --verify: how long it may take in all")
     parser.add_argument("--resume", action="store_true", help="go on with the run whose files are there")
-    parser.add_argument("--seconds", type=float, metavar="S", help=f"for the cases (default: {FULL}, quick {QUICK})")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help=f"for the cases (default: {FULL}, quick {QUICK}; {cpu.FULL} or {cpu.QUICK} on the CPU)",
+    )
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave a contestant out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: bench/results, or nowhere)")
     add_arguments(parser)
@@ -107,7 +112,7 @@ def main(argv=None):
         try:
             if args.cpu:
                 with tritonnet.backend("reference"):
-                    cpu.compare(record)
+                    cpu.compare(record, args.seconds)
             else:
                 on_gpu(record, args, start, keep)
         finally:  # also of a run that is interrupted, or that loses its GPU

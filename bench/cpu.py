@@ -151,14 +151,19 @@ def step_overhead(seconds):
     return found
 
 
-def compare(record):
-    """Fills the Record of a run on the CPU; to be called inside tritonnet.backend("reference")."""
+def compare(record, seconds=None):
+    """Fills the Record of a run on the CPU; to be called inside tritonnet.backend("reference").
+
+    Args:
+        record: a Record.
+        seconds: for the cases, None for QUICK or FULL.
+    """
     quick = record.quick
     record.overhead = overhead(0.02 if quick else 0.2)
     record.launches = launch_overhead(0.02 if quick else 0.2)
     record.steps = step_overhead(0.02 if quick else 0.5)
     cases = [Case(subject, FORMAT) for subject in small()]
     libraries = {name: library for name, library in installed().items() if not library.compiled}
-    budget = Budget(QUICK if quick else FULL)
+    budget = Budget(seconds or (QUICK if quick else FULL))
     budget.expected["case"] = 1.0
     run(record, progress(cases), libraries, Host(), budget, seconds=0.02 if quick else 0.2)
