@@ -58,6 +58,7 @@ def parse(argv=None):
         help=f"for the cases (default: {FULL}, quick {QUICK}; {cpu.FULL} or {cpu.QUICK} on the CPU)",
     )
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave a contestant out")
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="tables and JSON alone")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: bench/results, or nowhere)")
     add_arguments(parser)
     args = parser.parse_args(argv)
@@ -86,10 +87,14 @@ def on_gpu(record, args, start, keep):
     run(record, progress(plan(args.quick)), libraries, device, budget, keep=keep)
 
 
-def save(record, folder):
+def save(record, folder, draw=True):
     """Write JSON, Markdown and pictures, and say where."""
     record.write(folder / f"{record.name}.json")
-    pictures = plots.draw(record, folder) if not (why := plots.missing()) else print(why) or []
+    pictures = []
+    if why := plots.missing():
+        print(why)
+    elif draw:
+        pictures = plots.draw(record, folder)
     (folder / f"{record.name}.md").write_text(page(record, pictures), encoding="utf-8")
     print(f"written: {folder / record.name}.json, .md" + "".join(f", {name}" for name in pictures))
 
@@ -118,7 +123,7 @@ def main(argv=None):
         finally:  # also of a run that is interrupted, or that loses its GPU
             print(page(record))
             if folder:
-                save(record, folder)
+                save(record, folder, args.pictures)
     sys.exit(1 if record.faults else 0)
 
 

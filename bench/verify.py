@@ -124,7 +124,7 @@ def stages(folder, kept):
 
     add("doctor", 25, 15, "-m", "tritonnet", "doctor")
     add("smoke", 60, 25, "-m", "bench.smoke", "--keep", str(kept))
-    bench("quick bench", 100, QUICK, "--quick")
+    bench("quick bench", 100, QUICK, "--quick", "--no-pictures")
     tests("tests of the step", STEP_TESTS, 70)
     tests("tests of convolutions", CONVOLUTION_TESTS, 75)
     tests("tests of the other kernels", KERNEL_TESTS, 45)
