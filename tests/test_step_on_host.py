@@ -183,6 +183,7 @@ def test_without_a_capture_the_step_goes_on_and_says_so_once(reported, monkeypat
     assert said == ["batches of 2 take three launches without a CUDA graph: somebody pinned memory"]
     assert reported or caught[0].filename == __file__
     assert found == true_losses and all(map(torch.equal, net.parameters(), twin.parameters()))
+    assert step._step.latest_replay() is None
 
 
 @on_the_cpu
@@ -213,6 +214,26 @@ def test_a_loss_never_changes(graphs, device, monkeypatch):
         kept.append(step(*batch(1 + i % 2, device, i)))
         values.append(float(kept[-1]))
     assert [float(loss) for loss in kept] == values and len(set(values)) == 5
+
+
+@on_the_cpu
+def test_what_replays_the_graph_alone_stays_in_its_blocks(monkeypatch):
+    """However often: each replay writes a loss behind the one before."""
+    monkeypatch.setattr(losses, "BLOCK", 2)
+    monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ("cpu",))
+    monkeypatch.setattr(lenet_step, "capture", lambda launch, restore, device: [launch(), restore(), launch][2])
+    net = small()
+    twin = make_step(copy.deepcopy(net))
+    step = make_step(net)
+    step(*batch(2))
+    replay = step._step.latest_replay()
+    for _ in range(4):
+        replay()
+        place, block = int(step._step.losses.place), step._step.losses._block
+        assert block.data_ptr() < place <= block.data_ptr() + block.nbytes
+    for _ in range(5):
+        twin(*batch(2))
+    assert step(*batch(2)) == twin(*batch(2))
 
 
 def test_the_corrections_of_adam(device):
