@@ -78,6 +78,7 @@ class Record:
         left_out: what there was no way for, or what is not worth its time, a line each.
         missing: what there was no time for, a line each; a run that resumes this one measures it.
         done: names of what has been measured.
+        lost: names of that in which the device failed, which is not tried again.
         sources: keep.sources() of the code that was measured.
     """
 
@@ -92,6 +93,7 @@ class Record:
     left_out: list = field(default_factory=list)
     missing: list = field(default_factory=list)
     done: list = field(default_factory=list)
+    lost: list = field(default_factory=list)
     sources: str = ""
 
     @property

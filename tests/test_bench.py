@@ -260,6 +260,30 @@ def test_a_contestant_that_fails_is_a_line_of_the_report():
     assert not record.faults
 
 
+def test_a_device_that_is_lost_is_not_lost_again():
+    """Whoever goes on comes to the cases behind; what was measured before it, and who lost it, is kept."""
+
+    def lose(*args, **kwargs):
+        device.synchronize = lambda: 1 // 0
+        raise RuntimeError("an illegal memory access")
+
+    cases, kept = [Case(operator, "float32") for operator in small_operators()[::2]], []
+    record, device = Record(MACHINE), Clockwork()
+    taking_part = {"torch": library(), "FlagGems": library(conv2d=lose), "tritonnet": library()}
+    theirs = unfused.cross_entropy
+    taking_part = {name: of._replace(functional=types.SimpleNamespace(**vars(of.functional), cross_entropy=theirs))
+                   for name, of in taking_part.items()}  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        run(record, cases, taking_part, device, Budget(1e9), seconds=0.001, keep=lambda: kept.append(1))
+    assert kept and record.lost == [cases[0].name] and not record.done
+    assert {(row.library, row.status, bool(row.ms)) for row in record.rows} == {
+        ("torch", OK, True), ("FlagGems", FAILED, False)
+    }  # fmt: skip
+    assert "the device was lost: ZeroDivisionError" in record.rows[-1].detail
+    run(record, cases, taking_part, Clockwork(), Budget(1e9), seconds=0.001)
+    assert record.done == [cases[1].name] and record.left_out == [f"{cases[0].name}: the device was lost in it"]
+
+
 def test_times_are_medians_of_calls_in_turn():
     device, calls = Clockwork(between=0.0), []
 
