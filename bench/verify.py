@@ -12,6 +12,7 @@ timed. The exit status is 0 if all is there and well.
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import math
@@ -159,12 +160,14 @@ def run(stage, limit, without=()):
     # A session of its own, so that its children can be ended with it, and Ctrl-C reaches it once, from here.
     process = subprocess.Popen(
         command, cwd=ROOT, env={**environment, "PYTHONUNBUFFERED": "1", **stage.variables}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=_end_with_parent,
     )  # fmt: skip
 
     def show():
         for line in process.stdout:
-            print(line, end="", flush=True)
+            # The stage would wait for ever if nobody read on here because nobody reads on there.
+            with contextlib.suppress(OSError, ValueError):
+                print(line, end="", flush=True)
             last.append(line.rstrip().rpartition("\r")[2])
 
     reader = threading.Thread(target=show, daemon=True)
@@ -180,6 +183,13 @@ def run(stage, limit, without=()):
         _end(process)
         reader.join(GRACE)
     return status, time.monotonic() - begun, [line for line in last if line.strip()]
+
+
+def _end_with_parent():
+    """In a stage: have Linux kill it once this process has been killed, or it would run beside the next call's."""
+    if sys.platform == "linux":
+        set_signal_of_parents_death = 1
+        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
 
 
 def _end(process):

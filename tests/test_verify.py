@@ -94,6 +94,39 @@ def test_nothing_of_a_stage_stays(run, tmp_path):
             time.sleep(0.1)
 
 
+def test_a_stage_ends_with_what_has_started_it(tmp_path):
+    """Killed, it can tell nobody; and where its own output goes nowhere any more, the stage is read on."""
+    there, kept = tmp_path / "pid", tmp_path / "made-up-gpu-verify.json"
+    child = (
+        "import os, pathlib, time; print('line\\n' * 100_000); "
+        f"pathlib.Path({str(there)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    begins = (
+        "import sys; sys.path[:0] = ['tests', '.']\n"
+        "from pathlib import Path\n"
+        "from bench import verify\n"
+        "from test_bench import MACHINE\n"
+        "verify.machine = lambda kind: MACHINE\n"
+        f"stage = verify.Stage('stays', lambda limit, without: [sys.executable, '-c', {child!r}], 1, 0.1)\n"
+        "verify.stages = lambda folder, kept: ([stage], {})\n"
+        f"verify.main(Path({str(tmp_path)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", begins], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline(), process.stdout.readline()  # the name of the stage
+    process.stdout.close()
+    while not there.exists() or not there.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int(there.read_text()), 0)
+            time.sleep(0.1)
+    assert json.loads(kept.read_text())["stages"]["stays"]["status"] == STOPPED
+
+
 def test_what_is_missing_comes_first_and_then_what_failed(run, tmp_path, capfd, monkeypatch):
     ran = tmp_path / "ran"
     tells = f"import sys; open({str(ran)!r}, 'a').write(sys.argv[1] + ' '); sys.exit(int(sys.argv[2]))"
@@ -113,7 +146,7 @@ def test_what_is_missing_comes_first_and_then_what_failed(run, tmp_path, capfd, 
     assert run(*stages(three=True)) == 1 and ran.read_text().endswith(" one two three one two three ")
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_an_interrupt_and_going_on(by, run, tmp_path, capfd):
     """In the middle of the second of three stages, which is told of it and leaves nothing."""
 
