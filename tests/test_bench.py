@@ -512,7 +512,10 @@ def test_pictures_are_written(tmp_path):
     for name in names:
         content = (tmp_path / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
-    assert plots.draw(Record(MACHINE, ceilings={"flops_per_s": {}}), tmp_path) == []
+    assert plots.draw(Record(MACHINE), tmp_path) == []
+    without = made_up()
+    without.ceilings = {}
+    assert plots.draw(without, tmp_path) == names[1:]
 
 
 def test_without_matplotlib_there_is_a_line(tmp_path, monkeypatch, capsys):
