@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import time
 import types
 
@@ -28,6 +29,7 @@ from bench import (
     plots,
     report,
     results,
+    start,
     unfused,
 )
 from bench import run as run_module
@@ -612,6 +614,25 @@ def test_time_to_an_accuracy():
         libraries.installed()["torch"], (images, labels, images, labels), "float32", Host(), 1.1, 1
     )
     assert not too_short["reached"] and too_short["epochs"] == 1
+
+
+def test_a_wait_that_fails_is_a_line_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
+    """The first of tritonnet's, warm: what was timed cold is kept, and torch's are timed."""
+
+    def timed(task, library, device, cache):
+        calls.append((task, library))
+        if len(calls) == 2:
+            raise subprocess.CalledProcessError(-11, "once")
+        return {"there_ms": 1.0, "ms": 2.0}
+
+    calls, kept = [], tmp_path / "kept.json"
+    monkeypatch.setattr(start, "_timed", timed)
+    assert start.main(["--keep", str(kept)]) == "failed: first image, tritonnet"
+    assert "first image, tritonnet: its process ended with -11\n" in capsys.readouterr().out
+    found = json.loads(kept.read_text())["start"]
+    assert [name for name in found if "image" in name] == ["first image, tritonnet, cold", "first image, torch, -"]
+    assert len(found) == 5
+    assert start.main(["--keep", str(kept)]) is None and calls[6:] == [("first image", "tritonnet")] * 2
 
 
 def test_every_kernel_is_launched_for_the_sanitizers(monkeypatch, capsys):
