@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import platform
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -121,8 +122,13 @@ class Record:
 
     @classmethod
     def read(cls, path):
-        record = cls(**read_json(path))
-        record.rows = [Row(**row) for row in record.rows]
+        """The Record in the file, None if it holds none, which a line says."""
+        try:
+            record = cls(**read_json(path))
+            record.rows = [Row(**row) for row in record.rows]
+        except TypeError as e:
+            print(f"{path} is passed over: it holds no record ({e})", file=sys.stderr)
+            return None
         return record
 
 
@@ -154,7 +160,7 @@ def earlier(machine, quick, folder):
         path = folder / f"{name}.json"
         if path.exists():
             found = Record.read(path)
-            if same_but_date(found.machine, machine) and found.sources == code:
+            if found and same_but_date(found.machine, machine) and found.sources == code:
                 found.quick, found.machine, found.left_out, found.missing = quick, machine, [], []
                 return found
     return new

@@ -558,6 +558,35 @@ def test_results_in_the_readme(tmp_path):
             results.written(broken, [], tmp_path)
 
 
+def test_odd_records_in_the_readme(tmp_path, capsys):
+    """Nothing timed, nothing to compare it with, half of a file, and somebody else's; one batch of two."""
+    for number, text in enumerate(('{"machine": {', "", "[1]", '{"a": 1}')):
+        (tmp_path / f"odd-{number}.json").write_text(text)
+        assert earlier(MACHINE | {"device": f"odd {number}"}, False, tmp_path).rows == []
+    (tmp_path / "made-up-gpu-verify.json").write_text("{")
+    record = made_up()
+    for row in record.rows:
+        if (row.batch, row.format, row.subject) == (65536, "tf32", "LeNet inference"):
+            row.status, row.ms = FAILED, None
+    record.write(tmp_path / "made-up-gpu.json")
+    Record(MACHINE | {"device": "Another"}).write(tmp_path / "another.json")
+    found = results.records(tmp_path)
+    assert [record.machine["device"] for record in found] == ["Another", "Made-up GPU"]
+    assert capsys.readouterr().err.count("is passed over: ") >= 8
+    text = results.section(found, tmp_path)
+    assert (
+        "**, no times of ours ([all of it](bench/results/another.md)).\n\nNot measured: anything in bfloat16;" in text
+    )
+    assert "; in tf32 `LeNet inference at batch 65536`, `conv2d_relu_max_pool2d LeNet conv1`, " in text
+    assert "|  |" not in text
+    record.ceilings = {}
+    assert {row[-1] for row in results.summary(record)[1]} == {"-"}
+    # Outcomes of other sources are none of these.
+    kept = {"machine": MACHINE, "sources": "other", "stages": {"memcheck": {"status": "passed"}}}
+    (tmp_path / "made-up-gpu-verify.json").write_text(json.dumps(kept))
+    assert "memcheck: passed" not in results.section([record], tmp_path)
+
+
 def test_the_readme_tells_a_call_from_its_graph(tmp_path):
     """Of TrainStep the whole call counts; its graph alone is another row, and is compared with graphs."""
     record = made_up()
