@@ -29,6 +29,7 @@ from bench import (
     plots,
     report,
     results,
+    smoke,
     start,
     unfused,
 )
@@ -643,6 +644,36 @@ def test_time_to_an_accuracy():
         libraries.installed()["torch"], (images, labels, images, labels), "float32", Host(), 1.1, 1
     )
     assert not too_short["reached"] and too_short["epochs"] == 1
+
+
+def test_a_gpu_that_is_lost_in_the_smoke_test(monkeypatch, tmp_path):
+    """Another process goes on with what no process has come to; what lost it comes last, and then nobody is started."""
+    cases = [("ieee", batch, 1, 0) for batch in (1, 2, 3)]
+    kept, tried, started, is_lost = tmp_path / "kept.json", [], [], []
+
+    def verdict(precision, batch, steps, loaded, device):
+        tried.append(batch)
+        if batch == 2:
+            is_lost.append(True)
+            raise RuntimeError("an illegal memory access")
+        return smoke.AGREES
+
+    def goes_on(command):
+        started.append(command)
+        is_lost.clear()
+        with pytest.raises(SystemExit) as e:
+            smoke.main(["--keep", str(kept), "--device", "cpu"])
+        return types.SimpleNamespace(returncode=1 if e.value.code else 0)
+
+    monkeypatch.setattr(smoke, "CASES", cases)
+    monkeypatch.setattr(smoke, "verdict", verdict)
+    monkeypatch.setattr(smoke, "lost", lambda device: bool(is_lost))
+    monkeypatch.setattr(smoke.subprocess, "run", goes_on)
+    with pytest.raises(SystemExit) as e:
+        smoke.main(["--keep", str(kept), "--device", "cpu"])
+    assert e.value.code == 1 and tried == [1, 2, 3, 2] and len(started) == 1
+    wrong = "RuntimeError: an illegal memory access"
+    assert list(json.loads(kept.read_text())["smoke"].values()) == [smoke.AGREES, wrong, smoke.AGREES]
 
 
 def test_a_wait_that_fails_is_a_line_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
