@@ -16,7 +16,7 @@ from test_train_step import small
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonnet
-from bench import cpu, report
+from bench import cpu, measure, report
 from bench.record import Record
 from tritonnet import lenet_step, lenet_weights, losses, ops
 from tritonnet.kernels import _common, launchers, launching, lenet, lenet_forward, lenet_update
@@ -105,8 +105,11 @@ class Streams:
     def __init__(self, monkeypatch, fails=False):
         self.current, self.options, self.replays, self.fails = "the caller's", None, 0, fails
         for name, stand_in in (
-            ("Stream", lambda device: types.SimpleNamespace(device=device, wait_stream=lambda other: None)),
-            ("current_stream", lambda device: types.SimpleNamespace(name=self.current, wait_stream=lambda other: None)),
+            ("Stream", lambda device=None: types.SimpleNamespace(device=device, wait_stream=lambda other: None)),
+            (
+                "current_stream",
+                lambda device=None: types.SimpleNamespace(name=self.current, wait_stream=lambda other: None),
+            ),
             ("set_stream", lambda stream: setattr(self, "current", stream.name)),
             ("stream", self.on_stream),
             ("CUDAGraph", lambda: types.SimpleNamespace(replay=self.replay)),
@@ -124,7 +127,7 @@ class Streams:
 
     @contextlib.contextmanager
     def capture(self, graph, **options):
-        before, self.current, self.options = self.current, options["stream"], options
+        before, self.current, self.options = self.current, options.get("stream", "torch's own"), options
         yield
         if self.fails:
             raise RuntimeError("operation failed due to a previous error during capture")
@@ -148,6 +151,13 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     with pytest.raises(lenet_step.NotCaptured, match="operation failed"):
         lenet_step.capture(lambda: calls.append("launch"), lambda: calls.append("restore"), torch.device("cuda", 0))
     assert calls == ["launch", "restore", "launch"] and streams.current == "the caller's"
+
+
+def test_a_capture_of_the_bench_that_fails_does_too(monkeypatch):
+    streams = Streams(monkeypatch, fails=True)
+    with pytest.raises(RuntimeError, match="operation failed"):
+        measure.Cuda.capture(None, [lambda: None])
+    assert streams.current == "the caller's"
 
 
 def test_a_kernel_that_fails_before_its_capture_is_not_hidden(monkeypatch):
