@@ -14,6 +14,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import importlib.util
 import math
 import os
@@ -218,7 +219,31 @@ def main(folder, minutes=None):
     Args:
         folder: where files go.
         minutes: how long it may take in all, None for as long as it takes.
+
+    Raises:
+        SystemExit: another call keeps its outcomes in this folder now; in one line.
     """
+    with _alone(folder):
+        return _main(folder, minutes)
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    """Two calls at once would overwrite what the other has found, and time each other's work; a killed one is none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"bench --verify runs already, with its files in {folder}")
+        except OSError:
+            pass  # on a file system without locks nobody can tell
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _main(folder, minutes):
     here, begun = machine("cuda"), time.monotonic()
     folder = folder.absolute()  # stages run in the project's root
     kept = folder / f"{file_name(here)}{ENDING}.json"

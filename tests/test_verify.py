@@ -127,6 +127,12 @@ def test_a_stage_ends_with_what_has_started_it(tmp_path):
     assert json.loads(kept.read_text())["stages"]["stays"]["status"] == STOPPED
 
 
+def test_two_calls_at_once(run, tmp_path):
+    with verify._alone(tmp_path), pytest.raises(SystemExit, match="runs already, with its files in"):
+        run()
+    assert run() == 0
+
+
 def test_what_is_missing_comes_first_and_then_what_failed(run, tmp_path, capfd, monkeypatch):
     ran = tmp_path / "ran"
     tells = f"import sys; open({str(ran)!r}, 'a').write(sys.argv[1] + ' '); sys.exit(int(sys.argv[2]))"
