@@ -72,7 +72,8 @@ def on_gpu(record, args, start, keep):
     """Fills the record of a run on the current GPU that started at `start` of time.monotonic."""
     device, libraries = Cuda(), installed()
     torch.backends.cudnn.benchmark = True
-    for name in args.without:
+    record.without = sorted(set(args.without))
+    for name in record.without:
         del libraries[name]
         record.left_out.append(f"{name}: by --without")
     if "FlagGems" not in libraries:

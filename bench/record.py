@@ -78,8 +78,9 @@ class Record:
         steps: of cpu.step_overhead().
         left_out: what there was no way for, or what is not worth its time, a line each.
         missing: what there was no time for, a line each; a run that resumes this one measures it.
-        done: names of what has been measured.
+        done: names of what has been measured, and without whom that would have taken part.
         lost: names of that in which the device failed, which is not tried again.
+        without: contestants that this run leaves out.
         sources: keep.sources() of the code that was measured.
     """
 
@@ -95,6 +96,7 @@ class Record:
     missing: list = field(default_factory=list)
     done: list = field(default_factory=list)
     lost: list = field(default_factory=list)
+    without: list = field(default_factory=list)
     sources: str = ""
 
     @property
@@ -161,7 +163,7 @@ def earlier(machine, quick, folder):
         if path.exists():
             found = Record.read(path)
             if found and same_but_date(found.machine, machine) and found.sources == code:
-                found.quick, found.machine, found.left_out, found.missing = quick, machine, [], []
+                found.quick, found.machine, found.left_out, found.missing, found.without = quick, machine, [], [], []
                 return found
     return new
 

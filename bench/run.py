@@ -9,7 +9,7 @@ import torch
 from . import FORMATS
 from .case import CALLS, CONTIGUOUS, GRAPH, HOST, TRAINING, Case
 from .lenet import Network
-from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS, Library, load_compiler
+from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS, Library, installed, load_compiler
 from .limit import OutOfTime, limited
 from .measure import measure, measure_graph, measure_host, precision
 from .operators import catalogue
@@ -158,7 +158,10 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
     mode = of_case[0].mode
     name = f"{case.name}: torch.compile in {mode}, {' and '.join(of_case[0].forms)}" if mode else case.name
     kind = "compile" if mode else "case"
-    if name in record.done:
+    # Whom this run leaves out, a run that resumes it may not.
+    missed = [] if mode else entries(case, {name: installed()[name] for name in record.without}, device)
+    done = f"{name} without {', '.join(dict.fromkeys(entry.name for entry in missed))}" if missed else name
+    if name in record.done or done in record.done:
         return
     if name in record.lost:
         record.left_out.append(f"{name}: the device was lost in it")
@@ -196,7 +199,7 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
         raise
     record.add(rows)
     if not any(row.status != OK and row.library in OURS for row in rows):
-        record.done.append(name)
+        record.done.append(done)
     keep()
 
 

@@ -263,6 +263,22 @@ def test_a_contestant_that_fails_is_a_line_of_the_report():
     assert not record.faults
 
 
+def test_who_was_left_out_is_measured_later():
+    """Of the cases that it would have taken part in; the others are done."""
+    record, device = Record(MACHINE), Clockwork()
+    cases = [Case(Network(True, 2), "tf32"), Case(Network(False, 2), "tf32")]
+    there = {name: of for name, of in libraries.installed().items() if not of.compiled}
+    some = {name: of for name, of in there.items() if name != "TrainStep"}
+    with tritonnet.backend("reference"):
+        for record.without, taking_part in ((["TrainStep"], some), (["TrainStep"], some), ([], there)):
+            count = len(record.rows)
+            run(record, cases, taking_part, device, Budget(1e9), seconds=0.001)
+            assert (len(record.rows) == count) == (count > 0 and taking_part is some)
+    names = [case.name for case in cases]
+    assert record.done == [f"{names[0]} without TrainStep", names[1], names[0]]
+    assert "TrainStep" in {row.library for row in record.rows}
+
+
 def test_a_device_that_is_lost_is_not_lost_again():
     """Whoever goes on comes to the cases behind; what was measured before it, and who lost it, is kept."""
 
