@@ -204,7 +204,9 @@ def _end(process):
     finally:  # also if this is interrupted once more
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # Not for ever: one that waits in the driver of a GPU that hangs is not ended by anything.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
 def still_to_do(stages, outcome_of):

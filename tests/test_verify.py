@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from conftest import ROOT
@@ -125,6 +126,17 @@ def test_a_stage_ends_with_what_has_started_it(tmp_path):
             os.kill(int(there.read_text()), 0)
             time.sleep(0.1)
     assert json.loads(kept.read_text())["stages"]["stays"]["status"] == STOPPED
+
+
+def test_a_process_that_nothing_ends_is_left(monkeypatch):
+    def wait(timeout):
+        waited.append(timeout)
+        raise subprocess.TimeoutExpired("stage", timeout)
+
+    waited, signals = [], []
+    monkeypatch.setattr(os, "killpg", lambda *arguments: signals.append(arguments))
+    verify._end(types.SimpleNamespace(pid=7, poll=lambda: None, send_signal=signals.append, wait=wait))
+    assert signals == [signal.SIGINT, (7, signal.SIGKILL)] and len(waited) == 2
 
 
 def test_two_calls_at_once(run, tmp_path):
