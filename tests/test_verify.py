@@ -258,11 +258,16 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     kept = tmp_path / "kept.json"
     kept.write_text('{"smoke": {"a": "agrees"}}')
+    (tmp_path / "test_lost.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('number', range(12))\n"
+        "def test_one(number): number == 4 and os._exit(1)\n"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.outcomes", "-p", "no:cacheprovider"]
 
-    def run(*options, **variables):
+    def run(*options, file="test_some.py", kept=kept, **variables):
         return subprocess.run(
-            [*command, "--outcomes", str(kept), "test_some.py", *options], cwd=tmp_path, capture_output=True, text=True,
+            [*command, "--outcomes", str(kept), file, *options], cwd=tmp_path, capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         )  # fmt: skip
 
@@ -279,6 +284,11 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     assert again.returncode == 0 and "2 passed" in again.stdout
     assert outcomes.counts(json.loads(kept.read_text())["tests"]) == {"passed": 6, "failed": 0, "skipped": 1}
     assert len(outcomes.Outcomes(kept).well()) == 7
+    # Where a worker ends, such as one whose GPU is lost, another runs what is left.
+    crashed = run("-n", "1", file="test_lost.py", kept=tmp_path / "lost.json")
+    assert "1 failed, 11 passed" in crashed.stdout, crashed.stdout
+    of_file = json.loads((tmp_path / "lost.json").read_text())["tests"]["test_lost.py"]
+    assert len(of_file["passed"]) == 11 and of_file["failed"].keys() == {"test_one[4]"}
 
 
 def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, capfd):
