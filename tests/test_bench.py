@@ -6,6 +6,7 @@ What only a GPU has, events and CUDA graphs, is stood in for by a device that ca
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -49,7 +50,7 @@ from bench.case import (
 )
 from bench.lenet import Network
 from bench.limit import OutOfTime, limited
-from bench.measure import Host, ceilings, copies, measure, measure_host, precision
+from bench.measure import Cuda, Host, ceilings, copies, measure, measure_host, precision
 from bench.record import FAILED, OK, WRONG, Record, Row, earlier
 from bench.run import Budget, compiled_entries, entries, plan, run
 
@@ -315,6 +316,17 @@ def test_times_are_medians_of_calls_in_turn():
     assert calls == [number % 3 for number in range(len(calls))]
     # 3 to warm up, 3 to see how long one takes, then 20 pairs of events around two calls each.
     assert len(calls) == 3 + 3 + 2 * 20
+
+
+def test_looking_for_garbage_takes_no_time(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7)
+    try:
+        device, start = Cuda(), time.perf_counter()
+        assert gc.get_freeze_count() > 100_000 and device.allocated() == 7
+        assert time.perf_counter() - start < 0.5
+    finally:
+        gc.unfreeze()
 
 
 def test_inputs_overflow_the_cache():
