@@ -36,6 +36,7 @@ FULL_LEAVES_OUT = (
     "torch.compile, other than for LeNet in bfloat16, at batch 65536 in tf32, and for the operators "
     f"{'; '.join(COMPILED_OPERATORS)} in bfloat16: it takes too long"
 )
+NOT_OF_VERIFY = "quick", "cpu", "resume", "seconds", "without", "data"
 QUICK_LEAVES_OUT = (
     "--quick: float16, float32, operators in tf32, some of them in bfloat16, and torch.compile but for LeNet in "
     "bfloat16 at batch 64 and 65536 in its default mode"
@@ -64,8 +65,12 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if unknown := set(args.without) - set(installed()):
         parser.error(f"--without {unknown.pop()}: it has to be one of {', '.join(installed())}")
-    if args.minutes is not None and args.minutes <= 0:
+    if args.minutes is not None and not args.minutes > 0:  # nor NaN
         parser.error(f"--minutes has to be more than 0, got {args.minutes:g}")
+    if args.minutes is not None and not args.verify:
+        parser.error("--minutes goes with --verify; --seconds is for the cases alone")
+    if args.verify and (others := [name for name in NOT_OF_VERIFY if getattr(args, name)]):
+        parser.error(f"--verify has no --{others[0]}: its stages are as they are")
     return args
 
 
@@ -73,7 +78,8 @@ def on_gpu(record, args, start, keep):
     """Fills the record of a run on the current GPU that started at `start` of time.monotonic."""
     device, libraries = Cuda(), installed()
     torch.backends.cudnn.benchmark = True
-    for name in args.without:
+    record.without = sorted(set(args.without))
+    for name in record.without:
         del libraries[name]
         record.left_out.append(f"{name}: by --without")
     if "FlagGems" not in libraries:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -20,8 +21,17 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The value in the file, {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The object in the file; {} if there is none, or if it holds something else, which a line says."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # also of bytes that are no text
+        found = None
+    if not isinstance(found, dict):
+        print(f"{path} is passed over: it holds no JSON object", file=sys.stderr)
+        return {}
+    return found
 
 
 def put(path, section, key, value):

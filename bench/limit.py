@@ -30,13 +30,18 @@ def limited(seconds):
 
 @contextlib.contextmanager
 def interrupted_by_sigterm():
-    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that what was found is reported before the end."""
+    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that what was found is reported before the end.
+
+    So does SIGHUP, of a terminal that is gone, unless it is ignored as under nohup.
+    """
 
     def stop(signum, frame):
-        raise KeyboardInterrupt("SIGTERM")
+        raise KeyboardInterrupt(signal.Signals(signum).name)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, stop) for s in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -32,6 +32,8 @@ class Outcomes:
     def __init__(self, path):
         self.path, self.found = path, read_json(path)
         self.tests = self.found.setdefault("tests", {})
+        # As of the start: a worker that is started late has to collect what the others did, or xdist gives it nothing.
+        self.well_before = self.well()
 
     def well(self):
         """Tests that need not be run again."""
@@ -39,8 +41,7 @@ class Outcomes:
 
     @pytest.hookimpl(optionalhook=True)  # xdist's
     def pytest_configure_node(self, node):
-        # All of xdist's workers have to pass over the same tests, also one that is started late.
-        node.workerinput["well"] = self.well()
+        node.workerinput["well"] = self.well_before
 
     def pytest_runtest_logreport(self, report):
         file, _, name = report.nodeid.partition("::")
@@ -68,7 +69,7 @@ def pytest_configure(config):
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     outcomes = config.pluginmanager.get_plugin("kept outcomes")
-    well = set(outcomes.well() if outcomes else getattr(config, "workerinput", {}).get("well", ()))
+    well = set(outcomes.well_before if outcomes else getattr(config, "workerinput", {}).get("well", ()))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in well])
     items[:] = [item for item in items if item.nodeid not in well]
 

@@ -57,7 +57,8 @@ def _roofline(record):
             *work, _, library = row.key
             best[*work, library] = min(row, best.get((*work, library), row), key=lambda row: row.ms)
     rows = list(best.values())
-    formats = [format for format in record.ceilings["flops_per_s"] if any(row.format == format for row in rows)]
+    roofs = record.ceilings.get("flops_per_s", {})  # none on the CPU, nor of a run that was stopped before
+    formats = [format for format in roofs if any(row.format == format for row in rows)]
     if not formats:
         return None
     columns = min(2, len(formats))
@@ -68,7 +69,7 @@ def _roofline(record):
     for ax in list(axes.flat)[len(formats) :]:
         ax.set_axis_off()
     for ax, format in zip(axes.flat, formats):
-        peak = record.ceilings["flops_per_s"][format]
+        peak = roofs[format]
         knee = min(max(peak / bandwidth, left), right)
         roof = [min(bandwidth * x, peak) / 1e12 for x in (left, knee, right)]
         ax.loglog([left, knee, right], roof, color="black", lw=1.2, label="measured roof")

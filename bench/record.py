@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import platform
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -77,7 +78,9 @@ class Record:
         steps: of cpu.step_overhead().
         left_out: what there was no way for, or what is not worth its time, a line each.
         missing: what there was no time for, a line each; a run that resumes this one measures it.
-        done: names of what has been measured.
+        done: names of what has been measured, and without whom that would have taken part.
+        lost: names of that in which the device failed, which is not tried again.
+        without: contestants that this run leaves out.
         sources: keep.sources() of the code that was measured.
     """
 
@@ -92,6 +95,8 @@ class Record:
     left_out: list = field(default_factory=list)
     missing: list = field(default_factory=list)
     done: list = field(default_factory=list)
+    lost: list = field(default_factory=list)
+    without: list = field(default_factory=list)
     sources: str = ""
 
     @property
@@ -119,8 +124,13 @@ class Record:
 
     @classmethod
     def read(cls, path):
-        record = cls(**read_json(path))
-        record.rows = [Row(**row) for row in record.rows]
+        """The Record in the file, None if it holds none, which a line says."""
+        try:
+            record = cls(**read_json(path))
+            record.rows = [Row(**row) for row in record.rows]
+        except TypeError as e:
+            print(f"{path} is passed over: it holds no record ({e})", file=sys.stderr)
+            return None
         return record
 
 
@@ -152,8 +162,8 @@ def earlier(machine, quick, folder):
         path = folder / f"{name}.json"
         if path.exists():
             found = Record.read(path)
-            if same_but_date(found.machine, machine) and found.sources == code:
-                found.quick, found.machine, found.left_out, found.missing = quick, machine, [], []
+            if found and same_but_date(found.machine, machine) and found.sources == code:
+                found.quick, found.machine, found.left_out, found.missing, found.without = quick, machine, [], [], []
                 return found
     return new
 

@@ -10,6 +10,7 @@ import sys
 from . import verify
 from .case import BOTH, FORWARD, GRAPH, HOST, INFERENCE, TRAINING
 from .keep import ROOT, read_json
+from .lenet import Network
 from .record import OURS, Record, file_name, same_but_date
 from .report import accuracy_table, memory
 from .run import plan
@@ -26,7 +27,7 @@ def records(folder):
     """The Records in `folder`, of each machine the full run, if there is one that is no older than the quick one."""
     paths = [path for path in sorted(folder.glob("*.json")) if not path.stem.endswith(verify.ENDING)]
     of_machine = {}
-    for record in map(Record.read, paths):
+    for record in filter(None, map(Record.read, paths)):
         of_machine.setdefault(file_name(record.machine), []).append(record)
     return [max(runs, key=lambda record: (record.machine["date"], not record.quick)) for runs in of_machine.values()]
 
@@ -55,7 +56,7 @@ def summary(record):
         ours = of_case["ours"]
         ratios = [f"{of_case[name].ms / ours.ms:.2f}x" if name in of_case else "-" for name in peers]
         name = subject if task in subject else f"{subject}, {task}"
-        share = f"{ours.floor_ms(record.ceilings) / ours.ms:.0%}"
+        share = f"{ours.floor_ms(record.ceilings) / ours.ms:.0%}" if record.ceilings else "-"
         name = f"{name}, {way}" if way else name
         rows.append((name, batch, format, f"{ours.ms * 1e3:.4g}", *ratios, share))
     return ("", "batch", "format", "us", *(f"{name} takes" for name in peers), "of the floor"), rows
@@ -68,11 +69,13 @@ def unmeasured(record, state):
         record: a Record.
         state: what the stages of --verify have kept, {} if there were none.
     """
-    timed = {(row.subject, row.format) for row in record.rows if row.ms and row.library in OURS}
-    of_format = {}
+    timed = {(row.subject, row.batch, row.format) for row in record.rows if row.ms and row.library in OURS}
+    of_format, found = {}, []
     for case in plan(quick=False):
-        of_format.setdefault(case.format, {}).setdefault(case.subject.name, (case.subject.name, case.format) in timed)
-    found = []
+        name, batch = case.subject.name, case.subject.batch
+        # The networks are there at several batches.
+        shown = f"{name} at batch {batch}" if isinstance(case.subject, Network) else name
+        of_format.setdefault(case.format, {})[shown] = (name, batch, case.format) in timed
     for format, names in of_format.items():
         lacking = [name for name, there in names.items() if not there]
         if len(lacking) == len(names):
@@ -98,17 +101,22 @@ def section(found, folder):
         return NOTHING
     parts = []
     for record in found:
-        parts.append(f"**{record.title}**, everyone in the faster layout and in CUDA graphs where that is faster "
-                     f"([all of it](bench/results/{record.name}.md)):")  # fmt: skip
-        parts.append(markdown(*summary(record)).strip())
-        if lines := memory(record):
-            header, rows = lines
-            parts.append("Peak memory of a training step, beside its images and labels:\n\n"
-                         + markdown(header, [row for row in rows if row[2] == FORMAT]).strip())  # fmt: skip
+        header, rows = summary(record)
+        what = "everyone in the faster layout and in CUDA graphs where that is faster" if rows else "no times of ours"
+        page = f"([all of it](bench/results/{record.name}.md))"
+        parts.append(f"**{record.title}**, {what} {page}{':' if rows else '.'}")
+        if rows:
+            parts.append(markdown(header, rows).strip())
+        header, rows = memory(record) or ((), ())
+        if rows := [row for row in rows if row[2] == FORMAT]:
+            parts.append(
+                f"Peak memory of a training step, beside its images and labels:\n\n{markdown(header, rows).strip()}"
+            )
         if record.accuracy:
             parts.append(accuracy_table(record.accuracy).strip())
         state = read_json(folder / f"{file_name(record.machine)}{verify.ENDING}.json")
         checked = "stages" in state and same_but_date(state["machine"], record.machine)
+        checked = checked and state["sources"] == record.sources  # what was proved of other code says nothing
         parts += verify.in_words(state) if checked else []
         if lacking := unmeasured(record, state if checked else {}):
             parts.append(f"Not measured: {'; '.join(lacking)}.")

@@ -9,7 +9,7 @@ import torch
 from . import FORMATS
 from .case import CALLS, CONTIGUOUS, GRAPH, HOST, TRAINING, Case
 from .lenet import Network
-from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS, Library, load_compiler
+from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS, Library, installed, load_compiler
 from .limit import OutOfTime, limited
 from .measure import measure, measure_graph, measure_host, precision
 from .operators import catalogue
@@ -158,13 +158,19 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
     mode = of_case[0].mode
     name = f"{case.name}: torch.compile in {mode}, {' and '.join(of_case[0].forms)}" if mode else case.name
     kind = "compile" if mode else "case"
-    if name in record.done:
+    # Whom this run leaves out, a run that resumes it may not.
+    missed = [] if mode else entries(case, {name: installed()[name] for name in record.without}, device)
+    done = f"{name} without {', '.join(dict.fromkeys(entry.name for entry in missed))}" if missed else name
+    if name in record.done or done in record.done:
+        return
+    if name in record.lost:
+        record.left_out.append(f"{name}: the device was lost in it")
         return
     if not budget.fits(kind):
         record.missing.append(f"{name}: no time")
         return
     limit = min(MOST_COMPILING[mode], budget.left) if mode else None
-    rows = []
+    begun = []
     try:
         with precision(case.format), budget.spend(kind), limited(limit) if mode else contextlib.nullcontext():
             gate, problem = attempt(lambda: _gate(case, device), device)
@@ -172,7 +178,9 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
                 record.left_out.append(f"{name}: no truth to compare with, {problem}")
                 return
             for entry in of_case:
-                rows += _enter(case, entry, gate, device, seconds)
+                begun.append(_rows(case, entry))
+                _enter(case, entry, begun[-1], gate, device, seconds)
+        rows = [row for of_entry in begun for row in of_entry.values()]
     except OutOfTime as e:
         if limit < MOST_COMPILING[mode]:
             record.missing.append(f"{name}: no time")
@@ -180,9 +188,18 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
         rows = list(_rows(case, of_case[0]).values())
         for row in rows:
             row.status, row.detail = FAILED, f"{mode} took {e}"
+    except Exception as e:  # the device has failed; a run that resumes this one has to come to the cases behind
+        rows = [row for of_entry in begun for row in of_entry.values()]
+        for row in rows:
+            if row.status == OK and row.ms is None:
+                row.status, row.detail = FAILED, f"the device was lost: {in_a_line(e)}"
+        record.add(rows)
+        record.lost.append(name)
+        keep()
+        raise
     record.add(rows)
     if not any(row.status != OK and row.library in OURS for row in rows):
-        record.done.append(name)
+        record.done.append(done)
     keep()
 
 
@@ -201,7 +218,11 @@ def attempt(call, device):
         return call(), None
     except Exception as error:  # whatever a contestant dies of is a line of the report, and the others go on
         device.synchronize()  # raises if the device has failed
-        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        return None, in_a_line(error)
+
+
+def in_a_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _rows(case, entry):
@@ -217,9 +238,9 @@ def _rows(case, entry):
     }  # fmt: skip
 
 
-def _enter(case, entry, gate, device, seconds):
-    """The rows of one contestant, each with its time or with what was wrong."""
-    dtype, rows = FORMATS[case.format][0], _rows(case, entry)
+def _enter(case, entry, rows, gate, device, seconds):
+    """Fills the rows of one contestant, of _rows, each with its time or with what was wrong."""
+    dtype = FORMATS[case.format][0]
 
     def complaint(task, contestant, results):
         if wrong := gate.complaint(results, contestant.dtype or dtype):
@@ -230,14 +251,17 @@ def _enter(case, entry, gate, device, seconds):
 
     def time_all():
         with entry.library.context():
+            if entry.mode:
+                torch.compiler.reset()  # what an earlier one holds is not counted below, as it would go in between
             before = device.allocated() if device.allocated else 0
             contestant = case.subject.contestant(entry.library, entry.layout, case.format, device, entry.mode)
             # All are checked before any is timed: time changes the parameters of a network in training.
             right = [task for task in contestant.steps if not complaint(task, contestant, contestant.first(task))]
             for task in right:
-                if task == TRAINING and device.peak_bytes and CALLS in entry.forms:
+                # What is held inside CUDA graphs of torch.compile's own is not counted by torch.
+                if task == TRAINING and device.peak_bytes and entry.mode != COMPILE:
                     peak = device.peak_bytes(contestant.steps[task][0])
-                    rows[task, CALLS].peak_bytes = peak - before - contestant.input_bytes
+                    rows[task, entry.forms[0]].peak_bytes = peak - before - contestant.input_bytes
                 for form in entry.forms:
                     time_one(contestant, task, form)
 
@@ -261,4 +285,3 @@ def _enter(case, entry, gate, device, seconds):
     for row in rows.values():
         if problem and row.status == OK and row.ms is None:
             row.status, row.detail = FAILED, problem
-    return list(rows.values())

@@ -4,10 +4,12 @@
 
 Small batches come first, then large ones, each in every precision, on images that lie on the GPU and through a
 DataLoader that pins memory in a thread while the step captures. Prints a line a case; the exit status is 1 if one is
-wrong. With --keep FILE every case is in that file as soon as it is over, and those that agree there are passed over.
+wrong. With --keep FILE every case is in that file as soon as it is over, and those that agree there are passed over. A
+GPU that is lost in a case is lost for the whole process: another one then goes on with the cases behind.
 """
 
 import argparse
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,6 +70,20 @@ def verdict(precision, batch, steps, loaded, device):
     return AGREES
 
 
+def name_of(precision, batch, steps, loaded):
+    return f"{precision}, batch {batch}" + ", from a DataLoader" * bool(loaded)
+
+
+def lost(device):
+    """Whether nothing works on the device any more in this process."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench.smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,8 +95,10 @@ def main(argv=None):
         sys.exit("no GPU: there are no CUDA graphs to compare")
     known = read_json(args.keep).get("smoke", {}) if args.keep else {}
     agree = 0
-    for precision, batch, steps, loaded in CASES:
-        name = f"{precision}, batch {batch}" + ", from a DataLoader" * bool(loaded)
+    # What has failed comes last: it may end this process.
+    order = sorted(CASES, key=lambda case: name_of(*case) in known and known[name_of(*case)] != AGREES)
+    for place, (precision, batch, steps, loaded) in enumerate(order):
+        name = name_of(precision, batch, steps, loaded)
         outcome = known.get(name)
         if outcome != AGREES:
             start = time.monotonic()
@@ -91,6 +109,10 @@ def main(argv=None):
             if args.keep:
                 put(args.keep, "smoke", name, outcome)
             print(f"{name}: {outcome} ({time.monotonic() - start:.1f} s)", flush=True)
+            if lost(args.device):
+                if args.keep and any(name_of(*case) not in known for case in order[place + 1 :]):
+                    sys.exit(subprocess.run(sys.orig_argv).returncode or 1)
+                sys.exit("the GPU is lost")
         agree += outcome == AGREES
     print(f"{agree} of {len(CASES)} cases agree to the bit")
     sys.exit(0 if agree == len(CASES) else 1)

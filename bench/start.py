@@ -50,9 +50,10 @@ def once(task, library, began, device):
 
 
 def timed(task, library, device):
-    """[(state of the cache, {"there_ms": until torch and the device were there, "ms": until the end})]."""
+    """(state of the cache, {"there_ms": until torch and the device were there, "ms": until the end}), one by one."""
     with tempfile.TemporaryDirectory() as cache:
-        return [(state, _timed(task, library, device, cache)) for state in states(library)]
+        for state in states(library):
+            yield state, _timed(task, library, device, cache)
 
 
 def states(library):
@@ -91,19 +92,23 @@ def main(argv=None):
     if args.once:
         task, library, began = args.once
         return once(task, library, float(began), args.device)
-    found = read_json(args.keep).get("start", {}) if args.keep else {}
+    found, failed = read_json(args.keep).get("start", {}) if args.keep else {}, []
     for task, library in CASES:
         if all(f"{task}, {library}, {state}" in found for state in states(library)):
             continue
-        for state, times in timed(task, library, args.device):
-            name = f"{task}, {library}, {state}"
-            found[name] = times
-            if args.keep:
-                put(args.keep, "start", name, times)
-            print(f"{name}: {times['ms']:.0f} ms", flush=True)
+        try:
+            for state, times in timed(task, library, args.device):
+                name = f"{task}, {library}, {state}"
+                found[name] = times
+                if args.keep:
+                    put(args.keep, "start", name, times)
+                print(f"{name}: {times['ms']:.0f} ms", flush=True)
+        except subprocess.CalledProcessError as e:  # it has said why, and the others go on
+            failed.append(f"{task}, {library}")
+            print(f"{failed[-1]}: its process ended with {e.returncode}", flush=True)
     print(markdown(*table(found)))
-    return None
+    return f"failed: {'; '.join(failed)}" if failed else None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,9 @@ timed. The exit status is 0 if all is there and well.
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
+import fcntl
 import importlib.util
 import math
 import os
@@ -159,12 +161,14 @@ def run(stage, limit, without=()):
     # A session of its own, so that its children can be ended with it, and Ctrl-C reaches it once, from here.
     process = subprocess.Popen(
         command, cwd=ROOT, env={**environment, "PYTHONUNBUFFERED": "1", **stage.variables}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=_end_with_parent,
     )  # fmt: skip
 
     def show():
         for line in process.stdout:
-            print(line, end="", flush=True)
+            # The stage would wait for ever if nobody read on here because nobody reads on there.
+            with contextlib.suppress(OSError, ValueError):
+                print(line, end="", flush=True)
             last.append(line.rstrip().rpartition("\r")[2])
 
     reader = threading.Thread(target=show, daemon=True)
@@ -182,6 +186,13 @@ def run(stage, limit, without=()):
     return status, time.monotonic() - begun, [line for line in last if line.strip()]
 
 
+def _end_with_parent():
+    """In a stage: have Linux kill it once this process has been killed, or it would run beside the next call's."""
+    if sys.platform == "linux":
+        set_signal_of_parents_death = 1
+        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
+
+
 def _end(process):
     """Ask the process to stop, and see to it that nothing of it stays."""
     try:
@@ -193,7 +204,9 @@ def _end(process):
     finally:  # also if this is interrupted once more
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # Not for ever: one that waits in the driver of a GPU that hangs is not ended by anything.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
 def still_to_do(stages, outcome_of):
@@ -208,7 +221,31 @@ def main(folder, minutes=None):
     Args:
         folder: where files go.
         minutes: how long it may take in all, None for as long as it takes.
+
+    Raises:
+        SystemExit: another call keeps its outcomes in this folder now; in one line.
     """
+    with _alone(folder):
+        return _main(folder, minutes)
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    """Two calls at once would overwrite what the other has found, and time each other's work; a killed one is none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"bench --verify runs already, with its files in {folder}")
+        except OSError:
+            pass  # on a file system without locks nobody can tell
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _main(folder, minutes):
     here, begun = machine("cuda"), time.monotonic()
     folder = folder.absolute()  # stages run in the project's root
     kept = folder / f"{file_name(here)}{ENDING}.json"

@@ -55,7 +55,7 @@ def start():
     from bench import start
 
     start.CASES = [("first image", "torch")]
-    start.main([*arguments, "--device", "cpu"])
+    sys.exit(start.main([*arguments, "--device", "cpu"]))
 
 
 stood_in_for = {"bench": bench, "bench.smoke": smoke, "bench.start": start}

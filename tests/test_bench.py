@@ -6,10 +6,12 @@ What only a GPU has, events and CUDA graphs, is stood in for by a device that ca
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
 import signal
+import subprocess
 import time
 import types
 
@@ -28,6 +30,8 @@ from bench import (
     plots,
     report,
     results,
+    smoke,
+    start,
     unfused,
 )
 from bench import run as run_module
@@ -46,7 +50,7 @@ from bench.case import (
 )
 from bench.lenet import Network
 from bench.limit import OutOfTime, limited
-from bench.measure import Host, ceilings, copies, measure, measure_host, precision
+from bench.measure import Cuda, Host, ceilings, copies, measure, measure_host, precision
 from bench.record import FAILED, OK, WRONG, Record, Row, earlier
 from bench.run import Budget, compiled_entries, entries, plan, run
 
@@ -260,6 +264,46 @@ def test_a_contestant_that_fails_is_a_line_of_the_report():
     assert not record.faults
 
 
+def test_who_was_left_out_is_measured_later():
+    """Of the cases that it would have taken part in; the others are done."""
+    record, device = Record(MACHINE), Clockwork()
+    cases = [Case(Network(True, 2), "tf32"), Case(Network(False, 2), "tf32")]
+    there = {name: of for name, of in libraries.installed().items() if not of.compiled}
+    some = {name: of for name, of in there.items() if name != "TrainStep"}
+    with tritonnet.backend("reference"):
+        for record.without, taking_part in ((["TrainStep"], some), (["TrainStep"], some), ([], there)):
+            count = len(record.rows)
+            run(record, cases, taking_part, device, Budget(1e9), seconds=0.001)
+            assert (len(record.rows) == count) == (count > 0 and taking_part is some)
+    names = [case.name for case in cases]
+    assert record.done == [f"{names[0]} without TrainStep", names[1], names[0]]
+    assert "TrainStep" in {row.library for row in record.rows}
+
+
+def test_a_device_that_is_lost_is_not_lost_again():
+    """Whoever goes on comes to the cases behind; what was measured before it, and who lost it, is kept."""
+
+    def lose(*args, **kwargs):
+        device.synchronize = lambda: 1 // 0
+        raise RuntimeError("an illegal memory access")
+
+    cases, kept = [Case(operator, "float32") for operator in small_operators()[::2]], []
+    record, device = Record(MACHINE), Clockwork()
+    taking_part = {"torch": library(), "FlagGems": library(conv2d=lose), "tritonnet": library()}
+    theirs = unfused.cross_entropy
+    taking_part = {name: of._replace(functional=types.SimpleNamespace(**vars(of.functional), cross_entropy=theirs))
+                   for name, of in taking_part.items()}  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        run(record, cases, taking_part, device, Budget(1e9), seconds=0.001, keep=lambda: kept.append(1))
+    assert kept and record.lost == [cases[0].name] and not record.done
+    assert {(row.library, row.status, bool(row.ms)) for row in record.rows} == {
+        ("torch", OK, True), ("FlagGems", FAILED, False)
+    }  # fmt: skip
+    assert "the device was lost: ZeroDivisionError" in record.rows[-1].detail
+    run(record, cases, taking_part, Clockwork(), Budget(1e9), seconds=0.001)
+    assert record.done == [cases[1].name] and record.left_out == [f"{cases[0].name}: the device was lost in it"]
+
+
 def test_times_are_medians_of_calls_in_turn():
     device, calls = Clockwork(between=0.0), []
 
@@ -272,6 +316,17 @@ def test_times_are_medians_of_calls_in_turn():
     assert calls == [number % 3 for number in range(len(calls))]
     # 3 to warm up, 3 to see how long one takes, then 20 pairs of events around two calls each.
     assert len(calls) == 3 + 3 + 2 * 20
+
+
+def test_looking_for_garbage_takes_no_time(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 7)
+    try:
+        device, start = Cuda(), time.perf_counter()
+        assert gc.get_freeze_count() > 100_000 and device.allocated() == 7
+        assert time.perf_counter() - start < 0.5
+    finally:
+        gc.unfreeze()
 
 
 def test_inputs_overflow_the_cache():
@@ -413,6 +468,9 @@ def test_compiled_contestants_and_those_in_graphs(quick, monkeypatch):
     assert {row.status for row in record.rows} == {OK}, [row.detail for row in record.rows]
     assert record.rows[-1].library == "torch.compile" and not record.left_out + record.missing
     assert {row.detail for row in record.rows if row.library == "torch.compile"} == set(modes)
+    # Memory is that of a step outside CUDA graphs of torch.compile's own, which torch does not count.
+    held = [(row.form, row.detail) for row in record.rows if row.library == "torch.compile" and row.peak_bytes]
+    assert held == [(CALLS if quick else GRAPH, modes[0])]
 
 
 MACHINE = {
@@ -488,7 +546,10 @@ def test_pictures_are_written(tmp_path):
     for name in names:
         content = (tmp_path / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
-    assert plots.draw(Record(MACHINE, ceilings={"flops_per_s": {}}), tmp_path) == []
+    assert plots.draw(Record(MACHINE), tmp_path) == []
+    without = made_up()
+    without.ceilings = {}
+    assert plots.draw(without, tmp_path) == names[1:]
 
 
 def test_without_matplotlib_there_is_a_line(tmp_path, monkeypatch, capsys):
@@ -527,6 +588,35 @@ def test_results_in_the_readme(tmp_path):
     for broken in ("", README + results.START, README.replace(results.END, "")):
         with pytest.raises(ValueError, match="the README needs"):
             results.written(broken, [], tmp_path)
+
+
+def test_odd_records_in_the_readme(tmp_path, capsys):
+    """Nothing timed, nothing to compare it with, half of a file, and somebody else's; one batch of two."""
+    for number, text in enumerate(('{"machine": {', "", "[1]", '{"a": 1}')):
+        (tmp_path / f"odd-{number}.json").write_text(text)
+        assert earlier(MACHINE | {"device": f"odd {number}"}, False, tmp_path).rows == []
+    (tmp_path / "made-up-gpu-verify.json").write_text("{")
+    record = made_up()
+    for row in record.rows:
+        if (row.batch, row.format, row.subject) == (65536, "tf32", "LeNet inference"):
+            row.status, row.ms = FAILED, None
+    record.write(tmp_path / "made-up-gpu.json")
+    Record(MACHINE | {"device": "Another"}).write(tmp_path / "another.json")
+    found = results.records(tmp_path)
+    assert [record.machine["device"] for record in found] == ["Another", "Made-up GPU"]
+    assert capsys.readouterr().err.count("is passed over: ") >= 8
+    text = results.section(found, tmp_path)
+    assert (
+        "**, no times of ours ([all of it](bench/results/another.md)).\n\nNot measured: anything in bfloat16;" in text
+    )
+    assert "; in tf32 `LeNet inference at batch 65536`, `conv2d_relu_max_pool2d LeNet conv1`, " in text
+    assert "|  |" not in text
+    record.ceilings = {}
+    assert {row[-1] for row in results.summary(record)[1]} == {"-"}
+    # Outcomes of other sources are none of these.
+    kept = {"machine": MACHINE, "sources": "other", "stages": {"memcheck": {"status": "passed"}}}
+    (tmp_path / "made-up-gpu-verify.json").write_text(json.dumps(kept))
+    assert "memcheck: passed" not in results.section([record], tmp_path)
 
 
 def test_the_readme_tells_a_call_from_its_graph(tmp_path):
@@ -587,6 +677,55 @@ def test_time_to_an_accuracy():
     assert not too_short["reached"] and too_short["epochs"] == 1
 
 
+def test_a_gpu_that_is_lost_in_the_smoke_test(monkeypatch, tmp_path):
+    """Another process goes on with what no process has come to; what lost it comes last, and then nobody is started."""
+    cases = [("ieee", batch, 1, 0) for batch in (1, 2, 3)]
+    kept, tried, started, is_lost = tmp_path / "kept.json", [], [], []
+
+    def verdict(precision, batch, steps, loaded, device):
+        tried.append(batch)
+        if batch == 2:
+            is_lost.append(True)
+            raise RuntimeError("an illegal memory access")
+        return smoke.AGREES
+
+    def goes_on(command):
+        started.append(command)
+        is_lost.clear()
+        with pytest.raises(SystemExit) as e:
+            smoke.main(["--keep", str(kept), "--device", "cpu"])
+        return types.SimpleNamespace(returncode=1 if e.value.code else 0)
+
+    monkeypatch.setattr(smoke, "CASES", cases)
+    monkeypatch.setattr(smoke, "verdict", verdict)
+    monkeypatch.setattr(smoke, "lost", lambda device: bool(is_lost))
+    monkeypatch.setattr(smoke.subprocess, "run", goes_on)
+    with pytest.raises(SystemExit) as e:
+        smoke.main(["--keep", str(kept), "--device", "cpu"])
+    assert e.value.code == 1 and tried == [1, 2, 3, 2] and len(started) == 1
+    wrong = "RuntimeError: an illegal memory access"
+    assert list(json.loads(kept.read_text())["smoke"].values()) == [smoke.AGREES, wrong, smoke.AGREES]
+
+
+def test_a_wait_that_fails_is_a_line_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
+    """The first of tritonnet's, warm: what was timed cold is kept, and torch's are timed."""
+
+    def timed(task, library, device, cache):
+        calls.append((task, library))
+        if len(calls) == 2:
+            raise subprocess.CalledProcessError(-11, "once")
+        return {"there_ms": 1.0, "ms": 2.0}
+
+    calls, kept = [], tmp_path / "kept.json"
+    monkeypatch.setattr(start, "_timed", timed)
+    assert start.main(["--keep", str(kept)]) == "failed: first image, tritonnet"
+    assert "first image, tritonnet: its process ended with -11\n" in capsys.readouterr().out
+    found = json.loads(kept.read_text())["start"]
+    assert [name for name in found if "image" in name] == ["first image, tritonnet, cold", "first image, torch, -"]
+    assert len(found) == 5
+    assert start.main(["--keep", str(kept)]) is None and calls[6:] == [("first image", "tritonnet")] * 2
+
+
 def test_every_kernel_is_launched_for_the_sanitizers(monkeypatch, capsys):
     monkeypatch.setattr(every_kernel, "DTYPES", [torch.float32])
     every_kernel.main()
@@ -601,11 +740,21 @@ def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
     assert "\n" not in e.value.code and e.value.code.startswith("no GPU")
 
 
-@pytest.mark.parametrize("arguments", [("--without", "jax"), ("--minutes", "0")], ids=["contestant", "minutes"])
-def test_a_mistake_is_named(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--without", "jax"), "--without jax: it has to be one of tritonnet, "),
+        (("--verify", "--minutes", "0"), "got 0"),
+        (("--verify", "--minutes", "nan"), "got nan"),
+        (("--minutes", "5"), "--minutes goes with --verify"),
+        (("--verify", "--cpu"), "--verify has no --cpu"),
+        (("--verify", "--without", "torch"), "--verify has no --without"),
+    ],
+)
+def test_a_mistake_is_named(arguments, said, capsys):
     with pytest.raises(SystemExit):
         __main__.parse([*arguments])
-    assert "--without jax: it has to be one of tritonnet, " in (err := capsys.readouterr().err) or "got 0" in err
+    assert said in capsys.readouterr().err
 
 
 class Stopped:

@@ -16,7 +16,7 @@ from test_train_step import small
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonnet
-from bench import cpu, report
+from bench import cpu, measure, report
 from bench.record import Record
 from tritonnet import lenet_step, lenet_weights, losses, ops
 from tritonnet.kernels import _common, launchers, launching, lenet, lenet_forward, lenet_update
@@ -105,8 +105,11 @@ class Streams:
     def __init__(self, monkeypatch, fails=False):
         self.current, self.options, self.replays, self.fails = "the caller's", None, 0, fails
         for name, stand_in in (
-            ("Stream", lambda device: types.SimpleNamespace(device=device, wait_stream=lambda other: None)),
-            ("current_stream", lambda device: types.SimpleNamespace(name=self.current, wait_stream=lambda other: None)),
+            ("Stream", lambda device=None: types.SimpleNamespace(device=device, wait_stream=lambda other: None)),
+            (
+                "current_stream",
+                lambda device=None: types.SimpleNamespace(name=self.current, wait_stream=lambda other: None),
+            ),
             ("set_stream", lambda stream: setattr(self, "current", stream.name)),
             ("stream", self.on_stream),
             ("CUDAGraph", lambda: types.SimpleNamespace(replay=self.replay)),
@@ -124,7 +127,7 @@ class Streams:
 
     @contextlib.contextmanager
     def capture(self, graph, **options):
-        before, self.current, self.options = self.current, options["stream"], options
+        before, self.current, self.options = self.current, options.get("stream", "torch's own"), options
         yield
         if self.fails:
             raise RuntimeError("operation failed due to a previous error during capture")
@@ -148,6 +151,13 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     with pytest.raises(lenet_step.NotCaptured, match="operation failed"):
         lenet_step.capture(lambda: calls.append("launch"), lambda: calls.append("restore"), torch.device("cuda", 0))
     assert calls == ["launch", "restore", "launch"] and streams.current == "the caller's"
+
+
+def test_a_capture_of_the_bench_that_fails_does_too(monkeypatch):
+    streams = Streams(monkeypatch, fails=True)
+    with pytest.raises(RuntimeError, match="operation failed"):
+        measure.Cuda.capture(None, [lambda: None])
+    assert streams.current == "the caller's"
 
 
 def test_a_kernel_that_fails_before_its_capture_is_not_hidden(monkeypatch):
@@ -183,6 +193,7 @@ def test_without_a_capture_the_step_goes_on_and_says_so_once(reported, monkeypat
     assert said == ["batches of 2 take three launches without a CUDA graph: somebody pinned memory"]
     assert reported or caught[0].filename == __file__
     assert found == true_losses and all(map(torch.equal, net.parameters(), twin.parameters()))
+    assert step._step.latest_replay() is None
 
 
 @on_the_cpu
@@ -213,6 +224,26 @@ def test_a_loss_never_changes(graphs, device, monkeypatch):
         kept.append(step(*batch(1 + i % 2, device, i)))
         values.append(float(kept[-1]))
     assert [float(loss) for loss in kept] == values and len(set(values)) == 5
+
+
+@on_the_cpu
+def test_what_replays_the_graph_alone_stays_in_its_blocks(monkeypatch):
+    """However often: each replay writes a loss behind the one before."""
+    monkeypatch.setattr(losses, "BLOCK", 2)
+    monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ("cpu",))
+    monkeypatch.setattr(lenet_step, "capture", lambda launch, restore, device: [launch(), restore(), launch][2])
+    net = small()
+    twin = make_step(copy.deepcopy(net))
+    step = make_step(net)
+    step(*batch(2))
+    replay = step._step.latest_replay()
+    for _ in range(4):
+        replay()
+        place, block = int(step._step.losses.place), step._step.losses._block
+        assert block.data_ptr() < place <= block.data_ptr() + block.nbytes
+    for _ in range(5):
+        twin(*batch(2))
+    assert step(*batch(2)) == twin(*batch(2))
 
 
 def test_the_corrections_of_adam(device):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from conftest import ROOT
@@ -94,6 +95,56 @@ def test_nothing_of_a_stage_stays(run, tmp_path):
             time.sleep(0.1)
 
 
+def test_a_stage_ends_with_what_has_started_it(tmp_path):
+    """Killed, it can tell nobody; and where its own output goes nowhere any more, the stage is read on."""
+    there, kept = tmp_path / "pid", tmp_path / "made-up-gpu-verify.json"
+    child = (
+        "import os, pathlib, time; print('line\\n' * 100_000); "
+        f"pathlib.Path({str(there)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    begins = (
+        "import sys; sys.path[:0] = ['tests', '.']\n"
+        "from pathlib import Path\n"
+        "from bench import verify\n"
+        "from test_bench import MACHINE\n"
+        "verify.machine = lambda kind: MACHINE\n"
+        f"stage = verify.Stage('stays', lambda limit, without: [sys.executable, '-c', {child!r}], 1, 0.1)\n"
+        "verify.stages = lambda folder, kept: ([stage], {})\n"
+        f"verify.main(Path({str(tmp_path)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", begins], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline(), process.stdout.readline()  # the name of the stage
+    process.stdout.close()
+    while not there.exists() or not there.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int(there.read_text()), 0)
+            time.sleep(0.1)
+    assert json.loads(kept.read_text())["stages"]["stays"]["status"] == STOPPED
+
+
+def test_a_process_that_nothing_ends_is_left(monkeypatch):
+    def wait(timeout):
+        waited.append(timeout)
+        raise subprocess.TimeoutExpired("stage", timeout)
+
+    waited, signals = [], []
+    monkeypatch.setattr(os, "killpg", lambda *arguments: signals.append(arguments))
+    verify._end(types.SimpleNamespace(pid=7, poll=lambda: None, send_signal=signals.append, wait=wait))
+    assert signals == [signal.SIGINT, (7, signal.SIGKILL)] and len(waited) == 2
+
+
+def test_two_calls_at_once(run, tmp_path):
+    with verify._alone(tmp_path), pytest.raises(SystemExit, match="runs already, with its files in"):
+        run()
+    assert run() == 0
+
+
 def test_what_is_missing_comes_first_and_then_what_failed(run, tmp_path, capfd, monkeypatch):
     ran = tmp_path / "ran"
     tells = f"import sys; open({str(ran)!r}, 'a').write(sys.argv[1] + ' '); sys.exit(int(sys.argv[2]))"
@@ -113,7 +164,7 @@ def test_what_is_missing_comes_first_and_then_what_failed(run, tmp_path, capfd, 
     assert run(*stages(three=True)) == 1 and ran.read_text().endswith(" one two three one two three ")
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_an_interrupt_and_going_on(by, run, tmp_path, capfd):
     """In the middle of the second of three stages, which is told of it and leaves nothing."""
 
@@ -207,11 +258,16 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     kept = tmp_path / "kept.json"
     kept.write_text('{"smoke": {"a": "agrees"}}')
+    (tmp_path / "test_lost.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('number', range(12))\n"
+        "def test_one(number): number == 4 and os._exit(1)\n"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.outcomes", "-p", "no:cacheprovider"]
 
-    def run(*options, **variables):
+    def run(*options, file="test_some.py", kept=kept, **variables):
         return subprocess.run(
-            [*command, "--outcomes", str(kept), "test_some.py", *options], cwd=tmp_path, capture_output=True, text=True,
+            [*command, "--outcomes", str(kept), file, *options], cwd=tmp_path, capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         )  # fmt: skip
 
@@ -228,6 +284,11 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     assert again.returncode == 0 and "2 passed" in again.stdout
     assert outcomes.counts(json.loads(kept.read_text())["tests"]) == {"passed": 6, "failed": 0, "skipped": 1}
     assert len(outcomes.Outcomes(kept).well()) == 7
+    # Where a worker ends, such as one whose GPU is lost, another runs what is left.
+    crashed = run("-n", "1", file="test_lost.py", kept=tmp_path / "lost.json")
+    assert "1 failed, 11 passed" in crashed.stdout, crashed.stdout
+    of_file = json.loads((tmp_path / "lost.json").read_text())["tests"]["test_lost.py"]
+    assert len(of_file["passed"]) == 11 and of_file["failed"].keys() == {"test_one[4]"}
 
 
 def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, capfd):

@@ -79,7 +79,7 @@ class Batch:
         self.splits = lenet_gradient.splits_for(format, N, geometry)
         self.scratch, self.partial = lenet_gradient.sums(geometry, self.splits, device)
         self.table = lenet.table(geometry, self.splits, device)
-        self.replays = {}
+        self.replays, self.captured = {}, static  # False once a capture has failed
 
 
 class ThreeLaunches:
@@ -265,7 +265,7 @@ class ThreeLaunches:
             try:
                 replay = capture(launch, restore, self.device)
             except NotCaptured as e:
-                replay = launch
+                replay, batch.captured = launch, False
                 self._say_once(f"batches of {len(images)} take three launches without a CUDA graph: {e}")
             batch.replays[add, update] = replay
         replay()
@@ -300,7 +300,15 @@ class ThreeLaunches:
 
         For steps that do not accumulate: the host's part of a call, such as counting it, is left out.
         """
-        return self._latest.replays.get((False, True))
+        graph = self._latest.replays.get((False, True))
+        if graph is None or not self._latest.captured:
+            return None
+
+        def replay():
+            self.losses.next()  # a replay writes its loss to the next place, and behind a block's last lies anything
+            graph()
+
+        return replay
 
     def check(self):
         """FloatingPointError if the loss of a call was not finite since the last time; waits for the GPU."""
