@@ -71,6 +71,8 @@ def parse(argv=None):
         parser.error("--minutes goes with --verify; --seconds is for the cases alone")
     if args.verify and (others := [name for name in NOT_OF_VERIFY if getattr(args, name)]):
         parser.error(f"--verify has no --{others[0]}: its stages are as they are")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out has to be a folder, {args.out} is a file")
     return args
 
 
@@ -115,7 +117,7 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
     with interrupted_by_sigterm():
         if args.verify:
-            sys.exit(verify.main(folder, args.minutes))
+            sys.exit(verify.main(folder, args.minutes, start))
         here = machine("cpu" if args.cpu else "cuda")
         record = earlier(here, args.quick, folder) if args.resume and folder else Record(here, args.quick)
         record.sources = sources()

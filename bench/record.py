@@ -80,6 +80,7 @@ class Record:
         missing: what there was no time for, a line each; a run that resumes this one measures it.
         done: names of what has been measured, and without whom that would have taken part.
         lost: names of that in which the device failed, which is not tried again.
+        begun: the name of what is being measured, which stays if the process is killed in it: it may hang.
         without: contestants that this run leaves out.
         sources: keep.sources() of the code that was measured.
     """
@@ -96,6 +97,7 @@ class Record:
     missing: list = field(default_factory=list)
     done: list = field(default_factory=list)
     lost: list = field(default_factory=list)
+    begun: str = ""
     without: list = field(default_factory=list)
     sources: str = ""
 
@@ -164,6 +166,7 @@ def earlier(machine, quick, folder):
             found = Record.read(path)
             if found and same_but_date(found.machine, machine) and found.sources == code:
                 found.quick, found.machine, found.left_out, found.missing, found.without = quick, machine, [], [], []
+                found.lost, found.begun = found.lost + [found.begun] * bool(found.begun), ""
                 return found
     return new
 

@@ -82,6 +82,8 @@ def unmeasured(record, state):
             found.append(f"anything in {format}")
         elif lacking:
             found.append(f"in {format} " + ", ".join(f"`{name}`" for name in lacking))
+    if not any(row.ms and row.library == "torch.compile" for row in record.rows):
+        found.append("torch.compile")
     if not any(row.form == GRAPH and row.task in (FORWARD, BOTH) and row.ms for row in record.rows):
         found.append("operators in CUDA graphs")
     if not any(row.form == HOST for row in record.rows):

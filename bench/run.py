@@ -1,6 +1,7 @@
 """Runs the cases within a time: each contestant through the gate, then timed; what there is no time for is listed."""
 
 import contextlib
+import itertools
 import time
 from typing import NamedTuple
 
@@ -128,7 +129,8 @@ def worth_compiling(case, quick):
 def run(record, cases, libraries, device, budget, seconds=0.05, keep=lambda: None):
     """Fills the rows of `record`, and the list of what it had no time for.
 
-    Everything without torch.compile comes first: compiling may take any time, and what it leaves is enough for few.
+    Everything without torch.compile comes first, in a quick run of each format: compiling may take any time, and what
+    it leaves is enough for few.
 
     Args:
         cases: an iterable of Case, such as a progress bar over one; what `record` has done already is passed over.
@@ -140,24 +142,24 @@ def run(record, cases, libraries, device, budget, seconds=0.05, keep=lambda: Non
     Raises:
         RuntimeError: the device itself has failed, so that nothing more can be timed.
     """
-    seen = []
-    for case in cases:
-        seen.append(case)
-        _measure(record, case, entries(case, libraries, device), device, budget, seconds, keep)
-    to_compile = [(case, entry) for case in seen for entry in compiled_entries(case, libraries, device, record.quick)]
-    if to_compile and budget.fits("compile"):
-        load_compiler()
-    for case, entry in to_compile:
-        _measure(record, case, [entry], device, budget, seconds, keep)
+    for _, of_group in itertools.groupby(cases, lambda case: case.format if record.quick else None):
+        seen = []
+        for case in of_group:
+            seen.append(case)
+            _measure(record, case, entries(case, libraries, device), device, budget, seconds, keep)
+        to_compile = [(c, entry) for c in seen for entry in compiled_entries(c, libraries, device, record.quick)]
+        if to_compile and budget.fits("compile"):
+            load_compiler()
+        for case, entry in to_compile:
+            _measure(record, case, [entry], device, budget, seconds, keep)
 
 
 def _measure(record, case, of_case, device, budget, seconds, keep):
     """The rows of entries of a case: either all that are not compiled, or one that is."""
     if not of_case:
         return
-    mode = of_case[0].mode
+    mode, kind = of_case[0].mode, "compile" if of_case[0].mode else "case"
     name = f"{case.name}: torch.compile in {mode}, {' and '.join(of_case[0].forms)}" if mode else case.name
-    kind = "compile" if mode else "case"
     # Whom this run leaves out, a run that resumes it may not.
     missed = [] if mode else entries(case, {name: installed()[name] for name in record.without}, device)
     done = f"{name} without {', '.join(dict.fromkeys(entry.name for entry in missed))}" if missed else name
@@ -169,8 +171,9 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
     if not budget.fits(kind):
         record.missing.append(f"{name}: no time")
         return
-    limit = min(MOST_COMPILING[mode], budget.left) if mode else None
-    begun = []
+    record.begun = name
+    keep()
+    begun, limit = [], min(MOST_COMPILING[mode], budget.left) if mode else None
     try:
         with precision(case.format), budget.spend(kind), limited(limit) if mode else contextlib.nullcontext():
             gate, problem = attempt(lambda: _gate(case, device), device)
@@ -180,27 +183,31 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
             for entry in of_case:
                 begun.append(_rows(case, entry))
                 _enter(case, entry, begun[-1], gate, device, seconds)
-        rows = [row for of_entry in begun for row in of_entry.values()]
     except OutOfTime as e:
         if limit < MOST_COMPILING[mode]:
             record.missing.append(f"{name}: no time")
             return
-        rows = list(_rows(case, of_case[0]).values())
-        for row in rows:
-            row.status, row.detail = FAILED, f"{mode} took {e}"
+        begun = begun or [_rows(case, of_case[0])]
+        _fail(begun, f"{mode} took {e}")
     except Exception as e:  # the device has failed; a run that resumes this one has to come to the cases behind
-        rows = [row for of_entry in begun for row in of_entry.values()]
-        for row in rows:
-            if row.status == OK and row.ms is None:
-                row.status, row.detail = FAILED, f"the device was lost: {in_a_line(e)}"
-        record.add(rows)
+        _fail(begun, f"the device was lost: {in_a_line(e)}")
         record.lost.append(name)
-        keep()
         raise
-    record.add(rows)
+    finally:  # unless the process is killed
+        record.begun = ""
+        rows = [row for of_entry in begun for row in of_entry.values() if row.ms or row.status != OK]
+        record.add(rows)
+        keep()
     if not any(row.status != OK and row.library in OURS for row in rows):
         record.done.append(done)
-    keep()
+        keep()
+
+
+def _fail(begun, why):
+    """Says of the rows that have no time why."""
+    for row in (row for of_entry in begun for row in of_entry.values()):
+        if row.status == OK and row.ms is None:
+            row.status, row.detail = FAILED, why
 
 
 def _gate(case, device):
@@ -282,6 +289,5 @@ def _enter(case, entry, rows, gate, device, seconds):
                 row.set_time(timing)
 
     _, problem = attempt(time_all, device)
-    for row in rows.values():
-        if problem and row.status == OK and row.ms is None:
-            row.status, row.detail = FAILED, problem
+    if problem:
+        _fail([rows], problem)

@@ -26,7 +26,7 @@ PRECISIONS = "bfloat16", "tf32", "ieee"
 # Batch, steps, and how many images a DataLoader hands out; 0 for images that lie on the GPU.
 SIZES = (64, 20, 0), (1000, 20, 0), (333, 4, 1000), (8000, 10, 0), (65536, 4, 0)
 CASES = [(precision, *size) for size in SIZES for precision in PRECISIONS]
-AGREES = "agrees"
+AGREES, BEGUN = "agrees", "begun and not ended"
 
 
 def batches(batch, steps, loaded, device):
@@ -102,6 +102,8 @@ def main(argv=None):
         outcome = known.get(name)
         if outcome != AGREES:
             start = time.monotonic()
+            if args.keep:
+                put(args.keep, "smoke", name, BEGUN)  # and so it stays if it hangs
             try:
                 outcome = verdict(precision, batch, steps, loaded, args.device)
             except Exception as e:  # whatever it dies of is the finding, and the other cases go on

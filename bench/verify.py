@@ -67,6 +67,8 @@ WITHOUT_GPU = (
 # The interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"
 SANITIZERS = "memcheck", "racecheck"
+# Where CUDA's tools are that are not on the PATH.
+CUDA = "/usr/local/cuda/bin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Stage:
         least: seconds below which it is not worth beginning.
         variables: of its environment.
         nothing_left: the exit status that says that all was there before.
+        times: whether contestants are timed in it.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Stage:
     least: float
     variables: dict = dataclasses.field(default_factory=dict)
     nothing_left: int = 0
+    times: bool = False
 
 
 def stages(folder, kept):
@@ -100,7 +104,10 @@ def stages(folder, kept):
     found, left_out = [], {}
 
     def add(name, seconds, least, *arguments, **options):
-        found.append(Stage(name, lambda limit, without: [*PYTHON, *arguments], seconds, least, **options))
+        def command(limit, without):
+            return [*PYTHON, *arguments, *(_without(without) if options.get("times") else ())]
+
+        found.append(Stage(name, command, seconds, least, **options))
 
     def tests(name, files, seconds):
         if not importlib.util.find_spec("pytest"):
@@ -118,11 +125,10 @@ def stages(folder, kept):
 
         def command(limit, without):
             of_cases = f"{min(most, max(10, limit - GRACE)):.0f}"
-            leave_out = [word for library in without for word in ("--without", library)]
-            options = ["--resume", "--out", str(folder), "--seconds", of_cases, *arguments, *leave_out]
+            options = ["--resume", "--out", str(folder), "--seconds", of_cases, *arguments, *_without(without)]
             return [*PYTHON, "-m", "bench", *options]
 
-        found.append(Stage(name, command, seconds, 30))
+        found.append(Stage(name, command, seconds, 30, times=True))
 
     add("doctor", 25, 15, "-m", "tritonnet", "doctor")
     add("smoke", 60, 25, "-m", "bench.smoke", "--keep", str(kept))
@@ -130,15 +136,15 @@ def stages(folder, kept):
     tests("tests of the step", STEP_TESTS, 70)
     tests("tests of convolutions", CONVOLUTION_TESTS, 75)
     tests("tests of the other kernels", KERNEL_TESTS, 45)
-    if sanitizer := shutil.which("compute-sanitizer"):
+    if sanitizer := shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA):
         for tool in SANITIZERS:
             command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *PYTHON, "-m", "bench.every_kernel"]
             # Out of bounds is out of an allocation, and so each tensor gets one of its own.
-            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
             found.append(Stage(tool, lambda limit, without, command=command: command, 40, 20, alone))
     else:
-        left_out.update(dict.fromkeys(SANITIZERS, "there is no compute-sanitizer on the PATH"))
-    add("first step and image", 60, 20, "-m", "bench.start", "--keep", str(kept))
+        left_out.update(dict.fromkeys(SANITIZERS, f"there is no compute-sanitizer on the PATH or in {CUDA}"))
+    add("first step and image", 60, 20, "-m", "bench.start", "--keep", str(kept), times=True)
     if importlib.util.find_spec("bench.tune"):
         add("tune", 100, 60, "-m", "bench.tune", "--keep", str(kept))
     else:
@@ -146,6 +152,10 @@ def stages(folder, kept):
     tests("all other tests", OTHER_TESTS, 60)
     bench("bench", 200, math.inf)
     return found, left_out
+
+
+def _without(contestants):
+    return [word for name in contestants for word in ("--without", name)]
 
 
 def run(stage, limit, without=()):
@@ -210,23 +220,28 @@ def _end(process):
 
 
 def still_to_do(stages, outcome_of):
-    """The stages that are missing, then those that have failed."""
-    missing = [stage for stage in stages if outcome_of.get(stage.name, {}).get("status") not in (PASSED, FAILED)]
-    return missing + [stage for stage in stages if outcome_of.get(stage.name, {}).get("status") == FAILED]
+    """The stages that are missing, then those that have failed, then those that have left a contestant out."""
+    outcomes = [(stage, outcome_of.get(stage.name, {})) for stage in stages]
+    missing = [stage for stage, outcome in outcomes if outcome.get("status") not in (PASSED, FAILED)]
+    failed = [stage for stage, outcome in outcomes if outcome.get("status") == FAILED]
+    # Who was wrong then may be right by the time that it is their turn.
+    without = [stage for stage, outcome in outcomes if outcome.get("status") == PASSED and outcome.get("without")]
+    return missing + failed + without
 
 
-def main(folder, minutes=None):
+def main(folder, minutes=None, begun=None):
     """Run what is to be done; returns the exit status.
 
     Args:
         folder: where files go.
         minutes: how long it may take in all, None for as long as it takes.
+        begun: of time.monotonic, when the minutes began; None for now.
 
     Raises:
         SystemExit: another call keeps its outcomes in this folder now; in one line.
     """
     with _alone(folder):
-        return _main(folder, minutes)
+        return _main(folder, minutes, time.monotonic() if begun is None else begun)
 
 
 @contextlib.contextmanager
@@ -245,8 +260,8 @@ def _alone(folder):
         os.close(descriptor)
 
 
-def _main(folder, minutes):
-    here, begun = machine("cuda"), time.monotonic()
+def _main(folder, minutes, begun):
+    here = machine("cuda")
     folder = folder.absolute()  # stages run in the project's root
     kept = folder / f"{file_name(here)}{ENDING}.json"
     planned, left_out = stages(folder, kept)
@@ -269,11 +284,16 @@ def _main(folder, minutes):
             if limit < stage.least:
                 continue
             put(kept, "stages", stage.name, {"status": STOPPED, "seconds": 0.0, "said": ""})
-            status, seconds, last = run(stage, limit, _not_timed(read_json(kept)))
+            without = _not_timed(read_json(kept))
+            status, seconds, last = run(stage, limit, without)
             if status == PASSED and stage.name == "bench" and Record.read(folder / f"{file_name(here)}.json").missing:
                 status = LATE
             entry = {"status": status, "seconds": round(seconds, 1), "said": last[-1] if last else ""}
-            put(kept, "stages", stage.name, entry | ({} if status == PASSED else {"last_lines": last}))
+            if status != PASSED:
+                entry["last_lines"] = last
+            if stage.times and without:
+                entry["without"] = without
+            put(kept, "stages", stage.name, entry)
     except KeyboardInterrupt:
         print("\ninterrupted")
         _finish(kept, planned, left_out)
@@ -305,7 +325,7 @@ def _finish(kept, planned, left_out):
     for file, of_file in state.get("tests", {}).items():
         for name in of_file["failed"]:
             print(f"failed: {file}::{name}")
-    well = all(_status(state, stage.name) == PASSED for stage in planned)
+    well = not still_to_do(planned, state["stages"])
     write_json(kept, state | {"summary": lines, "well": well})
     print(f"{'all is well' if well else 'not all is there and well: the same command goes on'}; kept in {kept}")
     return 0 if well else 1

@@ -416,7 +416,7 @@ def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
     record.sources = "of now"
     monkeypatch.setattr("bench.record.sources", lambda: "of now")
     run(record, cases[:1], {"torch": library()}, Clockwork(), Budget(1e9), seconds=0.001, keep=lambda: kept.append(1))
-    assert kept == [1] and record.done == [cases[0].name]
+    assert len(kept) == 3 and record.done == [cases[0].name]  # as it begins, with its rows, and as it is over
     record.missing = ["something: no time"]
     record.write(tmp_path / f"{record.name}.json")
     assert [p.name for p in tmp_path.iterdir()] == ["made-up-gpu-quick.json"]  # nothing half-written beside it
@@ -430,6 +430,12 @@ def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
     wrong = {"tritonnet": library(conv2d=broken, cross_entropy=torch.nn.functional.cross_entropy)}
     run(more, cases, wrong, Clockwork(), Budget(1e9), seconds=0.001)
     assert more.done == [case.name for case in cases] and not more.faults
+
+    # A process that was killed may have been hanging in what it had begun.
+    record.begun = "what hangs"
+    record.write(tmp_path / f"{record.name}.json")
+    after = earlier(MACHINE, True, tmp_path)
+    assert after.lost == ["what hangs"] and not after.begun and after.done == record.done
 
     for other in (MACHINE | {"triton": "4.0"}, MACHINE | {"device": "Another GPU"}):
         assert not earlier(other, True, tmp_path).rows
@@ -466,7 +472,13 @@ def test_compiled_contestants_and_those_in_graphs(quick, monkeypatch):
     # On the reference TrainStep has no graph to replay.
     assert device.captured == 2 * len([e for e in plain if not e.library.whole]) + 1
     assert {row.status for row in record.rows} == {OK}, [row.detail for row in record.rows]
-    assert record.rows[-1].library == "torch.compile" and not record.left_out + record.missing
+    # In a quick run of each format.
+    assert (record.rows[-1].library == "torch.compile") != quick and not record.left_out + record.missing
+    in_order = [(row.format, row.library == "torch.compile") for row in record.rows]
+    assert (
+        in_order == sorted(in_order, key=[("bfloat16", False), ("bfloat16", True), ("float32", False)].index)
+        or not quick
+    )
     assert {row.detail for row in record.rows if row.library == "torch.compile"} == set(modes)
     # Memory is that of a step outside CUDA graphs of torch.compile's own, which torch does not count.
     held = [(row.form, row.detail) for row in record.rows if row.library == "torch.compile" and row.peak_bytes]

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from test_bench import MACHINE
 
-from bench import outcomes, verify
+from bench import outcomes, smoke, verify
 from bench.limit import interrupted_by_sigterm
 from bench.record import Record
 from bench.verify import FAILED, LATE, NO_TIME, PASSED, STOPPED, Stage
@@ -218,7 +218,8 @@ def test_a_step_that_is_wrong_is_not_timed():
     assert verify._not_timed(late) == ()
     for wrong in (
         planned | {"smoke": {"a": "agrees", "b": "3 of 9 losses differ"}},
-        late | {"smoke": {}},  # it hangs in its first case
+        late | {"smoke": {}},  # it hangs before its first case
+        late | {"smoke": {"a": "agrees", "b": smoke.BEGUN}},  # and in a later one
         {"stages": {"smoke": {"status": FAILED}}},
         planned | {"tests": {"tests/test_train_step.py": {"passed": [], "skipped": [], "failed": {"test": "why"}}}},
     ):
@@ -227,6 +228,8 @@ def test_a_step_that_is_wrong_is_not_timed():
     assert verify._not_timed(planned | {"tests": other}) == ()
     quick = next(s for s in verify.stages(ROOT, ROOT / "kept")[0] if s.name == "quick bench")
     assert quick.command(100, ("TrainStep",))[-2:] == ["--without", "TrainStep"]
+    others = [s for s in verify.stages(ROOT, ROOT / "kept")[0] if "--without" not in s.command(100, ("TrainStep",))]
+    assert not any(stage.times for stage in others) and len(others) >= 6
     full = verify.stages(ROOT, ROOT / "kept")[0][-1]
     seconds = [stage.command(limit, ())[7] for stage in (quick, full) for limit in (60, 1000)]
     assert full.name == "bench" and seconds == ["40", "75", "40", "980"]
@@ -333,4 +336,7 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     monkeypatch.setenv("MENDED", "yes")
     assert run(*planned) == 0
     assert outcomes.counts(read(tmp_path)["tests"]) == {"passed": 2, "failed": 0, "skipped": 0}
-    assert capfd.readouterr().out.count(", up to ") == 1
+    # The step is right now, and is timed.
+    ran = [words.partition(", up to ")[0] for words in capfd.readouterr().out.splitlines() if ", up to " in words]
+    assert ran == ["tests of the step", "first step and image", "bench"]
+    assert "TrainStep: by --without" not in Record.read(tmp_path / "made-up-gpu.json").left_out
