@@ -17,11 +17,6 @@ from .keep import read_json, write_json
 MOST_CHARACTERS = 4000
 
 
-def counts(tests):
-    """{"passed": int, "failed": int, "skipped": int} of what FILE has under "tests"."""
-    return {kind: sum(len(of_file[kind]) for of_file in tests.values()) for kind in ("passed", "failed", "skipped")}
-
-
 def pytest_addoption(parser):
     parser.addoption("--outcomes", type=Path, metavar="FILE", help="JSON file for the outcome of every test")
 

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import outcomes, start
+from . import start
 from .keep import ROOT, put, read_json, sources, write_json
 from .record import Record, file_name, machine, same_but_date, title
 from .run import QUICK
@@ -331,6 +331,11 @@ def _finish(kept, planned, left_out):
     return 0 if well else 1
 
 
+def counts(tests):
+    """{"passed": int, "failed": int, "skipped": int} of what bench.outcomes keeps under "tests"."""
+    return {kind: sum(len(of_file[kind]) for of_file in tests.values()) for kind in ("passed", "failed", "skipped")}
+
+
 def in_words(state):
     """What the stages have found, for the README, a paragraph or a table each."""
     found = []
@@ -340,7 +345,7 @@ def in_words(state):
             f"`TrainStep` with CUDA graphs, without, and once more: the same bits in {agree} of {len(smoke)} cases"
         )
     if tests := state.get("tests"):
-        of = outcomes.counts(tests)
+        of = counts(tests)
         found.append(f"{of['passed']:,} tests passed, {of['failed']} failed, {of['skipped']} skipped")
     found += [f"{tool}: {status}" for tool in SANITIZERS if (status := _status(state, tool))]
     parts = [f"On it: {'; '.join(found)}."] if found else []

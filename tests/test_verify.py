@@ -13,7 +13,7 @@ import time
 import types
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_python
 from test_bench import MACHINE
 
 from bench import outcomes, smoke, verify
@@ -235,6 +235,17 @@ def test_a_step_that_is_wrong_is_not_timed():
     assert full.name == "bench" and seconds == ["40", "75", "40", "980"]
 
 
+def test_without_what_is_optional_there_is_one_line():
+    """Without a GPU, and without any package but torch."""
+    without = "sys.modules |= dict.fromkeys(('pytest', 'xdist', 'tqdm', 'matplotlib', 'triton', 'rich', 'PIL'))"
+    program = (
+        f"import runpy, sys, torch; {without}; sys.argv[1:] = ['--verify']; torch.cuda.is_available = lambda: False"
+    )
+    result = run_python("-c", f"{program}; runpy.run_module('bench', run_name='__main__')", TRITON_INTERPRET=None)
+    assert result.returncode == 1 and result.stderr.startswith("no GPU: "), result.stderr
+    assert result.stderr.count("\n") == 1 and not result.stdout
+
+
 def test_every_test_has_its_place():
     """In a stage, or among those that see the same everywhere."""
     placed = [
@@ -277,7 +288,7 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     assert run("-n", "2").returncode == 1
     found = json.loads(kept.read_text())
     of_file = found["tests"]["test_some.py"]
-    assert found["smoke"] == {"a": "agrees"} and outcomes.counts(found["tests"]) == {
+    assert found["smoke"] == {"a": "agrees"} and verify.counts(found["tests"]) == {
         "passed": 4, "failed": 2, "skipped": 1
     }  # fmt: skip
     assert (
@@ -285,7 +296,7 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     )
     again = run(mended="yes")
     assert again.returncode == 0 and "2 passed" in again.stdout
-    assert outcomes.counts(json.loads(kept.read_text())["tests"]) == {"passed": 6, "failed": 0, "skipped": 1}
+    assert verify.counts(json.loads(kept.read_text())["tests"]) == {"passed": 6, "failed": 0, "skipped": 1}
     assert len(outcomes.Outcomes(kept).well()) == 7
     # Where a worker ends, such as one whose GPU is lost, another runs what is left.
     crashed = run("-n", "1", file="test_lost.py", kept=tmp_path / "lost.json")
@@ -323,7 +334,7 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     out, kept = capfd.readouterr().out, read(tmp_path)
     assert status_of(tmp_path) == {s.name: FAILED if s.name == "tests of the step" else PASSED for s in planned}, out
     assert kept["smoke"] == {"ieee, batch 2, from a DataLoader": "agrees"}
-    assert outcomes.counts(kept["tests"]) == {"passed": 1, "failed": 1, "skipped": 0}
+    assert verify.counts(kept["tests"]) == {"passed": 1, "failed": 1, "skipped": 0}
     assert kept["stages"]["memcheck"]["said"] == "memcheck: ERROR SUMMARY: 0 errors"
     assert kept["start"]["first image, torch, -"]["ms"] > 0
     assert "::test_later" in out and "KeyError" in next(iter(kept["tests"].values()))["failed"]["test_later"]
@@ -335,7 +346,7 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
 
     monkeypatch.setenv("MENDED", "yes")
     assert run(*planned) == 0
-    assert outcomes.counts(read(tmp_path)["tests"]) == {"passed": 2, "failed": 0, "skipped": 0}
+    assert verify.counts(read(tmp_path)["tests"]) == {"passed": 2, "failed": 0, "skipped": 0}
     # The step is right now, and is timed.
     ran = [words.partition(", up to ")[0] for words in capfd.readouterr().out.splitlines() if ", up to " in words]
     assert ran == ["tests of the step", "first step and image", "bench"]
