@@ -7,7 +7,7 @@ proved there, and what was not measured.
 
 import sys
 
-from . import verify
+from . import stages, verify
 from .case import BOTH, FORWARD, GRAPH, HOST, INFERENCE, TRAINING
 from .keep import ROOT, read_json
 from .lenet import Network
@@ -92,9 +92,9 @@ def unmeasured(record, state):
         found.append("memory")
     if not state.get("start"):
         found.append("the wait for a first step and a first image")
-    stages = [name for name in ("smoke", "tests") if not state.get(name)]
-    stages += [tool for tool in verify.SANITIZERS if tool not in state.get("stages", {})]
-    return found + ([f"{', '.join(stages)} by --verify"] if stages else [])
+    lacking = [name for name in ("smoke", "tests") if not state.get(name)]
+    lacking += [tool for tool in stages.SANITIZERS if tool not in state.get("stages", {})]
+    return found + ([f"{', '.join(lacking)} by --verify"] if lacking else [])
 
 
 def section(found, folder):

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from tritonnet.cli import doctor
 from tritonnet.kernels import launchers, launching
 
-from . import TARGETS, every_kernel, smoke, verify
+from . import TARGETS, every_kernel, smoke, stages
 from .compile import compile_instead
 from .keep import ROOT
 from .libraries import installed
@@ -36,7 +36,7 @@ from .warm_launchers import Launchers
 # Torch's own, which compile nothing of ours.
 THEIRS = "torch", "torch.compile", "FlagGems"
 # The files that launch every kernel in most ways.
-TESTS = *verify.STEP_TESTS, *verify.CONVOLUTION_TESTS, *verify.KERNEL_TESTS
+TESTS = *stages.STEP_TESTS, *stages.CONVOLUTION_TESTS, *stages.KERNEL_TESTS
 # What starts processes, which would launch nothing, and seconds for all of the rest.
 NOT_TESTS = "not from_a_data_loader and not older_flags"
 TESTS_SECONDS = 3000

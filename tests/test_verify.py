@@ -16,10 +16,11 @@ import pytest
 from conftest import ROOT, run_python
 from test_bench import MACHINE
 
-from bench import outcomes, smoke, verify
+from bench import outcomes, smoke, stages, verify
 from bench.limit import interrupted_by_sigterm
 from bench.record import Record
-from bench.verify import FAILED, LATE, NO_TIME, PASSED, STOPPED, Stage
+from bench.stages import Stage
+from bench.verify import FAILED, LATE, NO_TIME, PASSED, STOPPED
 
 
 def line(text, *arguments):
@@ -36,10 +37,10 @@ def run(monkeypatch, tmp_path):
     """Function of stages, and minutes, that runs bench --verify with them on a made-up machine; the exit status."""
     monkeypatch.setattr(verify, "machine", lambda kind: MACHINE)
     monkeypatch.setattr(verify, "sources", lambda: "of now")
-    monkeypatch.setattr(verify, "GRACE", 1)
+    monkeypatch.setattr(stages, "GRACE", 1)
 
-    def run(*stages, minutes=None):
-        monkeypatch.setattr(verify, "stages", lambda folder, kept: (list(stages), {"tune": "there is none"}))
+    def run(*those, minutes=None):
+        monkeypatch.setattr(stages, "planned", lambda folder, kept: (list(those), {"tune": "there is none"}))
         return verify.main(tmp_path, minutes)
 
     return run
@@ -108,8 +109,8 @@ def test_a_stage_ends_with_what_has_started_it(tmp_path):
         "from bench import verify\n"
         "from test_bench import MACHINE\n"
         "verify.machine = lambda kind: MACHINE\n"
-        f"stage = verify.Stage('stays', lambda limit, without: [sys.executable, '-c', {child!r}], 1, 0.1)\n"
-        "verify.stages = lambda folder, kept: ([stage], {})\n"
+        f"stage = verify.stages.Stage('stays', lambda limit, without: [sys.executable, '-c', {child!r}], 1, 0.1)\n"
+        "verify.stages.planned = lambda folder, kept: ([stage], {})\n"
         f"verify.main(Path({str(tmp_path)!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", begins], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -149,19 +150,19 @@ def test_what_is_missing_comes_first_and_then_what_failed(run, tmp_path, capfd, 
     ran = tmp_path / "ran"
     tells = f"import sys; open({str(ran)!r}, 'a').write(sys.argv[1] + ' '); sys.exit(int(sys.argv[2]))"
 
-    def stages(**fails):
+    def three(**fails):
         return [Stage(name, line(tells, name, str(int(name in fails))), 10, 1) for name in ("one", "two", "three")]
 
-    assert run(*stages(one=True)[:2]) == 1
-    assert run(*stages()) == 0 and ran.read_text() == "one two three one "
+    assert run(*three(one=True)[:2]) == 1
+    assert run(*three()) == 0 and ran.read_text() == "one two three one "
     assert status_of(tmp_path) == dict.fromkeys(("one", "two", "three"), PASSED) and read(tmp_path)["well"]
-    assert run(*stages()) == 0 and ran.read_text() == "one two three one "
+    assert run(*three()) == 0 and ran.read_text() == "one two three one "
     assert capfd.readouterr().out.count(": all is there\n") == 1
     # Other code is another run.
     monkeypatch.setattr(verify, "sources", lambda: "changed")
-    assert run(*stages(three=True)) == 1 and ran.read_text().endswith(" one two three ")
+    assert run(*three(three=True)) == 1 and ran.read_text().endswith(" one two three ")
     monkeypatch.setattr(verify, "machine", lambda kind: MACHINE | {"triton": "4.0"})
-    assert run(*stages(three=True)) == 1 and ran.read_text().endswith(" one two three one two three ")
+    assert run(*three(three=True)) == 1 and ran.read_text().endswith(" one two three one two three ")
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
@@ -174,25 +175,25 @@ def test_an_interrupt_and_going_on(by, run, tmp_path, capfd):
         time.sleep(0.5)
         os.kill(os.getpid(), by)
 
-    stages = [
+    those = [
         Stage("first", line("print(1)"), 5, 0.1), Stage("second", line(STOPS), 5, 0.1),
         Stage("third", line("print(3)"), 5, 0.1),
     ]  # fmt: skip
     threading.Thread(target=interrupt, daemon=True).start()
     with interrupted_by_sigterm():
-        assert run(*stages) == 130
+        assert run(*those) == 130
     assert status_of(tmp_path) == {"first": PASSED, "second": STOPPED}
     out = capfd.readouterr().out
     assert "half of it" in out and "| third  | no time" in out
-    stages[1] = Stage("second", line("print(2)"), 5, 0.1)
-    assert run(*stages) == 0
+    those[1] = Stage("second", line("print(2)"), 5, 0.1)
+    assert run(*those) == 0
     assert status_of(tmp_path) == dict.fromkeys(("first", "second", "third"), PASSED)
     assert "first, up to" not in capfd.readouterr().out
 
 
 def test_minutes_are_shared(run, tmp_path, monkeypatch):
     """Each stage gets its share of what is left, and what it does not need goes to those behind it."""
-    monkeypatch.setattr(verify, "GRACE", 0.1)
+    monkeypatch.setattr(stages, "GRACE", 0.1)
     limits = {}
 
     def stage(name, seconds, least, sleeps=0.0):
@@ -226,11 +227,11 @@ def test_a_step_that_is_wrong_is_not_timed():
         assert verify._not_timed(wrong) == ("TrainStep",)
     other = {"tests/test_relu.py": {"passed": [], "skipped": [], "failed": {"test": "why"}}}
     assert verify._not_timed(planned | {"tests": other}) == ()
-    quick = next(s for s in verify.stages(ROOT, ROOT / "kept")[0] if s.name == "quick bench")
+    quick = next(s for s in stages.planned(ROOT, ROOT / "kept")[0] if s.name == "quick bench")
     assert quick.command(100, ("TrainStep",))[-2:] == ["--without", "TrainStep"]
-    others = [s for s in verify.stages(ROOT, ROOT / "kept")[0] if "--without" not in s.command(100, ("TrainStep",))]
+    others = [s for s in stages.planned(ROOT, ROOT / "kept")[0] if "--without" not in s.command(100, ("TrainStep",))]
     assert not any(stage.times for stage in others) and len(others) >= 6
-    full = verify.stages(ROOT, ROOT / "kept")[0][-1]
+    full = stages.planned(ROOT, ROOT / "kept")[0][-1]
     seconds = [stage.command(limit, ())[7] for stage in (quick, full) for limit in (60, 1000)]
     assert full.name == "bench" and seconds == ["40", "75", "40", "980"]
 
@@ -249,7 +250,7 @@ def test_without_what_is_optional_there_is_one_line():
 def test_every_test_has_its_place():
     """In a stage, or among those that see the same everywhere."""
     placed = [
-        *verify.STEP_TESTS, *verify.CONVOLUTION_TESTS, *verify.KERNEL_TESTS, *verify.OTHER_TESTS, *verify.WITHOUT_GPU
+        *stages.STEP_TESTS, *stages.CONVOLUTION_TESTS, *stages.KERNEL_TESTS, *stages.OTHER_TESTS, *stages.WITHOUT_GPU
     ]  # fmt: skip
     assert len(set(placed)) == len(placed)
     there = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
@@ -307,20 +308,20 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
 
 def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, capfd):
     """The real commands, a time for each; a test that fails in the first call and is mended before the second."""
-    stages, small = verify.stages, tmp_path / "test_small"
+    small = tmp_path / "test_small"
     small.with_suffix(".py").write_text("import os\ndef test_well(): pass\ndef test_later(): os.environ['MENDED']\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    monkeypatch.setattr(verify, "PYTHON", (sys.executable, str(ROOT / "tests" / "stand_in.py")))
-    monkeypatch.setattr(verify, "GRACE", 20)
+    monkeypatch.setattr(stages, "PYTHON", (sys.executable, str(ROOT / "tests" / "stand_in.py")))
+    monkeypatch.setattr(stages, "GRACE", 20)
     for group in ("CONVOLUTION_TESTS", "KERNEL_TESTS", "OTHER_TESTS"):
-        monkeypatch.setattr(verify, group, ())
-    monkeypatch.setattr(verify, "STEP_TESTS", (os.path.relpath(small, ROOT / "tests"),))
+        monkeypatch.setattr(stages, group, ())
+    monkeypatch.setattr(stages, "STEP_TESTS", (os.path.relpath(small, ROOT / "tests"),))
     (tmp_path / "tools").mkdir()
     sanitizer = tmp_path / "tools" / "compute-sanitizer"
     sanitizer.write_text("#!/bin/sh\necho $2: ERROR SUMMARY: 0 errors\n")
     sanitizer.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sanitizer.parent}{os.pathsep}{os.environ['PATH']}")
-    planned, left_out = stages(tmp_path, tmp_path / "made-up-gpu-verify.json")
+    planned, left_out = stages.planned(tmp_path, tmp_path / "made-up-gpu-verify.json")
     assert left_out == {"tune": "there is no bench.tune"}
     names = [stage.name for stage in planned]
     assert names == [

@@ -1,0 +1,127 @@
+"""The stages of --verify, in the order of what they tell: their commands, their seconds and the test files of each."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable
+
+from .run import QUICK
+
+PYTHON = (sys.executable,)
+# pytest's exit status where there was no test to run.
+NO_TESTS = 5
+# Seconds that a stage which was told to stop has for its report.
+GRACE = 20
+
+# Tests by file. Those of the step tell whether it is timed; those of the other kernels come before all others.
+STEP_TESTS = "test_graphs", "test_train_step", "test_lenet", "test_lenet_lanes"
+CONVOLUTION_TESTS = "test_conv2d", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch"
+KERNEL_TESTS = (
+    "test_max_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu", "test_memory"
+)  # fmt: skip
+OTHER_TESTS = (
+    "test_distributed", "test_citizenship", "test_gradcheck", "test_peers", "test_properties", "test_layers",
+    "test_fusion", "test_conversion", "test_launching", "test_dispatch", "test_errors", "test_cli", "test_examples",
+    "test_huge",
+)  # fmt: skip
+# What these look at is the same on every machine.
+WITHOUT_GPU = (
+    "test_bench", "test_compiled", "test_machine_code", "test_package", "test_ptx", "test_ptx_faults",
+    "test_ptx_matrices", "test_ptx_tensor", "test_ptx_tensor_faults", "test_step_on_host", "test_verify", "test_warm",
+    "test_watch",
+)  # fmt: skip
+# The interpreter, which needs no GPU either.
+INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"
+SANITIZERS = "memcheck", "racecheck"
+# Where CUDA's tools are that are not on the PATH.
+CUDA = "/usr/local/cuda/bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A process of its own.
+
+    Attributes:
+        name: of the stage.
+        command: function of the seconds that it may take and of the contestants to leave out that gives the command.
+        seconds: what it needs with compiled kernels, and its share where there is more.
+        least: seconds below which it is not worth beginning.
+        variables: of its environment.
+        nothing_left: the exit status that says that all was there before.
+        times: whether contestants are timed in it.
+    """
+
+    name: str
+    command: Callable
+    seconds: float
+    least: float
+    variables: dict = dataclasses.field(default_factory=dict)
+    nothing_left: int = 0
+    times: bool = False
+
+
+def planned(folder, kept):
+    """([Stage], {name of what is left out: why}).
+
+    Args:
+        folder: for the records of the bench.
+        kept: path of the file that keeps the outcome of each case.
+    """
+    found, left_out = [], {}
+
+    def add(name, seconds, least, *arguments, **options):
+        def command(limit, without):
+            return [*PYTHON, *arguments, *(_without(without) if options.get("times") else ())]
+
+        found.append(Stage(name, command, seconds, least, **options))
+
+    def tests(name, files, seconds):
+        if not importlib.util.find_spec("pytest"):
+            left_out[name] = "pytest is not installed"
+            return
+        processes = ("-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))) if importlib.util.find_spec("xdist") else ()
+        add(
+            name, seconds, 20, "-m", "pytest", "-q", *processes, "-p", "bench.outcomes", "--outcomes", str(kept),
+            "--deselect", INTERPRETER, *(f"tests/{file}.py" for file in files),
+            variables={"TRITONNET_TEST_DEVICE": "cuda"}, nothing_left=NO_TESTS,
+        )  # fmt: skip
+
+    def bench(name, seconds, most, *arguments):
+        """`most`: seconds that its cases may take if there is more."""
+
+        def command(limit, without):
+            of_cases = f"{min(most, max(10, limit - GRACE)):.0f}"
+            options = ["--resume", "--out", str(folder), "--seconds", of_cases, *arguments, *_without(without)]
+            return [*PYTHON, "-m", "bench", *options]
+
+        found.append(Stage(name, command, seconds, 30, times=True))
+
+    add("doctor", 25, 15, "-m", "tritonnet", "doctor")
+    add("smoke", 60, 25, "-m", "bench.smoke", "--keep", str(kept))
+    bench("quick bench", 100, QUICK, "--quick", "--no-pictures")
+    tests("tests of the step", STEP_TESTS, 70)
+    tests("tests of convolutions", CONVOLUTION_TESTS, 75)
+    tests("tests of the other kernels", KERNEL_TESTS, 45)
+    if sanitizer := shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA):
+        for tool in SANITIZERS:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *PYTHON, "-m", "bench.every_kernel"]
+            # Out of bounds is out of an allocation, and so each tensor gets one of its own.
+            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+            found.append(Stage(tool, lambda limit, without, command=command: command, 40, 20, alone))
+    else:
+        left_out.update(dict.fromkeys(SANITIZERS, f"there is no compute-sanitizer on the PATH or in {CUDA}"))
+    add("first step and image", 60, 20, "-m", "bench.start", "--keep", str(kept), times=True)
+    if importlib.util.find_spec("bench.tune"):
+        add("tune", 100, 60, "-m", "bench.tune", "--keep", str(kept))
+    else:
+        left_out["tune"] = "there is no bench.tune"
+    tests("all other tests", OTHER_TESTS, 60)
+    bench("bench", 200, math.inf)
+    return found, left_out
+
+
+def _without(contestants):
+    return [word for name in contestants for word in ("--without", name)]
