@@ -328,6 +328,9 @@ def compile_instead(target, report):
 
     An exception in the place of the kernel says why it does not compile.
     """
+    # Compiling makes many objects and little garbage, which takes 8 % of the time to look for as often as is usual.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
     driver.set_active(NoDevice(target))
     run = JITFunction.run
 
@@ -379,9 +382,6 @@ def main():
     arch = arguments.arch
     target, compiled, label, seen = GPUTarget(*TARGETS[arch]), [], {}, set()
     named = {name for name, _ in shapes(None)}
-    # Compiling makes many objects and little garbage, which takes 8 % of the time to look for as often as is usual.
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 50)
 
     def report(name, launch, kernel):
         record = {"arch": arch, "kernel": name, **label}

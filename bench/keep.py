@@ -9,15 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def write(path, text):
-    """Write a file in one step: whoever reads it, or ends this process, finds the old text or the new one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def write_json(path, value):
-    write(path, json.dumps(value, indent=1) + "\n")
+    """Write a file in one step: whoever reads it, or ends this process, finds the old value or the new one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def read_json(path):

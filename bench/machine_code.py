@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from . import FORMATS, TARGETS, budgets
 from .budgets import bound
+from .processes import environment
 from .table import markdown
 
 HERE = Path(__file__).parent
@@ -30,9 +31,8 @@ HERE = Path(__file__).parent
 
 def compile_for(arch, formats, brief=False):
     """The records of bench.compile for one architecture; RuntimeError with its output if it fails."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.compile", arch, *formats, *["--brief"] * brief]
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=HERE.parent, env=environment(), capture_output=True, text=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not records:
         raise RuntimeError(f"python -m bench.compile {arch} {' '.join(formats)} failed:\n{done.stderr[-2000:]}")

@@ -151,7 +151,11 @@ def measure(steps, device, seconds=0.1):
     calls = max(1, round(SPAN_MS / ms))
     spans = [span(calls) for _ in range(int(min(MOST, max(FEWEST, seconds * 1e3 / (calls * ms)))))]
     device.synchronize()
-    low, median, high = statistics.quantiles([device.milliseconds(*s) / calls for s in spans], n=4)
+    return _quartiles([device.milliseconds(*s) / calls for s in spans])
+
+
+def _quartiles(times):
+    low, median, high = statistics.quantiles(times, n=4)
     return Timing(median, low, high)
 
 
@@ -167,21 +171,20 @@ def measure_host(steps, device, seconds=0.1):
     A span is short enough for the queue of the device to take it without waiting.
     """
     turns = itertools.cycle(steps)
-    device.synchronize()
-    start = time.perf_counter()
-    for _ in range(MOST_QUEUED):
-        next(turns)()
-    device.synchronize()
-    whole = time.perf_counter() - start
-    spans = []
-    for _ in range(int(min(MOST, max(3, seconds / whole)))):
+
+    def span():
+        """Seconds until the calls have returned, and until the device has done them."""
         start = time.perf_counter()
         for _ in range(MOST_QUEUED):
             next(turns)()
-        spans.append((time.perf_counter() - start) / MOST_QUEUED * 1e3)
+        returned = time.perf_counter()
         device.synchronize()
-    low, median, high = statistics.quantiles(spans, n=4)
-    return Timing(median, low, high)
+        return returned - start, time.perf_counter() - start
+
+    device.synchronize()
+    _, whole = span()
+    spans = [span() for _ in range(int(min(MOST, max(3, seconds / whole))))]
+    return _quartiles([returned / MOST_QUEUED * 1e3 for returned, _ in spans])
 
 
 def ceilings(formats, device, size=8192):

@@ -59,7 +59,7 @@ def kernels_unless_reference(tensor):
     return dispatch.reference if dispatch._backend == "reference" else launchers
 
 
-def _captured(launch, restore, device):
+def captured(launch, restore, device):
     """In the place of lenet_step.capture: what runs before a capture, and a replay that launches one by one."""
     launch()
     restore()
@@ -74,7 +74,7 @@ def cpu_for_gpu():
     """
     with (
         served_by(kernels_unless_reference),
-        mock.patch.object(lenet_step, "capture", _captured),
+        mock.patch.object(lenet_step, "capture", captured),
         mock.patch.object(lenet_step, "compiled_together", contextlib.nullcontext),
         mock.patch.object(lenet_step.ThreeLaunches, "graphs_on", ("cuda", "cpu")),
     ):

@@ -84,13 +84,17 @@ class Entry(NamedTuple):
     mode: str | None = None
 
 
+def forms_on(device):
+    """The forms that a device can time."""
+    return (CALLS, HOST, GRAPH) if device.capture else (CALLS, HOST)
+
+
 def entries(case, libraries, device):
     """The entries of a case as they are, without torch.compile."""
     subject = case.subject
     whole_too = isinstance(subject, Network) and subject.training and case.format in WHOLE_STEPS
-    forms = (CALLS, HOST, GRAPH) if device.capture else (CALLS, HOST)
     return [
-        Entry(name, library, layout, forms)
+        Entry(name, library, layout, forms_on(device))
         for name, library in libraries.items() if not library.compiled and (whole_too or not library.whole)
         for layout in (subject.layouts[:1] if library.whole else subject.layouts)
     ]  # fmt: skip
@@ -105,10 +109,10 @@ def compiled_entries(case, libraries, device, quick):
     if not worth_compiling(case, quick):
         return []
     network = isinstance(case.subject, Network)
-    forms = (CALLS, HOST, GRAPH) if device.capture else (CALLS, HOST)
-    modes = [(forms, COMPILE_QUICKLY if quick else COMPILE_NO_GRAPHS)]
+    modes = [(forms_on(device), COMPILE_QUICKLY if quick else COMPILE_NO_GRAPHS)]
     if network and case.subject.small and not quick:
-        modes = [((form,), COMPILE_NO_GRAPHS) for form in forms if form == GRAPH] + [((CALLS, HOST), COMPILE)]
+        modes = [((GRAPH,), COMPILE_NO_GRAPHS)] if device.capture else []
+        modes.append(((CALLS, HOST), COMPILE))
     layout = CONTIGUOUS if network else case.subject.layouts[-1]
     return [
         Entry(name, library, layout, of_mode, mode)

@@ -21,6 +21,7 @@ import tritonnet
 from tritonnet import lenet_step
 
 from .keep import put, read_json
+from .run import in_a_line
 
 PRECISIONS = "bfloat16", "tf32", "ieee"
 # Batch, steps, and how many images a DataLoader hands out; 0 for images that lie on the GPU.
@@ -96,7 +97,7 @@ def main(argv=None):
     known = read_json(args.keep).get("smoke", {}) if args.keep else {}
     agree = 0
     # What has failed comes last: it may end this process.
-    order = sorted(CASES, key=lambda case: name_of(*case) in known and known[name_of(*case)] != AGREES)
+    order = sorted(CASES, key=lambda case: known.get(name_of(*case), AGREES) != AGREES)
     for place, (precision, batch, steps, loaded) in enumerate(order):
         name = name_of(precision, batch, steps, loaded)
         outcome = known.get(name)
@@ -107,7 +108,7 @@ def main(argv=None):
             try:
                 outcome = verdict(precision, batch, steps, loaded, args.device)
             except Exception as e:  # whatever it dies of is the finding, and the other cases go on
-                outcome = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"
+                outcome = in_a_line(e)
             if args.keep:
                 put(args.keep, "smoke", name, outcome)
             print(f"{name}: {outcome} ({time.monotonic() - start:.1f} s)", flush=True)

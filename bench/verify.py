@@ -24,6 +24,7 @@ from pathlib import Path
 
 from . import stages, start
 from .keep import ROOT, put, read_json, sources, write_json
+from .processes import environment, kill_session
 from .record import Record, file_name, machine, same_but_date, title
 from .smoke import AGREES
 from .table import markdown
@@ -37,7 +38,7 @@ PATIENCE = 60
 LAST_LINES = 30
 
 
-def run(stage, limit, without=()):
+def run(stage, limit, without):
     """(status, seconds, last lines) of a stage.
 
     Raises:
@@ -45,11 +46,10 @@ def run(stage, limit, without=()):
     """
     command = stage.command(limit, without)
     print(f"\n{stage.name}, up to {limit:.0f} s: {' '.join(command)}", flush=True)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     begun, last = time.monotonic(), collections.deque(maxlen=LAST_LINES)
     # A session of its own, so that its children can be ended with it, and Ctrl-C reaches it once, from here.
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**environment, "PYTHONUNBUFFERED": "1", **stage.variables}, start_new_session=True,
+        command, cwd=ROOT, env=environment(PYTHONUNBUFFERED="1", **stage.variables), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", preexec_fn=_end_with_parent,
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def run(stage, limit, without=()):
             # The stage would wait for ever if nobody read on here because nobody reads on there.
             with contextlib.suppress(OSError, ValueError):
                 print(line, end="", flush=True)
-            last.append(line.rstrip().rpartition("\r")[2])
+            last.append(line.rstrip())
 
     reader = threading.Thread(target=show, daemon=True)
     reader.start()
@@ -91,8 +91,7 @@ def _end(process):
     except subprocess.TimeoutExpired:
         pass
     finally:  # also if this is interrupted once more
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_session(process)
         # Not for ever: one that waits in the driver of a GPU that hangs is not ended by anything.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(stages.GRACE)

@@ -20,6 +20,11 @@ from triton.backends.nvidia import driver
 from triton.runtime import build
 
 
+def in_a_line(error):
+    """An error whole but for its end: a compiler says in many lines what is wrong."""
+    return f"{type(error).__name__}: {error}".strip().replace("\n", " | ")[:2000]
+
+
 def _stand_in(folder):
     """Makes the library, of every function that Triton's sources may mean, and leaves it where it is looked for."""
     sources = [Path(driver.__file__).with_suffix(ending).read_text("utf-8") for ending in (".c", ".py")]
@@ -55,5 +60,4 @@ class Launchers:
                     driver.CudaLauncher(kernel.src, kernel.metadata)
             except Exception as error:  # without a compiler, Triton needs none here and has to find one there
                 self.works = False
-                line = f"{type(error).__name__}: {error}".replace("\n", " | ")
-                self.findings.add(left_out=f"the C that Triton builds at a first launch: {line[:500]}")
+                self.findings.add(left_out=f"the C that Triton builds at a first launch: {in_a_line(error)}")

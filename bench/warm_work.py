@@ -6,12 +6,9 @@ random is left as the memory is, so that most pages are never touched.
 
 import contextlib
 import functools
-import gc
 import importlib.util
 import json
-import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -30,11 +27,11 @@ from .keep import ROOT
 from .libraries import installed
 from .measure import Host, precision
 from .no_launch import cpu_for_gpu
+from .processes import environment, kill_session
+from .record import OURS
 from .run import entries, plan
-from .warm_launchers import Launchers
+from .warm_launchers import Launchers, in_a_line
 
-# Torch's own, which compile nothing of ours.
-THEIRS = "torch", "torch.compile", "FlagGems"
 # The files that launch every kernel in most ways.
 TESTS = *stages.STEP_TESTS, *stages.CONVOLUTION_TESTS, *stages.KERNEL_TESTS
 # What starts processes, which would launch nothing, and seconds for all of the rest.
@@ -44,7 +41,7 @@ TESTS_SECONDS = 3000
 
 def _timed(quick):
     """The first step of every contestant of ours in every case of the bench."""
-    ours = {name: library for name, library in installed().items() if name not in THEIRS}
+    ours = {name: library for name, library in installed().items() if name in OURS}
     device = Host()
 
     def launch(case):
@@ -141,14 +138,10 @@ def compile_for(name, findings, label):
     """From now on this process launches nothing and compiles for a target of TARGETS; label() says for which job."""
     target = GPUTarget(*TARGETS[name])
     build, seen = Launchers(findings) if target.backend == "cuda" else None, set()
-    # Compiling makes many objects and little garbage, which takes 8 % of the time to look for as often as is usual.
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 50)
 
     def report(kernel_name, launch, kernel):
         if isinstance(kernel, Exception):
-            line = f"{type(kernel).__name__}: {kernel}".strip().replace("\n", " | ")
-            findings.add(job=label(), kernel=kernel_name, error=line[:2000])
+            findings.add(job=label(), kernel=kernel_name, error=in_a_line(kernel))
         elif build and kernel.hash not in seen:
             seen.add(kernel.hash)
             build(kernel)
@@ -172,16 +165,15 @@ def work(folder, target, parts):
             try:
                 call()
             except Exception as error:  # whatever a job dies of is a finding, and the others go on
-                findings.add(job=name, kernel="", error=f"{type(error).__name__}: {error}"[:2000])
+                findings.add(job=name, kernel="", error=in_a_line(error))
             # Kernels that were compiled stay in Triton's cache, and need not be in memory too.
             launching.forget()
             for kernel in launchers.KERNELS:
                 kernel.device_caches.clear()
 
 
-def _environment(folder, cache):
+def _variables(folder, cache):
     return {
-        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         "TRITON_CACHE_DIR": str(cache),
         "TRITON_STORE_BINARY_ONLY": "1",
         "TRITON_LIBCUDA_PATH": str(folder),
@@ -194,7 +186,7 @@ def _start(folder, cache, target, parts, number):
     command = [sys.executable, "-m", "bench.warm_work", str(folder), target, *parts]
     # What is heard last of a process that LLVM has ended.
     with open(folder / f"log {number}", "w", encoding="utf-8") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=_environment(folder, cache), stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=ROOT, env=environment(**_variables(folder, cache)), stdout=log, stderr=log)
 
 
 def run_jobs(folder, cache, target, parts, processes):
@@ -234,7 +226,7 @@ def run_tests(folder, cache, target, processes):
     if not importlib.util.find_spec("pytest"):
         findings.add(left_out="the tests: pytest is not installed")
         return findings.read()
-    variables = {
+    variables = _variables(folder, cache) | {
         "TRITONNET_TEST_DEVICE": "cpu:0",
         "TRITONNET_WARM": f"{target} {findings.path}",
         # The interpreters that xdist starts hear of -O by the environment only.
@@ -246,9 +238,8 @@ def run_tests(folder, cache, target, processes):
     command += ["-k", NOT_TESTS, *(f"tests/{name}.py" for name in TESTS)]
     log = folder / "log of the tests"
     with open(log, "w", encoding="utf-8") as file:
-        environment = {**_environment(folder, cache), **variables}
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            command, cwd=ROOT, env=environment(**variables), stdout=file, stderr=file, start_new_session=True
         )  # fmt: skip
     try:
         status = process.wait(TESTS_SECONDS)
@@ -256,8 +247,7 @@ def run_tests(folder, cache, target, processes):
         findings.add(left_out=f"tests that had not run after {TESTS_SECONDS} s")
         status = 0
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # those that it has started, too
+        kill_session(process)
         process.wait()
     lines = log.read_text("utf-8", "replace").splitlines()
     for line in sorted({line for line in lines if "crashed while running" in line}):

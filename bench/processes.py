@@ -1,0 +1,16 @@
+"""Processes that compile or launch kernels: what they inherit, and their end."""
+
+import contextlib
+import os
+import signal
+
+
+def environment(**variables):
+    """This process's environment, with kernels compiled and not interpreted, and with some variables set."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+
+
+def kill_session(process):
+    """Kill a process that has a session of its own, and all that it has started there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
