@@ -81,7 +81,8 @@ def classes_of(net):
 
 def batch(net, size, device, seed=0):
     torch.manual_seed(seed)
-    return torch.randn(size, device=device), torch.randint(classes_of(net), size[:1], device=device)
+    # Drawn on the CPU, and so the same on every device.
+    return torch.randn(size).to(device), torch.randint(classes_of(net), size[:1]).to(device)
 
 
 def by_torch(net, optimizer, images, labels):
