@@ -1,15 +1,14 @@
 """Swaps the torch.nn layers inside an existing model for tritonnet's, and back."""
 
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import nn
-
-Model = TypeVar("Model", bound=torch.nn.Module)
+from .fusion import FusedCall
+from .nn._plain import Model, check_model
 
 _LAYERS: dict[Any, Any] = {
     ours.__base__: ours for ours in (nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Linear, nn.CrossEntropyLoss)
@@ -30,6 +29,13 @@ def _reduce_ex(module, protocol):
     )
 
 
+class _Unheard:
+    """First of the bases of a class that is made here, of which those of others are not to be told."""
+
+    def __init_subclass__(cls, **kwargs):
+        pass
+
+
 @functools.cache
 def _converted(cls):
     """The class that does on our kernels what `cls` does, or `cls` where there is none."""
@@ -38,15 +44,11 @@ def _converted(cls):
             return ours
         # torch's Conv2d.forward calls _conv_forward, which subclasses override as well.
         kept = all(getattr(cls, name, None) is getattr(theirs, name, None) for name in ("forward", "_conv_forward"))
-        if issubclass(cls, theirs) and kept:
+        # A metaclass may do anything with a class of which it is told.
+        if issubclass(cls, theirs) and kept and type(cls) is type:
             members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-            return type(cls.__name__, (cls, ours), {**members, "_original": cls, "__reduce_ex__": _reduce_ex})
+            return type(cls.__name__, (_Unheard, cls, ours), {**members, "_original": cls, "__reduce_ex__": _reduce_ex})
     return cls
-
-
-def _check(model):
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def convert(model: Model) -> Model:
@@ -66,7 +68,7 @@ def convert(model: Model) -> Model:
     Raises:
         TypeError: model is not a torch.nn.Module.
     """
-    _check(model)
+    check_model(model)
     for module in model.modules():
         if not isinstance(module, LazyModuleMixin) and not parametrize.is_parametrized(module):
             cls: Any = type(module)
@@ -86,9 +88,10 @@ def revert(model: Model) -> Model:
     Raises:
         TypeError: model is not a torch.nn.Module.
     """
-    _check(model)
+    check_model(model)
     for module in model.modules():
         cls = type(module)
-        vars(module).pop("_fusion", None)  # what tritonnet.fuse has left there
+        if isinstance(module._compiled_call_impl, FusedCall):
+            module._compiled_call_impl = None
         module.__class__ = vars(cls).get("_original") or _REVERTED.get(cls, cls)
     return model

@@ -8,7 +8,6 @@ import torch
 
 from . import nn
 from .dispatch import implementation, launchers, on_device
-from .fusion import _CONV, _LINEAR
 from .nn._plain import _HOOKS, global_hooks, is_plain
 from .registration import watched
 
@@ -25,7 +24,8 @@ _SIZES = {(0, 256): 28, (2, 400): 28, (0, 400): 32, (2, 576): 32}
 
 
 _PADDINGS = {"valid": (0, 0), "same": (2, 2)}
-_FUSED_CONV, _FUSED_LINEAR = (*_CONV, nn.Conv2dReLUMaxPool2d, nn.Conv2dReLU), (*_LINEAR, nn.LinearReLU)
+_CONVOLUTIONS = torch.nn.Conv2d, nn.Conv2d, nn.Conv2dReLUMaxPool2d, nn.Conv2dReLU
+_LINEARS = torch.nn.Linear, nn.Linear, nn.LinearReLU
 
 
 class NotServed(Exception):
@@ -40,9 +40,22 @@ def default_format(device):
     return "tf32" if conv_precision() == linear_precision() == "tf32" else "ieee"
 
 
+def side_of(padding, features):
+    """Pixels a side of a LeNet's images, by the padding of its first convolution and the features of its first linear.
+
+    Raises:
+        NotServed: no LeNet has these.
+    """
+    pixels = _PADDINGS.get(padding, padding) if isinstance(padding, str) else padding
+    pixels = pixels[0] if isinstance(pixels, tuple) else pixels
+    if (pixels, features) not in _SIZES:
+        raise NotServed(f"{features} features after padding by {padding} are those of no image of 28 or 32 pixels")
+    return _SIZES[pixels, features]
+
+
 def _check_convolution(name, layer, filters, paddings):
     """The padding in pixels; NotServed unless it is a plain 5 x 5 convolution to so many filters."""
-    if not is_plain(layer, _FUSED_CONV):
+    if not is_plain(layer, _CONVOLUTIONS):
         raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
     padding = _PADDINGS.get(layer.padding, layer.padding)
     plain = layer.kernel_size == (5, 5) and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
@@ -54,7 +67,7 @@ def _check_convolution(name, layer, filters, paddings):
 
 
 def _check_linear(name, layer, inputs, outputs):
-    if not is_plain(layer, _FUSED_LINEAR):
+    if not is_plain(layer, _LINEARS):
         raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
     if layer.bias is None or (layer.in_features, layer.out_features) != (inputs, outputs):
         raise NotServed(f"{name} is not a linear layer with bias from {inputs} to {outputs}: {layer}")
@@ -68,9 +81,7 @@ def geometry_of(layers):
     if conv1.in_channels not in (1, 3) or conv2.in_channels != 6:
         raise NotServed(f"the convolutions take {conv1.in_channels} and {conv2.in_channels} channels, not 1 or 3 and 6")
     features = getattr(fc1, "in_features", None)
-    size = _SIZES.get((padding, features))
-    if size is None:
-        raise NotServed(f"{features} features after padding by {padding} are those of no image of 28 or 32 pixels")
+    size = side_of(padding, features)
     _check_linear("the first linear", fc1, features, 120)
     _check_linear("the second linear", fc2, 120, 84)
     _check_linear("the last linear", fc3, 84, classes := getattr(fc3, "out_features", 0))

@@ -1,109 +1,172 @@
-"""Finds the five layers of a LeNet in a model that is written as in any tutorial, and proves that it is one."""
+"""Finds a LeNet in a model that is written as in any tutorial, and proves that its forward does nothing else."""
 
-import inspect
+import contextlib
+import functools
+from typing import NamedTuple
 
 import torch
 
-from . import fusion, nn
-from .fusion import _CONV, _LINEAR, _POOL, _RELU, NotFused
-from .lenet_weights import NotServed
-from .nn._plain import _HOOKS, is_plain
+from .fusion import methods_of
+from .lenet_weights import NotServed, side_of
+from .nn._plain import _HOOKS, global_hooks
+from .rows import CONV, LINEAR, POOL, RELU, arguments_of, simplify, steps_of, window_of
 
-_CONVOLVED = ["convolution", "relu", "pool"]
-_FLATTENED = (torch.flatten, torch.Tensor.flatten)
-
-
-def _window(pool):
-    """Whether the arguments or the layer of a pooling make windows of 2 x 2 side by side."""
-    kernel, stride, padding = fusion._window(pool) or (None, None, None)
-    pairs = [(value, value) if isinstance(value, int) else value for value in (kernel, stride, padding)]
-    return pairs[0] == (2, 2) and pairs[1] in (None, (2, 2)) and pairs[2] == (0, 0)
+FLATTEN = "flatten"
+_FLATTENING = (torch.flatten, torch.reshape, "flatten", "view", "reshape")
+_STEPS = [CONV, RELU, POOL, CONV, RELU, POOL, FLATTEN, LINEAR, RELU, LINEAR, RELU, LINEAR]
 
 
-def _parts(name, module):
-    """[(kind, layer)] of what calling a module does; NotServed if it is nothing of a LeNet."""
-    if is_plain(module, (torch.nn.Sequential,)):
-        return [part for child, inner in module.named_children() for part in _parts(f"{name}.{child}", inner)]
-    if is_plain(module, (nn.Conv2dReLUMaxPool2d,)):
-        pool = module.pool_kernel_size, module.pool_stride, module.pool_padding, 1, False, False
-        if _window(pool):
-            return list(zip(_CONVOLVED, (module, None, None)))
-    if is_plain(module, (nn.Conv2dReLU,)):
-        return [("convolution", module), ("relu", None)]
-    if is_plain(module, (nn.LinearReLU,)):
-        return [("linear", module), ("relu", None)]
-    for kind, classes in (("convolution", _CONV), ("linear", _LINEAR), ("relu", _RELU)):
-        if is_plain(module, classes):
-            return [(kind, None if kind == "relu" else module)]
-    if is_plain(module, _POOL) and _window(module):
-        return [("pool", None)]
-    if is_plain(module, (torch.nn.Flatten,)) and (module.start_dim, module.end_dim) == (1, -1):
-        return [("flatten", None)]
-    raise NotServed(f"{name} is a {type(module).__name__} that no LeNet has, or has hooks")
+class _Found(NamedTuple):
+    """The result of a captured forward, in place of logits."""
+
+    layers: list
+    images: torch.Tensor
 
 
-def _node_parts(node, model):
-    """[(kind, layer)] of a node of the traced forward."""
-    if node.op == "call_module" and not node.kwargs and len(node.args) == 1:
-        return _parts(node.target, model.get_submodule(node.target))
-    if fusion._as_relu(node, model)[0]:
-        return [("relu", None)]
-    pool = fusion._as_pool(node, model)
-    if pool is not None and _window(pool):
-        return [("pool", None)]
-    rest = node.args[1:]
-    flattens = node.op == "call_function" and node.target in _FLATTENED or node.target == "flatten"
-    # view(-1, features) of what has `features` an image is a flattening: geometry_of compares the number.
-    reshapes = node.op == "call_method" and node.target in ("view", "reshape") and len(rest) == 2 and rest[0] == -1
-    if not node.kwargs and (flattens and rest == (1,) or reshapes and isinstance(rest[1], int)):
-        return [("flatten", rest[1] if reshapes else None)]
-    raise NotServed(f"its forward calls {node.target}, which no LeNet does")
+def _steps(node):
+    """What a call does; NotServed for what no LeNet does."""
+    steps = list(steps_of(node))
+    if node.target in _FLATTENING:
+        before, after = node.args[0].meta["example_value"], node.meta["example_value"]
+        # Whichever way it is told to make one row of each image.
+        steps = [FLATTEN] if before.dim() == 4 and after.dim() == 2 and before.shape[0] == after.shape[0] else []
+    if not steps:
+        raise NotServed(f"its forward calls {getattr(node.target, '__name__', node.target)}, which no LeNet does")
+    if POOL in steps:
+        window = window_of(node) if steps == [POOL] else node.args[8:]
+        if window[:3] != ((2, 2), (2, 2), (0, 0)):
+            raise NotServed(f"its pooling has windows of {window[0]} every {window[1]} pixels")
+    return steps
 
 
-def _chain(model, graph):
-    """[(kind, layer)] of a forward that hands one tensor from call to call."""
-    node, parts = next(iter(graph.nodes)), []
-    while True:
-        node = fusion._only_user(node)
-        if node is None:
+def _chain(graph):
+    """[(step, node)] of a graph that hands images from call to call; NotServed for any other."""
+    chain = []
+    for node in graph.nodes:
+        inputs = [i.meta.get("example_value") for i in node.all_input_nodes]
+        # Dynamo checks that the number of images is not negative.
+        of_size = bool(inputs) and all(isinstance(value, torch.SymInt | torch.SymBool) for value in inputs)
+        if node.op in ("placeholder", "output") or of_size:
+            continue
+        steps = _steps(node)
+        if len(node.users) != 1 or (chain and node.args[:1] != (chain[-1][1],)):
             raise NotServed("its forward is no chain of layers")
-        if node.op == "output":
-            return parts
-        parts += _node_parts(node, model)
+        chain += [(step, node) for step in steps]
+    kinds = [step for step, _ in chain]
+    for first in (0, 3):
+        # The largest pixel is the same before and after a rectifier.
+        if kinds[first : first + 3] == [CONV, POOL, RELU]:
+            kinds[first : first + 3] = _STEPS[:3]
+    if kinds != _STEPS:
+        raise NotServed(f"its layers are {', '.join(kinds)}")
+    return chain
+
+
+def _layers_of(graph):
+    """A function of the graph's inputs that makes the five layers of a LeNet of them; NotServed for another graph."""
+    simplify(graph)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    makers, chain = [], _chain(graph)
+    for step, node in chain:
+        if step not in (CONV, LINEAR):
+            continue
+        given = arguments_of(
+            node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1, pad_mode="zeros"
+        )
+        if any(given[name] is not None and given[name] not in inputs for name in ("weight", "bias")):
+            raise NotServed("its weights are computed")
+        sizes = list(given["weight"].meta["example_value"].shape)
+        if step == LINEAR:
+            make = functools.partial(torch.nn.Linear, sizes[1], sizes[0])
+        else:
+            padding = given["padding"]
+            if isinstance(padding, (tuple, list)) and len(padding) == 4:  # our operator's: top, bottom, left, right
+                if padding[0::2] != padding[1::2]:
+                    raise NotServed(f"it pads by {padding}")
+                padding = padding[0::2]
+            make = functools.partial(
+                torch.nn.Conv2d, sizes[1] * given["groups"], sizes[0], tuple(sizes[2:]), given["stride"], padding,
+                given["dilation"], given["groups"], padding_mode=given["pad_mode"],
+            )  # fmt: skip
+        makers.append((make, *(inputs.index(given[name]) if given[name] else None for name in ("weight", "bias"))))
+
+    first = inputs.index(chain[0][1].args[0])
+
+    def layers(*arguments):
+        made = []
+        for make, weight, bias in makers:
+            layer = make(bias=bias is not None, device="meta")
+            layer.weight = arguments[weight]
+            if bias is not None:
+                layer.bias = arguments[bias]
+            made.append(layer)
+        return _Found(made, arguments[first])
+
+    return layers
+
+
+@functools.cache
+def _backend(methods):
+    """The backend of torch.compile whose graphs have five layers for a result; one for each state of the methods."""
+    from .compiler import asks_if_compiled, only_computes
+
+    def backend(graph_module, example_inputs):
+        if asks_if_compiled() or not only_computes():
+            raise NotServed("its forward does more than compute its result")
+        layers = _layers_of(graph_module.graph)
+        return lambda *arguments: (layers(*arguments),)
+
+    return backend
+
+
+@contextlib.contextmanager
+def _modes(model, training):
+    """Has all modules be in training or in evaluation; their methods are not called."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = training
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _captured(model, channels, side):
+    """The five layers of a model for images of so many pixels a side; NotServed if its forward is no LeNet's."""
+    p = next(model.parameters())
+    images = torch.zeros(2, channels, side, side, dtype=p.dtype, device=p.device)
+    # For any number of images: a forward to which it makes a difference cannot be captured.
+    torch._dynamo.decorators.mark_unbacked(images, 0)
+    torch._dynamo.mark_static(images, [1, 2, 3])
+    try:
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64):
+            result = torch.compile(model.forward, backend=_backend(methods_of(model)), fullgraph=True)(images)
+    except Exception as e:
+        reason = getattr(e, "inner_exception", e)
+        if isinstance(reason, NotServed):
+            raise reason from None
+        raise NotServed(f"it cannot be captured: {str(reason).strip().partition(chr(10))[0]}") from None
+    if not isinstance(result, _Found) or result.images is not images:
+        raise NotServed("its forward does not give logits of its images alone")
+    return result.layers
 
 
 def find_layers(model):
-    """conv1, conv2, fc1, fc2 and fc3 of a model that computes what a LeNet of them does; NotServed if it may not."""
-    cls = type(model)
-    # tritonnet.fuse puts a class with another forward in front.
-    original = vars(cls).get("_original", cls)
-    if "forward" in vars(model) or any(getattr(model, name) for name in _HOOKS):
-        raise NotServed("the model has hooks, or its forward was replaced")
-    if len(inspect.signature(original.forward).parameters) != 2:
-        raise NotServed("its forward takes more than images")
-    chains, training = [], model.training
-    try:
-        model.__class__ = original
-        if not isinstance(model, torch.nn.Sequential):
-            fusion._check_code(original.forward, original, set())
-        for mode in (True, False):
-            model.training = mode  # of this module alone: those in it stay calls
-            chains.append(_chain(model, fusion._trace(model)[0]))
-    except NotFused as e:
-        raise NotServed(str(e)) from None
-    finally:
-        model.__class__, model.training = cls, training
-    if chains[0] != chains[1]:
+    """conv1, conv2, fc1, fc2 and fc3 that compute what a model does, with its parameters; NotServed if they may not.
+
+    Dynamo captures the forward, in training and in evaluation, for any number of images; it is not run.
+    """
+    if global_hooks() or any(getattr(model, name) for name in _HOOKS):
+        raise NotServed("the model has hooks")
+    sizes = [tuple(p.shape) for p in model.parameters()]
+    channels = next((size[1] for size in sizes if len(size) == 4), 1)
+    features = next((size[1] for size in sizes if len(size) == 2), 0)
+    padding = next((layer.padding for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)), 0)
+    found = []
+    for training in (True, False):
+        with _modes(model, training):
+            found.append(_captured(model, channels, side_of(padding, features)))
+    if [repr(layer) for layer in found[0]] != [repr(layer) for layer in found[1]]:
         raise NotServed("its forward is another in evaluation")
-    kinds = [kind for kind, _ in chains[0]]
-    # The largest pixel is the same before and after a rectifier.
-    pooled_first = ["convolution", "pool", "relu"]
-    kinds[:6] = [
-        kind for i in (0, 3) for kind in (_CONVOLVED if kinds[i : i + 3] == pooled_first else kinds[i : i + 3])
-    ]
-    if kinds != [*_CONVOLVED, *_CONVOLVED, "flatten", "linear", "relu", "linear", "relu", "linear"]:
-        raise NotServed(f"its layers are {', '.join(kinds)}")
-    layers = [layer for kind, layer in chains[0] if kind in ("convolution", "linear")]
-    if chains[0][6][1] not in (None, layers[2].in_features):
-        raise NotServed(f"it takes {chains[0][6][1]} features for an image's")
-    return layers
+    return found[0]

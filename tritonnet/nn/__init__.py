@@ -19,6 +19,13 @@ __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
 __all__ += ["Conv2dReLU", "Conv2dReLUMaxPool2d", "LinearChain", "LinearReLU"]
 
 
+# What torch's layers do by themselves. Others replace it, on torch's classes or on a layer, and mean ours as well.
+_CONVOLVE, _CONV2D, _MAX_POOL2D, _RELU, _LINEAR, _CROSS_ENTROPY = (
+    _torch.Conv2d._conv_forward, _torch.Conv2d.forward, _torch.MaxPool2d.forward, _torch.ReLU.forward,
+    _torch.Linear.forward, _torch.CrossEntropyLoss.forward,
+)  # fmt: skip
+
+
 class Conv2d(_torch.Conv2d):
     """torch.nn.Conv2d on tritonnet's kernels: the same arguments, parameters and state_dict.
 
@@ -27,10 +34,17 @@ class Conv2d(_torch.Conv2d):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if _torch.Conv2d._conv_forward is not _CONVOLVE:
+            return super()._conv_forward(input, weight, bias)
         return functional._conv2d(
-            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+            input, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
         )
+
+    def _is_torchs(self):
+        """Whether nobody has replaced how convolutions are computed, by this layer or by all."""
+        untouched = _torch.Conv2d._conv_forward is _CONVOLVE and _torch.Conv2d.forward is _CONV2D
+        return untouched and "_conv_forward" not in vars(self)
 
 
 class MaxPool2d(_torch.MaxPool2d):
@@ -40,6 +54,8 @@ class MaxPool2d(_torch.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Any:
+        if _torch.MaxPool2d.forward is not _MAX_POOL2D:
+            return super().forward(input)
         return functional.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )
@@ -52,6 +68,8 @@ class ReLU(_torch.ReLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if _torch.ReLU.forward is not _RELU:
+            return super().forward(input)
         return functional.relu(input, self.inplace)
 
 
@@ -62,6 +80,8 @@ class Linear(_torch.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if _torch.Linear.forward is not _LINEAR:
+            return super().forward(input)
         return functional.linear(input, self.weight, self.bias)
 
 
@@ -69,6 +89,8 @@ class Conv2dReLU(Conv2d):
     """Conv2d followed by ReLU, in one kernel: the arguments, parameters and state_dict of Conv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self._is_torchs():
+            return functional.relu(super().forward(input))
         return functional._conv2d_relu(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
         )
@@ -98,6 +120,9 @@ class Conv2dReLUMaxPool2d(Conv2d):
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self._is_torchs():
+            window = self.pool_kernel_size, self.pool_stride, self.pool_padding
+            return functional.max_pool2d(functional.relu(super().forward(input)), *window)
         return functional._conv2d_relu_max_pool2d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode,
             self.pool_kernel_size, self.pool_stride, self.pool_padding,
@@ -108,6 +133,8 @@ class LinearReLU(Linear):
     """Linear followed by ReLU, in one kernel: the arguments, parameters and state_dict of Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if _torch.Linear.forward is not _LINEAR:
+            return functional.relu(super().forward(input))
         return functional.linear_relu(input, self.weight, self.bias)
 
 
@@ -153,6 +180,8 @@ class CrossEntropyLoss(_torch.CrossEntropyLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if _torch.CrossEntropyLoss.forward is not _CROSS_ENTROPY:
+            return super().forward(input, target)
         return functional.cross_entropy(
             input, target, self.weight,
             ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing,

@@ -1,6 +1,11 @@
 """Tells whether layers may be run as one: what somebody has attached to them would not be heard of."""
 
+from typing import TypeVar
+
+from torch.nn import Module
 from torch.nn.modules import module as _torch
+
+Model = TypeVar("Model", bound=Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
@@ -9,7 +14,7 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 def is_plain(module, classes):
     """Whether calling the module does what its class, one of `classes`, does and nothing else."""
     attributes = vars(module)
-    if type(module) not in classes or "forward" in attributes:
+    if type(module) not in classes or "forward" in attributes or "_conv_forward" in attributes:
         return False
     # A loop: a LeNet of one launch asks five times for each batch, and generators take as long as the launch.
     for name in _HOOKS:
@@ -24,3 +29,8 @@ def global_hooks():
         if getattr(_torch, name):
             return True
     return False
+
+
+def check_model(model):
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

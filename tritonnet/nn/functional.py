@@ -429,18 +429,21 @@ def _linear(name, operator, rest, input, weight, bias):
         )
     if weight.dim() == 1:
         return _linear(name, operator, rest, input, weight.unsqueeze(0), None).squeeze(-1)
+    usual = bias is None or bias.shape == weight.shape[:1]
+    if usual and input.dim() == 2:
+        return operator(input, weight, bias)
     size = (*input.shape[:-1], weight.shape[0])
-    fused = None
-    if bias is not None:
+    fused, rest_of_bias = (bias, None) if usual else (None, bias)
+    if not usual:
         try:
             full = bias.expand(size)
         except RuntimeError:
             raise RuntimeError(f"{name}: bias must broadcast to {list(size)}, got {list(bias.shape)}") from None
-        fused, bias = (bias.expand(size[-1:]), None) if bias.dim() <= 1 else (None, full)
+        fused, rest_of_bias = (bias.expand(size[-1:]), None) if bias.dim() <= 1 else (None, full)
     rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
-    if bias is None:
+    if rest_of_bias is None:
         return operator(rows, weight, fused).view(size)
-    return rest(ops.linear(rows, weight, None).view(size) + bias)
+    return rest(ops.linear(rows, weight, None).view(size) + rest_of_bias)
 
 
 def linear_chain(input, weights, biases=None):

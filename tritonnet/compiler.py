@@ -1,0 +1,201 @@
+"""The backend "tritonnet" of torch.compile: Dynamo captures a graph, soundly, and this fuses the rows in it.
+
+    torch.compile(model, backend="tritonnet")
+    torch.compile(model, backend="tritonnet", options={"backend": "inductor"})
+
+The graph runs as it is otherwise, or another backend compiles it. What `fuse` and TrainStep need to know of Dynamo
+beside its public interface, of torch 2.11 to 2.13, stands in this file: the translator that captures now
+(InstructionTranslator.current_tx), whether the code asks if it is compiled (inconsistent_side_effects) or does more
+than compute (output.side_effects, the two kinds of mutation), SkipFrame, by which a backend has a frame run as Python,
+and who is told that a capture begins (on_compile_start).
+"""
+
+import collections
+import threading
+
+import torch
+from torch import fx
+from torch._dynamo import config
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.callback import callback_handler, on_compile_start
+from torch._dynamo.exc import SkipFrame
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import counters
+from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch.utils.checkpoint import checkpoint
+
+from .rows import fuse_rows
+
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+class Faithful(threading.local):
+    """Has what is captured inside of it do as eager does: hear of hooks that come later, and raise eager's errors.
+
+    What cannot be captured, a wrong shape for one, runs as Python. Dynamo's settings cost more than a call that finds
+    its graph, and so they are made when a capture begins, and taken back at the end of the call.
+    """
+
+    settings = {"skip_nnmodule_hook_guards": False, "suppress_errors": True}
+    calls, before = 0, None
+
+    def begin(self):
+        if self.calls and self.before is None:
+            self.before = {name: getattr(config, name) for name in self.settings}
+            for name, value in self.settings.items():
+                setattr(config, name, value)
+
+    def __enter__(self):
+        self.calls += 1
+        if _begin not in callback_handler.start_callbacks:  # torch.compiler.reset() forgets it
+            on_compile_start(_begin)
+
+    def __exit__(self, *_):
+        self.calls -= 1
+        if self.before is not None and not self.calls:
+            for name, value in self.before.items():
+                setattr(config, name, value)
+            self.before = None
+
+
+faithful = Faithful()
+
+
+def _begin(_=None):
+    faithful.begin()
+
+
+def asks_if_compiled():
+    """Whether the code that is captured now asks, as by torch.compiler.is_compiling, and hears another answer."""
+    return InstructionTranslator.current_tx().inconsistent_side_effects
+
+
+def only_computes():
+    """Whether running the code that is captured now leaves nothing behind but its result."""
+    effects = InstructionTranslator.current_tx().output.side_effects
+    modified = filter(effects.is_modified, effects.id_to_variable.values())
+    # What is new is seen outside only if something else is made to hold it.
+    kinds = [type(variable.mutation_type) for variable in modified]
+    return not (set(kinds) - {AttributeMutationNew, ValueMutationNew} or effects.tensor_hooks)
+
+
+def _assert(condition, message="", *_):
+    if not condition:
+        raise AssertionError(message)
+
+
+def _checkpoint(body, *args, **options):
+    """What eager does where Dynamo has a mark for the partitioner of other backends."""
+    context_fn = body.meta.get("_checkpoint_context_fn")
+    given = {**options, "use_reentrant": False, **({"context_fn": context_fn} if context_fn else {})}
+    return checkpoint(body, *args, **given)
+
+
+def graphs_of(graph_module):
+    """The GraphModule and those in it, such as the body of a checkpoint."""
+    return [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
+
+
+def _as_eager_does(graph_module):
+    for node in graph_module.graph.nodes:
+        if node.target == _CHECKPOINT:
+            node.target = _checkpoint
+        elif node.target == torch._assert_async:
+            node.target = _assert
+
+
+class Backend:
+    """A backend of torch.compile that fuses rows.
+
+    Args:
+        name: of the model, for the report.
+        report: function that is called with a line for each graph, or None.
+        faithful: have code that torch.compile would give other results than eager's run as Python.
+    """
+
+    __name__ = "tritonnet"
+
+    def __init__(self, name="", report=None, faithful=False):
+        self.name, self.report, self.faithful = name, report, faithful
+        self._graphs, self._breaks, self.failure = 0, collections.Counter(counters["graph_break"]), None
+
+    def __call__(self, *arguments, **options):
+        """See `compile`. What it fails by is kept: Dynamo may be told to go on as Python."""
+        try:
+            return self.compile(*arguments, **options)
+        except SkipFrame:
+            raise
+        except Exception as e:
+            self.failure = e
+            raise
+
+    def compile(self, graph_module, example_inputs, *, mode=None, options=None):
+        """Compile a graph.
+
+        Args:
+            mode: of torch.compile; any but the default is the inductor's.
+            options: of torch.compile: "backend", the one that compiles what is left, and that one's own.
+
+        Raises:
+            ValueError: options without a backend to take them.
+        """
+        self._report_breaks()
+        options = dict(options or {})
+        inner = options.pop("backend", None if mode is None else "inductor")
+        if options and inner is None:
+            raise ValueError(f"tritonnet: options must be 'backend' or those of that backend, got {list(options)}")
+        graphs = graphs_of(graph_module)
+        if self.faithful:
+            self._leave_to_python(graphs)
+        self._graphs += 1
+        found, left = [], []
+        for module in graphs:
+            of_module = fuse_rows(module.graph)
+            found, left = found + of_module[0], left + of_module[1]
+            if inner is None:
+                _as_eager_does(module)
+            module.graph.lint()
+            module.recompile()
+        self._say(f"graph {self._graphs}: {_in_words(found, left)}")
+        if inner is None:
+            return graph_module.forward
+        if inner == "inductor" and mode is not None:
+            options = {**torch._inductor.list_mode_options(mode), **options}
+        given = {"config_patches" if inner == "inductor" else "options": options} if options else {}
+        return lookup_backend(inner)(graph_module, example_inputs, **given)
+
+    def _leave_to_python(self, graphs):
+        """Raise SkipFrame where the captured code does not compute what it does in eager."""
+        reason = None
+        if asks_if_compiled():
+            reason = "it asks whether it is compiled"
+        for node in (node for module in graphs for node in module.graph.nodes):
+            if node.target == _CHECKPOINT and node.kwargs.get("use_reentrant", True) is not False:
+                reason = "it has a reentrant checkpoint"
+        if reason:
+            self._say(f"left to Python: {reason}")
+            raise SkipFrame(reason)
+
+    def _report_breaks(self):
+        new = collections.Counter(counters["graph_break"]) - self._breaks
+        self._breaks += new
+        for reason in new:
+            self._say(f"graph break: {reason.strip().splitlines()[0]}")
+
+    def _say(self, line):
+        if self.report:
+            self.report(f"{self.name}, {line}")
+
+
+def _in_words(found, left):
+    of_reason = collections.defaultdict(list)
+    for name, why in left:
+        of_reason[why].append(name)
+    parts = [f"fused: {'; '.join(found)}" if found else "nothing to fuse"]
+    parts += [f"not {', '.join(names)}: {why}" for why, names in of_reason.items()]
+    return ". ".join(parts)
+
+
+def compile_graph(graph_module, example_inputs, *, mode=None, options=None):
+    """The backend "tritonnet"; see Backend.__call__."""
+    return Backend()(graph_module, example_inputs, mode=mode, options=options)

@@ -1,0 +1,273 @@
+"""Finds rows in a captured graph, convolution, rectifier and max-pooling, or linears and rectifiers, and fuses them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as torch_functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import ops
+from .kernels import shapes
+from .nn import functional as F
+
+CONV, LINEAR, RELU, POOL = "conv2d", "linear", "relu", "max_pool2d"
+
+
+def _relu_(x):
+    ops.relu_(x)
+    return x
+
+
+def _max_pool2d(*arguments):
+    return ops.max_pool2d(*arguments)[0]
+
+
+def _conv2d_relu_max_pool2d(*arguments):
+    return ops.conv2d_relu_max_pool2d(*arguments)[0]
+
+
+# Operators of two results, and the functions of the first alone.
+_FIRST_OF = {ops.max_pool2d: _max_pool2d, ops.conv2d_relu_max_pool2d: _conv2d_relu_max_pool2d}
+# Operators on rows, and the functions that make rows of anything.
+_WHOLE = {ops.linear: F.linear, ops.linear_relu: F.linear_relu}
+# What a call does, step by step.
+_STEPS = {
+    torch.conv2d: (CONV,), ops.conv2d: (CONV,), ops.conv2d_relu: (CONV, RELU),
+    _conv2d_relu_max_pool2d: (CONV, RELU, POOL),
+    torch_functional.linear: (LINEAR,), ops.linear: (LINEAR,), ops.linear_relu: (LINEAR, RELU),
+    F.linear: (LINEAR,), F.linear_relu: (LINEAR, RELU),
+    torch.relu: (RELU,), torch.relu_: (RELU,), torch_functional.relu: (RELU,), ops.relu: (RELU,), _relu_: (RELU,),
+    "relu": (RELU,), "relu_": (RELU,),
+    torch.max_pool2d: (POOL,), torch_functional.max_pool2d: (POOL,), _max_pool2d: (POOL,),
+}  # fmt: skip
+# The largest of a window is the same before a rectifier and behind it.
+_ROWS = (CONV, RELU, POOL), (CONV, POOL, RELU), (CONV, RELU)
+_DROPOUTS = (
+    torch_functional.dropout, torch_functional.dropout1d, torch_functional.dropout2d, torch_functional.dropout3d,
+    torch_functional.alpha_dropout, torch_functional.feature_alpha_dropout,
+)  # fmt: skip
+
+
+def _shape(node):
+    return tuple(node.meta["example_value"].shape)
+
+
+def arguments_of(node, *names, **defaults):
+    """{name: argument} of a call whose arguments have these names, in this order."""
+    return {**defaults, **dict(zip((*names, *defaults), node.args)), **node.kwargs}
+
+
+def window_of(node):
+    """(kernel, stride, padding, ceil_mode) of a pooling by constants, None for one that the fused kernels lack."""
+    given = arguments_of(
+        node, "input", "kernel_size", stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+    )
+    pairs = [_pair(given[name]) for name in ("kernel_size", "stride", "padding", "dilation")]
+    if pairs[0] is None or None in pairs[2:] or pairs[3] != (1, 1) or given["return_indices"]:
+        return None
+    stride = pairs[0] if given["stride"] in (None, [], ()) else pairs[1]
+    return None if stride is None else (pairs[0], stride, pairs[2], given["ceil_mode"])
+
+
+def _pair(value):
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return (values[0], values[-1]) if len(values) in (1, 2) and all(type(v) is int for v in values) else None
+
+
+def steps_of(node):
+    """What the node does, in the words of this file; () for what is no part of a row."""
+    steps = _STEPS.get(node.target, ()) if node.op in ("call_function", "call_method") else ()
+    return () if steps == (POOL,) and window_of(node) is None else steps
+
+
+def follow(node):
+    """[(node, steps)] from this node on, while each hands its result to the next one alone."""
+    found = []
+    while node is not None and (steps := steps_of(node)):
+        found.append((node, steps))
+        node = _behind(node)
+    return found
+
+
+def _behind(node):
+    """The next step of a row: the one node that takes this one's result, and nothing else but weights."""
+    user = next(iter(node.users), None)
+    if len(node.users) != 1 or not steps_of(user):
+        return None
+    given = [*user.args, *user.kwargs.values()]
+    is_input = user.args[:1] == (node,) or user.kwargs.get("input") is node
+    others = 0 if steps_of(user)[0] == LINEAR else len(user.all_input_nodes) - 1
+    return user if is_input and not others and sum(argument is node for argument in given) == 1 else None
+
+
+def simplify(graph):
+    """Leave out dropout that does nothing, and have operators of several results or none give the one that is used."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _DROPOUTS:
+            given = arguments_of(node, "input", p=0.5, training=True)
+            if given["training"] is False:
+                node.replace_all_uses_with(given["input"])
+                graph.erase_node(node)
+        elif node.target == ops.relu_:
+            (x,) = node.args
+            node.target, node.meta = _relu_, dict(x.meta)
+            x.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
+        elif node.target in _WHOLE and (x := _rows_of(node)) is not None:
+            (view,) = node.users
+            rows, node.args = node.args[0], (x, *node.args[1:])
+            node.target, node.meta = _WHOLE[node.target], dict(view.meta)
+            view.replace_all_uses_with(node)
+            graph.erase_node(view)
+            graph.erase_node(rows)
+        elif node.target in _FIRST_OF and [user.args[1:] for user in node.users] == [(0,)]:
+            (item,) = node.users
+            node.target, node.meta = _FIRST_OF[node.target], dict(item.meta)
+            item.replace_all_uses_with(node)
+            graph.erase_node(item)
+
+
+def _rows_of(linear):
+    """What our linear has been given of more than two dimensions, if that is how its rows were made."""
+    rows, user = linear.args[0], next(iter(linear.users), None)
+    if (rows.op, rows.target, rows.args[1:], len(rows.users)) != ("call_method", "flatten", (0, -2), 1):
+        return None
+    if len(linear.users) != 1 or (user.op, user.target) != ("call_method", "view"):
+        return None
+    x = rows.args[0]
+    return x if _shape(user)[:-1] == _shape(x)[:-1] and user.args[0] is linear else None
+
+
+class Row(NamedTuple):
+    """Nodes of a graph and the one call that does what they do.
+
+    Attributes:
+        nodes: from first to last.
+        function, args, kwargs: the call.
+        taken_early: those behind the first that take more than its result, which the call takes before they would.
+    """
+
+    nodes: list
+    function: Callable
+    args: tuple
+    kwargs: dict
+    taken_early: tuple = ()
+
+
+def _of_convolution(conv):
+    """The Rows that start with a convolution, the longest first."""
+    parts = follow(conv)[:3]
+    steps = [sum((steps for _, steps in parts[: i + 1]), ()) for i in range(len(parts))]
+    by_operator = conv.target in (ops.conv2d, ops.conv2d_relu)
+    for row in _ROWS:
+        if row not in steps[1:]:
+            continue
+        nodes = [node for node, _ in parts[: steps.index(row) + 1]]
+        window = next((window_of(node) for node in nodes if steps_of(node) == (POOL,)), None)
+        if window and window[3]:
+            continue
+        if window is None:
+            yield Row(nodes, ops.conv2d_relu if by_operator else F.conv2d_relu, conv.args, conv.kwargs)
+        elif by_operator:
+            yield Row(nodes, _conv2d_relu_max_pool2d, (*conv.args, *window[:3]), {})
+        else:
+            names = "pool_kernel_size", "pool_stride", "pool_padding"
+            yield Row(nodes, F.conv2d_relu_max_pool2d, conv.args, {**conv.kwargs, **dict(zip(names, window))})
+
+
+def _of_linear(linear):
+    """The Rows that start with a linear: a chain that one launch takes, the linear with its rectifier."""
+    nodes, steps = [], ()
+    for node, of_node in follow(linear):
+        if of_node[0] != (RELU if steps[-1:] == (LINEAR,) else LINEAR):
+            break
+        nodes, steps = [*nodes, node], steps + of_node
+    layers = [node for node in nodes if steps_of(node)[0] == LINEAR]
+    given = [arguments_of(node, "input", "weight", bias=None) for node in layers]
+    weights, biases = [g["weight"] for g in given], [g["bias"] for g in given]
+    sizes = list(map(_shape, weights))
+    # One behind which a rectifier comes is none's last: those two are a row of their own.
+    if steps[-1] == LINEAR and all(len(size) == 2 for size in sizes):
+        if shapes.linear_chain_serves(sizes[0][1], [size[0] for size in sizes]):
+            yield Row(nodes, F.linear_chain, (given[0]["input"], weights, biases), {}, tuple(layers[1:]))
+    if steps_of(linear) == (LINEAR,) and len(nodes) > 1:
+        function = ops.linear_relu if linear.target == ops.linear else F.linear_relu
+        yield Row(nodes[:2], function, linear.args, linear.kwargs)
+
+
+def _is_value(node):
+    """Whether the node computes tensors or sizes, and does not change how others do."""
+    value = node.meta.get("example_value")
+    values = value if isinstance(value, (tuple, list)) and value else (value,)
+    return all(isinstance(v, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values)
+
+
+def _why_not(row):
+    """What keeps the call, in the place of the first node, from doing what they all do; None for nothing."""
+    between, node = [], row.nodes[0].next
+    while node is not row.nodes[-1]:
+        if node not in row.nodes and node.op not in ("placeholder", "get_attr"):
+            between.append(node)
+        node = node.next
+    if not all(map(_is_value, between)):
+        return "autograd, autocast or the like changes in between"
+    # Their weights may be made or written there.
+    if row.taken_early and between:
+        return f"{_called(between[0])} comes in between"
+    inputs = [i for node in (row.nodes[0], *row.taken_early) for i in node.all_input_nodes]
+    if any(is_traceable_wrapper_subclass(i.meta.get("example_value")) for i in inputs):
+        return "its tensors are of a class of their own, which may not know the fused operators"
+    return None
+
+
+def _alone(node):
+    """Why nothing is fused with this convolution or linear."""
+    users = list(node.users)
+    if len(users) > 1:
+        return f"its result is used {len(users)} times"
+    return f"{_called(users[0])} comes behind it" if users and users[0].op != "output" else "nothing comes behind it"
+
+
+def _called(node):
+    return getattr(node.target, "__name__", str(node.target)).removesuffix(".default").strip("_")
+
+
+def _name(node):
+    """The layer that a node belongs to, or what it calls."""
+    stack = node.meta.get("nn_module_stack")
+    path = list(stack.values())[-1][0] if stack else ""
+    return path.partition(".")[2] if isinstance(path, str) and "." in path else _called(node)
+
+
+def fuse_rows(graph):
+    """Replace every row of a torch.fx graph by one call, with what eager does in mind: order, aliases, writes in place.
+
+    Args:
+        graph: torch.fx.Graph whose nodes have their tensors in meta["example_value"], as Dynamo's have.
+
+    Returns:
+        ([words for each row], [(name, why)] of the convolutions and linears that stay as they are).
+    """
+    simplify(graph)
+    found, left, gone = [], [], set()
+    for node in list(graph.nodes):
+        if node in gone or (steps := steps_of(node))[:1] not in ((CONV,), (LINEAR,)):
+            continue
+        rows = [(row, _why_not(row)) for row in (_of_convolution if steps[0] == CONV else _of_linear)(node)]
+        row = next((row for row, why in rows if not why), None)
+        if row is None and len(steps) > 1:
+            continue  # a fused layer
+        if row is None:
+            left.append((_name(node), rows[0][1] if rows else _alone(node)))
+            continue
+        found.append(", ".join(_name(n) if steps_of(n)[0] in (CONV, LINEAR) else steps_of(n)[0] for n in row.nodes))
+        with graph.inserting_before(node):
+            new = graph.call_function(row.function, row.args, row.kwargs)
+        new.meta = dict(row.nodes[-1].meta)
+        row.nodes[-1].replace_all_uses_with(new)
+        for old in reversed(row.nodes):
+            graph.erase_node(old)
+        gone.update(row.nodes)
+    return found, left
