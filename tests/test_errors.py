@@ -58,6 +58,7 @@ MAX_POOL2D = [
     ((X, 2), dict(dilation=0), ["dilation", "(0, 0)"]),
     ((X, 9), {}, ["kernel_size", "(9, 9)", "[2, 4, 8, 8]"]),
     ((X, 1.5), {}, ["kernel_size", "1.5"]),
+    ((X, 2), dict(ceil_mode=1), ["ceil_mode", "1"]),
     ((X.numpy(), 2), {}, ["input", "ndarray"]),
 ]
 RELU = [((np.zeros(2),), {}, ["input", "ndarray"]), ((None,), {}, ["input", "NoneType"])]

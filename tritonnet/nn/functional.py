@@ -317,6 +317,8 @@ def max_pool2d_with_indices(
 
 def _check_max_pool2d(name, prefix, images, kernel, stride, padding, dilation, ceil_mode):
     """The four pairs of the window over `images`, a size; the arguments' names start with `prefix`."""
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"{name}: {prefix}ceil_mode must be a bool, got {ceil_mode!r}")
     if any(size == 0 for size in images[1:]):
         raise RuntimeError(f"{name}: only the batch of input may be empty, got size {list(images)}")
 
