@@ -67,7 +67,7 @@ class Calls:
         """Forward through rectifier and pooling, whose window, stride and padding are `pool`, and both gradients."""
         x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c, k, k, last=last)
         g = ((1, 1), (pad,) * 4, (1, 1), 1, "zeros", *((value, value) for value in pool))
-        y, code = launchers.conv2d_relu_max_pool2d(x, w, self.tensor(oc), *g)
+        y, code = launchers.conv2d_relu_max_pool2d(x, w, self.tensor(oc), *g, False)
         if gradients:
             launchers.conv2d_relu_max_pool2d_input_grad(y, code, w, x.shape, *g)
             launchers.conv2d_relu_max_pool2d_weight_grad(y, code, x, w.shape, *g, True)

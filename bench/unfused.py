@@ -11,8 +11,9 @@ def conv2d_relu(*args, **kwargs):
     return F.relu(F.conv2d(*args, **kwargs))
 
 
-def conv2d_relu_max_pool2d(*args, pool_kernel_size=2, pool_stride=None, pool_padding=0, **kwargs):
-    return F.max_pool2d(conv2d_relu(*args, **kwargs), pool_kernel_size, pool_stride, pool_padding)
+def conv2d_relu_max_pool2d(*args, pool_kernel_size=2, pool_stride=None, pool_padding=0, pool_ceil_mode=False, **kwargs):
+    z = conv2d_relu(*args, **kwargs)
+    return F.max_pool2d(z, pool_kernel_size, pool_stride, pool_padding, ceil_mode=pool_ceil_mode)
 
 
 def linear_relu(*args):

@@ -7,6 +7,9 @@
 
 with ih, iw as in conv2d, and oh = qh * TH - UH + position / WW, ow = qw * TW - UW + position % WW
 
+What of a window lies outside z counts for nothing. With ceil_mode a last, partial window may reach past the end of z,
+which is no more than another QH and QW: they are the result's.
+
 C and OC count the channels of one group. z is rounded to its number format before it is compared, so that result and
 code are those of the three operators one after the other, to the bit; the rules for NaN and ties are max_pool2d's.
 """
@@ -105,9 +108,10 @@ def _forward(
     )  # fmt: skip
 
 
-def forward(x, w, bias, *geometry):
+def forward(x, w, bias, *geometry_ceil_mode):
     """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW)."""
-    y, code = shapes.conv2d_relu_max_pool2d(x, w, *geometry[:3], *geometry[5:])
+    *geometry, ceil_mode = geometry_ceil_mode
+    y, code = shapes.conv2d_relu_max_pool2d(x, w, *geometry[:3], *geometry[5:], ceil_mode)
     if y.numel() == 0:
         return y, code
     if w.shape[1] >= FLAT_BELOW:

@@ -205,9 +205,9 @@ def _forward(x, w, bias, y, code, form, stride, padding, dilation, pool_stride):
     )  # fmt: skip
 
 
-def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
+def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, *rest):
     """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form for lanes."""
-    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding)
+    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, *rest)
     if y.numel() > 0:
         _forward((x, w, bias, y, code), form, stride, padding, dilation, pool_stride)
     return y, code

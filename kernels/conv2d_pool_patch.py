@@ -56,9 +56,23 @@ PIXELS, SUMS = 64, 32
 PROGRAMS = 4 * 132
 
 
-def form_for(dtype, w_size, *geometry):
-    """The Form that serves these arguments of the fused operator, or None where conv2d_pool does."""
+def form_for(dtype, size, w_size, *geometry_ceil_mode):
+    """The Form that serves these arguments of the fused operator, or None where conv2d_pool does.
+
+    `size` is that of x. All four positions of a window count, so that each has to lie inside the convolution's result.
+    """
+    *geometry, ceil_mode = geometry_ceil_mode
+    if ceil_mode and _partial(size[2:], w_size[2:], *geometry[:3], *geometry[5:]):
+        return None
     return _form(number_format(dtype, precision()), w_size, *geometry)
+
+
+@remembered
+def _partial(size, kernel, stride, padding, dilation, *window):
+    """Whether ceil_mode adds windows, which reach past the convolution's result."""
+    before = shapes.conv2d_size(size, kernel, stride, padding, dilation)
+    whole, every = (shapes.max_pool2d_size(before, *window, (1, 1), ceil_mode) for ceil_mode in (False, True))
+    return whole != every
 
 
 @remembered
@@ -291,9 +305,9 @@ def _product(x, placed, bias, y, code, w_size, channels_last, form, stride, padd
     )  # fmt: skip
 
 
-def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
+def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, *rest):
     """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form with a product."""
-    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding)
+    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, *rest)
     if y.numel() == 0:
         return y, code
     channels_last = y.stride(1) < y.stride(3)

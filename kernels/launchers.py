@@ -35,7 +35,7 @@ def conv2d_relu(x, w, bias, stride, padding, dilation, groups, pad_mode):
 
 
 def conv2d_relu_max_pool2d(x, w, bias, *geometry):
-    form = _conv2d_pool_patch.form_for(x.dtype, w.shape, *geometry)
+    form = _conv2d_pool_patch.form_for(x.dtype, x.shape, w.shape, *geometry)
     if form is None:
         return _conv2d_pool.forward(x, w, bias, *geometry)
     return (_conv2d_pool_patch if form.product else _conv2d_pool_lanes).forward(form, x, w, bias, *geometry)

@@ -89,10 +89,10 @@ def _code_type(largest):
     return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
 
 
-def conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding):
+def conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding, ceil_mode):
     """The values, and the code of each window as in max_pool2d, or KH * KW where the rectifier let nothing through."""
     size = conv2d_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
-    size = max_pool2d_size(size, pool_kernel, pool_stride, pool_padding, (1, 1), False)
+    size = max_pool2d_size(size, pool_kernel, pool_stride, pool_padding, (1, 1), ceil_mode)
     y = _empty(x, (x.shape[0], w.shape[0], *size), x, w)
     return y, torch.empty_like(y, dtype=_code_type(pool_kernel[0] * pool_kernel[1]))
 

@@ -75,8 +75,8 @@ def calls(t):
         yield launchers.conv2d_input_grad, dy, w, x.shape, *ZEROS
         yield launchers.conv2d_weight_grad, dy, x, w.shape, *ZEROS, True
         y, code = t(n, oc, q, q), torch.empty(n, oc, q, q, dtype=torch.uint8)
-        yield launchers.conv2d_relu_max_pool2d, x, w, b, *ZEROS, *POOL
-        yield launchers.conv2d_relu_max_pool2d, x, w, None, *ZEROS, *POOL
+        yield launchers.conv2d_relu_max_pool2d, x, w, b, *ZEROS, *POOL, False
+        yield launchers.conv2d_relu_max_pool2d, x, w, None, *ZEROS, *POOL, False
         yield launchers.conv2d_relu_max_pool2d_input_grad, y, code, w, x.shape, *ZEROS, *POOL
         yield launchers.conv2d_relu_max_pool2d_weight_grad, y, code, x, w.shape, *ZEROS, *POOL, True
         yield launchers.max_pool2d, x, *WINDOW, False

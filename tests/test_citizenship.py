@@ -430,7 +430,7 @@ def operator_calls(device):
     dy = torch.randn_like(ops.conv2d(x, w, None, *conv)).requires_grad_()
     y, code = ops.max_pool2d(x.detach(), *window, False)
     pool = ([2, 2], [2, 1], [1, 0])
-    q, dead = ops.conv2d_relu_max_pool2d(x.detach(), w.detach(), None, *conv, *pool)
+    q, dead = ops.conv2d_relu_max_pool2d(x.detach(), w.detach(), None, *conv, *pool, True)
     dq, weight = torch.randn_like(q).requires_grad_(), t(4).detach().abs()
     layers = t(5, 4), t(5), t(2, 5), None, t(6, 2), t(6), None, None
     return {
@@ -438,7 +438,7 @@ def operator_calls(device):
         ops.conv2d_input_grad: (dy, w, list(x.shape), *conv),
         ops.conv2d_weight_grad: (dy, x, list(w.shape), *conv, True),
         ops.conv2d_relu: (x, w, t(6), *conv),
-        ops.conv2d_relu_max_pool2d: (x, w, t(6), *conv, *pool),
+        ops.conv2d_relu_max_pool2d: (x, w, t(6), *conv, *pool, True),
         ops.conv2d_relu_max_pool2d_input_grad: (dq, dead, w, list(x.shape), *conv, *pool),
         ops.conv2d_relu_max_pool2d_weight_grad: (dq, dead, x, list(w.shape), *conv, *pool, True),
         ops.max_pool2d: (x, *window, False),

@@ -15,19 +15,31 @@ from tritonnet import reference
 from tritonnet.kernels import conv2d_pool_grad
 from tritonnet.kernels import launchers as L
 
-# name: (N, C, H, W), (OC, KH, KW), stride, padding, dilation, and the pooling's window, stride and padding
+# name: (N, C, H, W), (OC, KH, KW), stride, padding, dilation, and the pooling's window, stride, padding and ceil_mode
 CASES = {
-    "LeNet conv1, smaller": ((3, 1, 16, 16), (6, 5, 5), 1, 0, 1, 2, 2, 0),
-    "LeNet conv2": ((3, 6, 14, 14), (16, 5, 5), 1, 0, 1, 2, 2, 0),
-    "two tiles of images": ((66, 2, 6, 6), (3, 3, 3), 1, 0, 1, 2, 2, 0),
-    "cut off, padded, two blocks of filters": ((2, 4, 9, 7), (17, 3, 3), 1, 1, 1, 2, 2, 0),
-    "strided, dilated": ((2, 2, 13, 12), (5, 3, 2), (1, 2), (2, 1), (2, 1), 2, 2, 0),
-    "stride and dilation 2": ((2, 1, 12, 13), (3, 2, 3), 2, 1, 2, 2, 2, 0),
-    "overlapping windows": ((1, 1, 8, 7), (9, 3, 3), 1, 1, 1, 2, 1, 1),
-    "windows apart, of three pixels": ((2, 3, 9, 10), (4, 2, 2), 1, 0, 1, (1, 3), (2, 4), (0, 1)),
-    "windows of one pixel": ((2, 2, 6, 5), (4, 1, 3), 1, 0, 1, 1, (2, 1), 0),
+    "LeNet conv1, smaller": ((3, 1, 16, 16), (6, 5, 5), 1, 0, 1, 2, 2, 0, False),
+    "LeNet conv2": ((3, 6, 14, 14), (16, 5, 5), 1, 0, 1, 2, 2, 0, False),
+    "two tiles of images": ((66, 2, 6, 6), (3, 3, 3), 1, 0, 1, 2, 2, 0, False),
+    "cut off, padded, two blocks of filters": ((2, 4, 9, 7), (17, 3, 3), 1, 1, 1, 2, 2, 0, False),
+    "strided, dilated": ((2, 2, 13, 12), (5, 3, 2), (1, 2), (2, 1), (2, 1), 2, 2, 0, False),
+    "stride and dilation 2": ((2, 1, 12, 13), (3, 2, 3), 2, 1, 2, 2, 2, 0, False),
+    "overlapping windows": ((1, 1, 8, 7), (9, 3, 3), 1, 1, 1, 2, 1, 1, False),
+    "windows apart, of three pixels": ((2, 3, 9, 10), (4, 2, 2), 1, 0, 1, (1, 3), (2, 4), (0, 1), False),
+    "windows of one pixel": ((2, 2, 6, 5), (4, 1, 3), 1, 0, 1, 1, (2, 1), 0, False),
+    # Results of the convolution: 7 x 9, 9 x 7, 9 x 10, 6 x 5, 8 x 8, 6 x 5 and 1 x 2 pixels.
+    "ceil_mode, one channel": ((3, 1, 8, 10), (6, 2, 2), 1, 0, 1, 2, 2, 0, True),
+    "ceil_mode, padded, two blocks of filters": ((2, 4, 9, 7), (17, 3, 3), 1, 1, 1, 2, 2, 0, True),
+    "ceil_mode, strided, windows apart": ((2, 1, 17, 19), (5, 3, 3), 2, 1, 1, 2, 3, 0, True),
+    "ceil_mode, a window of padding is dropped": ((2, 6, 7, 6), (4, 2, 2), 1, 0, 1, 2, 2, 1, True),
+    "ceil_mode, windows of three pixels": ((2, 3, 9, 9), (4, 2, 2), 1, 0, 1, (1, 3), (2, 4), (0, 1), True),
+    "ceil_mode, windows of one pixel": ((2, 2, 6, 7), (4, 1, 3), 1, 0, 1, 1, 2, 0, True),
+    "ceil_mode, a window larger than the result": ((2, 2, 3, 4), (4, 3, 3), 1, 0, 1, 2, 2, 0, True),
 }  # fmt: skip
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+EACH_FORMAT = (
+    "LeNet conv1, smaller", "cut off, padded, two blocks of filters", "ceil_mode, padded, two blocks of filters",
+    "ceil_mode, a window of padding is dropped",
+)  # fmt: skip
 
 
 def pair(value):
@@ -36,7 +48,7 @@ def pair(value):
 
 def geometry(case):
     """What the launchers take after their tensors."""
-    stride, (ph, pw), dilation, *pool = map(pair, CASES[case][2:])
+    stride, (ph, pw), dilation, *pool = map(pair, CASES[case][2:-1])
     return stride, (ph, ph, pw, pw), dilation, 1, "zeros", *pool
 
 
@@ -44,7 +56,7 @@ def tensors(case, dtype):
     """x, w, and a pooled gradient and code of their convolution, in float64 of as many digits as dtype has."""
     size, (OC, *kernel) = CASES[case][:2]
     x, w, b = (torch.randn(s).to(dtype).double() for s in (size, (OC, size[1], *kernel), (OC,)))
-    y, code = reference.conv2d_relu_max_pool2d(x, w, b, *geometry(case))
+    y, code = reference.conv2d_relu_max_pool2d(x, w, b, *geometry(case), CASES[case][-1])
     return x, w, torch.randn(y.shape).to(dtype).double(), code
 
 
@@ -80,7 +92,7 @@ def test_against_float64(case):
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-@pytest.mark.parametrize("case", ["LeNet conv1, smaller", "cut off, padded, two blocks of filters"])
+@pytest.mark.parametrize("case", EACH_FORMAT)
 def test_channels_last_in_each_format(case, dtype):
     last = dict(memory_format=torch.channels_last)
     dx = check(case, dtype, *tensors(case, dtype), lambda t: t.contiguous(**last))

@@ -50,7 +50,7 @@ def arguments(case):
         (v, v) if isinstance(v := options[name], int) else v
         for name in ("stride", "dilation", "padding", "pool_stride")
     )
-    return stride, (*padding[:1] * 2, *padding[1:] * 2), dilation, 1, "zeros", (2, 2), pool_stride, (0, 0)
+    return stride, (*padding[:1] * 2, *padding[1:] * 2), dilation, 1, "zeros", (2, 2), pool_stride, (0, 0), False
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
@@ -108,3 +108,22 @@ def test_a_bias_with_gaps_and_no_images(dtype, device):
         dense = F.conv2d_relu_max_pool2d(*(t.transpose(2, 3).contiguous() for t in (x, w)), b[::2].contiguous())
         assert torch.equal(spread, dense)
         assert F.conv2d_relu_max_pool2d(x[:0], w).shape == (0, 4, 3, 3)
+
+
+# What ceil_mode adds a window to, on one side or both, has the general form; to the others it makes no difference.
+PARTIAL = "cut off on both sides", "padded, filters left over", "strided, dilated", "more filters than columns"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ceil_mode(case, dtype, device):
+    size, filters, _ = CASES[case]
+    x, w, b = (integers(s, 2).to(device, dtype) for s in (size, filters, filters[:1]))
+    *geometry, _ = arguments(case)
+    with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
+        ours = ops.conv2d_relu_max_pool2d(x, w, b, *geometry, True)
+    with tritonnet.backend("reference"):
+        theirs = ops.conv2d_relu_max_pool2d(x, w, b, *geometry, True)
+        whole = ops.conv2d_relu_max_pool2d(x, w, b, *geometry, False)
+    assert (theirs[0].shape != whole[0].shape) == (case in PARTIAL)
+    assert few_channels(launches) if case not in PARTIAL else launches == {"conv2d_relu_max_pool2d_forward_kernel": 1}
+    assert all(map(torch.equal, ours, theirs))

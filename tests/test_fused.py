@@ -23,13 +23,31 @@ CASES = {
     "depthwise": ((2, 5, 9, 8), (10, 1, 3, 3), {"groups": 5}, {}),
     "same": ((1, 3, 8, 8), (4, 3, 4, 4), {"padding": "same"}, {"kernel_size": 3}),
     "windows of one pixel": ((2, 3, 6, 6), (4, 3, 3, 3), {}, {"kernel_size": 1, "stride": 2}),
+    # Results of the convolution: 6 x 7, 8 x 9, 7 x 5, 6 x 5, 5 x 4 and 4 x 5 pixels.
+    "ceil_mode, 3x3/2, few channels": (
+        (2, 3, 15, 17), (7, 3, 5, 5), {"stride": 2}, {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    ),
+    "ceil_mode, 3x3/2, many channels": (
+        (2, 18, 8, 9), (20, 18, 3, 3), {"padding": 1}, {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    ),
+    "ceil_mode, 2x2": ((2, 1, 8, 6), (5, 1, 2, 2), {}, {"ceil_mode": True}),
+    "ceil_mode, padded": (
+        (2, 6, 6, 5), (4, 3, 3, 3), {"padding": 1, "groups": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
+    ),
+    "ceil_mode, a window of padding is dropped": (
+        (2, 3, 6, 5), (4, 3, 2, 2), {}, {"kernel_size": 2, "padding": 1, "ceil_mode": True},
+    ),
+    "ceil_mode, windows of one pixel": (
+        (2, 6, 6, 7), (4, 6, 3, 3), {}, {"kernel_size": 1, "stride": 2, "ceil_mode": True},
+    ),
 }  # fmt: skip
 
 
 def layers(case):
     """The fused layer, and the layers one after the other, with the same parameters."""
     (_, C, _, _), (OC, _, *kernel), conv, pool = CASES[case]
-    pool = {"kernel_size": 2, "stride": None, "padding": 0, **pool}
+    pool = {"kernel_size": 2, "stride": None, "padding": 0, "ceil_mode": False, **pool}
     fused = nn.Conv2dReLUMaxPool2d(C, OC, kernel, **conv, **{f"pool_{name}": value for name, value in pool.items()})
     apart = nn.Sequential(nn.Conv2d(C, OC, kernel, **conv), nn.ReLU(), nn.MaxPool2d(**pool))
     apart[0].load_state_dict(fused.state_dict())
@@ -86,20 +104,22 @@ SPECIAL = {
 }
 
 
+@pytest.mark.parametrize("window", [(3, 2, 1), (3, 2, 0, 1, True), (2, 2, 0, 1, True)], ids=str)
 @pytest.mark.parametrize("values", SPECIAL)
-def test_special_values(values, backend, device):
+def test_special_values(values, window, backend, device):
     """A 1x1 convolution by 1 hands them on as they are; torch on the CPU says what becomes of them.
 
     Numbers of 8 bits, and gradients whose sums have no more, which a product in tf32 leaves whole.
     """
     x = SPECIAL[values](torch.randn(2, 1, 9, 8, device=device).bfloat16().float())
-    fused = nn.Conv2dReLUMaxPool2d(1, 1, 1, bias=False, pool_kernel_size=3, pool_stride=2, pool_padding=1).to(device)
+    names = "pool_kernel_size", "pool_stride", "pool_padding", "dilation", "pool_ceil_mode"
+    fused = nn.Conv2dReLUMaxPool2d(1, 1, 1, bias=False, **dict(zip(names, window))).to(device)
     torch.nn.init.ones_(fused.weight)
-    dy = integers((2, 1, 5, 4), 9).float()
-    y, dx, _ = results(fused, x, dy.to(device))
     leaf = x.cpu().requires_grad_()
-    true_y = TF.max_pool2d(TF.relu(leaf), 3, 2, 1)
+    true_y = TF.max_pool2d(TF.relu(leaf), *window)
+    dy = integers(true_y.shape, 9).float()
     (true_dx,) = torch.autograd.grad(true_y, leaf, dy)
+    y, dx, _ = results(fused, x, dy.to(device))
     # The gradient of a product by 0 * inf is nobody's business here, that of the window is.
     torch.testing.assert_close(y.cpu(), true_y, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(dx.cpu(), true_dx, rtol=0, atol=0, equal_nan=True)
@@ -129,10 +149,12 @@ def test_unbatched_other_dtypes_and_autocast(backend, device):
     with torch.autocast(device.type, torch.bfloat16):
         y = F.conv2d_relu_max_pool2d(x, w), F.conv2d_relu(x, w), F.linear_relu(x, torch.randn(3, 7, device=device))
     assert {t.dtype for t in y} == {torch.bfloat16}
-    x, w = (torch.randint(-3, 4, size) for size in ((1, 2, 5, 5), (3, 2, 2, 2)))
-    assert torch.equal(F.conv2d_relu_max_pool2d(x, w), TF.max_pool2d(TF.relu(TF.conv2d(x, w)), 2))
+    x, w = (torch.randint(-3, 4, size) for size in ((1, 2, 6, 6), (3, 2, 2, 2)))
+    for mode in (False, True):
+        y = F.conv2d_relu_max_pool2d(x, w, pool_ceil_mode=mode)
+        assert torch.equal(y, TF.max_pool2d(TF.relu(TF.conv2d(x, w)), 2, ceil_mode=mode))
     assert torch.equal(
-        F.linear_relu(x, w.view(-1, 1).expand(-1, 5)), TF.relu(TF.linear(x, w.view(-1, 1).expand(-1, 5)))
+        F.linear_relu(x, w.view(-1, 1).expand(-1, 6)), TF.relu(TF.linear(x, w.view(-1, 1).expand(-1, 6)))
     )
 
 
@@ -170,6 +192,8 @@ def test_errors_of_the_others(backend):
         F.linear_relu(torch.ones(2, 3), torch.ones(4, 5))
     with pytest.raises(TypeError, match="linear_relu: weight must be a Tensor, got int"):
         F.linear_relu(torch.ones(2, 3), 4)
+    with pytest.raises(TypeError, match="conv2d_relu_max_pool2d: pool_ceil_mode must be a bool, got 1"):
+        F.conv2d_relu_max_pool2d(torch.ones(1, 2, 6, 6), torch.ones(3, 2, 3, 3), pool_ceil_mode=1)
 
 
 def test_modules(device, full_precision):
@@ -189,7 +213,8 @@ def test_modules(device, full_precision):
         assert repr(copy.deepcopy(fused)) == repr(fused)
     x = torch.randn(1, 2, 8, 8)
     fused = nn.Conv2dReLUMaxPool2d(2, 3, 3, padding=1, padding_mode="circular", pool_kernel_size=(2, 3))
-    assert "pool_kernel_size=(2, 3), pool_stride=(2, 3), pool_padding=0" in repr(fused)
+    assert repr(fused).endswith("pool_kernel_size=(2, 3), pool_stride=(2, 3), pool_padding=0)")
+    assert repr(nn.Conv2dReLUMaxPool2d(2, 3, 3, pool_ceil_mode=True)).endswith("pool_padding=0, pool_ceil_mode=True)")
     plain = torch.nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
     plain.load_state_dict(fused.state_dict())
     y = fused.to(device)(x.to(device)).cpu()

@@ -41,7 +41,7 @@ def many(*size, last=True, dtype=torch.float16):
 
 def pooled(x, w, b=None):
     """The values of a form for few channels."""
-    return L.conv2d_relu_max_pool2d(x, w, b, *plain(), (2, 2), (1, 1), (0, 0))[0]
+    return L.conv2d_relu_max_pool2d(x, w, b, *plain(), (2, 2), (1, 1), (0, 0), False)[0]
 
 
 def rows(width):
@@ -77,10 +77,10 @@ RESULTS = {
     ],
     "conv2d_relu_max_pool2d_forward_kernel": [
         lambda: L.conv2d_relu_max_pool2d(
-            empty(1, 1, 2**13, 2**14), empty(17, 1, 1, 1), None, *plain(), (2, 2), (1, 1), (1, 1)
+            empty(1, 1, 2**13, 2**14), empty(17, 1, 1, 1), None, *plain(), (2, 2), (1, 1), (1, 1), False
         ),
         lambda: L.conv2d_relu_max_pool2d(
-            many(16, 8, 8), empty(257, 16, 1, 1), empty(257), *plain(), (2, 2), (1, 1), (1, 1)
+            many(16, 8, 8), empty(257, 16, 1, 1), empty(257), *plain(), (2, 2), (1, 1), (1, 1), False
         ),
     ],
     "conv2d_relu_max_pool2d_product_kernel": [
@@ -94,7 +94,7 @@ RESULTS = {
         ),
     ],
     "place_filters_kernel": [lambda: L.conv2d_relu_max_pool2d(
-        empty(1, 15, 3, 4), empty(2**23 + 8, 15, 1, 1), None, *plain(), (2, 2), (8, 8), (0, 0)
+        empty(1, 15, 3, 4), empty(2**23 + 8, 15, 1, 1), None, *plain(), (2, 2), (8, 8), (0, 0), False
     )],
     "conv2d_relu_max_pool2d_input_grad_kernel": [
         lambda: L.conv2d_relu_max_pool2d_input_grad(
@@ -193,7 +193,7 @@ POOL = (2, 2), (2, 1), (1, 0)
 
 
 def fused(x, w, b):
-    return L.conv2d_relu_max_pool2d(x, w, b, *PADDED, 1, "zeros", *POOL)[0]
+    return L.conv2d_relu_max_pool2d(x, w, b, *PADDED, 1, "zeros", *POOL, False)[0]
 
 
 def input_grad(dy, code, w):

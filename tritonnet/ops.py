@@ -48,7 +48,8 @@ conv2d_relu = _operator(
     lambda x, w, bias, stride, padding, dilation, groups, pad_mode: shapes.conv2d(x, w, stride, padding, dilation),
 )
 conv2d_relu_max_pool2d = _operator(
-    f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}, {_POOL}) -> (Tensor, Tensor)",
+    f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}, {_POOL}, bool ceil_mode) "
+    "-> (Tensor, Tensor)",
     lambda x, w, bias, stride, padding, dilation, groups, pad_mode, *pool: shapes.conv2d_relu_max_pool2d(
         x, w, stride, padding, dilation, *pool
     ),

@@ -41,12 +41,10 @@ def conv2d_relu(*arguments):
     return conv2d(*arguments).relu_()
 
 
-def conv2d_relu_max_pool2d(x, w, bias, stride, padding, dilation, groups, pad_mode, kernel, pool_stride, pool_padding):
-    z = conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode)
-    y, code = max_pool2d(z, kernel, pool_stride, pool_padding, (1, 1), False)
-    empty_y, empty_code = shapes.conv2d_relu_max_pool2d(
-        x, w, stride, padding, dilation, kernel, pool_stride, pool_padding
-    )
+def conv2d_relu_max_pool2d(x, w, bias, stride, padding, dilation, groups, pad_mode, kernel, *pool_ceil_mode):
+    z, (*pool, ceil_mode) = conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode), pool_ceil_mode
+    y, code = max_pool2d(z, kernel, *pool, (1, 1), ceil_mode)
+    empty_y, empty_code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, kernel, *pool, ceil_mode)
     empty_code.copy_(code)[y <= 0] = kernel[0] * kernel[1]
     return empty_y.copy_(y).relu_(), empty_code
 

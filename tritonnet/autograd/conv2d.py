@@ -73,11 +73,14 @@ class Conv2dReLU(torch.autograd.Function):
 
 
 class _Pooled:
-    """How the operators that end in a pooling reach the convolution in front of it: geometry is both of theirs."""
+    """How the operators that end in a pooling reach the convolution in front of it: geometry is both of theirs.
+
+    Of ceil_mode a code's size is all that gradients have to know.
+    """
 
     @staticmethod
     def keep(ctx, geometry, size, kernel_size):
-        ctx.geometry, ctx.pool = geometry[:5], geometry[5:]
+        ctx.geometry, ctx.pool = geometry[:5], geometry[5:8]
         stride, padding, dilation = geometry[:3]
         ctx.before = shapes.conv2d_size(size[2:], kernel_size[2:], stride, padding, dilation)
 
@@ -115,7 +118,7 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
             dw, db = ops.conv2d_relu_max_pool2d_weight_grad(dy, code, x, w.shape, *geometry, needs_bias)
         elif needs_bias and dy is not None:
             db = _Pooled.scatter(ctx, dy, code).sum((0, 2, 3))
-        return dx, dw, db if needs_bias else None, *(None,) * len(geometry)
+        return dx, dw, db if needs_bias else None, *(None,) * 9
 
     @staticmethod
     def jvp(ctx, tx, tw, tbias, *_):

@@ -104,19 +104,23 @@ class Conv2dReLUMaxPool2d(Conv2d):
         pool_kernel_size: pixels, an integer or a pair (height, width).
         pool_stride: the same; None for pool_kernel_size.
         pool_padding: pixels on every side, up to half of pool_kernel_size.
+        pool_ceil_mode: count a last window that overlaps the edge.
     """
 
     def __init__(
         self, *args: Any, pool_kernel_size: functional.Pixels = 2, pool_stride: functional.Pixels | None = None,
-        pool_padding: functional.Pixels = 0, **kwargs: Any,
+        pool_padding: functional.Pixels = 0, pool_ceil_mode: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.pool_kernel_size = pool_kernel_size
         self.pool_stride = pool_stride if pool_stride is not None else pool_kernel_size
         self.pool_padding = pool_padding
+        self.pool_ceil_mode = pool_ceil_mode
 
     def extra_repr(self) -> str:
-        names = "pool_kernel_size", "pool_stride", "pool_padding"
+        names = ["pool_kernel_size", "pool_stride", "pool_padding"]
+        if self.pool_ceil_mode:
+            names.append("pool_ceil_mode")
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
 
     def forward(self, input: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ class Conv2dReLUMaxPool2d(Conv2d):
             return functional.max_pool2d(functional.relu(super().forward(input)), *window)
         return functional._conv2d_relu_max_pool2d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode,
-            self.pool_kernel_size, self.pool_stride, self.pool_padding,
+            self.pool_kernel_size, self.pool_stride, self.pool_padding, self.pool_ceil_mode,
         )  # fmt: skip
 
 

@@ -172,18 +172,20 @@ def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pixels = 1, padding: Pixels | str = 0,
     dilation: Pixels = 1, groups: int = 1,
     pool_kernel_size: Pixels = 2, pool_stride: Pixels | None = None, pool_padding: Pixels = 0,
+    pool_ceil_mode: bool = False,
 ) -> Tensor:  # fmt: skip
     """max_pool2d(relu(conv2d(...))) in one kernel, which writes the pooled result and one byte a window.
 
     Numbers and gradients are those of the three functions one after the other: the convolution's result is rounded to
-    its dtype before it is compared. Below 16 channels, in a 2x2 window and in tf32, float16 or bfloat16, a faster
-    kernel compares before it rounds, and hands what is not finite in an image on to the windows beside it.
+    its dtype before it is compared. Below 16 channels, in whole 2x2 windows and in tf32, float16 or bfloat16, a
+    faster kernel compares before it rounds, and hands what is not finite in an image on to the windows beside it.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as in conv2d.
         pool_kernel_size: pixels, an integer or a pair (height, width).
         pool_stride: the same; None for pool_kernel_size.
         pool_padding: pixels of -inf on every side of the convolution's result, up to half of pool_kernel_size.
+        pool_ceil_mode: count a last window that overlaps the edge, as max_pool2d does.
 
     Returns:
         (N, OC, QH, QW) or (OC, QH, QW), of input's dtype; channels_last if input or weight is.
@@ -193,20 +195,25 @@ def conv2d_relu_max_pool2d(
         RuntimeError: sizes, dtypes, devices or values that do not fit.
     """
     tensors = input, weight, bias
-    arguments: Any = (stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding)
+    pool: Any = (pool_kernel_size, pool_stride, pool_padding, pool_ceil_mode)
     if has_torch_function(tensors):
-        return handle_torch_function(conv2d_relu_max_pool2d, tensors, *tensors, *arguments)
-    return _conv2d_relu_max_pool2d(*tensors, *arguments[:4], "zeros", *arguments[4:])
+        return handle_torch_function(
+            conv2d_relu_max_pool2d, tensors, *tensors, stride, padding, dilation, groups, *pool
+        )
+    return _conv2d_relu_max_pool2d(*tensors, stride, padding, dilation, groups, "zeros", *pool)
 
 
-def _conv2d_relu_max_pool2d(input, weight, bias, stride, padding, dilation, groups, pad_mode, *pool):
-    name = "conv2d_relu_max_pool2d"
+def _conv2d_relu_max_pool2d(
+    input, weight, bias, stride, padding, dilation, groups, pad_mode,
+    pool_kernel_size, pool_stride, pool_padding, pool_ceil_mode=False,
+):  # fmt: skip
+    name, pool = "conv2d_relu_max_pool2d", (pool_kernel_size, pool_stride, pool_padding, 1, pool_ceil_mode)
 
     def fused(x, weight, bias, *geometry):
         size = shapes.conv2d_size(x.shape[2:], weight.shape[2:], *geometry[:3])
         images = x.shape[0], weight.shape[0], *size
-        *window, _ = _check_max_pool2d(name, "pool_", images, *pool, 1, False)
-        return ops.conv2d_relu_max_pool2d(x, weight, bias, *geometry, *window)[0]
+        *window, _ = _check_max_pool2d(name, "pool_", images, *pool)
+        return ops.conv2d_relu_max_pool2d(x, weight, bias, *geometry, *window, pool_ceil_mode)[0]
 
     def rest(z):
         return _torch.max_pool2d(_torch.relu(z), *pool)
