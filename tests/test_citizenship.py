@@ -33,9 +33,9 @@ OPERATORS = {
     "conv2d_relu": (lambda f, x, w, b: f.conv2d_relu(x, w, b, padding=1), (4, 2, 3, 4), (3, 2, 2, 3), (3,)),
     "conv2d_relu_max_pool2d": (
         lambda f, x, w, b: f.conv2d_relu_max_pool2d(
-            x, w, b, (1, 2), 1, groups=2, pool_kernel_size=(2, 3), pool_padding=1
+            x, w, b, (1, 2), 1, groups=2, pool_kernel_size=(2, 3), pool_padding=1, pool_ceil_mode=True
         ),
-        (4, 4, 4, 7), (4, 2, 3, 2), (4,),
+        (4, 4, 4, 5), (4, 2, 3, 2), (4,),
     ),
     "linear_relu": (lambda f, x, w, b: f.linear_relu(x, w, b), (4, 3, 5), (6, 5), (6,)),
     "linear_chain": (

@@ -20,6 +20,9 @@ CALLS = {
     "conv2d_relu_max_pool2d by taps": lambda t: F.conv2d_relu_max_pool2d(
         t(2, 20, 9, 9), t(40, 20, 3, 3), t(40), pool_kernel_size=3, pool_stride=2, pool_padding=1
     ),
+    "conv2d_relu_max_pool2d ceil_mode": lambda t: F.conv2d_relu_max_pool2d(
+        t(2, 3, 9, 8), t(5, 3, 3, 3), t(5), pool_kernel_size=3, pool_stride=2, pool_ceil_mode=True
+    ),
     "conv2d_relu_max_pool2d grouped": lambda t: F.conv2d_relu_max_pool2d(t(2, 6, 9, 6), t(4, 3, 3, 3), groups=2),
     "cross_entropy": lambda t: F.cross_entropy(t(70, 90), torch.arange(70, device=DEVICE), t(90).detach().abs()),
     "cross_entropy of each row": lambda t: F.cross_entropy(

@@ -189,6 +189,10 @@ def test_aiter_backward_float32_and_groups():
 
 def test_94775_ceil_mode_with_a_window_of_one():
     check(*(lambda x, f=f: f.max_pool2d(x, 1, 2, 0, 1, True) for f in (F, TF)), (1, 1, 4, 4))
+    check(
+        lambda *t: F.conv2d_relu_max_pool2d(*t, pool_kernel_size=1, pool_stride=2, pool_ceil_mode=True),
+        lambda *t: TF.max_pool2d(TF.relu(TF.conv2d(*t)), 1, 2, 0, 1, True), (1, 1, 5, 5), (1, 1, 2, 2),
+    )  # fmt: skip
 
 
 def test_93384_asymmetric_dilation():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as TF
 from conftest import DEVICE
 
 pytest.importorskip("hypothesis")
@@ -10,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tritonnet.nn.functional as F
+from bench import unfused as TF
 
 settings.register_profile(
     "tritonnet", max_examples=60, deadline=None, derandomize=True,
@@ -75,6 +75,23 @@ def test_max_pool2d(batch, C, size, kernel, stride, padding, dilation, ceil_mode
     # Few values, so that ties are common.
     x = lay_out(torch.randint(0, 4, (batch, C, *size)).double(), layout)
     compare(lambda f, x: f.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), (x,))
+
+
+@given(
+    C=st.integers(1, 3), size=pairs(3, 9), kernel=pairs(1, 3), stride=pairs(1, 2), padding=pairs(0, 1),
+    pool_kernel=pairs(1, 3), pool_stride=pairs(1, 4), pool_padding=st.sampled_from([(0, 0), (0, 0), (1, 1), (0, 1)]),
+    ceil_mode=st.sampled_from([True, True, False]), layout=layouts,
+)  # fmt: skip
+def test_conv2d_relu_max_pool2d(
+    C, size, kernel, stride, padding, pool_kernel, pool_stride, pool_padding, ceil_mode, layout
+):
+    """Sums of integers are exact, and full of ties."""
+    x, w, b = (torch.randint(-2, 3, s).double() for s in ((2, C, *size), (3, C, *kernel), (3,)))
+    pool = dict(zip(("pool_kernel_size", "pool_stride", "pool_padding"), (pool_kernel, pool_stride, pool_padding)))
+    compare(
+        lambda f, *t: f.conv2d_relu_max_pool2d(*t, stride=stride, padding=padding, **pool, pool_ceil_mode=ceil_mode),
+        (lay_out(x, layout), w, b),
+    )
 
 
 @given(leading=st.lists(st.integers(0, 4), max_size=3), K=st.integers(0, 40), N=st.integers(0, 40), bias=st.booleans())

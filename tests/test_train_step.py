@@ -556,6 +556,12 @@ OTHERS = {
     "more than layers": (Twice, sgd, None, "its forward calls"),
     "a hook": (hooked, sgd, None, "has hooks"),
     "frozen": (frozen, sgd, None, "frozen"),
+    "ceil_mode": (
+        lambda: theirs.Sequential(
+            tritonnet.nn.Conv2dReLUMaxPool2d(1, 6, 5, pool_ceil_mode=True), theirs.Flatten(), theirs.Linear(1176, 10)
+        ),
+        sgd, None, "Conv2dReLUMaxPool2d that no LeNet has",
+    ),
     "other widths": (lambda: wider(), sgd, None, "not a 5 x 5 convolution with bias to 16 filters"),
     "another optimizer": (Tutorial, lambda net: torch.optim.RMSprop(net.parameters()), None, "RMSprop"),
     "groups of two rules": (
