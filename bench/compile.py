@@ -169,6 +169,12 @@ class Calls:
         launchers.conv2d_relu(x, self.tensor(32, 1, 3, 3), None, *geometry, 32, "zeros")
         launchers.linear_relu(self.tensor(256, 64), self.tensor(64, 64), None)
 
+    def first_layer(self, last):
+        """The weight's gradient behind a rectifier, of images that need none: dy is masked in the product."""
+        x, y = self.tensor(16, 3, 32, 32, last=last), self.tensor(16, 64, 32, 32, last=last)
+        geometry = (1, 1), (1,) * 4, (1, 1), 1, "zeros"
+        launchers.conv2d_relu_weight_grad(y, y, x, (64, 3, 3, 3), *geometry, True)
+
     def past_32_bits(self):
         """Each operator with a tensor of more than 2^31 elements."""
         big = 2**31
@@ -254,6 +260,7 @@ def layers(c, format, brief):
             yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
     yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
+    yield "first layer", lambda: c.first_layer(True)
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
@@ -295,6 +302,7 @@ def switches(c, format, brief):
         yield "few channels to pool, channels_last", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
         yield "one channel to pool, padded", lambda: c.conv_pool(64, 1, 28, 6, 5, **one)
         yield "LeNet's head", lambda: c.chain(1024, 400, 120, 84, 10)
+        yield "NCHW first layer", lambda: c.first_layer(False)
         yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
         yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
     if format != "bfloat16":

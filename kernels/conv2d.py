@@ -3,6 +3,7 @@
     y[n, oc, oh, ow]  = bias[oc] + sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw]
     dx[n, c, ih, iw]  = sum over oc, kh, kw, oh, ow that reach (ih, iw) of dy[n, oc, oh, ow] * w[oc, c, kh, kw]
     dw[oc, c, kh, kw] = sum over n, oh, ow of dy[n, oc, oh, ow] * x[n, c, ih, iw],    db[oc] = sum of dy
+    and behind a rectifier both without the dy whose y <= 0
 
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 
@@ -15,6 +16,8 @@ at a time they would keep the matrix unit waiting for several times as long as t
 Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759); the split of the input
 gradient by output phase is the usual one of transposed convolutions (Shi et al. 2016, https://arxiv.org/abs/1609.07009).
 """
+
+import math
 
 import torch
 import triton
@@ -44,6 +47,8 @@ from .reduce import Partials
 
 # Below this many channels a tap alone does not fill the shortest K that tl.dot takes.
 FLAT_BELOW = 16
+# As many columns of a weight's gradient as C * KH * KW are one tile, of the narrowest that SQUARE has.
+ONE_TILE = 32
 # A short walk, of few channels, does not fill longer blocks of K.
 SHORT_K = 32
 # Where lanes keep addresses of their own, wider tiles spill registers.
@@ -336,7 +341,7 @@ def input_grad(dy, w, size, stride, padding, dilation, groups):
 
 @triton.jit(do_not_specialize=["K", "per_split"])
 def conv2d_weight_grad_kernel(
-    dy_ptr, x_ptr, dw_ptr, db_ptr,
+    dy_ptr, y_ptr, x_ptr, dw_ptr, db_ptr,
     K, per_split, H, W, OH, OW,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_xn, stride_xc, stride_xh, stride_xw,
@@ -344,7 +349,8 @@ def conv2d_weight_grad_kernel(
     stride_split,
     C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, FLAT: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    FLAT: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -375,6 +381,7 @@ def conv2d_weight_grad_kernel(
     mask_n = c < C
 
     dy_ptr += group * OC * stride_yc
+    y_ptr += group * OC * stride_yc
     x_ptr += group * C * stride_xc
     y_rows = offs_m * stride_yc
     x_cols = c * stride_xc
@@ -396,6 +403,9 @@ def conv2d_weight_grad_kernel(
         y_offs = y_rows[:, None] + (n * stride_yn + oh * stride_yh + ow * stride_yw)[None, :]
         x_offs = (n * stride_xn)[:, None] + ih * stride_xh + iw * stride_xw + x_cols[None, :]
         dy = tl.load(dy_ptr + y_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if RELU:
+            y = tl.load(y_ptr + y_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            dy = tl.where(y.to(ACC) <= 0, 0.0, dy)
         x = tl.load(x_ptr + x_offs, mask=mask_k[:, None] & in_h & in_w & mask_n[None, :], other=0.0)
         acc = tl.dot(dy.to(OPERAND), x.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -410,8 +420,13 @@ def conv2d_weight_grad_kernel(
             for k0 in range(first, last, BLOCK_K):
                 k = k0 + offs_k
                 k_offs = k // OW // OH * stride_yn + k // OW % OH * stride_yh + k % OW * stride_yw
+                y_offs = y_rows[:, None] + k_offs[None, :]
                 mask = mask_m[:, None] & (k < last)[None, :]
-                acc_b += tl.load(dy_ptr + y_rows[:, None] + k_offs[None, :], mask=mask, other=0.0).to(ACC)
+                dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)
+                if RELU:
+                    y = tl.load(y_ptr + y_offs, mask=mask, other=0.0)
+                    dy = tl.where(y.to(ACC) <= 0, 0.0, dy)
+                acc_b += dy
             db = round_to(tl.sum(acc_b, axis=1), db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * stride_split + group * OC + offs_m, db, mask=mask_m)
 
@@ -429,9 +444,21 @@ def _split(K, size, groups, dtype, precision, index):
     return tile, tiles, *split_product(tiles, K, tile.K, tile.M * tile.N)
 
 
+def masks(size):
+    """Whether weight_grad masks dy by y itself, for weights of `size`, where nothing else reads a masked dy.
+
+    relu_grad reads dy and y and writes a copy, which is read again: 4 times the bytes of y. A program that has all
+    columns, C * KH * KW, reads dy and y: 2 times. Where there are more, each tile of them reads both again and takes
+    them through registers: by bench/bounds.py such products of 128 x 128 take 1.2 to 1.4 times as long. And on sm_90
+    the registers of 64 masked rows or more are overwritten by the next turn while wgmma reads them (bench/ttgir.py).
+    One tile of columns has 32 rows, too few for wgmma.
+    """
+    return math.prod(size[1:]) <= ONE_TILE
+
+
 @planned(conv2d_weight_grad_kernel)
 def _weight_grad(
-    dy, x, dw_ptr, db_ptr, size, w_strides, stride_split,
+    dy, y, x, dw_ptr, db_ptr, size, w_strides, stride_split,
     stride, padding, dilation, groups, pad_mode, with_bias, precision,
 ):  # fmt: skip
     (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
@@ -442,15 +469,19 @@ def _weight_grad(
     return (tiles * splits,), numbers, dict(
         C=C, OC=OC // groups, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, FLAT=C < FLAT_BELOW, GROUPS=groups, UNITS=units,
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, RELU=y is not None,
+        FLAT=C < FLAT_BELOW, GROUPS=groups, UNITS=units,
         INDEX=index, **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 
 
-def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
-    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW), and db (OC), empty unless wanted."""
-    dw, db = shapes.conv2d_weight_grad(dy, x, size, with_bias)
+def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias, y=None):
+    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW), and db (OC), empty unless wanted.
+
+    With y, what the rectifier behind the convolution gave, dy counts where y is above 0; of weights that `masks` names.
+    """
+    dw, db = shapes.conv2d_weight_grad(dy if y is None else y, x, size, with_bias)
     if dw.numel() == 0:
         return dw, db
     N, _, OH, OW = dy.shape
@@ -458,11 +489,14 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         return dw.zero_(), db.zero_()
     if size[1] >= FLAT_BELOW:
         dy, x = channels_inner(dy), channels_inner(x)
+    if y is not None:
+        layout = shapes.memory_format(y)
+        dy, y = dy.contiguous(memory_format=layout), y.contiguous(memory_format=layout)
     size, products = tuple(size), precision()
     # As many programs, whether offsets into the buffer of their sums need 64 bits or not.
     splits = _split(N * OH * OW, size, groups, dy.dtype, products, tl.int32)[2]
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, groups, pad_mode
-    _weight_grad((dy, x, dw_ptr, db_ptr), size, tuple(strides(dw)), stride_split, *geometry, with_bias, products)
+    _weight_grad((dy, y, x, dw_ptr, db_ptr), size, tuple(strides(dw)), stride_split, *geometry, with_bias, products)
     return partials.add_up()

@@ -55,6 +55,12 @@ def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode,
     return _family(size, groups).weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias)
 
 
+def conv2d_relu_weight_grad(dy, y, x, size, *geometry_with_bias):
+    if _family(size, geometry_with_bias[3]) is _conv2d and _conv2d.masks(size):
+        return _conv2d.weight_grad(dy, x, size, *geometry_with_bias, y)
+    return conv2d_weight_grad(relu_grad(dy, y), x, size, *geometry_with_bias)
+
+
 def conv2d_relu_max_pool2d_input_grad(dy, code, w, size, *geometry):
     (stride, padding, dilation, _, _), pool = geometry[:5], geometry[5:]
     if _conv2d_pool_grad.serves(dy, w.shape, *geometry):

@@ -47,6 +47,12 @@ def gradient_of_pooling(f, x):
     return dx
 
 
+def first_layer(f, w, b):
+    """Of images that need no gradient, and are the same numbers in every format."""
+    images = (torch.arange(2 * 3 * 9 * 11, device=w.device) % 7 - 3).to(w.dtype).view(2, 3, 9, 11)
+    return f.conv2d_relu(images.contiguous(memory_format=torch.channels_last), w, b, padding=1)
+
+
 IMAGES, CHAIN = (2, 4, 9, 11), ((70, 10), (70, 200), (84, 200), (10, 84), (84,), (10,))
 # name: subject, layout
 CASES = {
@@ -58,6 +64,10 @@ CASES = {
     "linear, split": (operators.linear("", 4100, 24, 24), CONTIGUOUS),
     "chain": (operator(chain, *CHAIN), CONTIGUOUS),
     "conv2d": (operators.conv2d("", (2, 40, 9, 11), (24, 3), padding=1, relu=True), CHANNELS_LAST),
+    "conv2d, first layer": (
+        operators.Operator("", 2, first_layer, ((40, 3, 3, 3), (40,)), (2, 40, 9, 11), {}, decisions=2 * 40 * 99),
+        CHANNELS_LAST,
+    ),
     "conv2d, few channels": (operator(reflected, (2, 20, 10, 9), (2, 3, 19, 17), (20, 3, 5, 5)), CONTIGUOUS),
     "depthwise": (operators.conv2d("", (2, 12, 9, 11), (12, 3), padding=1, groups=12), CHANNELS_LAST),
     "pooled": (operators.conv2d("", (2, 20, 9, 11), (24, 3), padding=1, pool=(3, 2, 1)), CHANNELS_LAST),
@@ -90,6 +100,7 @@ LAUNCHED = {
     "linear, split": ("linear_forward", "linear_weight_grad", "sum_partials"),
     "chain": ("linear_chain_forward", "linear_chain_input_grad", "linear_chain_weight_grad"),
     "conv2d": (*CONV, "relu_grad"),
+    "conv2d, first layer": ("conv2d_forward", "conv2d_weight_grad"),
     "conv2d, few channels": (*CONV, "fold_padding"),
     "depthwise": ("depthwise_forward", "depthwise_input_grad", "depthwise_weight_grad"),
     "pooled": POOLED,

@@ -74,6 +74,7 @@ def calls(t):
         yield launchers.conv2d_relu, x, w, b, *ZEROS
         yield launchers.conv2d_input_grad, dy, w, x.shape, *ZEROS
         yield launchers.conv2d_weight_grad, dy, x, w.shape, *ZEROS, True
+        yield launchers.conv2d_relu_weight_grad, dy, torch.empty_like(dy), x, w.shape, *ZEROS, True
         y, code = t(n, oc, q, q), torch.empty(n, oc, q, q, dtype=torch.uint8)
         yield launchers.conv2d_relu_max_pool2d, x, w, b, *ZEROS, *POOL, False
         yield launchers.conv2d_relu_max_pool2d, x, w, None, *ZEROS, *POOL, False

@@ -438,6 +438,7 @@ def operator_calls(device):
         ops.conv2d_input_grad: (dy, w, list(x.shape), *conv),
         ops.conv2d_weight_grad: (dy, x, list(w.shape), *conv, True),
         ops.conv2d_relu: (x, w, t(6), *conv),
+        ops.conv2d_relu_weight_grad: (dy, torch.randn_like(dy), x, list(w.shape), *conv, True),
         ops.conv2d_relu_max_pool2d: (x, w, t(6), *conv, *pool, True),
         ops.conv2d_relu_max_pool2d_input_grad: (dq, dead, w, list(x.shape), *conv, *pool),
         ops.conv2d_relu_max_pool2d_weight_grad: (dq, dead, x, list(w.shape), *conv, *pool, True),

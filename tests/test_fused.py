@@ -143,6 +143,71 @@ def test_relu_of_conv2d_and_linear(dtype, backend, device):
         assert all(map(torch.equal, *found))
 
 
+# As of a first layer, whose images need no gradient. name: images, weights, arguments, whether the product masks dy.
+FIRST_LAYERS = {
+    "3x3, three channels": ((3, 3, 9, 8), (40, 3, 3, 3), {"padding": 1}, True),
+    "5x5, one channel": ((2, 1, 12, 11), (6, 1, 5, 5), {}, True),
+    "one filter": ((3, 3, 9, 8), (1, 3, 3, 3), {"stride": 2}, True),
+    "reflect, grouped": ((2, 4, 7, 6), (6, 2, 3, 3), {"stride": (2, 1), "padding": 1, "groups": 2}, True),
+    "5x5, three channels": ((2, 3, 9, 8), (5, 3, 5, 5), {"padding": 2}, False),
+    "by taps": ((2, 18, 5, 6), (17, 18, 3, 2), {}, False),
+    "depthwise": ((2, 4, 7, 6), (8, 1, 3, 3), {"groups": 4}, False),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FIRST_LAYERS)
+def test_weight_gradient_alone(case, dtype, layout, device):
+    """The bits that it has beside the images' gradient, for which a masked dy is written."""
+    images, size, arguments, masks = FIRST_LAYERS[case]
+    x, w, b = (torch.randn(s).to(device, dtype) for s in (images, size, size[:1]))
+    x, found = x.contiguous(memory_format=layout), []
+    for needs in (True, False):
+        leaves = [t.detach().requires_grad_() for t in (w, b)]
+        with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
+            y = F.conv2d_relu(x.detach().requires_grad_(needs), *leaves, **arguments)
+            found.append(torch.autograd.grad(y, leaves, torch.ones((), device=device, dtype=dtype).expand(y.shape)))
+        assert ("relu_grad_kernel" not in launches) == (masks and not needs)
+    assert all(map(torch.equal, *found)) and [t.stride() for t in found[0]] == [t.stride() for t in found[1]]
+
+
+@pytest.mark.parametrize("layouts", [(0, 0), (1, 1), (0, 1), (1, 0), (2, 0), (0, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_dy_counts(dtype, layouts, backend, device):
+    """Behind NaN, which is above 0 as little as below, but not behind either zero; in layouts that differ."""
+
+    def laid_out(t, layout):
+        t = t.contiguous(memory_format=[torch.contiguous_format, torch.channels_last, torch.contiguous_format][layout])
+        return t.repeat_interleave(2, 3)[..., ::2] if layout == 2 else t
+
+    signs = torch.tensor([float("nan"), float("inf"), 1.0, 0.0, -0.0, -1.0, float("-inf")])
+    y, dy, x = signs[torch.randint(7, (2, 40, 5, 6))], integers((2, 40, 5, 6), 2), integers((2, 3, 7, 8), 2)
+    rest = (40, 3, 3, 3), (1, 1), (0,) * 4, (1, 1), 1, "zeros", True
+    arguments = [laid_out(t.to(device, dtype), layout) for t, layout in zip((dy, y), layouts)]
+    found = tritonnet.ops.conv2d_relu_weight_grad(*arguments, x.to(device, dtype), *rest)
+    w, b = torch.zeros(rest[0]).double().requires_grad_(), torch.zeros(40).double().requires_grad_()
+    true = torch.autograd.grad(TF.conv2d(x, w, b), (w, b), dy.masked_fill(y <= 0, 0))
+    for ours, theirs in zip(found, true):
+        assert torch.equal(ours.cpu().double(), theirs)
+    assert found[0].is_contiguous(memory_format=torch.channels_last) == (layouts[1] == 1)
+
+
+def test_weight_gradients_of_each_image(backend, device):
+    x, dy = torch.randn(3, 2, 5, 4).double().to(device), torch.randn(3, 4, 4, 3).double().to(device)
+    w, b = torch.randn(4, 2, 2, 2).double().to(device), torch.randn(4).double().to(device)
+
+    def gradients(x, dy, w, b):
+        return torch.func.vjp(lambda w, b: F.conv2d_relu(x, w, b), w, b)[1](dy)
+
+    each = torch.func.vmap(gradients, (0, 0, None, None))(x, dy, w, b)
+    several = torch.func.vmap(gradients, (None, None, 0, None))(x[0], dy[0], torch.stack([w, -w]), b)
+    for i in range(3):
+        torch.testing.assert_close([t[i] for t in each], [*gradients(x[i], dy[i], w, b)])
+    for i, weights in enumerate((w, -w)):
+        torch.testing.assert_close([t[i] for t in several], [*gradients(x[0], dy[0], weights, b)])
+
+
 def test_unbatched_other_dtypes_and_autocast(backend, device):
     x, w = torch.randn(2, 7, 7, device=device), torch.randn(3, 2, 2, 2, device=device)
     assert torch.equal(F.conv2d_relu_max_pool2d(x, w), F.conv2d_relu_max_pool2d(x[None], w)[0])

@@ -6,6 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import tritonnet
 import tritonnet.nn.functional as F
+from tritonnet import ops
 
 
 def draw(*size):
@@ -16,6 +17,11 @@ def distinct(*size):
     """Values far enough apart that no step of a numeric derivative changes which is the largest."""
     n = torch.Size(size).numel()
     return torch.randperm(n).double().view(size) / n
+
+
+def images(like):
+    """Images that need no gradient."""
+    return (torch.arange(24, device=like.device).to(like) % 5 - 2).view(1, 2, 4, 3)
 
 
 # name: function, its inputs
@@ -36,6 +42,13 @@ CASES = {
         lambda x: F.max_pool2d(x, 2, (1, 2), 1, (2, 1), True), (distinct, (1, 2, 5, 4)),
     ),
     "conv2d_relu": (lambda x, w, b: F.conv2d_relu(x, w, b, padding=1), (draw, (1, 2, 3, 3), (2, 2, 3, 2), (2,))),
+    "conv2d_relu of images": (lambda w, b: F.conv2d_relu(images(w), w, b, padding=1), (draw, (2, 2, 3, 2), (2,))),
+    "conv2d_relu_weight_grad": (
+        lambda dy, x: ops.conv2d_relu_weight_grad(
+            dy, images(dy), x, (2, 2, 2, 2), (1, 1), (0,) * 4, (1, 1), 1, "zeros", True
+        ),
+        (draw, (1, 2, 4, 3), (1, 2, 5, 4)),
+    ),
     "conv2d_relu_max_pool2d": (
         lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b, padding=1), (draw, (1, 2, 5, 4), (2, 2, 3, 2), (2,)),
     ),

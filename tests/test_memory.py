@@ -16,6 +16,7 @@ CALLS = {
     "conv2d many tiles": lambda t: F.conv2d(t(3, 20, 12, 11), t(40, 20, 3, 3), t(40)),
     "conv2d depthwise": lambda t: F.conv2d(t(2, 10, 7, 6), t(20, 1, 3, 2), t(20), 2, 1, groups=10),
     "conv2d_relu": lambda t: F.conv2d_relu(t(2, 18, 7, 6), t(17, 18, 3, 2), t(17)),
+    "conv2d_relu of images": lambda t: F.conv2d_relu(t(3, 3, 9, 8).detach(), t(35, 3, 3, 3), t(35), (1, 2), 1),
     "conv2d_relu_max_pool2d flat": lambda t: F.conv2d_relu_max_pool2d(t(3, 3, 13, 12), t(5, 3, 3, 3), t(5), padding=1),
     "conv2d_relu_max_pool2d by taps": lambda t: F.conv2d_relu_max_pool2d(
         t(2, 20, 9, 9), t(40, 20, 3, 3), t(40), pool_kernel_size=3, pool_stride=2, pool_padding=1

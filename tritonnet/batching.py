@@ -103,6 +103,12 @@ def _conv2d_weight_grad(info, dims, dy, x, size, stride, padding, dilation, grou
     return (dw.unflatten(0, (B, size[0])), db.unflatten(0, (B, -1)) if with_bias else db), (0, 0 if with_bias else None)
 
 
+@register_batching(ops.conv2d_relu_weight_grad)
+def _conv2d_relu_weight_grad(info, dims, dy, y, x, *size_and_rest):
+    dy, dim = _relu_grad(info, dims[:2], dy, y)
+    return _conv2d_weight_grad(info, (dim, dims[2]), dy, x, *size_and_rest)
+
+
 @register_batching(ops.max_pool2d)
 def _max_pool2d(info, dims, x, *arguments):
     x = x.movedim(dims[0], 0)

@@ -47,6 +47,11 @@ conv2d_relu = _operator(
     f"conv2d_relu(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor",
     lambda x, w, bias, stride, padding, dilation, groups, pad_mode: shapes.conv2d(x, w, stride, padding, dilation),
 )
+conv2d_relu_weight_grad = _operator(
+    f"conv2d_relu_weight_grad(Tensor dy, Tensor y, Tensor x, SymInt[] size, {_GEOMETRY}, bool with_bias) "
+    "-> (Tensor, Tensor)",
+    lambda dy, y, x, size, *geometry_with_bias: shapes.conv2d_weight_grad(y, x, size, geometry_with_bias[-1]),
+)
 conv2d_relu_max_pool2d = _operator(
     f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}, {_POOL}, bool ceil_mode) "
     "-> (Tensor, Tensor)",

@@ -91,6 +91,10 @@ def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode,
     return dw.to(dy.dtype).contiguous(memory_format=shapes.memory_format(dy, x)), db.to(dy.dtype)
 
 
+def conv2d_relu_weight_grad(dy, y, x, size, *geometry_with_bias):
+    return conv2d_weight_grad(relu_grad(dy, y), x, size, *geometry_with_bias)
+
+
 def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
     y, index = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
     oh, ow = (torch.arange(size, device=x.device) for size in y.shape[2:])

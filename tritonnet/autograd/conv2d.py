@@ -64,7 +64,12 @@ class Conv2dReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w, y = ctx.saved_tensors
-        return _conv2d_grads(ctx, ops.relu_grad(dy, y), x, w)
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        if needs_x or not needs_w:
+            return _conv2d_grads(ctx, ops.relu_grad(dy, y), x, w)
+        # As of a first layer, whose images need no gradient: nothing else reads a masked dy.
+        dw, db = ops.conv2d_relu_weight_grad(dy, y, x, w.shape, *ctx.geometry, needs_bias)
+        return None, dw, db if needs_bias else None, *(None,) * len(ctx.geometry)
 
     @staticmethod
     def jvp(ctx, tx, tw, tbias, *_):
@@ -243,15 +248,8 @@ class Conv2dWeightGrad(torch.autograd.Function):
     def backward(ctx, ddw, ddb):
         dy, x = ctx.saved_tensors
         needs_dy, needs_x = ctx.needs_input_grad[:2]
-        ddb = ddb if ctx.with_bias else None
-        ddy = dx = None
-        if needs_dy and ddw is not None:
-            ddy = ops.conv2d(x, ddw, ddb, *ctx.geometry)
-        elif needs_dy and ddb is not None:
-            ddy = ddb[:, None, None].expand(dy.shape)
-        if needs_x and ddw is not None:
-            dx = ops.conv2d_input_grad(dy, ddw, x.shape, *ctx.geometry)
-        return ddy, dx, None, *(None,) * len(ctx.geometry), None
+        dx = ops.conv2d_input_grad(dy, ddw, x.shape, *ctx.geometry) if needs_x and ddw is not None else None
+        return _conv2d_of(ctx, x, ddw, ddb, dy.shape) if needs_dy else None, dx, *(None,) * 7
 
     @staticmethod
     def jvp(ctx, tdy, tx, *_):
@@ -263,4 +261,46 @@ class Conv2dWeightGrad(torch.autograd.Function):
             tdb = dy.new_zeros(ctx.size[0] if ctx.with_bias else 0)
         if tx is not None:
             tdw = total(tdw, ops.conv2d_weight_grad(dy, tx, ctx.size, *ctx.geometry, False)[0])
+        return tdw, tdb
+
+
+def _conv2d_of(ctx, x, ddw, ddb, size):
+    """What the gradients ddw and ddb of the results of a weight's gradient, either may be None, give to its dy."""
+    ddb = ddb if ctx.with_bias else None
+    if ddw is not None:
+        return ops.conv2d(x, ddw, ddb, *ctx.geometry)
+    return ddb[:, None, None].expand(size) if ddb is not None else None
+
+
+@register_autograd(ops.conv2d_relu_weight_grad)
+class Conv2dReLUWeightGrad(torch.autograd.Function):
+    """dw = dy x, summed over the pixels whose y is above 0, and db = the sum of dy over them."""
+
+    @staticmethod
+    def forward(ctx, dy, y, x, size, *geometry_with_bias):
+        save(ctx, dy, y, x)
+        ctx.set_materialize_grads(False)
+        ctx.size, (*ctx.geometry, ctx.with_bias) = size, geometry_with_bias
+        return below_autograd(ops.conv2d_relu_weight_grad, dy, y, x, size, *geometry_with_bias)
+
+    @staticmethod
+    def backward(ctx, ddw, ddb):
+        dy, y, x = ctx.saved_tensors
+        needs_dy, _, needs_x = ctx.needs_input_grad[:3]
+        ddy = _conv2d_of(ctx, x, ddw, ddb, dy.shape) if needs_dy else None
+        dx = None
+        if needs_x and ddw is not None:
+            dx = ops.conv2d_input_grad(ops.relu_grad(dy, y), ddw, x.shape, *ctx.geometry)
+        return ops.relu_grad(ddy, y) if ddy is not None else None, None, dx, *(None,) * 7
+
+    @staticmethod
+    def jvp(ctx, tdy, _, tx, *__):
+        dy, y, x = ctx.saved_tensors
+        tdw = tdb = None
+        if tdy is not None:
+            tdw, tdb = ops.conv2d_relu_weight_grad(tdy, y, x, ctx.size, *ctx.geometry, ctx.with_bias)
+        else:
+            tdb = dy.new_zeros(ctx.size[0] if ctx.with_bias else 0)
+        if tx is not None:
+            tdw = total(tdw, ops.conv2d_relu_weight_grad(dy, y, tx, ctx.size, *ctx.geometry, False)[0])
         return tdw, tdb
