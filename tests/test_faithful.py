@@ -1,10 +1,9 @@
 """A fused model does what the unfused one does: numbers, dtypes, gradients, side effects, errors, and later changes."""
 
-import collections
 import contextlib
 import copy
 import io
-import math
+import math  # noqa: F401  (a forward uses it)
 import os
 import pickle
 import random
@@ -19,7 +18,7 @@ import torch.nn as tnn
 import torch.nn.functional as TF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # noqa: F401  (forwards call it)
 
 import tritonnet
 
@@ -194,9 +193,6 @@ def with_forward(body):
     return type("Drawn", (Net,), own)()
 
 
-
-
-
 def run(model, x, calls=3):
     """All that can be seen of some calls, with their backward passes."""
     global GLOBAL
@@ -206,7 +202,7 @@ def run(model, x, calls=3):
     for seed in range(calls):
         torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
         model.zero_grad()
-        given, printed, saved = x.clone(), io.StringIO(), []
+        given, printed = x.clone(), io.StringIO()
         with warnings.catch_warnings(record=True) as warned, contextlib.redirect_stdout(printed):
             warnings.simplefilter("always")
             try:
@@ -225,10 +221,15 @@ def run(model, x, calls=3):
     return outcomes
 
 
+def layout(t):
+    """The strides that say where an element lies."""
+    return [stride for size, stride in zip(t.shape, t.stride()) if size > 1]
+
+
 def assert_same(a, b):
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
-        assert (a.dtype, a.shape, a.requires_grad, a.stride()) == (b.dtype, b.shape, b.requires_grad, b.stride())
+        assert (a.dtype, a.shape, a.requires_grad, layout(a)) == (b.dtype, b.shape, b.requires_grad, layout(b))
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
     elif isinstance(a, (tuple, list)):
         assert len(a) == len(b)
@@ -256,3 +257,356 @@ def images():
 @pytest.mark.parametrize("name", FORWARDS)
 def test_forwards(name, training):
     assert_faithful(with_forward(FORWARDS[name]).double().train(training), images())
+
+
+def doubled(self, x):
+    return x * 2
+
+
+class Doubling(tnn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+# What may change about a model between two calls.
+CHANGES = {
+    "a number": lambda m: setattr(m, "slope", 3.0),
+    "an item": lambda m: m.sizes.__setitem__(0, 5.0),
+    "another item": lambda m: m.sizes.insert(0, 9.0),
+    "a key": lambda m: m.names.__setitem__("a", 5.0),
+    "a part's flag": lambda m: setattr(m.part, "enabled", False),
+    "a part's number": lambda m: setattr(m.part, "scale", 4.0),
+    "a tensor for a number": lambda m: setattr(m, "slope", torch.tensor(3.0)),
+    "training": lambda m: m.train(),
+    "training of a part": lambda m: m.part.train(),
+    "evaluation of a layer in training": lambda m: (m.train(), m.drop.eval(), m.part.drop.eval()),
+    "probability": lambda m: (m.train(), setattr(m.drop, "p", 0.0), setattr(m.part.drop, "p", 0.9)),
+    "append": lambda m: m.layers.append(tnn.Softmax(1)),
+    "insert": lambda m: m.layers.insert(0, tnn.Tanh()),
+    "extend": lambda m: m.layers.extend([tnn.Tanh(), tnn.Softmax(1)]),
+    "+=": lambda m: m.layers.__iadd__(tnn.Sequential(tnn.Tanh())),
+    "add_module": lambda m: m.layers.add_module("more", tnn.Tanh()),
+    "del": lambda m: m.layers.__delitem__(-1),
+    "pop": lambda m: m.layers.pop(-1),
+    "an exchanged layer": lambda m: m.layers.__setitem__(1, tnn.Tanh()),
+    "append to a list": lambda m: m.blocks.append(tnn.Tanh()),
+    "+= to a list": lambda m: m.blocks.__iadd__([tnn.Tanh()]),
+    "del from a list": lambda m: m.blocks.__delitem__(0),
+    "another rectifier": lambda m: setattr(m, "relu", tnn.Tanh()),
+    "another convolution": lambda m: setattr(m, "conv", tnn.Conv2d(1, 4, 3, bias=False).double()),
+    "another pooling": lambda m: setattr(m, "pool", tnn.AvgPool2d(2)),
+    "another weight": lambda m: setattr(m.conv, "weight", tnn.Parameter(torch.ones(4, 1, 3, 3).double())),
+    "no bias": lambda m: setattr(m.conv, "bias", None),
+    "a weight's values": lambda m: m.conv.weight.data.zero_(),
+    "a stride": lambda m: setattr(m.conv, "stride", (2, 2)),
+    "a padding mode": lambda m: (
+        setattr(m.conv, "padding_mode", "circular"), setattr(m.conv, "_reversed_padding_repeated_twice", [1] * 4)
+    ),
+    "_conv_forward": lambda m: setattr(m.conv, "_conv_forward", lambda x, w, b: TF.conv2d(x, w * 2, b)),
+    "a layer's forward": lambda m: setattr(m.relu, "forward", torch.tanh),
+    "a convolution's forward": lambda m: setattr(m.conv, "forward", lambda x: TF.conv2d(x, m.conv.weight * 2)),
+    "its forward": lambda m: setattr(m, "forward", lambda x: x * 2),
+    "a part's method": lambda m: setattr(m.part, "features", lambda x: x * 7),
+    "a hook": lambda m: m.conv.register_forward_hook(lambda module, args, y: y * 2),
+    "a hook that only looks": lambda m: m.relu.register_forward_hook(lambda module, args, y: m.log.append(len(y))),
+    "a hook before": lambda m: m.layers[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "its hook": lambda m: m.register_forward_hook(lambda module, args, y: y * 2),
+    "a hook on gradients":
+        lambda m: m.layers.register_full_backward_hook(lambda module, gx, gy: tuple(g * 2 for g in gx)),
+    "a hook before gradients":
+        lambda m: m.layers.register_full_backward_pre_hook(lambda module, gy: tuple(g * 2 for g in gy)),
+    "a parametrization":
+        lambda m: tnn.utils.parametrize.register_parametrization(m.conv, "weight", Doubling()),
+    "spectral norm": lambda m: tnn.utils.parametrizations.spectral_norm(m.other),
+    "frozen": lambda m: m.requires_grad_(False),
+    "one frozen": lambda m: m.conv.weight.requires_grad_(False),
+    "channels_last": lambda m: m.to(memory_format=torch.channels_last),
+    "a state": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
+    "an assigned state": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}, assign=True),
+    "converted": tritonnet.convert,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_later_changes(name):
+    torch.manual_seed(0)
+    model = Net().double().eval()
+    fused, x = tritonnet.fuse(copy.deepcopy(model)), images()
+    assert_same(run(fused, x, 1), run(model, x, 1))
+    for m in (model, fused):
+        torch.manual_seed(3)
+        CHANGES[name](m)
+    assert_same(run(fused, x, 2), run(model, x, 2))
+
+
+REPLACED = {
+    "a method of its class": (Net, "forward", lambda self, x: self.row(x)[..., :3, :3] * 2),
+    "a method of a part's class": (Part, "features", doubled),
+    "torch's rectifier": (tnn.ReLU, "forward", doubled),
+    "torch's linear": (tnn.Linear, "forward", lambda self, x: x[..., :3] * self.weight.sum()),
+    "torch's pooling": (tnn.MaxPool2d, "forward", lambda self, x: TF.avg_pool2d(x, 2)),
+    "torch's convolution": (tnn.Conv2d, "_conv_forward", lambda self, x, w, b: TF.conv2d(x, w * 3, b)),
+    "torch's convolution, all of it": (tnn.Conv2d, "forward", lambda self, x: TF.conv2d(x, self.weight * 3)),
+    "torch's Sequential": (tnn.Sequential, "forward", lambda self, x: self[0](x)),
+    "a function of torch's": (TF, "relu", lambda x, inplace=False: x * 3),
+}
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
+@pytest.mark.parametrize("name", REPLACED)
+def test_methods_that_are_replaced_later(name, converted, monkeypatch):
+    torch.manual_seed(0)
+    model = tnn.Sequential(Net(), tnn.Flatten(), tnn.Linear(36, 3)).double().eval()
+    ours, x = copy.deepcopy(model), images()
+    if converted:
+        tritonnet.convert(ours)
+    fused = tritonnet.fuse(copy.deepcopy(ours))
+    before = model(x)
+    for m in (ours, fused):
+        torch.testing.assert_close(m(x), before)
+    monkeypatch.setattr(*REPLACED[name])
+    expected = model(x)
+    assert expected.shape != before.shape or not torch.allclose(expected, before)
+    for m in (ours, fused) if name != "a function of torch's" or not converted else ():
+        torch.testing.assert_close(m(x), expected)
+    monkeypatch.undo()
+    for m in (ours, fused):
+        torch.testing.assert_close(m(x), before)
+
+
+def test_fused_layers_hear_of_them_too(monkeypatch):
+    x = torch.randn(2, 1, 8, 8)
+    layers = {
+        tritonnet.nn.Conv2dReLU(1, 4, 3): lambda y: y.relu(),
+        tritonnet.nn.Conv2dReLUMaxPool2d(1, 4, 3, pool_kernel_size=4, pool_stride=3, pool_ceil_mode=True): lambda y: (
+            TF.max_pool2d(y.relu(), 4, 3, ceil_mode=True)
+        ),
+    }
+    for layer, rest in layers.items():
+        torch.testing.assert_close(layer(x), rest(TF.conv2d(x, layer.weight, layer.bias)))
+        layer._conv_forward = lambda x, w, b: TF.conv2d(x, w * 3, b)
+        torch.testing.assert_close(layer(x), rest(TF.conv2d(x, layer.weight * 3, layer.bias)))
+    monkeypatch.setattr(tnn.Linear, "forward", lambda self, x: -TF.linear(x, self.weight, self.bias))
+    linear = tritonnet.nn.LinearReLU(3, 2)
+    torch.testing.assert_close(linear(torch.ones(3)), TF.relu(-TF.linear(torch.ones(3), linear.weight, linear.bias)))
+
+
+def test_hooks_on_all_modules():
+    model = Net().double().eval()
+    fused, x = tritonnet.fuse(copy.deepcopy(model)), images()
+    before = model(x)
+    torch.testing.assert_close(fused(x), before)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, y: y * 2)
+    try:
+        expected = model(x)
+        assert not torch.allclose(expected, before)
+        torch.testing.assert_close(fused(x), expected)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(fused(x), before)
+
+
+def test_a_sequential_with_a_forward_of_its_own():
+    torch.manual_seed(0)
+    model = Scaled(tnn.Conv2d(1, 4, 3), tnn.ReLU(), tnn.MaxPool2d(2)).double()
+    fused, x = tritonnet.fuse(copy.deepcopy(model)), images()
+    for _ in range(2):
+        y, expected = fused(x), model(x)
+        torch.testing.assert_close(y, expected)
+        y.sum().backward(), expected.sum().backward()
+    assert fused.calls == model.calls == 2
+    for p, q in zip(fused.parameters(), model.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_parts_of_a_fused_model_are_models():
+    fused = tritonnet.fuse(tnn.Sequential(tnn.Conv2d(1, 4, 3), tnn.ReLU(), tnn.Conv2d(4, 4, 3)))
+    x = torch.randn(2, 1, 8, 8)
+    y = fused(x)
+    assert type(fused) is tnn.Sequential
+    torch.testing.assert_close(fused[1:](fused[:1](x)), y)
+    torch.testing.assert_close(fused[:2](x), TF.relu(fused[0](x)))
+    other = type(tritonnet.fuse(Net()))()
+    assert other(torch.randn(2, 1, 8, 8)).shape == (2, 4, 3, 3)
+
+
+class Locked(Net):
+    """Pickled by methods of its own, which leave out a lock and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("kind", [Net, Locked])
+def test_copies_and_files(kind):
+    torch.manual_seed(0)
+    model = kind().double().eval()
+    fused, x = tritonnet.fuse(model), images()
+    expected = fused(x)
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), torch.load(file, weights_only=False)):
+        assert type(twin) is kind and twin._compiled_call_impl is None
+        torch.testing.assert_close(twin(x), expected)
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.zero_()
+        assert twin(x).abs().sum() == 0 and fused(x).abs().sum() > 0
+    torch.testing.assert_close(copy.copy(fused)(x), expected)
+    torch.testing.assert_close(tritonnet.revert(fused)(x), expected)
+    assert "_compiled_call_impl" not in vars(fused) or fused._compiled_call_impl is None
+
+
+def test_a_replaced_forward_is_copied():
+    model = Net()
+    model.forward = types.MethodType(doubled, model)
+    x = torch.ones(2)
+    assert torch.equal(copy.deepcopy(tritonnet.fuse(model))(x), x * 2)
+
+
+def test_a_file_outlives_the_class_it_was_saved_with(monkeypatch):
+    torch.manual_seed(0)
+    fused, x = tritonnet.fuse(Net().double().eval()), images()
+    expected, saved = fused(x), pickle.dumps(fused)
+    before = Net.forward
+    monkeypatch.setattr(Net, "forward", lambda self, x, mask=None: before(self, x))
+    torch.testing.assert_close(pickle.loads(saved)(x), expected)
+
+
+REGISTRY = []
+
+
+class Registered(tnn.Linear):
+    def __init_subclass__(cls, *, name, **kwargs):
+        super().__init_subclass__(**kwargs)
+        REGISTRY.append(name)
+
+
+class Mine(Registered, name="mine"):
+    pass
+
+
+class Listed(type):
+    made: list = []
+
+    def __new__(cls, name, bases, members):
+        cls.made.append(name)
+        return super().__new__(cls, name, bases, members)
+
+
+class OfAnother(tnn.Linear, metaclass=Listed):
+    pass
+
+
+@pytest.mark.parametrize("change", [tritonnet.convert, tritonnet.fuse])
+def test_classes_are_not_told_of_helpers(change):
+    model = tnn.Sequential(Mine(3, 3), OfAnother(3, 2))
+    x = torch.randn(4, 3)
+    expected = model(x)
+    torch.testing.assert_close(change(model)(x), expected)
+    assert REGISTRY == ["mine"] and Listed.made == ["OfAnother"]
+    assert isinstance(model[0], Mine) and type(model[1]) is OfAnother
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    assert type(tritonnet.revert(model)[0]) is Mine
+
+
+def test_a_lock_is_no_hindrance_to_conversion():
+    x = images()
+    model = tritonnet.convert(Locked().double().eval())
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+
+
+def test_saved_for_backward_in_a_checkpoint():
+    """A checkpoint keeps its inputs alone; it is not lost with the graph."""
+    model = with_forward("return checkpoint(lambda v: self.other(self.row(v)), x, use_reentrant=False)")
+    kept = []
+    for m in (model, tritonnet.fuse(copy.deepcopy(model))):
+        m(torch.randn(2, 1, 8, 8))
+        saved = []
+
+        def keep(t, saved=saved):
+            saved.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            m(torch.randn(2, 1, 8, 8))
+        kept.append(len(saved))
+    assert kept[0] == kept[1]
+
+
+# Forwards drawn from a grammar: tensors x, y, z of (2, 4, 6, 6) and what statements may do with them.
+TENSORS = st.sampled_from(["x", "y", "z"])
+STATEMENTS = [
+    "{a} = {b}", "{a} = {b} * 1", "{a} += 1", "{a}.mul_(0.5)", "{a} = TF.relu({b})", "{a} = TF.relu_({b} * 1)",
+    "{a} = {b}.relu_()", "{a} = self.same({b})", "{a} = TF.relu(self.same({b}))", "{a} = self.relu(self.same({b}))",
+    "{a} = self.steps({b})", "{a} = self.part({b})", "{a} = {b} + {c}", "{a} = torch.cat([{b}, {c}])[:2]",
+    "{a} = TF.max_pool2d(TF.relu(self.same({b})), 3, 1, 1)", "{a} = TF.relu(TF.max_pool2d(self.same({b}), 3, 1, 1))",
+    "{a} = self.drop({b})", "{a} = self.drop(TF.relu(self.same({b})))", "{a} = TF.relu(self.drop(self.same({b})))",
+    "{a}[:, 0] = 2", "v = {a}[0]; v += 1", "kept = [{a}]; {a} += 1; {b} = kept[0] * 1", "self.offset += 1",
+    "{a} = {b} + self.offset", "self.log.append({a}.detach())", "self.calls += 1", "{a} = {b} * self.slope",
+    "if self.flag: {a} = {b} * 2", "if torch.rand(1) < 0.5: {a} = {b} * 2", "if {a}.sum() > 0: {b} = {a} - 1",
+    "if self.training: {a} = {b} * 0.5", "if self.down is not None: {a} = self.down({b})",
+    "with torch.no_grad(): {a} = {b} * 1.5", "with torch.no_grad(): {a} = TF.relu(self.same({b}))",
+    "t = self.same({a})\nwith torch.no_grad(): {b} = TF.relu(t)", "t = self.same({a}); {a} = {a} * 1; {b} = TF.relu(t)",
+    "t = self.same({a}); {b} = TF.relu(t) + t", "t = self.same({a}); u = t; t = TF.relu_(t); {b} = u + 1",
+    "with torch.no_grad(): self.same.weight.mul_(0.9)", "{a} = checkpoint(self.steps, {b}, use_reentrant=False)",
+    "{a} = {b} * (2 if torch.compiler.is_compiling() else 1)", "{a} = {b} * (2 if torch.is_grad_enabled() else 1)",
+    "for block in self.blocks: {a} = block({b})", "{a} = {b}.detach()", "{a} = {b} * torch.randn(())",
+    "try: {a} = {b}.view(7, -1)\nexcept RuntimeError: {a} = {b} + 1",
+    "{a} = self.tail(TF.relu(self.head({b})))", "{a} = self.tail(self.drop(TF.relu(self.head({b}))))",
+]  # fmt: skip
+DRAWN_CHANGES = [
+    None, lambda m: m.eval(), lambda m: m.train(), lambda m: setattr(m, "flag", not m.flag),
+    lambda m: setattr(m, "slope", 0.25), lambda m: m.steps.append(tnn.Tanh()), lambda m: m.steps.__delitem__(-1),
+    lambda m: m.blocks.append(tnn.Conv2d(4, 4, 1).double()), lambda m: setattr(m, "relu", tnn.Tanh()),
+    lambda m: m.same.register_forward_hook(lambda module, args, y: y * 2),
+    lambda m: setattr(m, "down", tnn.Conv2d(4, 4, 1).double()), lambda m: setattr(m.part, "enabled", False),
+    lambda m: setattr(m.drop, "p", 0.1), tritonnet.convert,
+]  # fmt: skip
+
+
+class Small(Net):
+    def __init__(self):
+        super().__init__()
+        self.same, self.flag = tnn.Conv2d(4, 4, 3, padding=1), True
+        self.steps = tnn.Sequential(tnn.Conv2d(4, 4, 1), tnn.ReLU(inplace=True))
+        self.head, self.tail = tnn.Linear(6, 5), tnn.Linear(5, 6)
+
+
+def statement(text, names):
+    return text.format(**dict(zip("abc", names)))
+
+
+@settings(max_examples=DRAWN, deadline=None, suppress_health_check=list(HealthCheck), derandomize=DRAWN < 1000)
+@given(
+    st.lists(st.tuples(st.sampled_from(STATEMENTS), st.tuples(TENSORS, TENSORS, TENSORS)), min_size=2, max_size=7),
+    st.booleans(), st.booleans(), st.sampled_from(DRAWN_CHANGES), st.integers(0, 9),
+)  # fmt: skip
+def test_drawn_forwards(statements, training, converted, change, seed):
+    """Statements in any order, in training or not, on torch's layers or converted ones, and a change between calls."""
+    torch.compiler.reset()
+    body = "\n".join(["y, z = x * 2, x - 1", *(statement(*s) for s in statements), "return x + y + z"])
+    own = {}
+    lines = "\n".join(f"    {line}" for line in body.split("\n"))
+    exec(f"def forward(self, x):\n{lines}", globals(), own)
+    torch.manual_seed(seed)
+    model = type("Drawn", (Small,), own)().double().train(training)
+    fused, x = copy.deepcopy(model), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    tritonnet.fuse(tritonnet.convert(fused) if converted else fused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same(run(fused, x, 2), run(model, x, 2))
+        if change:
+            for m in (model, fused):
+                torch.manual_seed(seed)
+                change(m)
+            assert_same(run(fused, x, 2), run(model, x, 2))

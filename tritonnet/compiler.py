@@ -86,9 +86,16 @@ def _assert(condition, message="", *_):
 
 def _checkpoint(body, *args, **options):
     """What eager does where Dynamo has a mark for the partitioner of other backends."""
-    context_fn = body.meta.get("_checkpoint_context_fn")
-    given = {**options, "use_reentrant": False, **({"context_fn": context_fn} if context_fn else {})}
-    return checkpoint(body, *args, **given)
+    if context_fn := body.meta.get("_checkpoint_context_fn"):
+        options["context_fn"] = context_fn
+    # The function has its parameters by itself; a checkpoint would keep them as inputs.
+    given = [i for i, arg in enumerate(args) if not isinstance(arg, torch.nn.Parameter)]
+
+    def function(*inputs):
+        of_place = dict(zip(given, inputs))
+        return body(*(of_place.get(i, arg) for i, arg in enumerate(args)))
+
+    return checkpoint(function, *(args[i] for i in given), **{**options, "use_reentrant": False})
 
 
 def graphs_of(graph_module):

@@ -166,14 +166,12 @@ def _of_convolution(conv):
             continue
         nodes = [node for node, _ in parts[: steps.index(row) + 1]]
         window = next((window_of(node) for node in nodes if steps_of(node) == (POOL,)), None)
-        if window and window[3]:
-            continue
         if window is None:
             yield Row(nodes, ops.conv2d_relu if by_operator else F.conv2d_relu, conv.args, conv.kwargs)
         elif by_operator:
-            yield Row(nodes, _conv2d_relu_max_pool2d, (*conv.args, *window[:3]), {})
+            yield Row(nodes, _conv2d_relu_max_pool2d, (*conv.args, *window), {})
         else:
-            names = "pool_kernel_size", "pool_stride", "pool_padding"
+            names = "pool_kernel_size", "pool_stride", "pool_padding", "pool_ceil_mode"
             yield Row(nodes, F.conv2d_relu_max_pool2d, conv.args, {**conv.kwargs, **dict(zip(names, window))})
 
 

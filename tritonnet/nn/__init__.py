@@ -126,7 +126,8 @@ class Conv2dReLUMaxPool2d(Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self._is_torchs():
             window = self.pool_kernel_size, self.pool_stride, self.pool_padding
-            return functional.max_pool2d(functional.relu(super().forward(input)), *window)
+            y = functional.relu(super().forward(input))
+            return functional.max_pool2d(y, *window, ceil_mode=self.pool_ceil_mode)
         return functional._conv2d_relu_max_pool2d(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode,
             self.pool_kernel_size, self.pool_stride, self.pool_padding, self.pool_ceil_mode,
