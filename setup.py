@@ -47,7 +47,10 @@ setup(
             "wheel",
         ],
     },  # fmt: skip
-    entry_points={"console_scripts": ["tritonnet = tritonnet.cli:main"]},
+    entry_points={
+        "console_scripts": ["tritonnet = tritonnet.cli:main"],
+        "torch_dynamo_backends": ["tritonnet = tritonnet.compiler:compile_graph"],
+    },
     license="MIT AND CC-BY-SA-3.0",
     license_files=["LICENSE", "tritonnet/data/README.md"],
 )

@@ -551,10 +551,10 @@ def sgd(net, **options):
 
 
 OTHERS = {
-    "another net": (lambda: theirs.Sequential(theirs.Flatten(), theirs.Linear(1024, 10)), sgd, None, "layers are"),
-    "a branch": (Branching, sgd, None, "cannot trace"),
-    "more than layers": (Twice, sgd, None, "its forward calls"),
-    "a hook": (hooked, sgd, None, "has hooks"),
+    "another net": (lambda: theirs.Sequential(theirs.Flatten(), theirs.Linear(1024, 10)), sgd, None, "features"),
+    "a branch": (Branching, sgd, None, "cannot be captured"),
+    "more than layers": (Twice, sgd, None, "its forward calls mul"),
+    "a hook": (hooked, sgd, None, "does more than compute"),
     "frozen": (frozen, sgd, None, "frozen"),
     "ceil_mode": (
         lambda: theirs.Sequential(
@@ -562,7 +562,7 @@ OTHERS = {
         ),
         sgd, None, "Conv2dReLUMaxPool2d that no LeNet has",
     ),
-    "other widths": (lambda: wider(), sgd, None, "not a 5 x 5 convolution with bias to 16 filters"),
+    "other widths": (lambda: wider(), sgd, None, "800 features"),
     "another optimizer": (Tutorial, lambda net: torch.optim.RMSprop(net.parameters()), None, "RMSprop"),
     "groups of two rules": (
         Tutorial, lambda net: torch.optim.SGD([{"params": p, "momentum": p.dim() % 2} for p in net.parameters()]),
