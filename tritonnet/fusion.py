@@ -11,7 +11,7 @@ from .nn._plain import Model, check_model, global_hooks
 from .registration import watched
 
 
-def methods_of(model):
+def _methods_of(model):
     """((function that fetches the methods of a class, the class, what it fetches), ...) of all modules in a model."""
     found = []
     for cls in dict.fromkeys(type(module) for module in model.modules()):
@@ -23,13 +23,13 @@ def methods_of(model):
     return tuple(found)
 
 
-def _calling(model):
-    """A function that calls the model, for Dynamo, which does not look into torch's own where it is told to begin."""
+def calling(function):
+    """A function that calls this one, for Dynamo, which does not look into torch's own where it is told to begin."""
 
     def call(*args, **kwargs):
-        return model._call_impl(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    # What is captured is kept with the code, a limited number of graphs: each model has a code of its own.
+    # What is captured is kept with the code, a limited number of graphs, and so is that there is nothing to capture.
     call.__code__ = call.__code__.replace()
     return call
 
@@ -48,10 +48,10 @@ class FusedCall:
         from .compiler import Backend, faithful
 
         self.faithful = faithful
-        self.methods = methods_of(self.model)
+        self.methods = _methods_of(self.model)
         # A new one, for which nothing is captured yet.
         self.backend = Backend(type(self.model).__name__, self.report, faithful=True)
-        self.compiled = torch.compile(_calling(self.model), backend=self.backend, **self.options)
+        self.compiled = torch.compile(calling(self.model._call_impl), backend=self.backend, **self.options)
 
     def __call__(self, *args, **kwargs):
         # Whoever traces the model sees it as it is written; and Dynamo does not hear of hooks on all modules.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .fusion import methods_of
+from .fusion import calling
 from .lenet_weights import NotServed, side_of
 from .nn._plain import _HOOKS, global_hooks
 from .rows import CONV, LINEAR, POOL, RELU, arguments_of, simplify, steps_of, window_of
@@ -105,18 +105,14 @@ def _layers_of(graph):
     return layers
 
 
-@functools.cache
-def _backend(methods):
-    """The backend of torch.compile whose graphs have five layers for a result; one for each state of the methods."""
+def _backend(graph_module, example_inputs):
+    """A backend of torch.compile whose graphs have five layers for a result."""
     from .compiler import asks_if_compiled, only_computes
 
-    def backend(graph_module, example_inputs):
-        if asks_if_compiled() or not only_computes():
-            raise NotServed("its forward does more than compute its result")
-        layers = _layers_of(graph_module.graph)
-        return lambda *arguments: (layers(*arguments),)
-
-    return backend
+    if asks_if_compiled() or not only_computes():
+        raise NotServed("its forward does more than compute its result")
+    layers = _layers_of(graph_module.graph)
+    return lambda *arguments: (layers(*arguments),)
 
 
 @contextlib.contextmanager
@@ -140,8 +136,7 @@ def _captured(model, channels, side):
     torch._dynamo.decorators.mark_unbacked(images, 0)
     torch._dynamo.mark_static(images, [1, 2, 3])
     try:
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=64):
-            result = torch.compile(model.forward, backend=_backend(methods_of(model)), fullgraph=True)(images)
+        result = torch.compile(calling(model.forward), backend=_backend, fullgraph=True)(images)
     except Exception as e:
         reason = getattr(e, "inner_exception", e)
         if isinstance(reason, NotServed):

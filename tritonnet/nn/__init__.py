@@ -26,6 +26,12 @@ _CONVOLVE, _CONV2D, _MAX_POOL2D, _RELU, _LINEAR, _CROSS_ENTROPY = (
 )  # fmt: skip
 
 
+def _is_replaced(conv):
+    """Whether somebody has replaced how convolutions are computed, by this layer or by all."""
+    by_all = _torch.Conv2d._conv_forward is not _CONVOLVE or _torch.Conv2d.forward is not _CONV2D
+    return by_all or "_conv_forward" in vars(conv)
+
+
 class Conv2d(_torch.Conv2d):
     """torch.nn.Conv2d on tritonnet's kernels: the same arguments, parameters and state_dict.
 
@@ -40,11 +46,6 @@ class Conv2d(_torch.Conv2d):
         return functional._conv2d(
             input, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
         )
-
-    def _is_torchs(self):
-        """Whether nobody has replaced how convolutions are computed, by this layer or by all."""
-        untouched = _torch.Conv2d._conv_forward is _CONVOLVE and _torch.Conv2d.forward is _CONV2D
-        return untouched and "_conv_forward" not in vars(self)
 
 
 class MaxPool2d(_torch.MaxPool2d):
@@ -89,7 +90,7 @@ class Conv2dReLU(Conv2d):
     """Conv2d followed by ReLU, in one kernel: the arguments, parameters and state_dict of Conv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._is_torchs():
+        if _is_replaced(self):
             return functional.relu(super().forward(input))
         return functional._conv2d_relu(
             input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
@@ -124,7 +125,7 @@ class Conv2dReLUMaxPool2d(Conv2d):
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._is_torchs():
+        if _is_replaced(self):
             window = self.pool_kernel_size, self.pool_stride, self.pool_padding
             y = functional.relu(super().forward(input))
             return functional.max_pool2d(y, *window, ceil_mode=self.pool_ceil_mode)
