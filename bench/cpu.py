@@ -13,7 +13,7 @@ from tritonnet import lenet_step, losses, train_step
 
 from . import operators, unfused
 from .case import BOTH, FORWARD, Case
-from .lenet import Network
+from .lenet import Network, TutorialLeNet
 from .libraries import installed
 from .measure import Host
 from .progress import progress
@@ -66,13 +66,19 @@ def launch_overhead(seconds):
 
     with gpu_that_does_nothing():
         found = overhead(seconds)
-        net, images, labels = tritonnet.LeNet(), torch.zeros(2, 1, 32, 32), torch.tensor([1, 2])
-        space = {"net": net, "images": images, "labels": labels, "F": F, "torch": torch}
+        nets = {
+            "LeNet": tritonnet.LeNet(),
+            "LeNet of a tutorial, converted": tritonnet.convert(TutorialLeNet()),
+            "the same, fused": tritonnet.fuse(tritonnet.convert(TutorialLeNet())),
+        }
+        space = {"images": torch.zeros(2, 1, 32, 32), "labels": torch.tensor([1, 2]), "F": F, "torch": torch}
         inference, training = "with torch.no_grad(): net(images)", "F.cross_entropy(net(images), labels).backward()"
-        for task, statement in ((BOTH, training), (FORWARD, inference)):
-            net.train(task == BOTH)
-            us = Timer(statement, globals=space).blocked_autorange(min_run_time=seconds).median * 1e6
-            found.append({"operator": "LeNet", "task": task, "torch_us": None, "tritonnet_us": us})
+        for name, net in nets.items():
+            for task, statement in ((BOTH, training), (FORWARD, inference)):
+                net.train(task == BOTH)
+                timer = Timer(statement, globals={**space, "net": net})
+                us = timer.blocked_autorange(min_run_time=seconds).median * 1e6
+                found.append({"operator": name, "task": task, "torch_us": None, "tritonnet_us": us})
     return found
 
 
