@@ -16,7 +16,7 @@ from tritonnet.kernels import shapes
 
 from . import FORMATS, unfused
 from .case import BOTH, CHANNELS_LAST, CONTIGUOUS, FORWARD, Contestant, Work, lay_out
-from .exactness import Gate, Results, Rounding
+from .exactness import Deciding, Gate, Results, Rounding
 from .libraries import compiled
 from .measure import copies
 
@@ -34,6 +34,7 @@ class Operator:
         works: the Work of each task.
         classes: if not 0, one more input are indices of so many classes, one for each row of the first.
         decisions: signs and maxima of computed numbers, which send gradients one way or another.
+        rectified: whether the result is that of a rectifier, which shows what has passed it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Operator:
     works: dict
     classes: int = 0
     decisions: int = 0
+    rectified: bool = False
 
     @property
     def layouts(self):
@@ -71,9 +73,13 @@ class Operator:
         def results():
             return self._results(BOTH, _both(lambda *inputs: self.call(unfused, *inputs), leaves, dy.double()))
 
+        def decided(passed):
+            with Deciding(passed) as deciding:
+                return results().gradients, deciding.given
+
         truth = results()
         with Rounding(format):
-            return Gate(truth, results(), format)
+            return Gate(truth, results(), format, decided if self.rectified else None)
 
     def contestant(self, library, layout, format, device, mode=None):
         """The Contestant of a libraries.Library, under torch.compile in `mode` unless that is None."""
@@ -137,7 +143,7 @@ def linear(name, M, K, N, relu=False):
     operator = "linear_relu" if relu else "linear"
     return Operator(
         f"{operator} {name}", M, lambda f, *tensors: getattr(f, operator)(*tensors), sizes, result,
-        _works(forward, backward), decisions=M * N if relu else 0,
+        _works(forward, backward), decisions=M * N if relu else 0, rectified=relu,
     )  # fmt: skip
 
 
@@ -168,7 +174,7 @@ def conv2d(name, size, filters, stride=1, padding=0, groups=1, relu=False, pool=
             *tensors, stride=stride, padding=padding, groups=groups, **arguments
         ),
         (size, weights, (OC,)), result, _works(forward, backward),
-        decisions=kept if relu or pool else 0,
+        decisions=kept if relu or pool else 0, rectified=relu and not pool,
     )  # fmt: skip
 
 

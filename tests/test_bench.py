@@ -196,6 +196,33 @@ def test_what_is_wrong_is_named_and_not_timed(way):
     assert {row.status for row in record.rows if row.library == "torch"} == {OK}
 
 
+def _rounded_twice(x, w, b, way=None):
+    """As where a product is rounded before the bias is added; `way` is what is wrong with its gradients."""
+    if way == "half of a gradient":
+        w = w.detach() * 0.5 + w * 0.5
+    z = torch.nn.functional.linear(x, w) + b
+    if way == "all that is negative passes":
+        return torch.where(z > 0, z, z.abs() * 2.0**-30).detach() + (z - z.detach())
+    return z.relu()
+
+
+def test_signs_that_rounding_twice_changes_are_no_fault():
+    """Gradients are those of the signs that the result shows, and those are the truth's but next to zero."""
+    subject = operators.linear("", 4096, 32, 64, relu=True)
+    gate = subject.gate("bfloat16", "cpu")
+
+    def complaint(way=None):
+        functional = types.SimpleNamespace(linear_relu=functools.partial(_rounded_twice, way=way))
+        contestant = subject.contestant(library()._replace(functional=functional), CONTIGUOUS, "bfloat16", Host())
+        return gate.complaint(contestant.first(BOTH), torch.bfloat16)
+
+    assert complaint() is None
+    assert complaint("half of a gradient").startswith("gradient 1 is off by 0.5")
+    assert "from zero the rectifier has another sign" in complaint("all that is negative passes")
+    gate.decided = None
+    assert complaint().startswith("gradient 0 is off by 0.0")
+
+
 def test_a_step_that_trains_wrongly_is_named():
     def lazy_step(model, loss, optimizer, format, mode):
         optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
