@@ -55,6 +55,7 @@ class Net(tnn.Module):
         self.relu, self.pool, self.drop, self.part = tnn.ReLU(), tnn.MaxPool2d(2), tnn.Dropout(0.5), Part()
         self.blocks = tnn.ModuleList([tnn.Conv2d(4, 4, 1), tnn.ReLU()])
         self.layers = tnn.Sequential(tnn.Conv2d(4, 4, 1), tnn.ReLU(inplace=True))
+        self.normed = tnn.Sequential(tnn.Conv2d(1, 4, 3), tnn.BatchNorm2d(4), tnn.ReLU())
         self.register_buffer("offset", torch.ones(4, 1, 1))
         self.slope, self.sizes, self.names, self.log, self.calls = 2.0, [3.0], {"a": 1.0}, [], 0
 
@@ -124,6 +125,10 @@ FORWARDS = {
     "requires_grad": "return self.row(x) * (2 if x.requires_grad else 1)",
     "a checkpoint": "return checkpoint(lambda v: TF.relu(self.other(self.row(v))), x, use_reentrant=False)",
     "a checkpoint with dropout": "return checkpoint(lambda v: TF.dropout(self.row(v)), x, use_reentrant=False)",
+    "a checkpoint around batch norm": "return checkpoint(self.normed, x, use_reentrant=False)",
+    "a checkpoint that writes to a buffer":
+        "def body(v):\n    self.offset += 1\n    return self.row(v) * self.offset\n"
+        "return checkpoint(body, x, use_reentrant=False)",
     "a reentrant checkpoint": "return checkpoint(lambda v: self.row(v) * self.slope, x, use_reentrant=True)",
     # What changes how autograd or autocast work, in between or around.
     "no_grad around the rectifier": "y = self.conv(x)\nwith torch.no_grad(): z = TF.relu(y)\nreturn z + self.offset",
@@ -389,6 +394,136 @@ def test_fused_layers_hear_of_them_too(monkeypatch):
     monkeypatch.setattr(tnn.Linear, "forward", lambda self, x: -TF.linear(x, self.weight, self.bias))
     linear = tritonnet.nn.LinearReLU(3, 2)
     torch.testing.assert_close(linear(torch.ones(3)), TF.relu(-TF.linear(torch.ones(3), linear.weight, linear.bias)))
+
+
+def test_code_that_is_reloaded():
+    """An editor's reload puts new code into the functions that are there; and a class may lose a method."""
+
+    class Half(tnn.Module):
+        def forward(self, x):
+            return self.part(x)
+
+        def part(self, x):
+            return x * 0.5
+
+        def spare(self):
+            pass
+
+    def third(self, x):
+        return x / 3
+
+    fused, x = tritonnet.fuse(Half()), torch.ones(3)
+    assert torch.equal(fused(x), x * 0.5)
+    Half.part.__code__ = third.__code__
+    assert torch.equal(fused(x), x / 3)
+    del Half.spare
+    assert torch.equal(fused(x), x / 3)
+    Half.part = classmethod(lambda cls, x: x * 5)
+    assert torch.equal(fused(x), x * 5)
+
+
+def test_classes_that_come_later():
+    class One(tnn.Module):
+        def forward(self, x):
+            return x + 1
+
+    fused, x = tritonnet.fuse(tnn.Sequential(tnn.ReLU())), torch.ones(3)
+    fused(x)
+    fused.append(One())
+    assert torch.equal(fused(x), x + 1)
+    One.forward = doubled
+    assert torch.equal(fused(x), x * 2)
+
+
+def test_replicas_and_other_copies_of_attributes():
+    """nn.DataParallel makes its replicas of the attributes of a module, the compiled call among them."""
+    fused, x = tritonnet.fuse(Part()), torch.randn(2, 4, 3, 3)
+    fused.eval()(x)
+    replica = fused._replicate_for_data_parallel()
+    replica.scale = 5.0
+    torch.testing.assert_close(replica(x), fused.features(x) * 5.0)
+    other = Part.__new__(Part)
+    vars(other).update(vars(fused), enabled=False)
+    torch.testing.assert_close(other(x), x * 1.5)
+
+
+def test_results_are_no_views():
+    """What is done to a result in place asks what it is a view of: torch's are tensors of their own."""
+    linear = tritonnet.fuse(tnn.Sequential(tnn.Linear(3, 4), tnn.ReLU()))
+    conv = tritonnet.fuse(tnn.Sequential(tnn.Conv2d(1, 2, 3), tnn.ReLU()))
+    factor = torch.ones((), requires_grad=True)
+    for model, x in ((linear, torch.randn(2, 5, 3)), (conv, torch.randn(1, 6, 6))):
+        with torch.no_grad():
+            y = model(x)
+        y.mul_(factor)
+        assert not model(x)._is_view() and model(x).detach_().requires_grad is False
+        assert not tritonnet.convert(copy.deepcopy(model))[0](x)._is_view()
+
+
+def test_what_a_chain_keeps():
+    """Biases may change between forward and backward, in torch's linears and in a chain of them."""
+    model = tnn.Sequential(tnn.Linear(3, 4), tnn.ReLU(), tnn.Linear(4, 2)).double()
+    fused, x = tritonnet.fuse(copy.deepcopy(model)), torch.randn(5, 3, dtype=torch.float64)
+    for m in (model, fused):
+        y = m(x)
+        with torch.no_grad():
+            m[0].bias.add_(1)
+        y.sum().backward()
+    assert_same([p.grad for p in fused.parameters()], [p.grad for p in model.parameters()])
+
+
+def test_a_bias_of_one_in_a_chain():
+    x, w1, b, w2 = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4), torch.randn(5, 4)
+
+    class Broadcast(tnn.Module):
+        def forward(self, x):
+            return TF.linear(TF.relu(TF.linear(x, w1, b[:1])), w2)
+
+    torch.testing.assert_close(tritonnet.fuse(Broadcast())(x), Broadcast()(x))
+
+
+def test_forward_mode_over_the_gradient_of_a_chain():
+    model = tnn.Sequential(tnn.Linear(3, 4), tnn.ReLU(), tnn.Linear(4, 2)).double()
+    fused, x = tritonnet.fuse(copy.deepcopy(model)), torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for m in (model, fused):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            primal, tangent = torch.autograd.forward_ad.unpack_dual(m(dual))
+            found.append([primal, tangent, *torch.autograd.grad(primal.sum(), x, retain_graph=True)])
+    torch.testing.assert_close(*found)
+
+
+def test_one_failure_is_not_for_ever():
+    said = []
+
+    def report(line):
+        said.append(line)
+        if len(said) == 1:
+            raise OSError("the disk is full")
+
+    fused = tritonnet.fuse(tnn.Sequential(tnn.Conv2d(1, 2, 3), tnn.ReLU()), report)
+    with pytest.raises(OSError, match="the disk is full"):
+        fused(torch.randn(1, 1, 6, 6))
+    assert fused(torch.randn(1, 1, 6, 6)).shape == (1, 2, 4, 4)
+
+
+def test_errors_are_eager_s_and_no_more_is_printed(capfd):
+    model = with_forward(FORWARDS["a wrong shape that is caught"]).double()
+    assert torch.equal(tritonnet.fuse(copy.deepcopy(model))(images()), model(images()))
+    assert capfd.readouterr().err == ""
+
+
+def test_casts_of_weights_do_not_stand_in_the_way():
+    """Under autocast our linears cast their weights in between."""
+    lines = []
+    model = tritonnet.convert(
+        tnn.Sequential(tnn.Linear(3, 4), tnn.ReLU(), tnn.Linear(4, 4), tnn.ReLU(), tnn.Linear(4, 2))
+    )
+    fused, x = tritonnet.fuse(copy.deepcopy(model), lines.append), torch.randn(5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(x), model(x))
+    assert lines == ["Sequential, graph 1: fused: 0, relu, 2, relu, 4"]
 
 
 def test_hooks_on_all_modules():

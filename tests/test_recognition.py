@@ -38,6 +38,9 @@ OTHERS = {
     "it remembers": (f"self.last = {NET}; return self.last", "does more"),
     "by the number of images": (f"y = {NET}; return y * 2 if x.shape[0] > 100 else y", "cannot be captured"),
     "by one number of images": (f"y = {NET}; return y * 2 if len(x) == 37 else y", "cannot be captured"),
+    "by a remainder": (f"assert len(x) % 8 == 0\nreturn {NET}", "how many images"),
+    "but for one number": (f"assert x.shape[0] != 7\nreturn {NET}", "how many images"),
+    "by torch's check": (f"torch._check(x.shape[0] < 100); return {NET}", "how many images"),
     "by value": (f"return {NET} if x.mean() > 0 else {NET} * 2", "cannot be captured"),
     "by chance": (f"return {NET} if torch.rand(1) < 0.5 else {NET} * 2", "cannot be captured"),
     "by mode": (f"y = {NET}; return y if self.training else y.softmax(1)", "calls softmax"),
@@ -112,13 +115,19 @@ def test_layers_of_all_kinds():
         assert [layer.weight for layer in layers] == [p for p in model.parameters() if p.dim() > 1]
 
 
+class Called(Tutorial):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
 def test_hooks_and_replaced_methods_count():
     looks, changes, replaced = Tutorial(), Tutorial(), Tutorial()
     looks.conv1.register_forward_hook(lambda module, args, y: SEEN.append(1))
     changes.conv1.register_forward_hook(lambda module, args, y: y * 2)
     replaced.conv1._conv_forward = lambda x, w, b: TF.conv2d(x, w * 2, b)
-    whole = Tutorial()
+    whole, compiled = Tutorial(), Tutorial()
     whole.register_forward_hook(lambda module, args, y: y * 2)
-    for model in (looks, changes, replaced, whole):
+    compiled._compiled_call_impl = lambda x: compiled._call_impl(x) * 2
+    for model in (looks, changes, replaced, whole, compiled, Called()):
         with pytest.raises(NotServed):
             find_layers(model)

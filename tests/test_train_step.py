@@ -540,6 +540,13 @@ def hooked():
     return net
 
 
+def with_hooks_on_gradients():
+    net = Tutorial()
+    net.fc3.weight.register_hook(lambda g: g * 0)
+    net.conv1.bias.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2))
+    return net
+
+
 def frozen():
     net = Tutorial()
     net.fc3.bias.requires_grad_(False)
@@ -555,6 +562,7 @@ OTHERS = {
     "a branch": (Branching, sgd, None, "cannot be captured"),
     "more than layers": (Twice, sgd, None, "its forward calls mul"),
     "a hook": (hooked, sgd, None, "does more than compute"),
+    "hooks on gradients": (with_hooks_on_gradients, sgd, None, "parameters have hooks"),
     "frozen": (frozen, sgd, None, "frozen"),
     "ceil_mode": (
         lambda: theirs.Sequential(

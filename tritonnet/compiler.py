@@ -11,6 +11,7 @@ and who is told that a capture begins (on_compile_start).
 """
 
 import collections
+import logging
 import threading
 
 import torch
@@ -36,7 +37,7 @@ class Faithful(threading.local):
     its graph, and so they are made when a capture begins, and taken back at the end of the call.
     """
 
-    settings = {"skip_nnmodule_hook_guards": False, "suppress_errors": True}
+    settings = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "trace_numpy": False}
     calls, before = 0, None
 
     def begin(self):
@@ -65,6 +66,15 @@ def _begin(_=None):
     faithful.begin()
 
 
+def _is_news(record):
+    """Whether a line of Dynamo's log is of more than what runs as Python then, and raises there if it is wrong."""
+    return not faithful.calls or "config." in str(record.msg)
+
+
+for _logger in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
+    logging.getLogger(_logger).addFilter(_is_news)
+
+
 def asks_if_compiled():
     """Whether the code that is captured now asks, as by torch.compiler.is_compiling, and hears another answer."""
     return InstructionTranslator.current_tx().inconsistent_side_effects
@@ -84,18 +94,33 @@ def _assert(condition, message="", *_):
         raise AssertionError(message)
 
 
-def _checkpoint(body, *args, **options):
-    """What eager does where Dynamo has a mark for the partitioner of other backends."""
+def _checkpoint(given, body, *args, **options):
+    """What eager does where Dynamo has a mark for the partitioner of other backends.
+
+    Args:
+        given: places of the arguments that the function was given. Parameters and buffers it has by itself: a
+            checkpoint would keep them as inputs, which may not be written to.
+    """
     if context_fn := body.meta.get("_checkpoint_context_fn"):
         options["context_fn"] = context_fn
-    # The function has its parameters by itself; a checkpoint would keep them as inputs.
-    given = [i for i, arg in enumerate(args) if not isinstance(arg, torch.nn.Parameter)]
 
     def function(*inputs):
         of_place = dict(zip(given, inputs))
         return body(*(of_place.get(i, arg) for i, arg in enumerate(args)))
 
     return checkpoint(function, *(args[i] for i in given), **{**options, "use_reentrant": False})
+
+
+def _is_of_module(node):
+    """Whether a node is a parameter or a buffer."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = source.name() if callable(getattr(source, "name", None)) else str(getattr(source, "name", ""))
+    return "._parameters[" in name or "._buffers[" in name
+
+
+def _is_asserted(node):
+    """Whether a node is an assert statement's, of which Dynamo makes a call of a function that others may call too."""
+    return node.target == torch._assert_async and "_assert_async" not in (node.stack_trace or "")
 
 
 def graphs_of(graph_module):
@@ -106,8 +131,9 @@ def graphs_of(graph_module):
 def _as_eager_does(graph_module):
     for node in graph_module.graph.nodes:
         if node.target == _CHECKPOINT:
-            node.target = _checkpoint
-        elif node.target == torch._assert_async:
+            given = [i for i, arg in enumerate(node.args[1:]) if not (isinstance(arg, fx.Node) and _is_of_module(arg))]
+            node.target, node.args = _checkpoint, (given, *node.args)
+        elif _is_asserted(node):
             node.target = _assert
 
 
@@ -118,12 +144,13 @@ class Backend:
         name: of the model, for the report.
         report: function that is called with a line for each graph, or None.
         faithful: have code that torch.compile would give other results than eager's run as Python.
+        captured: function that is called when a graph is compiled.
     """
 
     __name__ = "tritonnet"
 
-    def __init__(self, name="", report=None, faithful=False):
-        self.name, self.report, self.faithful = name, report, faithful
+    def __init__(self, name="", report=None, faithful=False, captured=lambda: None):
+        self.name, self.report, self.faithful, self.captured = name, report, faithful, captured
         self._graphs, self._breaks, self.failure = 0, collections.Counter(counters["graph_break"]), None
 
     def __call__(self, *arguments, **options):
@@ -146,6 +173,7 @@ class Backend:
         Raises:
             ValueError: options without a backend to take them.
         """
+        self.captured()
         self._report_breaks()
         options = dict(options or {})
         inner = options.pop("backend", None if mode is None else "inductor")

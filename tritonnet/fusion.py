@@ -1,6 +1,7 @@
 """Has rows of layers in an existing model run as one kernel: convolution, rectifier, pooling; linears, rectifiers."""
 
 import operator
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -12,15 +13,26 @@ from .registration import watched
 
 
 def _methods_of(model):
-    """((function that fetches the methods of a class, the class, what it fetches), ...) of all modules in a model."""
+    """[(function that fetches the methods of a class and their code, the class, what it fetches)] of all modules."""
     found = []
     for cls in dict.fromkeys(type(module) for module in model.modules()):
-        kinds = FunctionType, property, staticmethod
-        bases = cls.__mro__[: cls.__mro__.index(torch.nn.Module)]
-        names = {name for base in bases for name, value in vars(base).items() if isinstance(value, kinds)}
-        fetch = operator.attrgetter(*sorted(names | {"forward", "__call__"}))
+        names = {"forward", "__call__"}
+        for base in cls.__mro__[: cls.__mro__.index(torch.nn.Module)]:
+            kinds = FunctionType, property, staticmethod, classmethod
+            own = {name: value for name, value in vars(base).items() if isinstance(value, kinds)}
+            # An editor's reload puts other code into the function that is there.
+            code = (f"{name}.__code__" for name, value in own.items() if isinstance(value, FunctionType))
+            names |= {*own, *(code if not base.__module__.startswith("torch.") else ())}
+        fetch = operator.attrgetter(*sorted(names))
         found.append((fetch, cls, fetch(cls)))
-    return tuple(found)
+    return found
+
+
+def _unchanged(methods):
+    try:
+        return all([fetch(cls) == before for fetch, cls, before in methods])
+    except AttributeError:
+        return False
 
 
 def calling(function):
@@ -48,22 +60,30 @@ class FusedCall:
         from .compiler import Backend, faithful
 
         self.faithful = faithful
-        self.methods = _methods_of(self.model)
+        self._look()
         # A new one, for which nothing is captured yet.
-        self.backend = Backend(type(self.model).__name__, self.report, faithful=True)
+        self.backend = Backend(type(self.model).__name__, self.report, faithful=True, captured=self._look)
         self.compiled = torch.compile(calling(self.model._call_impl), backend=self.backend, **self.options)
+
+    def _look(self):
+        self.methods = _methods_of(self.model)
 
     def __call__(self, *args, **kwargs):
         # Whoever traces the model sees it as it is written; and Dynamo does not hear of hooks on all modules.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or watched() or global_hooks():
             return self.model._call_impl(*args, **kwargs)
+        # DataParallel and others make modules of a copy of the model's attributes, this one among them.
+        caller = sys._getframe(1).f_locals.get("self", self.model)
+        if caller is not self.model and isinstance(caller, torch.nn.Module):
+            return caller._call_impl(*args, **kwargs)
         # Nor does it hear of methods that are replaced on classes.
-        if not all([fetch(cls) == methods for fetch, cls, methods in self.methods]):
+        if not _unchanged(self.methods):
             self._capture()
         with self.faithful:
             result = self.compiled(*args, **kwargs)
         if self.backend.failure:
-            raise self.backend.failure
+            failure, self.backend.failure = self.backend.failure, None
+            raise failure
         return result
 
     def __deepcopy__(self, memo):

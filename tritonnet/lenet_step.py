@@ -24,6 +24,8 @@ GRAPH_BELOW = 8192
 MOST_BATCHES = 8
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
+# Of a parameter: hooks on its gradient, and on that it has been added up. Nobody calls them on three launches.
+_ON_GRADIENT, _ON_SUM = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
 def ignored_target(loss):
@@ -99,6 +101,8 @@ class ThreeLaunches:
             raise NotServed("the model has parameters beside those of its five layers")
         if not all(p.requires_grad for p in parameters):
             raise NotServed("parameters are frozen")
+        if any(map(_ON_GRADIENT, parameters)) or any(map(_ON_SUM, parameters)):
+            raise NotServed("parameters have hooks")
         self.ignore_index = ignored_target(loss)
         self.rule, _ = rule_of(optimizer, parameters)
         self.optimizer, self.pixels, self.accumulate = optimizer, pixels, accumulate
@@ -124,6 +128,8 @@ class ThreeLaunches:
                 self._check_batch(images, labels)
             if not all(map(_REQUIRES_GRAD, self.parameters)):
                 raise NotServed("parameters have been frozen")
+            if any(map(_ON_GRADIENT, self.parameters)) or any(map(_ON_SUM, self.parameters)):
+                raise NotServed("parameters have got hooks")
             turn, self._calls = self._calls % self.accumulate, self._calls + 1
             last = turn == self.accumulate - 1
             packed = self.weights.packed(self.format, adopt=True)

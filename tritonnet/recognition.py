@@ -6,14 +6,20 @@ from typing import NamedTuple
 
 import torch
 
-from .fusion import calling
+from .fusion import FusedCall, calling
 from .lenet_weights import NotServed, side_of
 from .nn._plain import _HOOKS, global_hooks
 from .rows import CONV, LINEAR, POOL, RELU, arguments_of, simplify, steps_of, window_of
 
 FLATTEN = "flatten"
 _FLATTENING = (torch.flatten, torch.reshape, "flatten", "view", "reshape")
+# Of images, by which a forward might tell batches apart.
+_NUMBERS = [*range(1, 300), *(2**i for i in range(9, 32))]
 _STEPS = [CONV, RELU, POOL, CONV, RELU, POOL, FLATTEN, LINEAR, RELU, LINEAR, RELU, LINEAR]
+
+
+# What a call of a module goes through before it comes to its forward, and what may be there of a compiled one.
+_CALLED, _COMPILED = ("__call__", "_wrapped_call_impl", "_call_impl"), (FusedCall, type(None))
 
 
 class _Found(NamedTuple):
@@ -39,14 +45,25 @@ def _steps(node):
     return steps
 
 
+def _is_of_sizes(node):
+    """Whether a call is of numbers of images alone; NotServed if it asserts what is not so for all."""
+    inputs = [i.meta.get("example_value") for i in node.all_input_nodes]
+    if not inputs or not all(isinstance(value, torch.SymInt | torch.SymBool) for value in inputs):
+        return False
+    if not node.users:
+        # Dynamo itself asserts what is so, such as that there are as many pixels in another shape.
+        expression = inputs[0].node.expr
+        for symbol in expression.free_symbols:
+            if not all(expression.subs(symbol, number) == True for number in _NUMBERS):  # noqa: E712  (sympy's own)
+                raise NotServed("it makes a difference how many images there are")
+    return True
+
+
 def _chain(graph):
     """[(step, node)] of a graph that hands images from call to call; NotServed for any other."""
     chain = []
     for node in graph.nodes:
-        inputs = [i.meta.get("example_value") for i in node.all_input_nodes]
-        # Dynamo checks that the number of images is not negative.
-        of_size = bool(inputs) and all(isinstance(value, torch.SymInt | torch.SymBool) for value in inputs)
-        if node.op in ("placeholder", "output") or of_size:
+        if node.op in ("placeholder", "output") or _is_of_sizes(node):
             continue
         steps = _steps(node)
         if len(node.users) != 1 or (chain and node.args[:1] != (chain[-1][1],)):
@@ -154,6 +171,9 @@ def find_layers(model):
     """
     if global_hooks() or any(getattr(model, name) for name in _HOOKS):
         raise NotServed("the model has hooks")
+    called = [getattr(type(model), name) is getattr(torch.nn.Module, name) for name in _CALLED]
+    if not all(called) or set(_CALLED) & set(vars(model)) or not isinstance(model._compiled_call_impl, _COMPILED):
+        raise NotServed("it is not called as modules are")
     sizes = [tuple(p.shape) for p in model.parameters()]
     channels = next((size[1] for size in sizes if len(size) == 4), 1)
     features = next((size[1] for size in sizes if len(size) == 2), 0)

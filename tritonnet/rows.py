@@ -102,8 +102,11 @@ def _behind(node):
 
 
 def simplify(graph):
-    """Leave out dropout that does nothing, and have operators of several results or none give the one that is used."""
+    """Leave out dropout and casts that do nothing; have operators of two results or none give the one that is used."""
     for node in list(graph.nodes):
+        if node.op == "call_method" and node.target == "to" and _is_of_that_dtype(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
         if node.op != "call_function":
             continue
         if node.target in _DROPOUTS:
@@ -129,12 +132,18 @@ def simplify(graph):
             graph.erase_node(item)
 
 
+def _is_of_that_dtype(node):
+    """Whether `to` gives back what it has been given."""
+    value = node.args[0].meta.get("example_value")
+    return isinstance(value, torch.Tensor) and node.args[1:] == (value.dtype,) and not node.kwargs
+
+
 def _rows_of(linear):
     """What our linear has been given of more than two dimensions, if that is how its rows were made."""
     rows, user = linear.args[0], next(iter(linear.users), None)
     if (rows.op, rows.target, rows.args[1:], len(rows.users)) != ("call_method", "flatten", (0, -2), 1):
         return None
-    if len(linear.users) != 1 or (user.op, user.target) != ("call_method", "view"):
+    if len(linear.users) != 1 or user.target != torch.ops.aten._unsafe_view.default:
         return None
     x = rows.args[0]
     return x if _shape(user)[:-1] == _shape(x)[:-1] and user.args[0] is linear else None
@@ -186,8 +195,9 @@ def _of_linear(linear):
     given = [arguments_of(node, "input", "weight", bias=None) for node in layers]
     weights, biases = [g["weight"] for g in given], [g["bias"] for g in given]
     sizes = list(map(_shape, weights))
+    usual = all(len(size) == 2 and (b is None or _shape(b) == size[:1]) for size, b in zip(sizes, biases))
     # One behind which a rectifier comes is none's last: those two are a row of their own.
-    if steps[-1] == LINEAR and all(len(size) == 2 for size in sizes):
+    if steps[-1] == LINEAR and usual:
         if shapes.linear_chain_serves(sizes[0][1], [size[0] for size in sizes]):
             yield Row(nodes, F.linear_chain, (given[0]["input"], weights, biases), {}, tuple(layers[1:]))
     if steps_of(linear) == (LINEAR,) and len(nodes) > 1:
@@ -211,13 +221,19 @@ def _why_not(row):
         node = node.next
     if not all(map(_is_value, between)):
         return "autograd, autocast or the like changes in between"
-    # Their weights may be made or written there.
-    if row.taken_early and between:
-        return f"{_called(between[0])} comes in between"
+    # Their weights may be made or written there, except by casts of weights, which may come earlier.
+    others = [node for node in between if not _is_cast(node)]
+    if row.taken_early and others:
+        return f"{_called(others[0])} comes in between"
     inputs = [i for node in (row.nodes[0], *row.taken_early) for i in node.all_input_nodes]
     if any(is_traceable_wrapper_subclass(i.meta.get("example_value")) for i in inputs):
         return "its tensors are of a class of their own, which may not know the fused operators"
     return None
+
+
+def _is_cast(node):
+    """Whether the node is an input of the graph in another dtype."""
+    return node.op == "call_method" and node.target == "to" and all(i.op == "placeholder" for i in node.all_input_nodes)
 
 
 def _alone(node):
@@ -236,7 +252,8 @@ def _name(node):
     """The layer that a node belongs to, or what it calls."""
     stack = node.meta.get("nn_module_stack")
     path = list(stack.values())[-1][0] if stack else ""
-    return path.partition(".")[2] if isinstance(path, str) and "." in path else _called(node)
+    # "L['self'].conv1" or, of a method, "fn.__self__.conv1".
+    return path.rpartition("__self__.")[2].partition("].")[2] or path.rpartition("__self__.")[2] or _called(node)
 
 
 def fuse_rows(graph):
@@ -261,6 +278,9 @@ def fuse_rows(graph):
             left.append((_name(node), rows[0][1] if rows else _alone(node)))
             continue
         found.append(", ".join(_name(n) if steps_of(n)[0] in (CONV, LINEAR) else steps_of(n)[0] for n in row.nodes))
+        for early in row.taken_early:
+            for cast in filter(_is_cast, early.all_input_nodes):
+                node.prepend(cast)
         with graph.inserting_before(node):
             new = graph.call_function(row.function, row.args, row.kwargs)
         new.meta = dict(row.nodes[-1].meta)

@@ -28,7 +28,8 @@ class LinearChain(torch.autograd.Function):
         *layers, ctx.keep = layers_keep
         y, hidden = below_autograd(ops.linear_chain, x, *layers_keep)
         ctx.set_materialize_grads(False)
-        save(ctx, x, hidden, *layers)
+        # Biases are there for hidden layers that have to be computed anew.
+        save(ctx, x, hidden, *(t if i % 2 == 0 or not ctx.keep else None for i, t in enumerate(layers)))
         return y, hidden
 
     @staticmethod
@@ -135,7 +136,9 @@ class LinearChainInputGrad(torch.autograd.Function):
             t = before(i + 1, t)
             t = ops.relu_grad(t, h[i]) if t is not None else None
             tdz.insert(0, t if t is not None else torch.zeros_like(h[i]))
-        tdx = before(0, t) if ctx.needs_dx else dz[0].new_zeros(dz[0].shape[0], 0)
+        tdx = before(0, t) if ctx.needs_dx else None
+        if tdx is None:
+            tdx = dz[0].new_zeros(dz[0].shape[0], weights[0].shape[1] if ctx.needs_dx else 0)
         return tdx, torch.cat(tdz, 1)
 
 

@@ -87,6 +87,11 @@ def _batched(function, input):
     return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
 
 
+def _sized(t, size):
+    """t in another size, no view of anything: what is done to a result in place asks what it is a view of."""
+    return torch.ops.aten._unsafe_view.default(t, size)
+
+
 def conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pixels = 1, padding: Pixels | str = 0,
     dilation: Pixels = 1, groups: int = 1,
@@ -140,7 +145,7 @@ def _convolve(name, operator, rest, input, weight, bias, stride, padding, dilati
     padding = _conv2d_padding(name, padding, weight.shape[2:], stride, dilation)
     _check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode)
     y = operator(x, weight, bias, stride, padding, dilation, groups, pad_mode)
-    return y.squeeze(0) if unbatched else y
+    return _sized(y, y.shape[1:]) if unbatched else y
 
 
 def conv2d_relu(
@@ -310,7 +315,7 @@ def max_pool2d(
     y, code = ops.max_pool2d(x, *window, ceil_mode)
     results = (y, ops.max_pool2d_indices(code, x.shape[3], *window)) if return_indices else (y,)
     if unbatched:
-        results = tuple(t.squeeze(0) for t in results)
+        results = tuple(_sized(t, t.shape[1:]) for t in results)
     return results if return_indices else results[0]
 
 
@@ -451,8 +456,8 @@ def _linear(name, operator, rest, input, weight, bias):
         fused, rest_of_bias = (bias.expand(size[-1:]), None) if bias.dim() <= 1 else (None, full)
     rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if rest_of_bias is None:
-        return operator(rows, weight, fused).view(size)
-    return rest(ops.linear(rows, weight, None).view(size) + rest_of_bias)
+        return _sized(operator(rows, weight, fused), size)
+    return rest(_sized(ops.linear(rows, weight, None), size) + rest_of_bias)
 
 
 def linear_chain(input, weights, biases=None):
@@ -507,7 +512,7 @@ def linear_chain(input, weights, biases=None):
     # Backward needs what lies between the layers; without one it is not even written.
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *tensors))
     y, _ = ops.linear_chain(rows, *layers, keep)
-    return y.view(*input.shape[:-1], weights[-1].shape[0])
+    return _sized(y, (*input.shape[:-1], weights[-1].shape[0]))
 
 
 def _check_linear_chain(name, input, weights, biases):
