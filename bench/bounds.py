@@ -110,9 +110,9 @@ def _pool(a):
 
 
 def _cross_entropy(a):
-    # The weights, the rows; the two walks over a row, one after the other inside the rows' loop.
+    # Whole blocks of targets, blocks of rows; the two walks over a wide row, one after the other inside the rows' loop.
     columns = _cdiv(a.C, a.BLOCK_C)
-    return 0, [_cdiv(a.N, a.BLOCK_N), _cdiv(a.rows, a.BLOCK_N), columns, columns], 0
+    return 0, [a.N // a.BLOCK_T, _cdiv(a.rows, a.BLOCK_N), columns, columns], 0
 
 
 def _scatter(a):

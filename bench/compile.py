@@ -200,6 +200,7 @@ def shapes(c):
     yield "LeNet conv1 to pool", lambda: c.conv_pool(1024, 1, 32, 6, 5, last=False, gradients=True)
     yield "LeNet conv2 to pool", lambda: c.conv_pool(1024, 6, 14, 16, 5, last=False, gradients=True)
     yield "LeNet loss", lambda: c.cross_entropy(1024, 10)
+    yield "loss of 1000 classes", lambda: c.cross_entropy(8192, 1000)
     yield "LeNet fc1", lambda: c.linear(1024, 400, 120)
     yield "LeNet fc3", lambda: c.linear(1024, 84, 10)
     # What a program of the weights' gradient runs depends on its layer: there is no one bound.
@@ -264,6 +265,7 @@ def layers(c, format, brief):
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
+    yield "loss of many classes", lambda: c.cross_entropy(64, 50000)
 
 
 def lenet_again(c, format, lanes, bounded, brief):

@@ -9,7 +9,17 @@ import tritonnet
 import tritonnet.nn as nn
 import tritonnet.nn.functional as F
 
-SIZES = {"LeNet": (7, 10), "one row": (1, 3), "one class": (4, 1), "many": (300, 130)}
+# In the interpreter a block has up to 64 classes.
+SIZES = {
+    "LeNet": (7, 10), "one row": (1, 3), "one class": (4, 1), "many": (300, 130),
+    "below a block": (5, 63), "a block": (6, 64), "above a block": (9, 65),
+}  # fmt: skip
+# As compiled: whole blocks of targets and a rest, several turns of one program, several programs, and rows that just
+# fit a block, are just too wide, and are loaded 16 bytes at a time or one by one.
+AS_COMPILED = {
+    "many targets": (2100, 3), "several turns": (700, 10), "several programs": (41, 600), "below a block": (3, 4095),
+    "a block": (3, 4096), "above a block": (3, 4097), "wide": (2, 8200),
+}  # fmt: skip
 
 
 def draw(size, dtype, device):
@@ -50,6 +60,30 @@ def test_numbers(size, dtype, backend, device):
                 check(x, target, w, reduction=reduction, label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("size", AS_COMPILED)
+def test_tiles(size, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, target, weight = draw(AS_COMPILED[size], dtype, device)
+        target[1] = -100
+        with tritonnet.backend("triton"):
+            check(x, target)
+            check(x, target, weight, label_smoothing=0.1)
+
+
+def test_ignored_rows_may_hold_anything(device):
+    """Where torch's gradient is NaN."""
+    for C in (5, 130):
+        x, target, weight = draw((9, C), torch.float64, device)
+        x[::3] = torch.tensor([float("nan"), float("inf"), float("-inf")], device=device)[:, None]
+        target[::3] = -100
+        for arguments in ({}, {"weight": weight, "label_smoothing": 0.2}):
+            for reduction in ("mean", "sum", "none"):
+                with tritonnet.backend("triton"):
+                    loss, grad = value_and_grad(F.cross_entropy, x, target, reduction=reduction, **arguments)
+                assert loss.isfinite().all() and grad.isfinite().all()
+                assert not grad[::3].any() and (reduction != "none" or not loss[::3].any())
+
+
 def test_ignored_rows(backend, device):
     x, target, weight = draw((9, 5), torch.float64, device)
     for ignored in (-100, 2, 7):
@@ -72,10 +106,13 @@ def test_far_apart_logits(backend, device):
 
 
 @pytest.mark.parametrize("make", [lambda x: x.t().contiguous().t(), lambda x: x.repeat(2, 2)[::2, ::2]])
-def test_strides(make, backend, device):
-    x, target, weight = draw((8, 6), torch.float64, device)
-    x, target = make(x), target.repeat_interleave(2)[::2]
-    check(x, target, weight.repeat_interleave(3)[::3], label_smoothing=0.1)
+@pytest.mark.parametrize("size", [(8, 6), (9, 70)])
+def test_strides(size, make, backend, device):
+    for dtype in (torch.float64, torch.bfloat16):
+        x, target, weight = draw(size, dtype, device)
+        x, target = make(x), target.repeat_interleave(2)[::2]
+        check(x, target, weight.repeat_interleave(3)[::3], label_smoothing=0.1)
+        check(x, target)
 
 
 def test_one_launch(device):
@@ -83,7 +120,7 @@ def test_one_launch(device):
     x.requires_grad_()
     with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
         F.cross_entropy(x, target).backward()
-    assert launches["cross_entropy_kernel"] == 1 and set(launches) <= {"cross_entropy_kernel", "sum_partials_kernel"}
+    assert launches["cross_entropy_kernel"] == 1 and set(launches) <= {"cross_entropy_kernel", "sum_losses_kernel"}
 
 
 def test_unbatched_other_integers_and_module(backend, device):
