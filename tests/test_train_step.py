@@ -540,13 +540,6 @@ def hooked():
     return net
 
 
-def with_hooks_on_gradients():
-    net = Tutorial()
-    net.fc3.weight.register_hook(lambda g: g * 0)
-    net.conv1.bias.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2))
-    return net
-
-
 def frozen():
     net = Tutorial()
     net.fc3.bias.requires_grad_(False)
@@ -562,7 +555,6 @@ OTHERS = {
     "a branch": (Branching, sgd, None, "cannot be captured"),
     "more than layers": (Twice, sgd, None, "its forward calls mul"),
     "a hook": (hooked, sgd, None, "does more than compute"),
-    "hooks on gradients": (with_hooks_on_gradients, sgd, None, "parameters have hooks"),
     "frozen": (frozen, sgd, None, "frozen"),
     "ceil_mode": (
         lambda: theirs.Sequential(
@@ -609,6 +601,37 @@ def test_other_models_take_the_operators(name, device):
             true_value.backward()
             true.step()
     torch.testing.assert_close(value, true_value.detach(), rtol=1e-4, atol=1e-5)
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_hooks_on_gradients_are_called(later, device):
+    """Of parameters, before the step is made and between two calls: three launches have nowhere to call them."""
+    torch.manual_seed(0)
+    net, twin = small().to(device), small().to(device)
+    twin.load_state_dict(net.state_dict())
+
+    def twice(p):
+        p.grad *= 2
+
+    def hook():
+        for n in (net, twin):
+            n.fc3.weight.register_hook(lambda g: g * 0)
+            n.conv1.bias.register_post_accumulate_grad_hook(twice)
+
+    if not later:
+        hook()
+    step = tritonnet.TrainStep(net, TF.cross_entropy, sgd(net), "ieee")
+    true = sgd(twin)
+    assert step.path == ("three launches" if later else "operators")
+    for i in range(2):
+        images, labels = batch(net, (2, 1, 28, 28), device, i)
+        step(images, labels)
+        by_torch(twin, true, images, labels)
+        if later and i == 0:
+            hook()
+    assert step.path == "operators" and "hooks" in step.reason
     for p, q in zip(net.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
