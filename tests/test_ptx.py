@@ -265,6 +265,10 @@ def test_half_precision():
     packed = compute("cvt.rn.bf16x2.f32 {d}, {a}, {b};", np.uint32, x, x[::-1].copy())
     assert (packed >> 16 == found).all() and (packed & 0xFFFF == found[::-1]).all()
     equal(compute("cvt.f32.bf16 {d}, {a};", np.float32, bf16), t.bfloat16().float().numpy())
+    for name, sign in (("add", 1), ("sub", -1)):  # of two formats, from sm_100 on
+        with np.errstate(invalid="ignore"):
+            mixed = t.bfloat16().float().numpy() + np.float32(sign) * x[::-1]
+        equal(compute(f"{name}.rn.f32.bf16 {{d}}, {{a}}, {{b}};", np.float32, bf16, x[::-1].copy()), mixed)
     with np.errstate(over="ignore"):
         half = x.astype(np.float16)
     equal(compute("cvt.rn.f16.f32 {d}, {a};", np.float16, x), half)

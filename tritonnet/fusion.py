@@ -11,6 +11,9 @@ import torch
 from .nn._plain import Model, check_model, global_hooks
 from .registration import watched
 
+# What calls a FusedCall.
+_CALL = torch.nn.Module._wrapped_call_impl.__code__
+
 
 def _methods_of(model):
     """[(function that fetches the methods of a class and their code, the class, what it fetches)] of all modules."""
@@ -57,6 +60,7 @@ class FusedCall:
         self._capture()
 
     def _capture(self):
+        # Dynamo takes longer to import than all else.
         from .compiler import Backend, faithful
 
         self.faithful = faithful
@@ -69,12 +73,13 @@ class FusedCall:
         self.methods = _methods_of(self.model)
 
     def __call__(self, *args, **kwargs):
-        # Whoever traces the model sees it as it is written; and Dynamo does not hear of hooks on all modules.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or watched() or global_hooks():
+        if torch.compiler.is_compiling():
             return self.model._call_impl(*args, **kwargs)
         # DataParallel and others make modules of a copy of the model's attributes, this one among them.
-        caller = sys._getframe(1).f_locals.get("self", self.model)
-        if caller is not self.model and isinstance(caller, torch.nn.Module):
+        frame = sys._getframe(1)
+        caller = frame.f_locals["self"] if frame.f_code is _CALL else self.model
+        # Whoever traces the model sees it as it is written; and Dynamo does not hear of hooks on all modules.
+        if caller is not self.model or torch.jit.is_tracing() or watched() or global_hooks():
             return caller._call_impl(*args, **kwargs)
         # Nor does it hear of methods that are replaced on classes.
         if not _unchanged(self.methods):

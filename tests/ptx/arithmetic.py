@@ -235,6 +235,7 @@ def floats():
             row(f"{name}{rounding}.f32x2", "pf", "pf pf", f"{{0}} {sign} {{1}}")
         for t, form in (("f16", "f2"), ("bf16", "bf")):
             row(f"add{rounding}.f32.{t}", "f4", f"{form} f4", "{0} + {1}")
+            row(f"sub{rounding}.f32.{t}", "f4", f"{form} f4", "{0} - {1}")
     row("fma.rn.f32x2", "pf", "wf wf wf", "fma32({0}, {1}, {2})")
     row("fma.rn.bf16", "bf", "bf bf bf", "fma_odd({0}, {1}, {2})")
     row("fma.rn.f16", "f2", "f2 f2 f2", "fma_odd({0}, {1}, {2}).astype(f2)")
