@@ -533,6 +533,9 @@ def test_revert_leaves_other_compilations_alone():
     assert tritonnet.revert(tritonnet.fuse(model))._compiled_call_impl is None
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 ends the process where one thread captures and another runs Python's"
+)
 def test_a_thread_of_its_own():
     torch.manual_seed(0)
     model = Tutorial()
