@@ -19,6 +19,7 @@ import torch.nn.functional as TF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint  # noqa: F401  (forwards call it)
+from written import forward_of
 
 import tritonnet
 
@@ -191,9 +192,7 @@ FORWARDS = {
 
 def with_forward(body):
     """A Net whose forward has this body."""
-    lines = "\n".join(f"    {line}" for line in body.split("\n"))
-    own = {}
-    exec(f"def forward(self, x):\n{lines}", globals(), own)
+    own = {"forward": forward_of(body, globals())}
     torch.manual_seed(0)
     return type("Drawn", (Net,), own)()
 
@@ -733,9 +732,7 @@ def test_drawn_forwards(statements, training, converted, change, seed):
     """Statements in any order, in training or not, on torch's layers or converted ones, and a change between calls."""
     torch.compiler.reset()
     body = "\n".join(["y, z = x * 2, x - 1", *(statement(*s) for s in statements), "return x + y + z"])
-    own = {}
-    lines = "\n".join(f"    {line}" for line in body.split("\n"))
-    exec(f"def forward(self, x):\n{lines}", globals(), own)
+    own = {"forward": forward_of(body, globals())}
     torch.manual_seed(seed)
     model = type("Drawn", (Small,), own)().double().train(training)
     fused, x = copy.deepcopy(model), torch.randn(2, 4, 6, 6, dtype=torch.float64)

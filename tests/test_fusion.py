@@ -10,6 +10,7 @@ import torch.nn as tnn
 import torch.nn.functional as TF
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
+from written import forward_of
 
 import tritonnet
 import tritonnet.nn as nn
@@ -214,9 +215,7 @@ def test_launches(device):
 @pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
 def test_rows(body, fused, converted):
     """What is a row and what is none; the numbers are the same."""
-    own = {}
-    lines = "\n".join(f"    {line}" for line in body.splitlines())
-    exec(f"def forward(self, x):\n{lines}", globals(), own)
+    own = {"forward": forward_of(body, globals())}
     torch.manual_seed(0)
     model = type("Model", (Tutorial,), own)().double()
     x = images("cpu")

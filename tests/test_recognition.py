@@ -5,6 +5,7 @@ import torch
 import torch.nn as tnn
 import torch.nn.functional as TF
 from test_train_step import Tutorial, small
+from written import forward_of
 
 import tritonnet
 from tritonnet.lenet_weights import NotServed
@@ -67,9 +68,7 @@ OTHERS = {
 
 
 def net(body):
-    own = {}
-    lines = "\n".join(f"    {line}" for line in body.split("\n"))
-    exec(f"def forward(self, x):\n{lines}", globals(), own)
+    own = {"forward": forward_of(body, globals())}
     model = type("Net", (Tutorial,), own)()
     model.register_buffer("template", torch.zeros(2, 1, 32, 32))
     model.down, model.calls = None, 0

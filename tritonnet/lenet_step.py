@@ -24,7 +24,7 @@ GRAPH_BELOW = 8192
 MOST_BATCHES = 8
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-# Of a parameter: hooks on its gradient, and on that it has been added up. Nobody calls them on three launches.
+# Of a parameter: hooks on its gradient, and on that it has been added up.
 _ON_GRADIENT, _ON_SUM = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
@@ -38,6 +38,11 @@ def ignored_target(loss):
     if loss.weight is not None or loss.reduction != "mean" or loss.label_smoothing:
         raise NotServed("the loss has class weights, label smoothing or no mean")
     return loss.ignore_index
+
+
+def _have_hooks(parameters):
+    """Whether somebody is to be called with a gradient of these, whom three launches do not call."""
+    return any(map(_ON_GRADIENT, parameters)) or any(map(_ON_SUM, parameters))
 
 
 class NotCaptured(Exception):
@@ -101,7 +106,7 @@ class ThreeLaunches:
             raise NotServed("the model has parameters beside those of its five layers")
         if not all(p.requires_grad for p in parameters):
             raise NotServed("parameters are frozen")
-        if any(map(_ON_GRADIENT, parameters)) or any(map(_ON_SUM, parameters)):
+        if _have_hooks(parameters):
             raise NotServed("parameters have hooks")
         self.ignore_index = ignored_target(loss)
         self.rule, _ = rule_of(optimizer, parameters)
@@ -128,7 +133,7 @@ class ThreeLaunches:
                 self._check_batch(images, labels)
             if not all(map(_REQUIRES_GRAD, self.parameters)):
                 raise NotServed("parameters have been frozen")
-            if any(map(_ON_GRADIENT, self.parameters)) or any(map(_ON_SUM, self.parameters)):
+            if _have_hooks(self.parameters):
                 raise NotServed("parameters have got hooks")
             turn, self._calls = self._calls % self.accumulate, self._calls + 1
             last = turn == self.accumulate - 1

@@ -16,8 +16,6 @@ _FLATTENING = (torch.flatten, torch.reshape, "flatten", "view", "reshape")
 # Of images, by which a forward might tell batches apart.
 _NUMBERS = [*range(1, 300), *(2**i for i in range(9, 32))]
 _STEPS = [CONV, RELU, POOL, CONV, RELU, POOL, FLATTEN, LINEAR, RELU, LINEAR, RELU, LINEAR]
-
-
 # What a call of a module goes through before it comes to its forward, and what may be there of a compiled one.
 _CALLED, _COMPILED = ("__call__", "_wrapped_call_impl", "_call_impl"), (FusedCall, type(None))
 
