@@ -29,6 +29,7 @@ from tritonnet.kernels import (
     lenet,
     lenet_forward,
     lenet_gradient,
+    lenet_pack,
     lenet_update,
     linear,
     linear_chain,
@@ -40,7 +41,7 @@ from .bounds import Launch, bounds
 
 # The architecture and the formats that times are bounded for.
 BOUNDED = "sm_90", ("bfloat16", "tf32", "float32")
-# The formats of LeNet's three launches.
+# The formats of LeNet's launches.
 LENET = "bfloat16", "tf32", "float32"
 
 
@@ -132,34 +133,39 @@ class Calls:
         return x, lenet.Geometry(channels, size, (32 - size) // 2, classes), format, pixels
 
     def lenet(self, n, backward=True, **images):
-        """The three launches of a training step of n images, or the first alone; see lenet_images."""
+        """The launches of a training step of n images, or the forward alone; see lenet_images."""
         x, *net = self.lenet_images(n, **images)
         geometry, format, _ = net
-        flat, moments = torch.empty(geometry.flat[-1]), [torch.empty(geometry.flat[-1]) for _ in range(2)]
-        packed = torch.empty(geometry.packed[-1], dtype=self.dtype)
-        splits = lenet_gradient.splits_for(format, n, geometry)
         memory = lenet_forward.activations(n, geometry, format, "cpu", train=True)
-        scratch, partial = lenet_gradient.sums(geometry, splits, "cpu")
-        table, numbers = torch.empty(16, lenet.COLUMNS, dtype=torch.int32), torch.empty(10, lenet.NUMBERS)
-        counts, steps = torch.empty(geometry.flat[-1] // lenet.BLOCK, dtype=torch.int32), torch.empty(10)
-        place, trouble = torch.empty(1, dtype=torch.int64), torch.empty(2, dtype=torch.int32)
-        lenet_forward.forward(x, torch.empty(n, dtype=torch.int64), flat, packed, *net, memory, memory["logits"])
+        places, plain, packed = self.lenet_weights(geometry)
+        lenet_forward.forward(x, torch.empty(n, dtype=torch.int64), plain, packed, *net, memory, memory["logits"])
         if not backward:
             return
+        steps, trouble = torch.empty(10, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+        lenet_pack.pack(places, torch.float32, plain, packed, geometry, format, steps, trouble)
+        splits = lenet_gradient.splits_for(format, n, geometry)
+        scratch, partial = lenet_gradient.sums(geometry, splits, "cpu")
         lenet_gradient.gradients(x, packed, *net, memory, splits, scratch, partial)
+        table, numbers = torch.empty(16, lenet.COLUMNS, dtype=torch.int32), torch.empty(10, lenet.NUMBERS)
         lenet_update.update(
-            flat, packed, geometry, table, numbers, counts, steps, partial, memory["loss"], place, trouble,
-            moments=moments, rule="Adam", decoupled=True,
+            places, geometry, table, numbers, steps, partial, memory["loss"], torch.empty(1, dtype=torch.int64),
+            trouble, moments=2, rule="Adam", decoupled=True,
         )  # fmt: skip
+
+    def lenet_weights(self, geometry):
+        """(table of places, plain, packed) of the launches of a LeNet."""
+        places = torch.empty(10, lenet.PLACES, dtype=torch.int64)
+        return places, torch.empty(geometry.plain[-1]), torch.empty(geometry.packed[-1], dtype=self.dtype)
 
     def lenet_inference(self, n, **images):
         """The whole forward of n images, see lenet_images."""
         x, *net = self.lenet_images(n, **images)
         geometry, format, _ = net
-        flat, packed = torch.empty(geometry.flat[-1]), torch.empty(geometry.packed[-1], dtype=self.dtype)
+        places, plain, packed = self.lenet_weights(geometry)
         memory = lenet_forward.activations(n, geometry, format, "cpu", train=False)
         logits = torch.empty(n, geometry.classes, dtype=self.dtype)
-        lenet_forward.forward(x, None, flat, packed, *net, memory, logits)
+        lenet_pack.pack(places, torch.float32, plain, packed, geometry, format)
+        lenet_forward.forward(x, None, plain, packed, *net, memory, logits)
 
     def rectified(self):
         """The products that end in a rectifier."""

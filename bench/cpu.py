@@ -129,9 +129,8 @@ def without_gpu():
             (lenet_step, "implementation", lambda tensor: lenet_step.launchers),
             (lenet_step, "capture", lambda launch, restore, device: lambda: None),
             (lenet_step, "Batch", _buffers),
-            (lenet_step.ThreeLaunches, "_launch", lambda *args: None),
-            (lenet_step.lenet_update, "update", lambda *args: None),
-            (lenet_step.ThreeLaunches, "graphs_on", ("cpu",)),
+            (lenet_step.FusedLaunches, "_launch", lambda *args: None),
+            (lenet_step.FusedLaunches, "graphs_on", ("cpu",)),
             (losses.FirstBad, "look", lambda bad, calls: None),
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))

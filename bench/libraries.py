@@ -92,7 +92,7 @@ class WholeStep:
 
     def replay(self):
         """What replays the last step's CUDA graph alone, or None."""
-        return self.step._step.latest_replay() if self.step.path == "three launches" else None
+        return self.step._step.latest_replay() if self.step.path == "fused launches" else None
 
 
 class Library(NamedTuple):

@@ -76,7 +76,7 @@ def cpu_for_gpu():
         served_by(kernels_unless_reference),
         mock.patch.object(lenet_step, "capture", captured),
         mock.patch.object(lenet_step, "compiled_together", contextlib.nullcontext),
-        mock.patch.object(lenet_step.ThreeLaunches, "graphs_on", ("cuda", "cpu")),
+        mock.patch.object(lenet_step.FusedLaunches, "graphs_on", ("cuda", "cpu")),
     ):
         yield
 

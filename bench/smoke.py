@@ -57,10 +57,10 @@ def verdict(precision, batch, steps, loaded, device):
     """AGREES, or what is wrong: of runs with graphs, without, and with them once more."""
     given, runs = batches(batch, steps, loaded, device), []
     for graphs_on in ((torch.device(device).type,), (), (torch.device(device).type,)):
-        with mock.patch.object(lenet_step.ThreeLaunches, "graphs_on", graphs_on):
+        with mock.patch.object(lenet_step.FusedLaunches, "graphs_on", graphs_on):
             runs.append(train(precision, given, device))
     (losses, parameters, said), *others = runs
-    if "three launches" not in said[0] or len(said) > 1:
+    if "fused launches" not in said[0] or len(said) > 1:
         return "; ".join(said)
     if not losses.isfinite().all() or not parameters.isfinite().all():
         return "a loss or a parameter is not finite"

@@ -55,6 +55,11 @@ def acc_type(dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def element_type(dtype):
+    """Triton's name of a dtype."""
+    return _TRITON[dtype]
+
+
 def operand_type(dtype):
     """The type that products are taken in: the tensor's own, except for bfloat16 in the interpreter.
 

@@ -13,6 +13,7 @@ from . import depthwise as _depthwise
 from . import layered, shapes
 from . import lenet_forward as _lenet_forward
 from . import lenet_gradient as _lenet_gradient
+from . import lenet_pack as _lenet_pack
 from . import lenet_update as _lenet_update
 from . import linear as _linear
 from . import linear_chain as _linear_chain
@@ -114,7 +115,8 @@ def linear_chain_weight_grad(dy, dz, x, hidden, widths, with_bias):
 
 _MODULES = (
     _conv2d, _conv2d_pool, _conv2d_pool_grad, _conv2d_pool_lanes, _conv2d_pool_patch, _cross_entropy, _depthwise,
-    _lenet_forward, _lenet_gradient, _lenet_update, _linear, _linear_chain, _max_pool2d, _padding, _reduce, _relu,
+    _lenet_forward, _lenet_gradient, _lenet_pack, _lenet_update, _linear, _linear_chain, _max_pool2d, _padding, _reduce,
+    _relu,
 )  # fmt: skip
 KERNELS = [kernel for module in _MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")]
 """Every kernel that can be launched; the other jit functions are parts of these."""

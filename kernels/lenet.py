@@ -1,8 +1,12 @@
-"""How LeNet lies in memory for its three launches: parameters, their packed copies, activations and partial sums.
+"""How LeNet lies in memory for its launches: parameters, their packed copies, activations and partial sums.
 
+Parameters, and in training their gradients and the optimiser's state, stay in the tensors that torch has them in: the
+kernels find them by a table of addresses. Whatever has written to a weight, each forward begins with packing them all.
 With C channels, S = SIZE + 2 * PAD pixels, Q1 = (S - 4) / 2, Q2 = (Q1 - 4) / 2 and F = 16 * Q2 * Q2 features:
 
-    flat     every parameter in float32, one after the other, each from a whole block on
+    places   (10, PLACES) int64, a row for each parameter: its address and strides, and the addresses of its gradient,
+             of the optimiser's moments and of the number of its updates
+    plain    the filters of both convolutions and all biases in float32
     packed   the weights as the products read them, in the number format of the products:
       W1[c * 64 + dy * 8 + dx, q * 32 + r * 8 + oc] = conv1[oc, c, dy - 2 * ry - qy, dx - 2 * rx - qx]
       W2[dy * 48 + dx * 8 + c, q * 16 + oc]         = conv2[oc, c, dy - qy, dx - qx]
@@ -36,10 +40,13 @@ import triton
 
 from ._common import INTERPRETED
 
-# Elements of the flat buffer that one program updates; the interpreter's time goes by the program.
+# Elements of a parameter that one program updates; the interpreter's time goes by the program.
 BLOCK = 16384 if INTERPRETED else 128
-# Columns of the table that says where a parameter's gradient lies and where its packed copies go.
-COLUMNS = 32
+# Columns of the table that says which programs update a parameter and where the partial sums of its gradient lie.
+COLUMNS = 16
+# Columns of the table of addresses: the parameter's, its four strides, its gradient's, three moments', its step's.
+WEIGHT, STRIDES, GRADIENT, MOMENTS, STEP = 0, 1, 5, 6, 9
+PLACES = 10
 # Bits of the number of an update, and columns of the optimiser's numbers for each parameter.
 BITS = 32
 NUMBERS = 8 + 2 * BITS
@@ -84,9 +91,15 @@ class Geometry(NamedTuple):
         return [shape for weight in weights for shape in (weight, weight[:1])]
 
     @_remembered
-    def flat(self):
-        """Where each parameter begins in the flat buffer, and the buffer's size."""
-        return _starts([triton.cdiv(math.prod(shape), BLOCK) * BLOCK for shape in self.shapes])
+    def blocks(self):
+        """The first program that updates each parameter, and how many programs there are."""
+        return _starts([triton.cdiv(math.prod(shape), BLOCK) for shape in self.shapes])
+
+    @_remembered
+    def plain(self):
+        """Where conv1's filters and bias, conv2's, and the linears' biases begin in the plain buffer, and its size."""
+        sizes = 150 * self.channels, 6, 2400, 16, 120, 84, self.classes
+        return _starts([triton.cdiv(size, 128) * 128 for size in sizes])
 
     @_remembered
     def packed(self):
@@ -135,11 +148,10 @@ class Splits(NamedTuple):
 
 @functools.cache
 def _rows(geometry, splits):
-    C, (_, Q2), F, CP = geometry.channels, geometry.pooled, geometry.features, geometry.padded_classes
+    C, (_, Q2), F = geometry.channels, geometry.pooled, geometry.features
     conv1, conv2, linear, _ = splits.partials(geometry)
-    (fc1, fc2, fc3, biases, row), (W1, W2, _, W3, W4, W5, _) = geometry.row, geometry.packed
-    flat, counts = geometry.flat, [math.prod(shape) for shape in geometry.shapes]
-    nothing, one = (0,) * 10, (1, 0, 0)
+    fc1, fc2, fc3, biases, row = geometry.row
+    one = 1, 0, 0
     if splits.lanes:
         second = 16 * 150 + 16, conv2, conv2 + 16 * 150, (6, 5, 5), (150, 25, 5, 1)
         terms = one, one
@@ -147,45 +159,44 @@ def _rows(geometry, splits):
         second = 64 * 288 + 64, conv2, conv2 + 64 * 288, (6, 5, 5), (288, 1, 48, 8)
         terms = (4, 2 * 16 * 288 + 48, 16 * 288 + 8), (4, 32, 16)
 
-    def biased(splits, row, weight, bias, radices, steps, packing, terms=one, bias_terms=one):
+    def biased(splits, row, weight, bias, radices, steps, terms=one, bias_terms=one):
         """The rows of a weight and of its bias, whose sums start at `weight` and `bias` and go on after `row`."""
-        yield *radices, weight, row, splits, *steps, *packing, *terms
-        yield 1, 1, 1, bias, row, splits, 1, 0, 0, 0, *nothing, *bias_terms
+        yield *radices, weight, row, splits, *steps, *terms
+        yield 1, 1, 1, bias, row, splits, 1, 0, 0, 0, *bias_terms
 
     rows = [
-        *biased(
-            splits.conv1, 150 * C + 6, conv1, conv1 + 150 * C, (C, 5, 5), (25 * C, 25, 5, 1),
-            (W1, 16, 1, 64 * 128, 8 * 128, 128, 16 * 128 + 16, 2 * 128 + 8, 8 * 128 + 64, 128 + 32),
-        ),
-        *biased(
-            splits.conv2, *second, (W2, 4, 1, 64, 48 * 64, 8 * 64, 0, 0, 48 * 64 + 32, 8 * 64 + 16), *terms,
-        ),
-        *biased(
-            splits.linear, row, linear + fc1, linear + biases, (16, 1, Q2 * Q2), (F, 1, 0, 16),
-            (W3, 1, 1, 128, 0, 16 * 128, 0, 0, 0, 0),
-        ),
-        *biased(
-            splits.linear, row, linear + fc2, linear + biases + 128, (1, 1, 120), (128, 0, 0, 1),
-            (W4, 1, 1, 0, 0, 128, 0, 0, 0, 0),
-        ),
-        *biased(
-            splits.linear, row, linear + fc3, linear + biases + 256, (1, 1, 84), (128, 0, 0, 1),
-            (W5, 1, 1, 0, 0, CP, 0, 0, 0, 0),
-        ),
-    ]  # fmt: skip
-    return [(flat[i] // BLOCK, counts[i], *rows[i]) for i in range(len(rows))]
+        *biased(splits.conv1, 150 * C + 6, conv1, conv1 + 150 * C, (C, 5, 5), (25 * C, 25, 5, 1)),
+        *biased(splits.conv2, *second, *terms),
+        *biased(splits.linear, row, linear + fc1, linear + biases, (16, 1, Q2 * Q2), (F, 1, 0, 16)),
+        *biased(splits.linear, row, linear + fc2, linear + biases + 128, (1, 1, 120), (128, 0, 0, 1)),
+        *biased(splits.linear, row, linear + fc3, linear + biases + 256, (1, 1, 84), (128, 0, 0, 1)),
+    ]
+    counts = map(math.prod, geometry.shapes)
+    return [(first, count, *row) for first, count, row in zip(geometry.blocks, counts, rows)]
 
 
 def table(geometry, splits, device):
-    """int32 (16, COLUMNS), a row for each parameter: where it, its gradient's partial sums and its packed copies lie.
+    """int32 (16, COLUMNS), a row for each parameter: which programs update it, and where its gradient's sums lie.
 
-    A parameter's element has the digits (a, b, c, d) in the radices (-, D1, D2, D3). Columns: first block, elements,
+    A parameter's element has the digits (a, b, c, d) in the radices (-, D1, D2, D3). Columns: first program, elements,
     D1, D2, D3; the partial sums' start, step from split to split and number of splits; their steps by a, b, c, d; the
-    packed copies' start, number and steps by a, b, c, d; their steps by the four bits of a copy's number; the number of
-    terms that a split holds for an element, and their steps by the two bits of a term's number.
+    number of terms that a split holds for an element, and their steps by the two bits of a term's number.
     """
-    rows = torch.zeros(16, COLUMNS, dtype=torch.int32)
-    rows[:, 0] = 2**30  # no block belongs to the rows past the parameters
-    for i, row in enumerate(_rows(geometry, splits)):
-        rows[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
-    return rows.to(device)
+    # No program belongs to the rows past the parameters.
+    rows = [*_rows(geometry, splits), *[(2**30,)] * 6]
+    rows = [[*row, *[0] * (COLUMNS - len(row))] for row in rows]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def address(tensor):
+    """Where a tensor lies, as an int64: addresses are unsigned, and on some GPUs above 2^63."""
+    number = tensor.data_ptr()
+    return number - (number >> 63 << 64)
+
+
+def place(parameter, gradient=None, moments=(), step=None):
+    """A row of the table of addresses: what a launch does not use may be left out."""
+    strides = parameter.stride()
+    others = [gradient, *moments, *[None] * (3 - len(moments)), step]
+    addresses = [0 if tensor is None else address(tensor) for tensor in others]
+    return [address(parameter), *strides, *[0] * (4 - len(strides)), *addresses]

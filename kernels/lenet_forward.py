@@ -288,7 +288,7 @@ def second_convolution(
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def lenet_forward_kernel(
-    x_ptr, target_ptr, flat_ptr, packed_ptr,
+    x_ptr, target_ptr, plain_ptr, packed_ptr,
     p1_ptr, code1_ptr, acts_ptr, code2_ptr, logits_ptr, grads_ptr, dz_ptr, dz_columns_ptr, code2_columns_ptr, loss_ptr,
     N, ignore_index,
     B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, B4: tl.constexpr, B5: tl.constexpr,
@@ -317,24 +317,24 @@ def lenet_forward_kernel(
             p0 = i0 + j0 if TRAIN else pid * BLOCK_S
             if LANES:
                 lenet_lanes.first_convolution(
-                    x_ptr, flat_ptr, flat_ptr + B1, p1_ptr, code1_ptr, i0 + j0, p0, N,
+                    x_ptr, plain_ptr, plain_ptr + B1, p1_ptr, code1_ptr, i0 + j0, p0, N,
                     TRAIN, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT, BLOCK_S, BLOCK_M1,
                 )  # fmt: skip
             else:
                 first_convolution(
-                    x_ptr, packed_ptr, first, flat_ptr + B1, p1_ptr, code1_ptr, i0 + j0, p0, N,
+                    x_ptr, packed_ptr, first, plain_ptr + B1, p1_ptr, code1_ptr, i0 + j0, p0, N,
                     TRAIN, KEPT > 0, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
                     OPERAND, PRECISION, BLOCK_S, BLOCK_M1, BLOCK_K1,
                 )  # fmt: skip
             tl.debug_barrier()
             if LANES:
                 lenet_lanes.second_convolution(
-                    p1_ptr, flat_ptr + CONV2, flat_ptr + B2, acts_ptr, code2_ptr, i0 + j0, p0, s0 + j0, N,
+                    p1_ptr, plain_ptr + CONV2, plain_ptr + B2, acts_ptr, code2_ptr, i0 + j0, p0, s0 + j0, N,
                     TRAIN, Q1, Q2, F, BLOCK_S, BLOCK_M2,
                 )  # fmt: skip
             else:
                 second_convolution(
-                    p1_ptr, packed_ptr + W2, second, flat_ptr + B2, acts_ptr, code2_ptr, i0 + j0, p0, s0 + j0, N,
+                    p1_ptr, packed_ptr + W2, second, plain_ptr + B2, acts_ptr, code2_ptr, i0 + j0, p0, s0 + j0, N,
                     TRAIN, KEPT > 1, Q1, Q2, F, OPERAND, PRECISION, BLOCK_S, BLOCK_M2, BLOCK_K2,
                 )  # fmt: skip
             tl.debug_barrier()
@@ -344,12 +344,12 @@ def lenet_forward_kernel(
         acts_rows, grads_rows = (s0 + rows) * (F + 256), (i0 + rows) * (256 + CP)
         mask = (rows < BLOCK_I) & (i0 + rows < N)
         hidden_layer(
-            acts_ptr, acts_rows, mask, packed_ptr + W3, flat_ptr + B3, F, 120,
+            acts_ptr, acts_rows, mask, packed_ptr + W3, plain_ptr + B3, F, 120,
             OPERAND, PRECISION, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         tl.debug_barrier()
         hidden_layer(
-            acts_ptr + F, acts_rows, mask, packed_ptr + W4, flat_ptr + B4, 128, 84,
+            acts_ptr + F, acts_rows, mask, packed_ptr + W4, plain_ptr + B4, 128, 84,
             OPERAND, PRECISION, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         tl.debug_barrier()
@@ -361,7 +361,7 @@ def lenet_forward_kernel(
                 y, acts_ptr + F + 128, acts_rows, mask, packed_ptr + W5, offs_c, 128, CP,
                 OPERAND, PRECISION, BLOCK_K,
             )  # fmt: skip
-            y += tl.load(flat_ptr + B5 + offs_c, mask=offs_c < CLASSES, other=0.0)[None, :]
+            y += tl.load(plain_ptr + B5 + offs_c, mask=offs_c < CLASSES, other=0.0)[None, :]
             c = c0 + vectors(BLOCK_C, 2)
             y = from_result(y.to(logits_ptr.dtype.element_ty), 2)
             tl.store(logits_ptr + (i0 + rows) * CLASSES + c, y, mask=mask & (c < CLASSES))
@@ -457,16 +457,16 @@ def multiprocessors(device):
 
 @planned(lenet_forward_kernel)
 def _forward(
-    x, target, flat, packed, p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss,
+    x, target, plain, packed, p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss,
     geometry, format, pixels, ignore_index,
 ):  # fmt: skip
     N, train = x.shape[0], target is not None
     form = lenet_lanes.form(format)
     block, tile = tile_for(form, N, geometry, train)
     programs = cdiv(N, block) if train else inference_programs(N, block, tile, x.device)
-    (_, W2, _, W3, W4, W5, _), starts = geometry.packed, geometry.flat
+    (_, W2, _, W3, W4, W5, _), (_, B1, CONV2, B2, B3, B4, B5, _) = geometry.packed, geometry.plain
     return (programs,), (N, ignore_index), dict(
-        **{f"B{i + 1}": starts[2 * i + 1] for i in range(5)}, CONV2=starts[2], W2=W2, W3=W3, W4=W4, W5=W5,
+        B1=B1, B2=B2, B3=B3, B4=B4, B5=B5, CONV2=CONV2, W2=W2, W3=W3, W4=W4, W5=W5,
         LANES=form == "lanes", TRAIN=train, KEPT=tile.kept, **geometry.constants,
         FRAME=pixels.frame, SCALE=pixels.scale, SHIFT=pixels.shift,
         INDEX=index_type(x, p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss),
@@ -479,12 +479,12 @@ def _forward(
     )  # fmt: skip
 
 
-def forward(x, target, flat, packed, geometry, format, pixels, memory, logits, ignore_index=-100):
+def forward(x, target, plain, packed, geometry, format, pixels, memory, logits, ignore_index=-100):
     """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes); with a target all of `memory` is filled."""
     p1, acts = memory["p1"], memory["acts"]
     # Pointers that inference never follows are not there.
     names = "code2", "grads", "dz", "dz_columns", "code2_columns", "loss"
     code2, grads, dz, dz_columns, code2_columns, loss = map(memory.get, names)
-    tensors = x, target, flat, packed, p1, memory.get("code1"), acts, code2, logits, grads, dz, dz_columns
+    tensors = x, target, plain, packed, p1, memory.get("code1"), acts, code2, logits, grads, dz, dz_columns
     _forward((*tensors, code2_columns, loss), geometry, format, pixels, ignore_index)
     return logits

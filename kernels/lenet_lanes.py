@@ -1,6 +1,6 @@
 """LeNet's two convolutions in full float32: a patch of pixels a lane, multiplied and added in its registers.
 
-The formulas are lenet_forward's. Filters come from the flat buffer, a number at a time for all lanes. p1 and its code
+The formulas are lenet_forward's. Filters come from the plain buffer, a number at a time for all lanes. p1 and its code
 lie channel by channel, so that patches side by side are read side by side.
 """
 

@@ -90,7 +90,7 @@ FEW_CHANNELS = {
     "float32": ("conv2d_relu_max_pool2d_lanes", *POOLED[1:]),
     "float64": POOLED,
 }
-WHOLE = "lenet_update", "lenet_forward"
+WHOLE = "lenet_pack", "lenet_forward"
 # What each case launches, in all formats or by format.
 LAUNCHED = {
     "relu": ("relu", "relu_grad"),
@@ -109,10 +109,10 @@ LAUNCHED = {
     "pooled, few channels": FEW_CHANNELS,
     "pooled, one channel": {format: FEW_CHANNELS[format] for format in ("bfloat16", "tf32", "float32")},
     "LeNet": dict.fromkeys(WHOLE_STEPS, WHOLE),
-    "LeNet step": dict.fromkeys(WHOLE_STEPS, (*WHOLE, "lenet_gradient")),
+    "LeNet step": dict.fromkeys(WHOLE_STEPS, (*WHOLE, "lenet_gradient", "lenet_update")),
 }
 # The kernels that are not for a format; that there are others for the same arguments is seen above.
-LANES, LENET = {"conv2d_relu_max_pool2d_lanes"}, {*WHOLE, "lenet_gradient"}
+LANES, LENET = {"conv2d_relu_max_pool2d_lanes"}, {*WHOLE, "lenet_gradient", "lenet_update"}
 OTHERS = {
     "bfloat16": LANES,
     "tf32": LANES,

@@ -14,7 +14,7 @@ from triton.runtime.driver import driver
 import tritonnet
 from bench.compile import NoDevice
 from tritonnet import lenet_step, train_step
-from tritonnet.kernels import launchers, lenet_forward, lenet_gradient, lenet_update
+from tritonnet.kernels import launchers, lenet_forward, lenet_gradient, lenet_pack, lenet_update
 
 driver.set_active(NoDevice(GPUTarget("cuda", 90, 32)))
 # Tensors on the CPU stand in for a GPU's.
@@ -31,14 +31,14 @@ def note_the_thread(self, *args):
 triton.compiler.compiler.CompiledKernel.__init__ = note_the_thread
 net = tritonnet.LeNet()
 step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters()), "bfloat16")._step
-packed = torch.zeros(step.geometry.packed[-1], dtype=torch.bfloat16)
-kernels = lenet_forward.lenet_forward_kernel, lenet_gradient.lenet_gradient_kernel, lenet_update.lenet_update_kernel
+modules = {"pack": lenet_pack, "forward": lenet_forward, "gradient": lenet_gradient, "update": lenet_update}
+kernels = [getattr(module, f"lenet_{name}_kernel") for name, module in modules.items()]
 compiled = []
 with tritonnet.count_launches() as launches:
     # All but the last two share their tiles.
     for size in (100, 101, 110, 128, 1000, 2**14):
         images, labels = torch.empty(size, 1, 32, 32), torch.zeros(size, dtype=torch.int64)
-        step._new_batch(size, images, labels, packed, add=False, update=True)
+        step._new_batch(size, images, labels, add=False, update=True)
         caches = [k.device_caches[0][0].values() for k in kernels]
         assert all(type(c) is triton.compiler.CompiledKernel for cache in caches for c in cache)
         compiled.append({k.fn.__name__: len(cache) for k, cache in zip(kernels, caches)})
@@ -59,7 +59,7 @@ def compile_but_gradients(src, *args, **kwargs):
 
 triton.compiler.compile = compile_but_gradients
 images, labels = torch.empty(100, 1, 32, 32), torch.zeros(100, dtype=torch.int64)
-step._new_batch(100, images, labels, packed, add=False, update=True)
+step._new_batch(100, images, labels, add=False, update=True)
 kept = [len(k.device_caches[0][0]) for k in kernels]
 print(
     json.dumps(

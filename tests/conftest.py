@@ -57,6 +57,7 @@ if EMULATED:
 
 import tritonnet  # noqa: E402
 from tritonnet import lenet_step, losses  # noqa: E402
+from tritonnet.kernels import lenet  # noqa: E402
 
 if DEVICE == "cpu":
     # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.
@@ -66,7 +67,18 @@ if DEVICE == "cpu":
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
     memory.watch.install()
-    losses.new_block = memory.watch.knows(losses.new_block)
+    address, new_block = lenet.address, losses.new_block
+
+    def known_address(tensor):
+        memory.watch.knows(tensor, "an address in memory")
+        return address(tensor)
+
+    def known_block(device):
+        block = new_block(device)
+        memory.watch.knows(block, "a block of losses")
+        return block
+
+    lenet.address, losses.new_block = known_address, known_block
 
 
 torch.set_num_threads(1)  # for the same reason
@@ -147,7 +159,7 @@ def full_precision():
 @pytest.fixture
 def no_graphs(monkeypatch):
     """TrainStep launches at every call: what a CUDA graph replays goes past `count_launches`."""
-    monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ())
+    monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ())
 
 
 @pytest.fixture(params=["triton", "reference"])

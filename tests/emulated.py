@@ -9,20 +9,19 @@ from unittest import mock
 import ptx
 
 from bench.no_launch import kernels_unless_reference, served_by
-from tritonnet import losses
+from tritonnet.kernels import lenet
 
 
 @contextlib.contextmanager
 def emulated(arch, seed):
     """Inside, tensors on the CPU stand in for those of a GPU of this architecture."""
     with served_by(kernels_unless_reference), ptx.emulate(arch, seed=seed) as emulator:
-        new_block = losses.new_block
+        address = lenet.address
 
-        def known_block(device):
-            # Kernels find its address in memory.
-            block = new_block(device)
-            emulator.memory.keep(block)
-            return block
+        def known_address(tensor):
+            # Kernels find it in memory.
+            emulator.memory.keep(tensor)
+            return address(tensor)
 
-        with mock.patch.object(losses, "new_block", known_block):
+        with mock.patch.object(lenet, "address", known_address):
             yield emulator

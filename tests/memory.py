@@ -16,7 +16,6 @@ memory that nobody has written to holds NaN.
 """
 
 import contextlib
-import functools
 import math
 import mmap
 import os
@@ -37,13 +36,18 @@ SEVERAL, NONE = -1, 0
 NOBODY = np.zeros(0, bool)
 # Outputs of which a launch writes a part.
 PARTLY = {
-    # The other elements were zeros before it, and are to stay so.
-    ("lenet_update_kernel", "packed_ptr"),
+    # Layouts that the launches of its form do not read.
+    ("lenet_pack_kernel", "packed_ptr"),
+    # Up to the next multiple of 128 of each filter and bias.
+    ("lenet_pack_kernel", "plain_ptr"),
     # Places of images up to a whole block of them, which nobody reads.
     ("lenet_forward_kernel", "dz_columns_ptr"),
     ("lenet_forward_kernel", "code2_columns_ptr"),
     # A loss of many.
-    ("lenet_update_kernel", "an address in memory"),
+    ("lenet_update_kernel", "a block of losses"),
+    # What a group of calls remembers.
+    ("lenet_pack_kernel", "trouble_ptr"),
+    ("lenet_update_kernel", "trouble_ptr"),
 }
 
 
@@ -107,22 +111,16 @@ class Watch:
         self.violations = []
         self.sample = None  # how many programs of each launch to run; None for all
         self.off = False
-        self.known = []  # weak references to tensors
+        self.known = []  # weak references to tensors, and their names
         self.real = interpreter._interpreter
 
     def __getattr__(self, name):
         return getattr(self.real, name)
 
-    def knows(self, function):
-        """The function; kernels may access each tensor that it returns by an address that they find in memory."""
-
-        @functools.wraps(function)
-        def wrapped(*args):
-            tensor = function(*args)
-            self.known = [weakref.ref(tensor), *(known for known in self.known if known() is not None)]
-            return tensor
-
-        return wrapped
+    def knows(self, tensor, name):
+        """Kernels may access this tensor by an address that they find in memory."""
+        if not any(known() is tensor for known, _ in self.known):
+            self.known = [(weakref.ref(tensor), name), *(known for known in self.known if known[0]() is not None)]
 
     def install(self):
         """From now on every launch in the interpreter is watched."""
@@ -209,7 +207,10 @@ class Watch:
         addresses = ptrs.ravel()
         # Masks made of other masks may come as integers.
         on = np.broadcast_to(mask, ptrs.shape).ravel().astype(bool, copy=False)
-        tensor = self.owner(int(addresses[0]))
+        first = int(addresses[0])
+        if first >> RANGE == 0 and on.any():
+            first = int(addresses[on.argmax()])
+        tensor = self.owner(first)
         real = addresses - np.uint64(tensor.virtual) + np.uint64(tensor.tensor.data_ptr())
         offsets = (addresses[on] - np.uint64(tensor.virtual)).view(np.int64)
         at = offsets // tensor.itemsize
@@ -231,9 +232,9 @@ class Watch:
             for tensor in self.tensors[len(self.names) :]:
                 if 0 <= address - tensor.virtual < tensor.bytes:
                     return tensor
-            for known in (known() for known in self.known):
+            for known, name in ((known(), name) for known, name in self.known):
                 if known is not None and 0 <= address - known.data_ptr() < known.nbytes:
-                    tensor = Tensor(len(self.tensors), "an address in memory", known, self.histories)
+                    tensor = Tensor(len(self.tensors), name, known, self.histories)
                     tensor.virtual = known.data_ptr()
                     self.tensors.append(tensor)
                     return tensor

@@ -107,7 +107,7 @@ PLANTS = {
     "no barrier between the sums of warps": Plant(launches.cross_entropy, "race", "tl.sum(", drop(r"bar\.sync", -1)),
     # lenet_update.py without its tl.debug_barrier(): an H200 gave other bits from run to run.
     "no barrier between loads and stores of the state": Plant(
-        launches.update, "race", "tl.load(counts_ptr", drop(r"bar\.sync", -1)
+        launches.update, "race", "tl.load(float_ptr(places_ptr", drop(r"bar\.sync", -1)
     ),
     "wait leaves one group of copies too many": Plant(linear, "undelivered", READS_W, ONE_MORE),
     "wait leaves one group of copies too many, tf32": Plant(tf32, "undelivered", READS_W, ONE_MORE),
@@ -270,7 +270,7 @@ def step(precision):
     net, images, labels = batch()
     before = [p.detach().clone() for p in net.parameters()]
     train = tritonnet.TrainStep(net, TF.cross_entropy, torch.optim.SGD(net.parameters(), lr=1.0), precision)
-    assert train.path == "three launches"
+    assert train.path == "fused launches"
     loss = train(images, labels)
     return [loss, *(old - p.detach() for old, p in zip(before, net.parameters(), strict=True))]
 

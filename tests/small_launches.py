@@ -1,6 +1,5 @@
 """Small launches of the kernels for planted.py: each gives what `assert_exact` compares, with the truth in float64."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -91,7 +90,7 @@ def gradient(again, dtype):
 def sums_of(partial, table, i):
     """The gradient of parameter i: its partial sums, whose places the table gives (see lenet.table)."""
     count, D1, D2, D3, start, step, splits, *steps = table[i, 1:12].tolist()
-    terms, step0, step1 = table[i, 22:25].tolist()
+    terms, step0, step1 = table[i, 12:15].tolist()
     n = torch.arange(count)
     digits = n // (D3 * D2 * D1), n // (D3 * D2) % D1, n // D3 % D2, n % D3
     places = start + sum(digit * by for digit, by in zip(digits, steps))
@@ -103,8 +102,10 @@ def update():
     """LeNet's last launch, with Adam, on top of an earlier call's gradients: it loads whatever it changes."""
     device, beta1, beta2, rate, eps = torch.device("cpu"), 0.9, 0.99, 0.01, 1e-3
     geometry, splits = lenet.Geometry(1, 32, 0, 10), lenet.Splits(1, 1, 1)
-    size, table = geometry.flat[-1], lenet.table(geometry, splits, device)
-    w, g, m, v = random(size), random(size), random(size), random(size).abs()
+    table = lenet.table(geometry, splits, device)
+    parameters = [
+        [random(shape), random(shape), random(shape), random(shape).abs(), torch.zeros(1)] for shape in geometry.shapes
+    ]
     partial, parts = random(splits.partials(geometry)[-1]), torch.tensor([[3.0, 2.0]])
     numbers = torch.zeros(10, lenet.NUMBERS)
     row = {"LR": rate, "SIGN": 1, "ADD1": 1 - beta1, "KEEP2": beta2, "ADD2": 1 - beta2, "EPS": eps}
@@ -112,22 +113,20 @@ def update():
         numbers[:, getattr(lenet_update, name)] = value
     for beta, start in ((beta1, lenet_update.POWERS1), (beta2, lenet_update.POWERS2)):
         numbers[:, start : start + lenet.BITS] = torch.tensor([1 - beta**2.0**k for k in range(lenet.BITS)])
-    block, counts = losses.new_block(device), torch.zeros(size // lenet.BLOCK, dtype=torch.int32)
-    place, trouble = torch.tensor([block.data_ptr()]), torch.zeros(2, dtype=torch.int32)
-    packed = torch.zeros(geometry.packed[-1], dtype=torch.bfloat16)
+    block, steps = losses.new_block(device), torch.zeros(10, dtype=torch.int32)
+    place, trouble = torch.tensor([lenet.address(block)]), torch.zeros(4, dtype=torch.int32)
+    places = torch.tensor([lenet.place(w, g, (m, v), step) for w, g, m, v, step in parameters])
 
-    before = [t.double() for t in (w, g, m, v)]
-    places = numbers, counts, torch.zeros(10), partial, parts, place, trouble, g, (m, v)
-    lenet_update.update(w, packed, geometry, table, *places, scale=0.5, add=True, rule="Adam")
+    before = [[t.double() for t in of] for of in parameters]
+    others = numbers, steps, partial, parts, place, trouble
+    lenet_update.update(places, geometry, table, *others, moments=2, keep=True, add=True, scale=0.5, rule="Adam")
     loss = torch.tensor(1.5, dtype=torch.float64)
     rows = [Row("loss", block[0], loss, loss, 2)]
-    for i, (first, shape) in enumerate(zip(geometry.flat, geometry.shapes)):
-        own = slice(first, first + math.prod(shape))
-        old_w, old_g, old_m, old_v = (t[own] for t in before)
-        true_g = old_g + sums_of(partial.double(), table, i) * (0.5 / 2)
+    for i, ((w, g, m, v, _), (old_w, old_g, old_m, old_v, _)) in enumerate(zip(parameters, before)):
+        true_g = old_g + sums_of(partial.double(), table, i).view_as(g) * (0.5 / 2)
         true_m, true_v = old_m + (1 - beta1) * (true_g - old_m), beta2 * old_v + (1 - beta2) * true_g**2
         true_w = old_w - rate / (1 - beta1) * true_m / ((true_v / (1 - beta2)).sqrt() + eps)
         truths = ("w", w, true_w), ("g", g, true_g), ("m", m, true_m), ("v", v, true_v)
         # A gradient's error, relative to terms of about 1, goes through the square and the quotient.
-        rows += [Row(f"{name} {i}", actual[own], true, true.abs() + 10, 30) for name, actual, true in truths]
+        rows += [Row(f"{name} {i}", actual, true, true.abs() + 10, 30) for name, actual, true in truths]
     return rows

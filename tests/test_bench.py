@@ -242,7 +242,7 @@ def test_train_step_takes_part_where_it_is_there(monkeypatch):
     """
 
     class Step:
-        path = "three launches"
+        path = "fused launches"
 
         def __init__(self, model, loss, optimizer, precision, report):
             report("LeNet: three launches, because")

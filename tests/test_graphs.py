@@ -50,7 +50,7 @@ def train(batches, precision, optimizer, accumulate=1):
     step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optimizer, precision, accumulate)
     losses = [step(images, labels) for _ in range(2) for images, labels in batches]
     step.check()
-    assert step.path == "three launches", step.reason
+    assert step.path == "fused launches", step.reason
     state = [value for of in optimizer.state.values() for value in of.values()]
     return torch.stack(losses), *(p.detach() for p in net.parameters()), *state
 
@@ -67,7 +67,7 @@ def check(make_batches, size, precision, optimizer, replays, monkeypatch, accumu
     """With graphs and without, and both once more."""
     runs = []
     for graphs in (True, False) * 2:
-        monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ("cuda",) if graphs else ())
+        monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cuda",) if graphs else ())
         replays.clear()
         runs.append(train(make_batches(size), precision, optimizer, accumulate))
         assert len(replays) == (len(runs[-1][0]) if graphs else 0)
@@ -123,7 +123,7 @@ def test_a_capture_passes_the_guard_bands(monkeypatch):
             super().__init__(*arguments)
 
     monkeypatch.setattr(lenet_step, "capture", capture)
-    monkeypatch.setattr(lenet_step.ThreeLaunches, "graphs_on", ("cpu",))
+    monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cpu",))
     monkeypatch.setattr(memory, "_in_capture", lambda: capturing[0])
     monkeypatch.setattr(memory, "Banded", Counted)
     net = tritonnet.LeNet()

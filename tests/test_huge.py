@@ -286,8 +286,8 @@ INPUTS = {
 }  # fmt: skip
 # These run over dense tensors alone, which are as long as the result.
 DENSE = {"relu_kernel", "relu_grad_kernel"}
-# These run over the sums of at most some hundred programs, of as many weights as a net has.
-SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_update_kernel"}
+# These run over the sums of at most some hundred programs, of as many weights as a net has, or over those.
+SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_pack_kernel", "lenet_update_kernel"}
 # Not tried: a single program of a batch of a million images takes the interpreter minutes.
 UNTRIED = {"lenet_forward_kernel", "lenet_gradient_kernel"}
 

@@ -133,12 +133,12 @@ def test_training_on_zipped_idx_files_through_the_kernels(tmp_path, capsys, devi
     monkeypatch.setattr(pictures, "draw", lambda *args: [])
     with tritonnet.count_launches() as launches:
         assert cli.main(["train", "--backend", "triton", *map(str, options)]) == 0
-    # Three batches, and the test after the epoch and at the end; the weights are packed once before the first.
-    steps = {name: launches[f"lenet_{name}_kernel"] for name in ("forward", "gradient", "update")}
-    assert steps == {"forward": 3 + 2, "gradient": 3, "update": 1 + 3}
+    # Three batches, and the test after the epoch and at the end.
+    steps = {name: launches[f"lenet_{name}_kernel"] for name in ("pack", "forward", "gradient", "update")}
+    assert steps == {"pack": 3 + 2, "forward": 3 + 2, "gradient": 3, "update": 3}
     assert not any(name.startswith(("conv2d", "linear")) for name in launches)
     said = capsys.readouterr().out
-    assert "10 digits" in said and "Triton kernels" in said and "three launches" in said and (out / "model.pt").exists()
+    assert "10 digits" in said and "Triton kernels" in said and "fused launches" in said and (out / "model.pt").exists()
 
 
 def test_digits():

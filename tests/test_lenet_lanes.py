@@ -34,7 +34,7 @@ def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
     truth = copy.deepcopy(net).double()
     before = [p.detach().clone() for p in net.parameters()]
     step = tritonnet.TrainStep(net, nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=1.0), "ieee")
-    assert step.path == "three launches"
+    assert step.path == "fused launches"
     loss = step(images, labels)
     true_loss = nn.functional.cross_entropy(truth(images.double()), labels)
     true_loss.backward()

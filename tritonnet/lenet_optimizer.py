@@ -1,9 +1,10 @@
 """torch's optimisers as LeNet's last launch follows them: which rule it is, its numbers, and the state of it."""
 
+import ctypes
 import functools
 from array import array
-from itertools import chain
-from operator import is_
+from itertools import chain, zip_longest
+from operator import attrgetter, is_
 
 import torch
 
@@ -16,7 +17,7 @@ if launchers is not None:
 # The state that torch keeps for a parameter, in the order of the kernel's moments.
 _MOMENTS = {"SGD": ("momentum_buffer",), "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
 _END = (object(),)
-_one_more = (1.0).__add__
+_ADDRESS, _VALUE = torch.Tensor.data_ptr, attrgetter("value")
 
 
 def rule_of(optimizer, parameters):
@@ -86,89 +87,123 @@ def _powers(beta):
     return [1 - beta**2**k for k in range(lenet.BITS - 1)] + [0.0]
 
 
+# What Python counts with in a tensor's memory.
+_COUNTERS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+
+
 class Moments:
-    """The optimiser's state: views of buffers like the parameters' own, in the places where torch keeps it.
+    """The optimiser's state as the kernels change it: in the tensors that torch has, made where they are missing.
 
     Attributes:
-        buffers: as many as the kernel has moments, each like the flat buffer.
-        counts: (programs) int32 on the device, the updates so far, for the kernel to count on.
-        steps: (10) float32 on the device, where the kernel writes them for each parameter.
+        names: of the moments that the rule has, as torch calls them.
+        addresses: of all that is in the state, as they were when it was last looked at.
+        steps: (10) float32 on the device, the updates of each parameter so far, by which the kernels count unless torch
+            itself keeps its counts there: those of a fused optimiser. Others are on the CPU, and SGD has none.
     """
 
-    def __init__(self, weights, optimizer, rule):
-        self.weights, self.optimizer = weights, optimizer
-        adam, device, n = rule["rule"] == "Adam", weights.device, len(weights.parameters)
-        self._names = _MOMENTS[rule["rule"]][: rule["moments"] if adam else int(rule["momentum"])]
-        self.buffers = [torch.zeros_like(weights.flat) for _ in self._names]
-        parts = list(zip(*map(weights.split, self.buffers))) if self._names else [()] * n
-        blocks = torch.tensor(weights.geometry.flat) // lenet.BLOCK
-        self._rows = torch.repeat_interleave(torch.arange(n), blocks.diff())
-        self.counts = torch.zeros(len(self._rows), dtype=torch.int32, device=device)
-        # What the optimiser's state of each parameter should be, and what was last seen there.
-        self.views = [dict(zip(self._names, of)) for of in parts]
-        self._seen, self._counted, self._even, self._version, self._adam = [None], b"", False, 0, adam
-        if adam and any(group.get("fused") for group in optimizer.param_groups):
-            self._array, self._rows = None, self._rows.to(device)
-            self._show_steps(torch.zeros(n, device=device))
-        else:
-            self._count_in_an_array()
-        self.steps = self._steps if self._array is None else torch.zeros(n, device=device)
-
-    def _count_in_an_array(self):
-        """Steps that torch looks for on the CPU are views of an array, in which Python counts faster than torch."""
-        self._array = array("f", [0.0] * len(self.views))
-        self._address, _ = self._array.buffer_info()
-        self._show_steps(torch.frombuffer(self._array, dtype=torch.float32))
-
-    def _show_steps(self, steps):
-        """SGD's are nowhere to be seen: what matters there is whether there was an update."""
-        self._steps = steps
-        if self._adam:
-            for views, step in zip(self.views, steps):
-                views["step"] = step
+    def __init__(self, parameters, optimizer, rule):
+        self.parameters, self.optimizer, self._adam = parameters, optimizer, rule["rule"] == "Adam"
+        self.names = _MOMENTS[rule["rule"]][: rule["moments"] if self._adam else int(rule["momentum"])]
+        self.device, n = parameters[0].device, len(parameters)
+        self.steps = torch.zeros(n, dtype=torch.float32, device=self.device)
+        fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+        self._fused = [id(p) in fused for p in parameters]
+        # Of each parameter the moments, and where the kernel counts; where torch counts on the CPU, and of whom.
+        self._moments, self._counts, self._counters, self._counter_of = [()] * n, list(self.steps.unbind()), [], []
+        self._seen, self._tensors, self._counted, self.addresses = [None], [], [], []
 
     def load(self):
-        """Take over what was loaded into the optimiser or computed by it since the last step."""
-        if self._array is None:
-            counted = self._steps._version == self._version
+        """Take over what was loaded into the optimiser or changed in it since the last step."""
+        if not all(map(is_, self._values(), self._seen)) or self._moved():
+            self._take_over()
+        counts = list(map(_VALUE, self._counters))
+        if counts != self._counted:
+            for i, count, before in zip_longest(self._counter_of, counts, self._counted):
+                if count != before:
+                    self.steps[i] = count
+            self._counted = counts
+
+    def _moved(self):
+        """Whether a tensor has got other memory, as one does that is shared with another process."""
+        return list(map(_ADDRESS, self._tensors)) != self.addresses
+
+    def _take_over(self):
+        """Look at the whole state: whether it is there, and is what the kernels read."""
+        tensors, self._counters, self._counter_of = [], [], []
+        for i, p in enumerate(self.parameters if self.names or self._adam else ()):
+            state = self.optimizer.state[p]
+            found = [state.get(name) for name in self.names]
+            if self._adam:
+                state["step"] = self._find_count(i, state.get("step", 0.0))
+                tensors.append(state["step"])
+            elif not (self._moments[i] and found[0] is self._moments[i][0]):
+                # What matters to SGD is whether there was an update.
+                self.steps[i] = float(found[0] is not None)
+            self._moments[i] = [_like(value, p) for value in found]
+            state.update(zip(self.names, self._moments[i]))
+            tensors += self._moments[i]
+        self._seen, self._tensors, self.addresses = list(self._values()), tensors, list(map(_ADDRESS, tensors))
+
+    def _find_count(self, i, step):
+        """The count of parameter i in the optimiser's state, or one like it that can be counted on."""
+        fits = isinstance(step, torch.Tensor) and step.dim() == 0
+        if self._fused[i]:
+            if not (fits and step.dtype == torch.float32 and step.device == self.device):
+                step = torch.tensor(float(step), dtype=torch.float32, device=self.device)
+            self._counts[i] = step
         else:
-            counted = self._array.tobytes() == self._counted and self._steps.data_ptr() == self._address
-        if counted and all(map(is_, self._values(), self._seen)):
-            return
-        if self._array is not None and self._steps.data_ptr() != self._address:
-            # Sharing a tensor with another process moves it.
-            self._count_in_an_array()
-        for i, views in enumerate(self.views if self.views[0] else ()):
-            state = self.optimizer.state[self.weights.parameters[i]]
-            if not self._adam and state.get("momentum_buffer") is not views["momentum_buffer"]:
-                self._array[i] = float(state.get("momentum_buffer") is not None)
-            for name, view in views.items():
-                value = state.get(name)
-                if value is None:
-                    view.zero_()
-                elif value is not view:
-                    view.copy_(value)
-                state[name] = view
-        self.counts.copy_(self._steps[self._rows])
-        self._seen = list(self._values())
-        if self._array is None:
-            self._version = self._steps._version
-        else:
-            self._counted, self._even = self._array.tobytes(), len(set(self._array)) == 1
+            if not (fits and step.dtype in _COUNTERS and step.device.type == "cpu"):
+                step = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+            # In the tensor's own memory Python counts faster than torch.
+            self._counters.append(_COUNTERS[step.dtype].from_address(step.data_ptr()))
+            self._counter_of.append(i)
+        return step
+
+    def of(self, i):
+        """(the moments of parameter i, where the kernel counts its updates)."""
+        return self._moments[i], self._counts[i]
+
+    def changed(self):
+        """Every tensor that a launch changes."""
+        return [*chain.from_iterable(self._moments), *self._counts]
 
     def _values(self):
         """Every object of the optimiser's state, and an end, so that one that is missing or new is seen, too."""
         return chain(chain.from_iterable(map(dict.values, self.optimizer.state.values())), _END)
 
     def start_anew(self):
-        """Take everything over from the optimiser again, the device's counts among it."""
-        self._seen = [None]
+        """Take everything over from the optimiser again, its counts among it."""
+        self._seen, self._counted = [None], []
 
     def count(self):
         """There was an update: count it where torch does, as the kernel does on the device."""
-        if self._array is not None and (self._adam or 0.0 in self._array):
-            if self._even:
-                counted = array("f", (self._array[0] + 1,)) * len(self._array)
-            else:
-                counted = array("f", map(_one_more, self._array))
-            self._array[:], self._counted = counted, counted.tobytes()
+        self._counted = [count + 1 for count in self._counted]
+        for counter, count in zip(self._counters, self._counted):
+            counter.value = count
+
+    def settle(self):
+        """Take back counts of updates that were not made, as the loss was not finite; waits for the device."""
+        if self._moved():
+            self._take_over()
+        made = [int(count) for count in self._counts]
+        for k, (i, counter, counted) in enumerate(zip(self._counter_of, self._counters, self._counted)):
+            if counter.value == counted:
+                counter.value = self._counted[k] = made[i]
+        for p, count in zip(self.parameters, made):
+            state = self.optimizer.state.get(p)
+            if state and not count:
+                # As torch has it in front of the first update.
+                for name in ("step", *self.names):
+                    state.pop(name, None)
+                if not state:
+                    del self.optimizer.state[p]
+
+
+def _like(value, parameter):
+    """A state's tensor as the kernels read it: itself, if it is float32 and lies like its parameter."""
+    if value is None:
+        return torch.zeros_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)
+    fits = value.dtype == parameter.dtype and value.device == parameter.device and value.shape == parameter.shape
+    if fits and value.is_contiguous() and not value.is_neg():
+        return value
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format, requires_grad=False).copy_(value)

@@ -1,4 +1,4 @@
-"""A LeNet's training step in three launches: its buffers, the optimiser's state and numbers, the graph of it all."""
+"""A LeNet's training step in four launches: its buffers, the optimiser's state and numbers, the graph of it all."""
 
 import warnings
 from operator import attrgetter, is_
@@ -8,22 +8,24 @@ import torch
 from . import nn
 from .dispatch import implementation, launchers, on_device
 from .lenet_optimizer import Moments, numbers_of, rate_on_device, rule_of, settings_of
-from .lenet_weights import NotServed, default_format, geometry_of, parameters_of, weights_of
+from .lenet_weights import NotServed, buffers, default_format, geometry_of, parameters_of
 from .losses import FirstBad, Losses
 from .nn import functional as F
 from .nn._plain import is_plain
 
 if launchers is not None:
-    from .kernels import lenet, lenet_forward, lenet_gradient, lenet_update
+    from .kernels import lenet, lenet_forward, lenet_gradient, lenet_pack, lenet_update
     from .kernels._common import INTERPRETED
     from .kernels.launching import compiled_together
 
-# Larger batches keep the GPU busy for longer than the host takes to queue three launches, and are read where they are.
+# Larger batches keep the GPU busy for longer than the host takes to queue four launches, and are read where they are.
 GRAPH_BELOW = 8192
 # Sizes of batches whose buffers and graphs are kept, those used last.
 MOST_BATCHES = 8
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
+_ADDRESS, _IS_CONTIGUOUS = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
+# Another number of bytes is another shape or dtype; on another device they lie elsewhere.
+_BYTES, _REQUIRES_GRAD = attrgetter("nbytes"), attrgetter("requires_grad")
 # Of a parameter: hooks on its gradient, and on that it has been added up.
 _ON_GRADIENT, _ON_SUM = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
@@ -41,7 +43,7 @@ def ignored_target(loss):
 
 
 def _have_hooks(parameters):
-    """Whether somebody is to be called with a gradient of these, whom three launches do not call."""
+    """Whether somebody is to be called with a gradient of these, whom the launches do not call."""
     return any(map(_ON_GRADIENT, parameters)) or any(map(_ON_SUM, parameters))
 
 
@@ -76,7 +78,7 @@ def capture(launch, restore, device):
 
 
 class Batch:
-    """The buffers for batches of one shape, between the three launches and, if they are a graph, before them."""
+    """The buffers for batches of one shape, between the launches and, if they are a graph, before them."""
 
     def __init__(self, images, labels, geometry, format, static):
         N, device = len(images), images.device
@@ -89,7 +91,7 @@ class Batch:
         self.replays, self.captured = {}, static  # False once a capture has failed
 
 
-class ThreeLaunches:
+class FusedLaunches:
     """The step of a net that `geometry_of` knows; NotServed, when it is made or called, where there is none.
 
     Args:
@@ -101,7 +103,8 @@ class ThreeLaunches:
     graphs_on = ("cuda",)
 
     def __init__(self, model, layers, loss, optimizer, pixels, precision, accumulate, report=None):
-        self.geometry, parameters = geometry_of(layers), parameters_of(layers)
+        self.geometry = geometry_of(layers)
+        self.parameters = parameters = parameters_of(layers, self.geometry)
         if {id(p) for p in model.parameters()} != {id(p) for p in parameters}:
             raise NotServed("the model has parameters beside those of its five layers")
         if not all(p.requires_grad for p in parameters):
@@ -110,20 +113,25 @@ class ThreeLaunches:
             raise NotServed("parameters have hooks")
         self.ignore_index = ignored_target(loss)
         self.rule, _ = rule_of(optimizer, parameters)
-        self.optimizer, self.pixels, self.accumulate = optimizer, pixels, accumulate
-        self.format = precision or default_format(parameters[0].device)
-        self.weights = weights_of(model, parameters, self.geometry)
-        self.weights.adopt()
-        self.device, self.parameters = self.weights.device, parameters
-        self.moments = Moments(self.weights, optimizer, self.rule)
-        self.grad = torch.zeros_like(self.weights.flat) if accumulate > 1 else None
-        self.numbers = torch.zeros(len(parameters), lenet.NUMBERS, device=self.device)
+        self.layers, self.optimizer, self.pixels, self.accumulate = layers, optimizer, pixels, accumulate
+        self.device, self.calls = parameters[0].device, 0
+        self.format = precision or default_format(self.device)
+        self.moments = Moments(parameters, optimizer, self.rule)
+        self.grads = [torch.zeros_like(p, requires_grad=False) for p in parameters] if accumulate > 1 else []
+        self.numbers = torch.zeros(len(parameters), lenet.NUMBERS, dtype=torch.float32, device=self.device)
+        self.places = torch.zeros(len(parameters), lenet.PLACES, dtype=torch.int64, device=self.device)
+        self.steps = torch.zeros(len(parameters), dtype=torch.int32, device=self.device)
+        self.plain, self.packed = buffers(self.geometry, self.format, self.device)
         self.losses, self.bad = Losses(self.device), FirstBad(self.device)
         self.report, self._said, self._told = report, False, False
-        self._settings, self._rows, self._batches, self._latest, self._calls = [], None, {}, None, 0
+        self._settings, self._rows, self._batches, self._latest = [], None, {}, None
+        self._bytes, self._addresses = list(map(_BYTES, parameters)), []
+        # Where the model has its parameters, which may be replaced.
+        own = [(m._parameters, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+        self._registers, self._names, self._registered = zip(*own)
 
     def __call__(self, images, labels):
-        if implementation(self.weights.flat) is not launchers:
+        if implementation(self.plain) is not launchers:
             raise NotServed("the backend is the reference")
         with on_device(self.device):
             self._follow_optimizer()
@@ -131,36 +139,75 @@ class ThreeLaunches:
             batch = self._batches.get(key)
             if batch is None:
                 self._check_batch(images, labels)
+            if not all(map(is_, map(dict.get, self._registers, self._names), self._registered)):
+                raise NotServed("parameters have been replaced")
             if not all(map(_REQUIRES_GRAD, self.parameters)):
                 raise NotServed("parameters have been frozen")
             if _have_hooks(self.parameters):
                 raise NotServed("parameters have got hooks")
-            turn, self._calls = self._calls % self.accumulate, self._calls + 1
+            if list(map(_BYTES, self.parameters)) != self._bytes or not all(map(_IS_CONTIGUOUS, self.parameters)):
+                raise NotServed("parameters have got another dtype, shape or order in memory")
+            turn = self.calls % self.accumulate
             last = turn == self.accumulate - 1
-            packed = self.weights.packed(self.format, adopt=True)
+            if self.grads:
+                self._follow_gradients(turn)
             if last:
                 self._prepare_update()
+            self._follow_memory()
+            self.calls += 1
             loss = self.losses.next()
             try:
                 if batch is None:
-                    batch = self._new_batch(key, images, labels, packed, turn > 0, last)
+                    batch = self._new_batch(key, images, labels, turn > 0, last)
                 elif batch is not self._latest:
                     self._batches[key] = self._batches.pop(key)
                 self._latest = batch
-                self._run(batch, images, labels, packed, turn > 0, last)
+                self._run(batch, images, labels, turn > 0, last)
             except BaseException:
                 # How far the launches came is not known.
                 self.losses.start_anew()
                 self.moments.start_anew()
                 raise
-            if self.grad is not None and turn == 0:
-                for p, view in zip(self.parameters, self.weights.split(self.grad)):
-                    p.grad = view
             if last:
                 self.moments.count()
-                self.weights.mark(self.format)
-            self.bad.look(self._calls)
+                # As an in-place operator of torch's does, for autograd to notice.
+                torch.autograd.graph.increment_version(self.parameters)
+            self._report_bad(self.bad.look, self.calls)
             return loss
+
+    def _report_bad(self, look, *args):
+        """Where a loss that was not finite is reported, the optimiser's counts are those of the updates made."""
+        try:
+            look(*args)
+        except FloatingPointError:
+            with on_device(self.device):
+                self.moments.settle()
+            raise
+
+    def _follow_memory(self):
+        """Tell the kernels where parameters, gradients and state lie, unless it is where they were."""
+        addresses = [*map(_ADDRESS, self.parameters), *map(_ADDRESS, self.grads), *self.moments.addresses]
+        if addresses == self._addresses:
+            return
+        # Such as two that have been made views of one tensor.
+        parameters_of(self.layers, self.geometry)
+        rows = []
+        for i, p in enumerate(self.parameters):
+            moments, count = self.moments.of(i)
+            rows.append(lenet.place(p, self.grads[i] if self.grads else None, moments, count))
+        # From pageable memory: copied aside before the call returns, so that the next may follow at once.
+        rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self.places.copy_(rows, non_blocking=True)
+        self._addresses = addresses
+
+    def _follow_gradients(self, turn):
+        """Show the gradients of a group of calls in p.grad, and take up there what has become of them since."""
+        for p, grad in zip(self.parameters, self.grads):
+            if p.grad is grad:
+                continue
+            if turn > 0:
+                grad.zero_() if p.grad is None else grad.copy_(p.grad)
+            p.grad = grad
 
     def _follow_optimizer(self):
         """Take over what has changed about the optimizer; most calls find nothing."""
@@ -172,7 +219,8 @@ class ThreeLaunches:
             return
         rule, self._groups = rule_of(optimizer, self.parameters)
         if rule != self.rule:
-            self.rule, self.moments, self._batches = rule, Moments(self.weights, optimizer, rule), {}
+            self.rule, self.moments, self._batches = rule, Moments(self.parameters, optimizer, rule), {}
+            self._addresses = []
         rates = [group["lr"] for group in self._groups]
         self._rates = rates if any(map(rate_on_device, rates)) else None
         # Numbers that may change where they are.
@@ -235,7 +283,7 @@ class ThreeLaunches:
             p.grad = grad
         self._told = True
 
-    def _new_batch(self, key, images, labels, packed, add, update):
+    def _new_batch(self, key, images, labels, add, update):
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         static = self.device.type in self.graphs_on and len(images) < GRAPH_BELOW
         while len(self._batches) >= MOST_BATCHES:
@@ -245,15 +293,15 @@ class ThreeLaunches:
             # One after the other they would take seconds each.
             with compiled_together():
                 where = (batch.images, batch.labels) if static else (images, labels)
-                self._launch(batch, *where, packed, add, update)
+                self._launch(batch, *where, add, update)
         self._batches[key] = batch
         return batch
 
-    def _run(self, batch, images, labels, packed, add, update):
+    def _run(self, batch, images, labels, add, update):
         if batch.images is None:
             images = images.to(self.device, non_blocking=True).contiguous()
             labels = labels.to(self.device, non_blocking=True).contiguous()
-            self._launch(batch, images, labels, packed, add, update)
+            self._launch(batch, images, labels, add, update)
             return
         # One call for both copies would be no faster: torch takes tensors of two dtypes one after the other.
         batch.images.copy_(images, non_blocking=True)
@@ -262,11 +310,10 @@ class ThreeLaunches:
         if replay is None:
 
             def launch():
-                self._launch(batch, batch.images, batch.labels, packed, add, update)
+                self._launch(batch, batch.images, batch.labels, add, update)
 
-            changed = [self.weights.flat, packed, self.bad.numbers, self.losses.place]
-            changed += [*self.moments.buffers, self.moments.counts, self.moments.steps]
-            changed += [self.grad] if self.grad is not None else []
+            changed = [p.detach() for p in self.parameters] + self.grads + self.moments.changed()
+            changed += [self.bad.numbers, self.losses.place]
             before = [t.clone() for t in changed]
 
             def restore():
@@ -277,7 +324,7 @@ class ThreeLaunches:
                 replay = capture(launch, restore, self.device)
             except NotCaptured as e:
                 replay, batch.captured = launch, False
-                self._say_once(f"batches of {len(images)} take three launches without a CUDA graph: {e}")
+                self._say_once(f"batches of {len(images)} take four launches without a CUDA graph: {e}")
             batch.replays[add, update] = replay
         replay()
 
@@ -290,20 +337,23 @@ class ThreeLaunches:
         else:
             warnings.warn(line, RuntimeWarning, stacklevel=5)
 
-    def _launch(self, batch, images, labels, packed, add, update):
-        flat, pixels = self.weights.flat, lenet_forward.Pixels() if self.pixels is None else self.pixels(images)
+    def _launch(self, batch, images, labels, add, update):
+        geometry, format = self.geometry, self.format
+        pixels = lenet_forward.Pixels() if self.pixels is None else self.pixels(images)
+        lenet_pack.pack(
+            self.places, torch.float32, self.plain, self.packed, geometry, format, self.steps, self.bad.numbers, not add
+        )
         lenet_forward.forward(
-            images, labels, flat, packed, self.geometry, self.format, pixels, batch.memory, batch.memory["logits"],
+            images, labels, self.plain, self.packed, geometry, format, pixels, batch.memory, batch.memory["logits"],
             self.ignore_index,
         )  # fmt: skip
         lenet_gradient.gradients(
-            images, packed, self.geometry, self.format, pixels, batch.memory, batch.splits, batch.scratch, batch.partial
+            images, self.packed, geometry, format, pixels, batch.memory, batch.splits, batch.scratch, batch.partial
         )
-        rule = {name: value for name, value in self.rule.items() if name != "moments"} if update else {}
+        rule = {**self.rule, "moments": len(self.moments.names)} if update else {}
         lenet_update.update(
-            flat, packed, self.geometry, batch.table, self.numbers, self.moments.counts, self.moments.steps,
-            batch.partial, batch.memory["loss"], self.losses.place, self.bad.numbers, self.grad, self.moments.buffers,
-            1 / self.accumulate, add, **rule,
+            self.places, geometry, batch.table, self.numbers, self.steps, batch.partial, batch.memory["loss"],
+            self.losses.place, self.bad.numbers, keep=bool(self.grads), add=add, scale=1 / self.accumulate, **rule,
         )  # fmt: skip
 
     def latest_replay(self):
@@ -323,4 +373,4 @@ class ThreeLaunches:
 
     def check(self):
         """FloatingPointError if the loss of a call was not finite since the last time; waits for the GPU."""
-        self.bad.check()
+        self._report_bad(self.bad.check)

@@ -1,8 +1,7 @@
-"""Which LeNets have launches of their own, their weights as those read them, and the whole forward in one launch."""
+"""Which LeNets have launches of their own, where those find their weights, and the whole forward in two launches."""
 
-import math
 import weakref
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 
 import torch
 
@@ -12,11 +11,11 @@ from .nn._plain import _HOOKS, global_hooks, is_plain
 from .registration import watched
 
 if launchers is not None:
-    from .kernels import lenet, lenet_forward, lenet_update
+    from .kernels import lenet, lenet_forward, lenet_pack
     from .kernels.conv2d import precision as conv_precision
     from .kernels.linear import precision as linear_precision
 
-_ADDRESS, _VERSION = torch.Tensor.data_ptr, attrgetter("_version")
+_ADDRESS, _STRIDE = torch.Tensor.data_ptr, torch.Tensor.stride
 
 FORMATS = ("ieee", "tf32", "bfloat16")
 # Pixels a side by what the first convolution pads with and the features of the first linear.
@@ -90,116 +89,55 @@ def geometry_of(layers):
     return lenet.Geometry(conv1.in_channels, size, padding, classes)
 
 
-def parameters_of(layers, dtypes=(torch.float32,), strided=False):
+def parameters_of(layers, geometry, dtypes=(torch.float32,), strided=False):
     """Weights and biases in the kernels' order; NotServed if they are not of one of the dtypes, apart and dense.
 
-    With `strided` they may have other strides, as weights in channels_last have.
+    With `strided` they may have other strides, as weights in channels_last have, and lie in the same place.
     """
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     dtype, device = parameters[0].dtype, parameters[0].device
     if len(set(map(id, parameters))) < 10:
         raise NotServed("layers share parameters")
-    for p in parameters:
-        if type(p) is not torch.nn.Parameter or p.is_inference() or not (strided or p.is_contiguous()):
+    for p, shape in zip(parameters, geometry.shapes):
+        ordinary = type(p) is torch.nn.Parameter and p.layout == torch.strided and not (p.is_inference() or p.is_neg())
+        if not ordinary or not (strided or p.is_contiguous()):
             raise NotServed("a parameter is not an ordinary one")
+        if p.shape != shape:
+            raise NotServed(f"a parameter of shape {list(p.shape)} is not of {list(shape)}, which its layer says")
         if p.dtype != dtype or p.device != device or dtype not in dtypes:
             raise NotServed(f"parameters of {p.dtype} on {p.device}")
+    if not strided and len(set(map(_ADDRESS, parameters))) < 10:
+        raise NotServed("parameters share their memory")
     return parameters
 
 
-class Weights:
-    """A net's parameters in one buffer, and copies of its weights packed for the products of each format."""
-
-    def __init__(self, parameters, geometry):
-        self.parameters, self.geometry = parameters, geometry
-        self.device = parameters[0].device
-        self.flat = torch.zeros(geometry.flat[-1], device=self.device)
-        self.views = self.split(self.flat)
-        self._places = [view.data_ptr() for view in self.views]
-        # Which partial sums are added up makes no difference to how weights are packed.
-        self._table = lenet.table(geometry, lenet.Splits(1, 1, 1), self.device)
-        self._packed, self._own_versions = {}, False
-
-    def split(self, buffer):
-        """The part of each parameter in a buffer like `flat`, in the parameter's shape."""
-        shapes = self.geometry.shapes
-        return [buffer[i : i + math.prod(shape)].view(shape) for i, shape in zip(self.geometry.flat, shapes)]
-
-    def adopt(self):
-        """Make the parameters views of the buffer; they keep their values, and stay the same objects."""
-        with torch.no_grad():
-            for p, view in zip(self.parameters, self.views):
-                if p.device != self.device or p.dtype != torch.float32:
-                    raise NotServed(f"parameters have been moved from float32 on {self.device}")
-                if p.data_ptr() != view.data_ptr():
-                    view.copy_(p)
-                    p.data = view
-
-    def _seen(self):
-        return list(map(_ADDRESS, self.parameters)), list(map(_VERSION, self.parameters))
-
-    def mark(self, format):
-        """Note that parameters and the format's packed copies were written together, as one launch does."""
-        torch.autograd.graph.increment_version(self.parameters)
-        packed, (addresses, versions) = self._packed[format]
-        versions = [version + 1 for version in versions]
-        if not self._own_versions:
-            # Parameters made of one tensor count together.
-            now = list(map(_VERSION, self.parameters))
-            self._own_versions, versions = now == versions, now
-        self._packed[format] = packed, (addresses, versions)
-
-    def packed(self, format, adopt=False):
-        """The packed copies, made anew if anybody has changed the parameters, which may be made views first."""
-        packed, seen = self._packed.get(format, (None, None))
-        now = self._seen()
-        if adopt and now[0] != self._places:
-            self.adopt()
-            now = self._seen()
-        if seen == now:
-            return packed
-        if packed is None:
-            dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
-            packed = torch.zeros(self.geometry.packed[-1], dtype=dtype, device=self.device)
-        with torch.no_grad():
-            for p, view in zip(self.parameters, self.views):
-                if p.data_ptr() != view.data_ptr():
-                    view.copy_(p)
-        lenet_update.update(self.flat, packed, self.geometry, self._table)
-        self._packed[format] = packed, now
-        return packed
-
-
-# By net; they go when it goes, and are no part of its state.
-_WEIGHTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def weights_of(model, parameters, geometry):
-    """The Weights of a model."""
-    weights = _WEIGHTS.get(model)
-    same = weights is not None and weights.geometry == geometry and weights.device == parameters[0].device
-    if not same or any(map(lambda p, q: p is not q, weights.parameters, parameters)):
-        weights = _WEIGHTS[model] = Weights(parameters, geometry)
-    return weights
+def buffers(geometry, format, device):
+    """(plain, packed): what a forward reads its weights from, see kernels/lenet.py."""
+    plain = torch.empty(geometry.plain[-1], dtype=torch.float32, device=device)
+    dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
+    return plain, torch.empty(geometry.packed[-1], dtype=dtype, device=device)
 
 
 class _Seen:
-    """Layers that were found to be a LeNet's, their geometry and parameters, and all that this was told by.
+    """Layers that were found to be a LeNet's, where their parameters lie, and all that this was told by.
 
-    To look whether any of it has changed takes a third of the time that it takes to be told again.
+    To look whether any of it has changed takes a third of the time that it takes to be told again. The values of the
+    parameters are no part of it: each forward reads them anew.
     """
 
     convolution = itemgetter(
         *_HOOKS, "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "in_channels", "out_channels"
     )  # fmt: skip
     linear = itemgetter(*_HOOKS, "in_features", "out_features")
-    kind = attrgetter("dtype", "device")
+    # With their strides another number of bytes is another shape; on another device they lie elsewhere.
+    kind = attrgetter("dtype", "nbytes")
 
     def __init__(self, layers):
         self.geometry = geometry_of(layers)
-        # Their values are copied and packed when they have changed, from whatever order they lie in.
-        self.parameters = parameters_of(layers, (torch.float32, torch.bfloat16), strided=True)
-        self.dtype, self.device = self.kind(self.parameters[0])
+        self.parameters = parameters_of(layers, self.geometry, (torch.float32, torch.bfloat16), strided=True)
+        self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
+        # A table of its own for each of these: a forward that is queued on another stream still has the one before.
+        self.places = torch.tensor(list(map(lenet.place, self.parameters)), dtype=torch.int64, device=self.device)
         # Hooks are added to dicts that stay the same: none of them is kept.
         self.attributes = [tuple({} if isinstance(a, dict) else a for a in part) for part in self._attributes(layers)]
         self.before = self._others(layers)
@@ -209,16 +147,18 @@ class _Seen:
         return [self.convolution(conv1), self.convolution(conv2), *map(self.linear, linears)]
 
     def _others(self, layers):
-        ids = [id(layer._parameters.get(name)) for layer in layers for name in ("weight", "bias")]
         types = [(id(layer), type(layer), "forward" in vars(layer)) for layer in layers]
-        return ids, types, list(map(self.kind, self.parameters))
+        where = list(map(_ADDRESS, self.parameters)), list(map(_STRIDE, self.parameters))
+        return types, list(map(self.kind, self.parameters)), where
 
     def still(self, layers):
         """Whether it would be found to be the same again."""
-        same = self._others(layers) == self.before and self._attributes(layers) == self.attributes
-        return same and not global_hooks()
+        parameters = (layer._parameters.get(name) for layer in layers for name in ("weight", "bias"))
+        same = all(map(is_, parameters, self.parameters)) and self._others(layers) == self.before
+        return same and self._attributes(layers) == self.attributes and not global_hooks()
 
 
+# By net; they go when it goes, and are no part of its state.
 _SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -232,7 +172,9 @@ def _seen(model, layers):
 
 
 def predict(model, layers, images, pixels):
-    """The logits of a LeNet in one launch, or None where its layers have to compute them.
+    """The logits of a LeNet in two launches, or None where its layers have to compute them.
+
+    The first packs the weights, at every call: nothing tells whether anybody has written to them since the last.
 
     Args:
         layers: conv1, conv2, fc1, fc2 and fc3 of the model.
@@ -254,11 +196,12 @@ def predict(model, layers, images, pixels):
     if not raw and (images.dtype != dtype or H != geometry.size or W != geometry.size):
         return None
     format = "bfloat16" if dtype == torch.bfloat16 else default_format(device)
-    weights = weights_of(model, seen.parameters, geometry)
     logits = images.new_empty(N, geometry.classes, dtype=torch.bfloat16 if format == "bfloat16" else dtype)
     with on_device(device):
+        plain, packed = buffers(geometry, format, device)
+        lenet_pack.pack(seen.places, dtype, plain, packed, geometry, format)
         lenet_forward.forward(
-            images.contiguous(), None, weights.flat, weights.packed(format), geometry, format,
+            images.contiguous(), None, plain, packed, geometry, format,
             pixels(images) if raw else lenet_forward.Pixels(),
             lenet_forward.activations(N, geometry, format, device, train=False), logits,
         )  # fmt: skip

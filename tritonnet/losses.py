@@ -2,7 +2,10 @@
 
 import torch
 
-from .dispatch import on_device
+from .dispatch import launchers, on_device
+
+if launchers is not None:
+    from .kernels import lenet
 
 # Losses that lie side by side.
 BLOCK = 64
@@ -12,7 +15,7 @@ LOOK_EVERY = 32
 
 def new_block(device):
     """Places for the next losses; the kernel that fills them finds their address in memory."""
-    return torch.empty(BLOCK, device=device)
+    return torch.empty(BLOCK, dtype=torch.float32, device=device)
 
 
 class Losses:
@@ -31,9 +34,7 @@ class Losses:
         """The place that `place` stands for, (), for one launch that fills it."""
         if not self._left:
             self._block = new_block(self.device)
-            address = self._block.data_ptr()
-            # Addresses are unsigned, and on some GPUs above 2^63.
-            self.place.fill_(address - (address >> 63 << 64))
+            self.place.fill_(lenet.address(self._block))
             self._left = list(self._block.unbind())[::-1]
         return self._left.pop()
 
@@ -46,16 +47,13 @@ class FirstBad:
     """The number of the first call whose loss was not finite, kept on the device.
 
     Attributes:
-        numbers: (2) int32 on the device, the number of that call, 0 while there is none, and how many calls there were.
+        numbers: (4) int32 on the device, see kernels/lenet_update.py: the number of that call, 0 while there is none
+            and negative if every label was ignored; how many calls there were; what a group of calls remembers.
     """
 
     def __init__(self, device):
-        self.device, self.numbers = device, torch.zeros(2, dtype=torch.int32, device=device)
+        self.device, self.numbers = device, torch.zeros(4, dtype=torch.int32, device=device)
         self._first, self._look, self._far = self.numbers[0], None, device.type != "cpu"
-
-    def note(self, loss, call):
-        """Keeps the number of the call if its loss, (), is the first that is not finite, without waiting for it."""
-        self._first.copy_(torch.where((self._first == 0) & ~loss.isfinite(), call, self._first))
 
     def look(self, calls):
         """After call number `calls`: raises what `check` does for a call at most 64 calls old.
@@ -77,7 +75,7 @@ class FirstBad:
         """(copy of the numbers on the host, event after which it holds them)."""
         with on_device(self.device):
             event = torch.Event(self.device)
-            numbers = torch.empty(2, dtype=torch.int32, pin_memory=True)
+            numbers = torch.empty(4, dtype=torch.int32, device="cpu", pin_memory=True)
             numbers.copy_(self.numbers, non_blocking=True)
             event.record()
         return numbers, event
@@ -87,4 +85,10 @@ class FirstBad:
         first = int(self._first)
         if first:
             self._first.zero_()
-            raise FloatingPointError(f"the loss of call {first} was not a finite number")
+            raise not_finite(abs(first), first < 0)
+
+
+def not_finite(call, ignored):
+    """The FloatingPointError of a call whose loss was not finite, as all of its labels were ignored or otherwise."""
+    what = "an update by gradients of zero, as torch makes it: every label was ignored" if ignored else "no update"
+    return FloatingPointError(f"the loss of call {call} was not a finite number, and it made {what}")

@@ -1,16 +1,16 @@
-"""A training step as one call: three launches for a LeNet, the fused operators for any other model."""
+"""A training step as one call: four launches for a LeNet, the fused operators for any other model."""
 
 import contextlib
 
 import torch
 
 from .conversion import convert
-from .dispatch import float32_products, implementation, launchers
+from .dispatch import float32_products, implementation, launchers, on_device
 from .fusion import fuse
 from .lenet import LeNet
-from .lenet_step import ThreeLaunches
+from .lenet_step import FusedLaunches
 from .lenet_weights import FORMATS, NotServed
-from .losses import FirstBad
+from .losses import not_finite
 from .recognition import find_layers
 
 
@@ -21,13 +21,46 @@ def _products_in(precision, device):
     return float32_products(precision) if precision else contextlib.nullcontext()
 
 
+class _Verdict:
+    """Whether a loss is finite: found out on the device and sent to the host, which reads it when it needs it.
+
+    On a GPU the backward is queued in between: the host waits for the forward only, while the GPU has work left.
+    """
+
+    FINITE, IGNORED, BAD = 0, 1, 2
+
+    def __init__(self, loss, labels, ignore_index, group):
+        verdict = torch.where(loss.isfinite(), self.FINITE, self.BAD)
+        if not labels.is_floating_point():
+            # As in torch the loss is NaN then, and the gradients are zeros.
+            ignored = (labels == ignore_index).all() & ~loss.isfinite()
+            verdict = torch.where(ignored, self.IGNORED, verdict)
+        if group is not None:
+            # The gradients are everybody's.
+            torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX, group)
+        self._event, self._there = None, verdict
+        if verdict.device.type != "cpu":
+            with on_device(verdict.device):
+                self._event = torch.Event(verdict.device)
+                self._there = torch.empty((), dtype=verdict.dtype, device="cpu", pin_memory=True)
+                self._there.copy_(verdict, non_blocking=True)
+                self._event.record()
+
+    def read(self):
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._there)
+
+
 class Operators:
     """The step of any model, through autograd and the optimiser."""
 
-    def __init__(self, model, loss, optimizer, precision, accumulate):
+    def __init__(self, model, loss, optimizer, precision, accumulate, calls=0):
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.precision, self.accumulate, self.calls = precision, accumulate, 0
-        self.bad = None
+        self.precision, self.accumulate, self.calls = precision, accumulate, calls
+        self.ignore_index, self.spoiled = getattr(loss, "ignore_index", -100), False
+        parallel = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        self.group = model.process_group if parallel else None
 
     def __call__(self, images, labels):
         device = next(self.model.parameters()).device
@@ -35,36 +68,47 @@ class Operators:
         turn, self.calls = self.calls % self.accumulate, self.calls + 1
         if turn == 0:
             self.optimizer.zero_grad()
+            self.spoiled = False
+        # What a forward itself changes, such as the running statistics of batch norm.
+        buffers = list(self.model.buffers())
+        before = [b.clone() for b in buffers]
         with _products_in(self.precision, device):
             loss = self.loss(self.model(images), labels)
+            verdict = _Verdict(loss.detach(), labels, self.ignore_index, self.group)
             (loss / self.accumulate).backward()
-        if turn == self.accumulate - 1:
+        found = verdict.read()
+        if found == verdict.BAD:
+            self.spoiled = True
+            with torch.no_grad():
+                for b, old in zip(buffers, before):
+                    b.copy_(old)
+        if turn == self.accumulate - 1 and not self.spoiled:
             self.optimizer.step()
-        loss = loss.detach()
-        if self.bad is None or self.bad.device != loss.device:
-            self.bad = FirstBad(loss.device)
-        self.bad.note(loss, self.calls)
-        self.bad.look(self.calls)
-        return loss
+        if found != verdict.FINITE:
+            raise not_finite(self.calls, found == verdict.IGNORED)
+        return loss.detach()
 
     def check(self):
-        if self.bad is not None:
-            self.bad.check()
+        """Nothing is left to be found out: a call raises by itself."""
 
 
 class TrainStep:
     """Forward, loss, backward and the optimiser's update as one call: loss = step(images, labels).
 
-    For a LeNet this is three launches: tritonnet.LeNet, or any model whose forward is proved to be one (1 or 3
+    For a LeNet this is four launches: tritonnet.LeNet, or any model whose forward is proved to be one (1 or 3
     channels, 28 or 32 pixels, 6 and 16 filters of 5 x 5, 120 and 84 hidden units, up to 1,024 classes), with the mean
     cross-entropy and torch's SGD, Adam or AdamW. On a GPU they are captured as one CUDA graph for each size of batch
     below 8,192. The same inputs give the same bits. Any other model goes through autograd, its layers converted and
     fused in place (`tritonnet.revert` undoes it). `path` says which it is, `reason` why, and `report` hears of both.
 
-    The model stays as it is: the parameters become views of one buffer and are the same objects, of the same names.
-    The optimiser's state is where torch keeps it, for state_dict() and load_state_dict() at any time; schedulers and
-    changes of its groups act on the next call. What else may change the model, such as hooks on its layers, belongs
-    before the step is built: a model is looked at once.
+    The model stays as it is: parameters and the optimiser's state are read and written where torch has them, for
+    state_dict() and load_state_dict() at any time. Whoever writes to them between two calls, however that is done, has
+    written to what the next call reads; schedulers and changes of the optimiser's groups act on it too. What else may
+    change the model, such as hooks on its layers, belongs before the step is built: a model is looked at once.
+
+    No update is made from a loss that is not finite: parameters, the optimiser's state and the model's buffers stay as
+    they were, and the call is reported by a FloatingPointError. Of a group of calls none may have such a loss. Where
+    every label is ignored the loss is NaN and the gradients are zeros, as in torch, and so there is an update.
 
     Args:
         model: torch.nn.Module on the device to train on.
@@ -94,22 +138,22 @@ class TrainStep:
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate must be a positive integer, got {accumulate!r}")
         self.model, self.loss, self.optimizer, self.precision = model, loss, optimizer, precision
-        self.accumulate, self._report = accumulate, report
+        self.accumulate, self._report, self._step = accumulate, report, None
         try:
-            self._step, self.path, self.reason = self._three_launches(), "three launches", "the model is a LeNet"
+            self._step, self.path, self.reason = self._fused_launches(), "fused launches", "the model is a LeNet"
         except NotServed as e:
             self._use_operators(str(e))
         else:
             self._say()
 
-    def _three_launches(self):
+    def _fused_launches(self):
         p = next(self.model.parameters(), None)
         if launchers is None or p is None or implementation(p) is not launchers:
             raise NotServed("the backend is the reference")
         is_lenet = type(self.model) is LeNet
         layers = self.model.layers if is_lenet else find_layers(self.model)
         pixels = self.model.pixels if is_lenet else None
-        return ThreeLaunches(
+        return FusedLaunches(
             self.model, layers, self.loss, self.optimizer, pixels, self.precision, self.accumulate, self._report
         )
 
@@ -119,7 +163,8 @@ class TrainStep:
         convert(self.model)
         if type(self.model) is not LeNet:  # whose layers are fused
             fuse(self.model, self._report)
-        self._step = Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate)
+        calls = self._step.calls if self._step else 0
+        self._step = Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate, calls)
 
     def _say(self):
         if self._report:
@@ -137,11 +182,12 @@ class TrainStep:
             (), the mean loss over the batch, before the update.
 
         Raises:
-            FloatingPointError: the loss of a call was no finite number; on a GPU up to 64 calls later, or by `check`. A
-                label that is no class counts as that too, on the three launches.
+            FloatingPointError: the loss of a call was no finite number; from the four launches on a GPU up to 64 calls
+                later, or by `check`, before which counts in the optimiser's state on the CPU may be ahead. On the four
+                launches a label that is no class counts as that too.
             TypeError, ValueError: images or labels are not of the kinds above.
         """
-        if self.path == "three launches":
+        if self.path == "fused launches":
             try:
                 return self._step(images, labels)
             except NotServed as e:
