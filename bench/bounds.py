@@ -167,6 +167,11 @@ def _lenet_gradient(a):
     return None, turns, a.N * products, roles
 
 
+def _lenet_pack(a):
+    roles = [a.P1, a.P2, a.PD, a.P3, a.P4, a.P5, a.PF, 2]
+    return 0, [], 0, [(0, programs / a.programs) for programs in roles if programs]
+
+
 # By kernel: turns of the loop with the products (None where several have some, all of them among the others), turns of
 # the other loops from the outermost in, and multiply-adds of the whole launch; where programs take roles, also the
 # loops of each role and its share of the programs. A kernel that is not here has no loop.
@@ -181,6 +186,7 @@ MODEL = {
     "conv2d_relu_max_pool2d_weight_grad_kernel": _weight_grad_pooled,
     "lenet_forward_kernel": _lenet_forward,
     "lenet_gradient_kernel": _lenet_gradient,
+    "lenet_pack_kernel": _lenet_pack,
     "linear_forward_kernel": _linear,
     "linear_weight_grad_kernel": _linear_weight_grad,
     "linear_chain_forward_kernel": _chain_forward,
@@ -193,15 +199,21 @@ MODEL = {
 
 
 def _by_role(instructions, loops, roles):
-    """How often a program runs each instruction, on average: one role's code ends where it exits before the next's."""
-    weights, start, seen = [], 0, 0
-    for count, share in roles:
+    """How often a program runs each instruction, on average: one role's code ends where it exits before the next's.
+
+    That is the last exit in front of the next role's loops, and the next one behind a role that has none.
+    """
+    exits = [i for i, instruction in enumerate(instructions) if instruction.opcode == "EXIT"]
+    weights, seen = [], 0
+    for number, (count, share) in enumerate(roles):
         seen += count
-        before = loops[seen][0] if seen < len(loops) else len(instructions)
-        exits = [i for i in range(loops[seen - 1][1], before) if instructions[i].opcode == "EXIT"]
-        end = exits[-1] + 1 if seen < len(loops) else before
-        weights += [share] * (end - start)
-        start = end
+        if number == len(roles) - 1:
+            end = len(instructions)
+        elif count:
+            end = max(i for i in exits if i < loops[seen][0]) + 1
+        else:
+            end = min(i for i in exits if i >= len(weights)) + 1
+        weights += [share] * (end - len(weights))
     return weights
 
 

@@ -60,11 +60,12 @@ def lenet_pack_kernel(
     TRAIN: tl.constexpr, FIRST: tl.constexpr,
     C: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr, CLASSES: tl.constexpr, CP: tl.constexpr,
     P1: tl.constexpr, P2: tl.constexpr, PD: tl.constexpr, P3: tl.constexpr, P4: tl.constexpr, P5: tl.constexpr,
+    PF: tl.constexpr,
     W2: tl.constexpr, WD: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr, W5: tl.constexpr, SIZE: tl.constexpr,
     B1: tl.constexpr, CONV2: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, B4: tl.constexpr, B5: tl.constexpr,
     WEIGHT: tl.constexpr, PLACES: tl.constexpr, STRIDES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # P1 programs pack W1, P2 pack W2, and so on; the last three copy what stays as it is.
+    # P1 programs pack W1, P2 pack W2, and so on; PF, and two more, copy filters and biases as they are.
     pid, i = tl.program_id(0), tl.arange(0, BLOCK)
     if pid < P1:
         e = pid * BLOCK + i
@@ -101,18 +102,17 @@ def lenet_pack_kernel(
         k, n = e // CP, e % CP
         w = load_linear(places_ptr, n, k, (n < CLASSES) & (k < 84), 8, WEIGHT, PLACES, STRIDES)
         tl.store(packed_ptr + W5 + e, round_to(w, packed_ptr.dtype.element_ty), mask=e < SIZE - W5)
+    elif pid < P1 + P2 + PD + P3 + P4 + P5 + PF:
+        e = (pid - P1 - P2 - PD - P3 - P4 - P5) * BLOCK + i
+        w = load_filters(places_ptr, e // 150, e // 25 % 6, e // 5 % 5, e % 5, e < 2400, 2, WEIGHT, PLACES, STRIDES)
+        tl.store(plain_ptr + CONV2 + e, w.to(tl.float32), mask=e < 2400)
     else:
-        copied = pid - (P1 + P2 + PD + P3 + P4 + P5)
-        if copied == 0:
+        if pid == P1 + P2 + PD + P3 + P4 + P5 + PF:
             e = tl.arange(0, 512)
             w = load_filters(
                 places_ptr, e // (25 * C), e // 25 % C, e // 5 % 5, e % 5, e < 150 * C, 0, WEIGHT, PLACES, STRIDES
             )  # fmt: skip
             tl.store(plain_ptr + e, w.to(tl.float32), mask=e < 150 * C)
-        elif copied == 1:
-            e = tl.arange(0, 4096)
-            w = load_filters(places_ptr, e // 150, e // 25 % 6, e // 5 % 5, e % 5, e < 2400, 2, WEIGHT, PLACES, STRIDES)
-            tl.store(plain_ptr + CONV2 + e, w.to(tl.float32), mask=e < 2400)
         else:
             copy_bias(places_ptr, plain_ptr + B1, 6, 1, WEIGHT, PLACES, STRIDES)
             copy_bias(places_ptr, plain_ptr + B2, 16, 3, WEIGHT, PLACES, STRIDES)
@@ -136,8 +136,9 @@ def _pack(places, plain, packed, steps, trouble, geometry, format, weight, first
     _, W2, WD, W3, W4, W5, size = sizes
     _, B1, CONV2, B2, B3, B4, B5, _ = geometry.plain
     constants = {name: geometry.constants[name] for name in ("C", "Q2", "F", "CLASSES", "CP")}
-    return (sum(programs) + 3,), (), dict(
-        TRAIN=train, FIRST=first, **constants, **dict(zip(("P1", "P2", "PD", "P3", "P4", "P5"), programs)),
+    programs.append(cdiv(2400, BLOCK))
+    return (sum(programs) + 2,), (), dict(
+        TRAIN=train, FIRST=first, **constants, **dict(zip(("P1", "P2", "PD", "P3", "P4", "P5", "PF"), programs)),
         W2=W2, WD=WD, W3=W3, W4=W4, W5=W5, SIZE=size, B1=B1, CONV2=CONV2, B2=B2, B3=B3, B4=B4, B5=B5,
         WEIGHT=element_type(weight), PLACES=PLACES, STRIDES=STRIDES, STEP=STEP, BLOCK=BLOCK, num_warps=4, **OPTIONS,
     )  # fmt: skip

@@ -107,7 +107,7 @@ PLANTS = {
     "no barrier between the sums of warps": Plant(launches.cross_entropy, "race", "tl.sum(", drop(r"bar\.sync", -1)),
     # lenet_update.py without its tl.debug_barrier(): an H200 gave other bits from run to run.
     "no barrier between loads and stores of the state": Plant(
-        launches.update, "race", "tl.load(float_ptr(places_ptr", drop(r"bar\.sync", -1)
+        launches.update, "race", "tl.load(trouble_ptr", drop(r"bar\.sync", -1)
     ),
     "wait leaves one group of copies too many": Plant(linear, "undelivered", READS_W, ONE_MORE),
     "wait leaves one group of copies too many, tf32": Plant(tf32, "undelivered", READS_W, ONE_MORE),

@@ -104,7 +104,7 @@ def update():
     geometry, splits = lenet.Geometry(1, 32, 0, 10), lenet.Splits(1, 1, 1)
     table = lenet.table(geometry, splits, device)
     parameters = [
-        [random(shape), random(shape), random(shape), random(shape).abs(), torch.zeros(1)] for shape in geometry.shapes
+        [*(random(*shape) for _ in range(3)), random(*shape).abs(), torch.zeros(1)] for shape in geometry.shapes
     ]
     partial, parts = random(splits.partials(geometry)[-1]), torch.tensor([[3.0, 2.0]])
     numbers = torch.zeros(10, lenet.NUMBERS)
