@@ -123,7 +123,7 @@ class FusedLaunches:
         self.steps = torch.zeros(len(parameters), dtype=torch.int32, device=self.device)
         self.plain, self.packed = buffers(self.geometry, self.format, self.device)
         self.losses, self.bad = Losses(self.device), FirstBad(self.device)
-        self.report, self._said, self._told = report, False, False
+        self.report, self._said, self._told, self._unsettled = report, False, False, False
         self._settings, self._rows, self._batches, self._latest = [], None, {}, None
         self._bytes, self._addresses = list(map(_BYTES, parameters)), []
         # Where the model has its parameters, which may be replaced.
@@ -135,10 +135,6 @@ class FusedLaunches:
             raise NotServed("the backend is the reference")
         with on_device(self.device):
             self._follow_optimizer()
-            key = images.shape, images.dtype, labels.shape, labels.dtype
-            batch = self._batches.get(key)
-            if batch is None:
-                self._check_batch(images, labels)
             if not all(map(is_, map(dict.get, self._registers, self._names), self._registered)):
                 raise NotServed("parameters have been replaced")
             if not all(map(_REQUIRES_GRAD, self.parameters)):
@@ -147,6 +143,10 @@ class FusedLaunches:
                 raise NotServed("parameters have got hooks")
             if list(map(_BYTES, self.parameters)) != self._bytes or not all(map(_IS_CONTIGUOUS, self.parameters)):
                 raise NotServed("parameters have got another dtype, shape or order in memory")
+            key = images.shape, images.dtype, labels.shape, labels.dtype
+            batch = self._batches.get(key)
+            if batch is None:
+                self._check_batch(images, labels)
             turn = self.calls % self.accumulate
             last = turn == self.accumulate - 1
             if self.grads:
@@ -170,6 +170,9 @@ class FusedLaunches:
                 raise
             if last:
                 self.moments.count()
+                if self._unsettled:
+                    self.moments.settle()
+                    self._unsettled = False
                 # As an in-place operator of torch's does, for autograd to notice.
                 torch.autograd.graph.increment_version(self.parameters)
             self._report_bad(self.bad.look, self.calls)
@@ -182,6 +185,8 @@ class FusedLaunches:
         except FloatingPointError:
             with on_device(self.device):
                 self.moments.settle()
+            # The group's last call will make no update either.
+            self._unsettled = self.calls % self.accumulate != 0
             raise
 
     def _follow_memory(self):

@@ -21,35 +21,49 @@ def _products_in(precision, device):
     return float32_products(precision) if precision else contextlib.nullcontext()
 
 
+def _group_of(model):
+    """The processes whose gradients a model averages, or None."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    # DistributedDataParallel and its like have a group; what fully_shard has sharded is everybody's.
+    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+    return getattr(model, "process_group", torch.distributed.group.WORLD if sharded else None)
+
+
+FINITE, IGNORED, BAD = 0, 1, 2
+
+
 class _Verdict:
-    """Whether a loss is finite: found out on the device and sent to the host, which reads it when it needs it.
+    """Whether a loss is finite: found out on its device and sent to the host, which reads it when it needs it.
 
     On a GPU the backward is queued in between: the host waits for the forward only, while the GPU has work left.
+
+    Args:
+        ignore_index: the label that does not count.
+        group: the processes whose gradients are averaged, or None.
     """
 
-    FINITE, IGNORED, BAD = 0, 1, 2
-
     def __init__(self, loss, labels, ignore_index, group):
-        verdict = torch.where(loss.isfinite(), self.FINITE, self.BAD)
+        own = torch.where(loss.isfinite(), FINITE, BAD)
         if not labels.is_floating_point():
             # As in torch the loss is NaN then, and the gradients are zeros.
-            ignored = (labels == ignore_index).all() & ~loss.isfinite()
-            verdict = torch.where(ignored, self.IGNORED, verdict)
+            own = torch.where(own.bool() & (labels == ignore_index).all(), IGNORED, own)
+        verdicts = torch.stack([own, own])
         if group is not None:
-            # The gradients are everybody's.
-            torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX, group)
-        self._event, self._there = None, verdict
-        if verdict.device.type != "cpu":
-            with on_device(verdict.device):
-                self._event = torch.Event(verdict.device)
-                self._there = torch.empty((), dtype=verdict.dtype, device="cpu", pin_memory=True)
-                self._there.copy_(verdict, non_blocking=True)
+            torch.distributed.all_reduce(verdicts[1], torch.distributed.ReduceOp.MAX, group)
+        self._event, self._there = None, verdicts
+        if loss.device.type != "cpu":
+            with on_device(loss.device):
+                self._event = torch.Event(loss.device)
+                self._there = torch.empty(2, dtype=verdicts.dtype, device="cpu", pin_memory=True)
+                self._there.copy_(verdicts, non_blocking=True)
                 self._event.record()
 
     def read(self):
+        """(FINITE, IGNORED or BAD, the worst of the group's)."""
         if self._event is not None:
             self._event.synchronize()
-        return int(self._there)
+        return self._there.tolist()
 
 
 class Operators:
@@ -58,9 +72,8 @@ class Operators:
     def __init__(self, model, loss, optimizer, precision, accumulate, calls=0):
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.precision, self.accumulate, self.calls = precision, accumulate, calls
-        self.ignore_index, self.spoiled = getattr(loss, "ignore_index", -100), False
-        parallel = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-        self.group = model.process_group if parallel else None
+        self.ignore_index, self._spoiled = getattr(loss, "ignore_index", -100), False
+        self.group, self._kept = _group_of(model), []
 
     def __call__(self, images, labels):
         device = next(self.model.parameters()).device
@@ -68,25 +81,34 @@ class Operators:
         turn, self.calls = self.calls % self.accumulate, self.calls + 1
         if turn == 0:
             self.optimizer.zero_grad()
-            self.spoiled = False
-        # What a forward itself changes, such as the running statistics of batch norm.
-        buffers = list(self.model.buffers())
-        before = [b.clone() for b in buffers]
+            self._spoiled = False
+        self._keep_buffers()
         with _products_in(self.precision, device):
             loss = self.loss(self.model(images), labels)
             verdict = _Verdict(loss.detach(), labels, self.ignore_index, self.group)
             (loss / self.accumulate).backward()
-        found = verdict.read()
-        if found == verdict.BAD:
-            self.spoiled = True
+        own, worst = verdict.read()
+        if worst == BAD:
+            self._spoiled = True
             with torch.no_grad():
-                for b, old in zip(buffers, before):
-                    b.copy_(old)
-        if turn == self.accumulate - 1 and not self.spoiled:
+                for b, before in self._kept:
+                    b.copy_(before)
+        if turn == self.accumulate - 1 and not self._spoiled:
             self.optimizer.step()
-        if found != verdict.FINITE:
-            raise not_finite(self.calls, found == verdict.IGNORED)
+        if own != FINITE:
+            raise not_finite(self.calls, own == IGNORED)
+        if worst == BAD:
+            raise FloatingPointError(f"the loss of call {self.calls} was not finite in another process: no update")
         return loss.detach()
+
+    def _keep_buffers(self):
+        """Copies of what a forward itself changes, such as the running statistics of batch norm."""
+        buffers = list(self.model.buffers())
+        if len(buffers) != len(self._kept) or not all(b is kept for b, (kept, _) in zip(buffers, self._kept)):
+            self._kept = [(b, torch.empty_like(b)) for b in buffers]
+        if buffers:
+            with torch.no_grad():
+                torch._foreach_copy_([before for _, before in self._kept], buffers)
 
     def check(self):
         """Nothing is left to be found out: a call raises by itself."""

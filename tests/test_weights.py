@@ -1,0 +1,465 @@
+"""Weights that are never stale and never poisoned: whatever writes to a LeNet's parameters or to the optimiser's state,
+the next evaluation and the next step go by it, and no batch spoils them. torch's own, treated likewise, is the truth.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as TF
+from exact import ROUNDOFF
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_train_step import INFERENCE, assert_same_state, batch, by_torch, small
+
+import tritonnet
+from tritonnet import lenet_step
+
+pytestmark = pytest.mark.usefixtures("full_precision")
+
+SIZE = (2, 1, 28, 28)
+
+
+def assert_same_weights(net, twin, tolerance=1e-4):
+    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance / 10, msg=f"{name} differs")
+
+
+def by_numpy(p):
+    if p.device.type == "cpu":
+        p.detach().view(torch.int16 if p.dtype == torch.bfloat16 else torch.int32).numpy()[...] += 64
+    else:
+        p.data.mul_(1.01)
+
+
+def average(p):
+    """As an exponential moving average is swapped in."""
+    p.data = 0.9 * p.data + 0.01
+
+
+def in_another_order(p):
+    strides = range(p.dim(), 0, -1)
+    p.data = p.data.permute(*(i - 1 for i in strides)).contiguous().permute(*(i - 1 for i in strides))
+
+
+def in_a_larger_one(p):
+    """A view of other memory, with an offset that 16 bytes do not divide."""
+    whole = torch.zeros(p.numel() + 3, dtype=p.dtype, device=p.device)
+    whole[1:-2] = p.detach().flatten() * 1.1
+    p.data = whole[1:-2].view(p.shape)
+
+
+def in_shared_memory(p):
+    p.data.mul_(0.7)
+    p.share_memory_()
+
+
+@torch.no_grad()
+def without_gradients(p):
+    p.add_(0.01)
+
+
+# What torch's counter of versions does not see, and what it does.
+WRITES = {
+    "data.zero_": lambda p: p.data.zero_(),
+    "data.copy_": lambda p: p.data.copy_(torch.linspace(-0.2, 0.3, p.numel()).view(p.shape)),
+    "data.clamp_": lambda p: p.data.clamp_(-0.05, 0.05),
+    "data.mul_": lambda p: p.data.mul_(1.5),
+    "data[...]": lambda p: p.data.__setitem__(0, 0.1),
+    "detach().data": lambda p: p.detach().data.add_(0.02),
+    "init": lambda p: torch.nn.init.constant_(p.data, 0.02),
+    "numpy": by_numpy,
+    "average": average,
+    "another order": in_another_order,
+    "larger": in_a_larger_one,
+    "shared": in_shared_memory,
+    "no_grad": without_gradients,
+    "set_": torch.no_grad()(lambda p: p.set_(p.detach() * 1.2)),
+    "foreach": lambda p: torch._foreach_mul_([p.data], 0.9),
+}
+
+
+def assert_evaluates(net, images, launched=INFERENCE):
+    """The logits, which are those of torch's layers with the weights as they are."""
+    with torch.no_grad(), tritonnet.count_launches() as launches:
+        found = net(images)
+    assert launched is None or launches == launched
+    with torch.no_grad(), tritonnet.backend("reference"):
+        torch.testing.assert_close(found, net(images), rtol=1e-4, atol=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_evaluation_sees_every_write(dtype, device):
+    """To each parameter in turn; the same net is evaluated in between, on the kernels of its own."""
+    net = tritonnet.LeNet(size=28).to(device, dtype).eval()
+    images = batch(net, SIZE, device)[0].to(dtype)
+    state = copy.deepcopy(net.state_dict())
+
+    def evaluated():
+        with torch.no_grad(), tritonnet.count_launches() as launches:
+            found = net(images)
+        assert launches == INFERENCE
+        with torch.no_grad(), tritonnet.backend("reference"):
+            truth = copy.deepcopy(net).double()(images.double())
+        # Sixteen roundings, as test_inference has it.
+        assert (found.double() - truth).norm() < 16 * ROUNDOFF[dtype] * truth.norm()
+        return found
+
+    for i, (name, write) in enumerate(WRITES.items()):
+        net.load_state_dict(state)
+        before = evaluated()
+        write(list(net.parameters())[i % 10])
+        write(list(net.parameters())[(3 * i + 4) % 10])
+        assert torch.equal(evaluated(), before) == (name == "another order"), name
+
+
+def test_an_evaluation_sees_what_is_loaded_and_moved(device):
+    torch.manual_seed(1)
+    net, other = (tritonnet.LeNet(size=28).to(device).eval() for _ in range(2))
+    images, _ = batch(net, SIZE, device)
+    first = assert_evaluates(net, images)
+    net.load_state_dict(other.state_dict())
+    assert not torch.equal(assert_evaluates(net, images), first)
+    net.load_state_dict({name: value * 0.5 for name, value in other.state_dict().items()}, assign=True)
+    assert_evaluates(net, images)
+    net.double().float().to(memory_format=torch.channels_last)
+    assert_evaluates(net, images)
+    parameters = list(net.parameters())
+    vector = torch.linspace(-0.1, 0.1, sum(p.numel() for p in parameters), device=device)
+    torch.nn.utils.vector_to_parameters(vector, parameters)
+    assert_evaluates(net, images)
+    # What its layer does not say it is: torch's layers go by the parameter.
+    net.fc3.weight, net.fc3.bias = (torch.nn.Parameter(torch.ones(size, device=device)) for size in ((12, 84), (12,)))
+    assert assert_evaluates(net, images, None).shape == (2, 12)
+
+
+def written(net, twin, name, i):
+    """Parameter i of both is written to likewise."""
+    for n in (net, twin):
+        WRITES[name](list(n.parameters())[i])
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "replayed"])
+def test_steps_see_every_write(graphs, device, monkeypatch):
+    """Weights clipped, averaged, moved or loaded between calls; a replayed graph follows where they lie."""
+    if graphs and device.type == "cpu":
+        monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cpu",))
+        monkeypatch.setattr(lenet_step, "capture", lambda launch, restore, device: [launch(), restore(), launch][2])
+    elif not graphs:
+        monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ())
+    net = small().to(device)
+    twin = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.02, momentum=0.9) for n in (net, twin)]
+    step = tritonnet.TrainStep(net, TF.cross_entropy, optimizers[0], "ieee")
+    for i, name in enumerate(WRITES if graphs else list(WRITES)[::3]):
+        if name == "another order":
+            continue  # the kernels do not update what does not lie in torch's order
+        images, labels = batch(net, SIZE, device, i)
+        torch.testing.assert_close(
+            step(images, labels), by_torch(twin, optimizers[1], images, labels), rtol=1e-4, atol=1e-5
+        )
+        written(net, twin, name, (i + 8) % 10)
+        assert_same_weights(net, twin)
+    assert step.path == "fused launches"
+
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, dampening=0.5, weight_decay=0.01),
+    "Adam": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-3),
+    "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-3, amsgrad=True, fused=True),
+}
+# Batches whose loss is not finite, by what is done to good ones.
+SPOILT = {
+    "an image": lambda images, labels: images[0, 0, 3].fill_(math.nan),
+    "an infinite image": lambda images, labels: images[1].fill_(math.inf),
+    "a label": lambda images, labels: labels[1].fill_(10),
+    "a negative label": lambda images, labels: labels[0].fill_(-1),
+}
+
+
+def pair(make, device, **options):
+    """A net with its step, and a twin with its optimizer."""
+    net = small().to(device)
+    twin = copy.deepcopy(net)
+    optimizer, true = (OPTIMIZERS[make](n.parameters()) for n in (net, twin))
+    return net, tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optimizer, "ieee", **options), twin, true
+
+
+def steps_alike(net, step, twin, true, device, seeds):
+    for seed in seeds:
+        images, labels = batch(net, SIZE, device, seed)
+        torch.testing.assert_close(step(images, labels), by_torch(twin, true, images, labels), rtol=1e-4, atol=1e-5)
+    assert_same_weights(net, twin)
+    assert_same_state(step.optimizer.state_dict(), true.state_dict())
+
+
+@pytest.mark.parametrize("path", ["fused launches", "operators"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_update_from_a_loss_that_is_not_finite(name, path, device):
+    """The twin never sees the batches that are spoilt, not even the first of all."""
+    with tritonnet.backend("reference" if path == "operators" else "triton"):
+        net, step, twin, true = pair(name, device)
+        for i, spoil in enumerate(SPOILT.values()):
+            if path == "operators" and "label" in list(SPOILT)[i]:
+                continue  # torch raises IndexError itself, or ends the GPU's context
+            images, labels = batch(net, SIZE, device, 9)
+            spoil(images, labels)
+            with pytest.raises(FloatingPointError, match="was not a finite number, and it made no update"):
+                step(images, labels)
+                step.check()
+            assert_same_weights(net, twin, 1e-4 if i else 0)
+            steps_alike(net, step, twin, true, device, [i])
+        assert step.path == path
+
+
+@pytest.mark.parametrize("path", ["fused launches", "operators"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_batch_in_which_every_label_is_ignored(name, path, device):
+    """As torch has it the loss is NaN and the gradients zeros: momentum and decay go on. It is reported, too."""
+    with tritonnet.backend("reference" if path == "operators" else "triton"):
+        net, step, twin, true = pair(name, device)
+        steps_alike(net, step, twin, true, device, [0])
+        for images in (batch(net, SIZE, device, 1)[0], torch.full(SIZE, math.inf, device=device)):
+            labels = torch.full(SIZE[:1], -100, device=device)
+            with pytest.raises(
+                FloatingPointError, match="gradients of zero, as torch makes it: every label was ignored"
+            ):
+                step(images, labels)
+                step.check()
+            if images.isfinite().all():
+                assert by_torch(twin, true, images, labels).isnan()
+                steps_alike(net, step, twin, true, device, [2])
+            # Where the images are not finite either torch multiplies them by zeros.
+            elif path == "fused launches":
+                assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("path", ["fused launches", "operators"])
+def test_a_group_of_calls_with_one_that_is_not_finite(path, device):
+    """Its gradients are in the sum: the group makes no update, and the next begins anew."""
+    with tritonnet.backend("reference" if path == "operators" else "triton"):
+        net, step, twin, true = pair("Adam", device, accumulate=2)
+        good, (bad, labels) = batch(net, SIZE, device, 1), batch(net, SIZE, device, 2)
+        bad[0] = math.nan
+        for first, second in ((good, (bad, labels)), ((bad, labels), good)):
+            for images, targets in (first, second):
+                with contextlib.suppress(FloatingPointError):
+                    step(images, targets)
+            with contextlib.suppress(FloatingPointError):
+                step.check()
+            assert_same_weights(net, twin, 0)
+        step(*good), step(*good)
+        by_torch(twin, true, *good)
+        assert_same_weights(net, twin)
+        assert_same_state(step.optimizer.state_dict(), true.state_dict())
+
+
+def test_running_statistics_are_not_spoilt():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+    )
+    step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+    step(torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2]))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(FloatingPointError, match="call 2 was not"):
+        step(torch.full((3, 1, 4, 4), math.nan), torch.tensor([0, 1, 2]))
+    assert all(map(torch.equal, net.state_dict().values(), before.values()))
+
+
+def test_gradients_of_a_group_that_somebody_changes(device):
+    """Clipped, replaced and dropped in the middle of a group, as autograd would find them."""
+    net, step, twin, true = pair("SGD", device, accumulate=2)
+    changes = (
+        lambda p: p.grad.mul_(0.5),
+        lambda p: setattr(p, "grad", p.grad * 3),
+        lambda p: setattr(p, "grad", None),
+        lambda p: p.grad.data.clamp_(-1e-3, 1e-3),
+    )
+    for i, change in enumerate(changes):
+        true.zero_grad()
+        for turn in range(2):
+            images, labels = batch(net, SIZE, device, 2 * i + turn)
+            step(images, labels)
+            with tritonnet.backend("reference"):
+                (TF.cross_entropy(twin(images), labels) / 2).backward()
+            if turn == 0:
+                for p in (*net.parameters(), *twin.parameters()):
+                    change(p)
+        true.step()
+        assert_same_weights(net, twin)
+
+
+def test_parameters_that_are_replaced(device):
+    """As load_state_dict(assign=True) does: the optimizer has the old ones, for torch and for the step."""
+    net, step, twin, true = pair("Adam", device)
+    steps_alike(net, step, twin, true, device, [0])
+    for n in (net, twin):
+        n.load_state_dict({name: value * 0.5 for name, value in n.state_dict().items()}, assign=True)
+    images, labels = batch(net, SIZE, device, 1)
+    torch.testing.assert_close(step(images, labels), by_torch(twin, true, images, labels), rtol=1e-4, atol=1e-5)
+    assert step.path == "operators" and step.reason == "parameters have been replaced"
+    assert_same_weights(net, twin)
+
+
+@pytest.mark.parametrize("change, reason", [("double", "dtype"), ("channels_last", "order"), ("tied", "share")])
+def test_parameters_that_the_kernels_cannot_update(change, reason, device):
+    net, step, twin, true = pair("SGD", device)
+    steps_alike(net, step, twin, true, device, [0])
+    for n in (net, twin):
+        if change == "tied":
+            n.fc1.bias.data = n.fc2.weight.data[0, :].view(-1)
+            n.fc2.weight.data = n.fc2.weight.data
+        elif change == "double":
+            n.double()
+        else:
+            n.to(memory_format=torch.channels_last)
+    images, labels = batch(net, SIZE, device, 1)
+    images = images.double() if change == "double" else images
+    try:
+        found = step(images, labels)
+    except Exception as e:
+        with pytest.raises(type(e)):
+            by_torch(twin, true, images, labels)
+        return
+    torch.testing.assert_close(found, by_torch(twin, true, images, labels), rtol=1e-4, atol=1e-5)
+    assert step.path == "operators" and reason in step.reason
+
+
+def test_files_hold_what_they_should(device):
+    """Every tensor of the model and of the optimizer's state has memory of its own."""
+    net, step, *_ = pair("Adam", device, accumulate=2)
+    images, labels = batch(net, SIZE, device)
+    for _ in range(2):
+        step(images, labels)
+    states = [list(state.values()) for state in step.optimizer.state.values()]
+    tensors = [*net.parameters(), *(p.grad for p in net.parameters()), *(t for state in states for t in state)]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) == 10 * (2 + 3)
+    file = io.BytesIO()
+    torch.save(net.fc3.bias, file)
+    assert len(file.getvalue()) < 3000
+    safetensors = pytest.importorskip("safetensors.torch")
+    assert safetensors.load(safetensors.save(net.state_dict())).keys() == net.state_dict().keys()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_updates_reach_other_processes():
+    """Of parameters that lie in shared memory."""
+    with tritonnet.backend("triton" if torch.device("cpu").type == "cpu" else "reference"):
+        net = small()
+        net.share_memory()
+        step = tritonnet.TrainStep(net, TF.cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1), "ieee")
+        context = multiprocessing.get_context("fork")
+        (ours, its), go = context.Pipe(), context.Event()
+
+        def look():
+            go.wait(60)
+            its.send(np.asarray(net.fc3.bias.detach()).tolist())
+
+        process = context.Process(target=look)
+        process.start()
+        step(*batch(net, SIZE, "cpu"))
+        go.set()
+        assert ours.poll(60) and ours.recv() == net.fc3.bias.tolist()
+        process.join(60)
+    assert all(p.is_shared() for p in net.parameters())
+
+
+@pytest.mark.parametrize("default", ["meta", "float64"])
+def test_defaults_of_torch(default, device):
+    """Which transformers, for one, sets while a model is loaded."""
+    results = []
+    for changed in (False, True):
+        torch.manual_seed(0)
+        net, step, *_ = pair("Adam", device)
+        model = tritonnet.LeNet(size=28).to(device).eval()
+        images, labels = batch(net, SIZE, device)
+        with contextlib.ExitStack() as stack:
+            if changed and default == "meta":
+                stack.enter_context(torch.device("meta"))
+            elif changed:
+                torch.set_default_dtype(torch.float64)
+                stack.callback(torch.set_default_dtype, torch.float32)
+            again = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), step.optimizer, "ieee")
+            losses = [step(images, labels), step(images, labels), again(images, labels)]
+            with torch.no_grad():
+                results.append([*losses, model(images), *(p.detach() for p in net.parameters())])
+        assert again.path == "fused launches"
+    assert all(map(torch.equal, *results))
+
+
+# What a test draws between a step or an evaluation and the next: writes, loads, moves, and edits of the optimizer.
+EDITS = {
+    "rate": lambda net, optimizer: optimizer.param_groups[0].update(lr=optimizer.param_groups[0]["lr"] * 0.7),
+    "forget": lambda net, optimizer: optimizer.state.pop(net.fc2.weight, None),
+    "moments": lambda net, optimizer: [
+        t.data.mul_(0.5) for state in optimizer.state.values() for name, t in state.items() if name != "step"
+    ],
+    "counts": lambda net, optimizer: [
+        state["step"].data.fill_(5) for state in optimizer.state.values() if "step" in state
+    ],
+    "a moment": lambda net, optimizer: [
+        state.update({name: t.clone() * 2}) for state in optimizer.state.values() for name, t in [*state.items()][-1:]
+    ],
+    "load": lambda net, optimizer: net.load_state_dict({k: v * 0.9 for k, v in net.state_dict().items()}),
+    "load optimizer": lambda net, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "move": lambda net, optimizer: net.double().float(),
+    "share": lambda net, optimizer: net.share_memory() and None,
+}
+DRAWN = st.one_of(
+    st.just(("step",)),
+    st.just(("evaluate",)),
+    st.just(("ignored",)),
+    st.just(("spoilt",)),
+    st.tuples(
+        st.just("write"), st.sampled_from([name for name in WRITES if name != "another order"]), st.integers(0, 9)
+    ),
+    st.tuples(st.just("edit"), st.sampled_from(list(EDITS))),
+)
+
+
+@settings(
+    max_examples=int(os.environ.get("TRITONNET_TEST_INTERLEAVINGS", 4)), deadline=None, derandomize=True, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(st.sampled_from(list(OPTIMIZERS)), st.lists(DRAWN, min_size=4, max_size=12))
+def test_drawn_interleavings(name, drawn):
+    """TRITONNET_TEST_INTERLEAVINGS asks for more than the few that every run makes."""
+    torch.manual_seed(0)
+    with tritonnet.backend("triton"):
+        net = tritonnet.LeNet(size=28)
+        twin = copy.deepcopy(net)
+        optimizers = [OPTIMIZERS[name](n.parameters()) for n in (net, twin)]
+        step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optimizers[0], "ieee")
+        for i, (what, *how) in enumerate([*drawn, ("step",), ("evaluate",)]):
+            images, labels = batch(net, SIZE, "cpu", i)
+            if what == "write":
+                written(net, twin, *how)
+            elif what == "edit":
+                for n, optimizer in zip((net, twin), optimizers):
+                    EDITS[how[0]](n, optimizer)
+            elif what == "evaluate":
+                assert_evaluates(net.eval(), images)
+                net.train()
+            elif what == "spoilt":
+                images[0] = math.nan
+                with pytest.raises(FloatingPointError):
+                    step(images, labels)
+            elif what == "ignored":
+                labels.fill_(-100)
+                with pytest.raises(FloatingPointError):
+                    step(images, labels)
+                by_torch(twin, optimizers[1], images, labels)
+            else:
+                found = step(images, labels)
+                torch.testing.assert_close(found, by_torch(twin, optimizers[1], images, labels), rtol=1e-3, atol=1e-4)
+        assert step.path == "fused launches"
+        assert_same_weights(net, twin, 1e-3)
