@@ -5,7 +5,9 @@
     grad[n, c] = (1 - SMOOTHING) * w[t] * (p[n, c] - [c = t]) + SMOOTHING / C * (p[n, c] * sum of w - w[c])
 
 with t = target[n] and p = exp(x - lse); both are 0 for rows whose target is ignore_index. Their sum is divided by the
-sum of w[t] for a mean. A target that is no class gives NaN. Source: torch.nn.functional.cross_entropy.
+sum of w[t] for a mean. A target that is no class gives NaN on a GPU and an IndexError in the interpreter, as waiting
+for it would take a GPU's time. Factors are multiplied in the order in which torch's autograd does, for the same
+infinities and NaNs. Source: torch.nn.functional.cross_entropy.
 
 For a mean every program adds up the weights of all rows by itself, while its first logits are on their way: targets are
 few bytes, and waiting for one another would take a second launch. The loss of a large batch is the sum, in a fixed
@@ -18,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import shapes
+from . import indices, shapes
 from ._common import INTERPRETED, OPTIONS, acc_type, cdiv, in_units, index_type, power_of_2, round_to, strides
 from .launching import planned
 
@@ -149,11 +151,15 @@ def cross_entropy_kernel(
         )
     SMOOTH: tl.constexpr = SMOOTHING / C
     if SMOOTHING > 0:
+        # Each weight is scaled before they are added up: by a scale of infinity a class without weight is NaN.
+        share = SMOOTH * scale
         sums = tl.zeros((RUNS, 1, RUN), ACC)
         for c0 in range(0, C, BLOCK_C):
             c = c0 + lanes_c
-            sums += weight_of(weight_ptr, c, c < C, stride_w, HAS_WEIGHT, ACC)
-        sum_w = sum_of_rows(sums)
+            sums += tl.where(c < C, share * weight_of(weight_ptr, c, c < C, stride_w, HAS_WEIGHT, ACC), 0.0)
+        share_of_all = sum_of_rows(sums)
+        # A sum of its own: where no target has a weight, the mean of their losses is 0 / 0, and that of all is not.
+        total_smooth = tl.zeros((BLOCK_N,), ACC)
 
     total = tl.zeros((BLOCK_N,), ACC)
     for n0 in range(first, last, BLOCK_N):
@@ -183,35 +189,44 @@ def cross_entropy_kernel(
         # infinity; one whose target is no class has NaN.
         factor = tl.where(valid, (1 - SMOOTHING) * w_target * scale, float("nan"))
         factor = tl.where(kept, factor, 0.0)
-        inverse = 1.0 / sum_exp
-        slope, class_of = factor * inverse, target.to(tl.int32)
+        slope, class_of = factor, target.to(tl.int32)
+        if SMOOTHING > 0:
+            slope = tl.where(kept, slope + share_of_all, 0.0)
+            smooth = tl.zeros((BLOCK_N,), ACC)
+        slope /= sum_exp
         for c0 in range(0, C, BLOCK_C):
             c = c0 + lanes_c
             if not ONE_BLOCK:
                 x = load_rows(x_ptr, n0 + flat_n, last, stride_n, c0 + flat_c, stride_xc, C)
                 x = tl.reshape(x, (RUNS, BLOCK_N, RUN)).to(ACC)
             e = tl.where(along_rows(kept), tl.exp(x - along_rows(base)), 0.0)
-            grad = e * along_rows(slope) - tl.where(c == along_rows(class_of), along_rows(factor), 0.0)
+            gain = tl.where(c == along_rows(class_of), along_rows(factor), 0.0)
             if SMOOTHING > 0:
                 # Of each row anew, from L1: one for all rows would have to be passed on through shared memory.
                 w = weight_of(weight_ptr, c0 + flat_c, c0 + flat_c < C, stride_w, HAS_WEIGHT, ACC)
                 w = tl.reshape(w, (RUNS, BLOCK_N, RUN))
-                grad += SMOOTH * scale * (sum_w * (e * along_rows(inverse)) - w)
-                grad = tl.where(along_rows(kept), grad, 0.0)
+                gain += tl.where(along_rows(kept), share * w, 0.0)
                 # Of differences, as a difference of sums would lose digits that they agree in.
                 each = tl.where(along_rows(mask_n) & (c < C), w * (along_rows(lse) - x), 0.0)
-                loss += SMOOTH * sum_of_rows(each)
+                smooth += SMOOTH * sum_of_rows(each)
+            grad = e * along_rows(slope) - gain
             grad = tl.reshape(round_to(grad, grad_ptr.dtype.element_ty), (RUNS * BLOCK_N, RUN))
             mask = (n0 + flat_n < last)[:, None] & (c0 + flat_c < C)
             tl.store(grad_ptr + ((n0 + flat_n) * C)[:, None] + c0 + flat_c, grad, mask=mask)
 
         loss = tl.where(kept, loss, 0.0)
+        total += loss
+        if SMOOTHING > 0:
+            smooth = tl.where(kept, smooth, 0.0)
+            loss += smooth
+            total_smooth += smooth
         if REDUCTION == 0:
             tl.store(loss_ptr + n, round_to(loss, loss_ptr.dtype.element_ty), mask=mask_n)
-        total += loss
 
     if REDUCTION > 0:
         loss = tl.sum(total, axis=0) * scale
+        if SMOOTHING > 0:
+            loss += tl.sum(total_smooth, axis=0) * scale
         tl.store(loss_ptr + tl.program_id(0), round_to(loss, loss_ptr.dtype.element_ty))
 
 
@@ -287,7 +302,13 @@ def _sum_losses(partial, loss):
 
 
 def forward(x, target, weight, reduction, ignore_index, smoothing):
-    """x (N, C), target (N) of integers, weight (C) or None -> loss, (N) or (), and its gradient (N, C)."""
+    """x (N, C), target (N) of integers, weight (C) or None -> loss, (N) or (), and its gradient (N, C).
+
+    Raises:
+        IndexError: in the interpreter, a target that is no class.
+    """
+    if INTERPRETED:
+        indices.check(target, x.shape[1], ignore_index)
     loss, grad = shapes.cross_entropy(x, reduction)
     N, C = x.shape
     programs = 1 if reduction == "none" else cdiv(N, _blocks(N, C, x.dtype, reduction)[0])

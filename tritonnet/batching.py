@@ -7,7 +7,7 @@ the results with their batch dimensions. All of them end in the same operators.
 import torch
 
 from . import ops
-from .kernels import layered
+from .kernels import indices, layered
 from .registration import register_batching
 
 
@@ -233,8 +233,9 @@ def _cross_entropy(info, dims, x, target, weight, reduction, ignore_index, smoot
     loss, grad = ops.cross_entropy(_as_images(x), _as_images(target), weight, "none", *rest)
     loss, grad = loss.view(target.shape), grad.view(x.shape)
     if reduction == "mean":
-        kept = target != ignore_index
-        w = x.new_ones(x.shape[2]) if weight is None else weight
-        total = torch.where(kept, w[torch.where(kept, target, 0).long()], 0).sum(1)
-        loss, grad = loss / total[:, None], grad / total[:, None, None]
+        # Sums over rows may be more than 16 bits hold.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        kept, _, w_target = indices.weights_of(target, weight, x.shape[2], wide, ignore_index)
+        total = w_target.sum(1, keepdim=True)
+        loss, grad = (loss / total).to(x.dtype), torch.where(kept[..., None], grad / total[..., None], 0).to(x.dtype)
     return (loss if reduction == "none" else loss.sum(1), grad), (0, 0)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import grad as conv_grad
 
-from .kernels import layered, shapes
+from .kernels import indices, layered, shapes
 
 
 def _pad(x, padding, pad_mode):
@@ -166,12 +166,15 @@ linear_chain_weight_grad = functools.partial(layered.weight_grad, _here)
 
 
 def cross_entropy(x, target, weight, reduction, ignore_index, smoothing):
-    wide, w = _wide(x, x.new_ones(x.shape[1]) if weight is None else weight)
-    target = target.long()
+    C, target = x.shape[1], target.long()
+    wide, w = _wide(x, x.new_ones(C) if weight is None else weight)
     loss = F.cross_entropy(wide, target, w, None, ignore_index, None, reduction, smoothing)
-    kept, p = target != ignore_index, wide.softmax(1)
-    w_target = torch.where(kept, w[torch.where(kept, target, 0)], 0)
-    is_target = torch.arange(x.shape[1], device=x.device) == target[:, None]
-    grad = (1 - smoothing) * w_target[:, None] * (p - is_target.to(p.dtype))
-    grad = grad + (kept.to(p.dtype) * (smoothing / x.shape[1]))[:, None] * (p * w.sum() - w)
-    return loss.to(x.dtype), (grad / w_target.sum() if reduction == "mean" else grad).to(x.dtype)
+    kept, _, w_target = indices.weights_of(target, w, C, w.dtype, ignore_index)
+    scale = 1 / w_target.sum() if reduction == "mean" else 1
+    factor = ((1 - smoothing) * w_target * scale)[:, None]
+    # By torch's own order of factors, for the same infinities and NaNs, without smoothing too.
+    share = w * (smoothing / C * scale) if smoothing else torch.zeros_like(w)
+    is_target = torch.arange(C, device=x.device) == target[:, None]
+    grad = wide.softmax(1) * (factor + share.sum()) - (torch.where(is_target, factor, 0) + share)
+    # Ignored rows have zeros, whatever their logits are, and where a mean over no rows has a scale of infinity.
+    return loss.to(x.dtype), torch.where(kept[:, None], grad, 0).to(x.dtype)

@@ -1,8 +1,11 @@
 """The derivatives of cross-entropy."""
 
+import math
+
 import torch
 
 from .. import ops
+from ..kernels import indices
 from ..registration import below_autograd, register_autograd
 from ._common import save, total
 
@@ -24,14 +27,19 @@ class CrossEntropy(torch.autograd.Function):
         """The second derivative of the loss times v: a factor of each row times that of the log of its sum of exp."""
         x, target, weight, _ = ctx.saved_tensors
         reduction, ignore_index, smoothing = ctx.arguments
-        kept = target != ignore_index
-        w = x.new_ones(x.shape[1]) if weight is None else weight
-        w_target = torch.where(kept, w[torch.where(kept, target, 0).long()], 0)
-        factor = (1 - smoothing) * w_target + torch.where(kept, w.sum() * (smoothing / x.shape[1]), 0)
-        if reduction == "mean":
-            factor = factor / w_target.sum()
+        C = x.shape[1]
+        # Sums over rows may be more than 16 bits hold.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        kept, valid, w_target = indices.weights_of(target, weight, C, wide, ignore_index)
+        scale = 1 / w_target.sum() if reduction == "mean" else 1
+        factor = (1 - smoothing) * w_target * scale
+        if smoothing:
+            w = x.new_ones(C, dtype=wide) if weight is None else weight.to(wide)
+            factor = factor + (w * (smoothing / C * scale)).sum()
+        # NaN where the factor is infinite: torch adds its products with numbers of both signs.
+        factor = torch.where(valid, factor + 0 * factor, math.nan).to(x.dtype)
         p = x.softmax(1)
-        return factor[:, None] * p * (v - (p * v).sum(1, keepdim=True))
+        return torch.where(kept[:, None], factor[:, None] * p * (v - (p * v).sum(1, keepdim=True)), 0)
 
     @staticmethod
     def backward(ctx, dloss, dgrad):
@@ -43,6 +51,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tx, *_):
-        *_, grad = ctx.saved_tensors
-        tloss = (grad * tx).sum(1)
+        _, target, _, grad = ctx.saved_tensors
+        # An ignored row has no part in it, whatever its tangent is.
+        tloss = torch.where((target.long() != ctx.arguments[1])[:, None], grad * tx, 0).sum(1)
         return tloss if ctx.arguments[0] == "none" else tloss.sum(), CrossEntropy.curvature(ctx, tx)

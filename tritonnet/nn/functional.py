@@ -538,14 +538,26 @@ def cross_entropy(
 
     Args:
         input: logits, (N, C) or (C); float64, float32, float16 or bfloat16, any strides.
-        target: classes from 0 to C - 1, (N) or (), int64 or uint8. On a GPU another number gives a loss of NaN.
+        target: classes from 0 to C - 1, (N) or (), int64 or uint8. On a GPU, where seeing another number would take a
+            wait, its row's loss and derivatives are NaN, and so is the loss that adds it up.
         weight: (C), of input's dtype, or None.
-        ignore_index: rows with this target count for nothing.
+        ignore_index: rows with this target count for nothing, as a number and not, as in torch's smoothing, modulo 256
+            for targets of uint8.
         reduction: "mean" (by weight), "sum" or "none".
         label_smoothing: the share, from 0 to 1, of all classes alike.
         size_average, reduce: torch's deprecated arguments.
 
     Anything else, such as class probabilities, pixels or weights that require a gradient, torch serves.
+
+    NaN and infinities of logits and weights come out where they do in torch on the CPU, in the loss, its gradient and
+    its second derivative, and a mean over no rows is NaN with a gradient of 0. Other than in torch:
+
+    - The derivatives by the logits of an ignored row are 0, as torch documents it, whatever it holds and whatever the
+      weights are; torch gives NaN where the row is not finite, and with smoothing where a weight is not.
+    - Backward multiplies by the gradient of what is made of the loss: where that is NaN or infinite, as where a sum is
+      divided by a count of 0, so are ignored rows, which are 0 in torch.
+    - The derivative in a direction (forward mode) is the gradient's product with it, and 0 for a mean over no rows.
+    - A mean whose weights cancel to a sum of 0 is not finite; which of NaN and the infinities it is may differ.
 
     Returns:
         (), or (N) without reduction, of input's dtype.
