@@ -4,6 +4,8 @@ A rule takes the batch size, the batch dimension of each argument (None for one 
 the results with their batch dimensions. All of them end in the same operators.
 """
 
+import math
+
 import torch
 
 from . import ops
@@ -237,5 +239,7 @@ def _cross_entropy(info, dims, x, target, weight, reduction, ignore_index, smoot
         wide = torch.promote_types(x.dtype, torch.float32)
         kept, _, w_target = indices.weights_of(target, weight, x.shape[2], wide, ignore_index)
         total = w_target.sum(1, keepdim=True)
+        # Where the targets' classes have no weight, the kernel's 0 / 0, whatever smoothing has added to a row.
+        total = torch.where(total == 0, math.nan, total)
         loss, grad = (loss / total).to(x.dtype), torch.where(kept[..., None], grad / total[..., None], 0).to(x.dtype)
     return (loss if reduction == "none" else loss.sum(1), grad), (0, 0)
