@@ -78,7 +78,7 @@ the same layout. Every result was checked against float64 before it was timed.
 # What is there to say where there are ceilings.
 RATES = """\
 "calls" are launched one by one, "graph" is a call among others in one CUDA graph, "host" the time until a call returns,
-the GPU's work left to itself. TrainStep's "calls" are the whole of it, its "graph" replays the three launches alone,
+the GPU's work left to itself. TrainStep's "calls" are the whole of it, its "graph" replays the launches alone,
 where the images lie. The floor is the longer of two times:
 the bytes that the work cannot do without (counted in bench/operators.py and bench/lenet.py) at the rate of a large
 copy, and its FLOPs at the rate of a large product of matrices. Both rates were measured in this run:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
+from conftest import DEVICE
 from exact import ROUNDOFF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,9 @@ from tritonnet import lenet_step
 pytestmark = pytest.mark.usefixtures("full_precision")
 
 SIZE = (2, 1, 28, 28)
+# Examples of drawn interleavings, of which every run makes a few, and steps without and with graphs.
+EXAMPLES = int(os.environ.get("TRITONNET_TEST_INTERLEAVINGS", 3))
+STEPS = (50, 50) if EXAMPLES > 50 else (4, 14)
 
 
 def assert_same_weights(net, twin, tolerance=1e-4):
@@ -68,7 +72,7 @@ def without_gradients(p):
 # What torch's counter of versions does not see, and what it does.
 WRITES = {
     "data.zero_": lambda p: p.data.zero_(),
-    "data.copy_": lambda p: p.data.copy_(torch.linspace(-0.2, 0.3, p.numel()).view(p.shape)),
+    "data.copy_": lambda p: p.data.copy_(torch.linspace(-0.2, 0.3, p.numel(), device=p.device).view(p.shape)),
     "data.clamp_": lambda p: p.data.clamp_(-0.05, 0.05),
     "data.mul_": lambda p: p.data.mul_(1.5),
     "data[...]": lambda p: p.data.__setitem__(0, 0.1),
@@ -158,9 +162,10 @@ def test_steps_see_every_write(graphs, device, monkeypatch):
     twin = copy.deepcopy(net)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.02, momentum=0.9) for n in (net, twin)]
     step = tritonnet.TrainStep(net, TF.cross_entropy, optimizers[0], "ieee")
-    for i, name in enumerate(WRITES if graphs else list(WRITES)[::3]):
-        if name == "another order":
-            continue  # the kernels do not update what does not lie in torch's order
+    # The kernels do not update what does not lie in torch's order.
+    names = [name for name in WRITES if name != "another order"]
+    for i in range(STEPS[graphs]):
+        name = names[i % len(names)]
         images, labels = batch(net, SIZE, device, i)
         torch.testing.assert_close(
             step(images, labels), by_torch(twin, optimizers[1], images, labels), rtol=1e-4, atol=1e-5
@@ -350,10 +355,10 @@ def test_files_hold_what_they_should(device):
     assert safetensors.load(safetensors.save(net.state_dict())).keys() == net.state_dict().keys()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(DEVICE != "cpu" or not hasattr(os, "fork"), reason="needs the interpreter, and fork")
 def test_updates_reach_other_processes():
     """Of parameters that lie in shared memory."""
-    with tritonnet.backend("triton" if torch.device("cpu").type == "cpu" else "reference"):
+    with tritonnet.backend("triton"):
         net = small()
         net.share_memory()
         step = tritonnet.TrainStep(net, TF.cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1), "ieee")
@@ -373,26 +378,23 @@ def test_updates_reach_other_processes():
     assert all(p.is_shared() for p in net.parameters())
 
 
-@pytest.mark.parametrize("default", ["meta", "float64"])
-def test_defaults_of_torch(default, device):
-    """Which transformers, for one, sets while a model is loaded."""
+def test_defaults_of_torch(device):
+    """A default device of "meta", which transformers sets while a model is loaded, and a default dtype of float64."""
     results = []
     for changed in (False, True):
         torch.manual_seed(0)
-        net, step, *_ = pair("Adam", device)
-        model = tritonnet.LeNet(size=28).to(device).eval()
+        net, model = small().to(device), tritonnet.LeNet(size=28).to(device).eval()
         images, labels = batch(net, SIZE, device)
         with contextlib.ExitStack() as stack:
-            if changed and default == "meta":
+            if changed:
+                stack.callback(torch.set_default_dtype, torch.get_default_dtype())
                 stack.enter_context(torch.device("meta"))
-            elif changed:
                 torch.set_default_dtype(torch.float64)
-                stack.callback(torch.set_default_dtype, torch.float32)
-            again = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), step.optimizer, "ieee")
-            losses = [step(images, labels), step(images, labels), again(images, labels)]
+            step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), OPTIMIZERS["Adam"](net.parameters()), "ieee")
+            losses = [step(images, labels) for _ in range(2)]
             with torch.no_grad():
                 results.append([*losses, model(images), *(p.detach() for p in net.parameters())])
-        assert again.path == "fused launches"
+        assert step.path == "fused launches"
     assert all(map(torch.equal, *results))
 
 
@@ -427,7 +429,7 @@ DRAWN = st.one_of(
 
 
 @settings(
-    max_examples=int(os.environ.get("TRITONNET_TEST_INTERLEAVINGS", 4)), deadline=None, derandomize=True, database=None,
+    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(st.sampled_from(list(OPTIMIZERS)), st.lists(DRAWN, min_size=4, max_size=12))
@@ -435,12 +437,12 @@ def test_drawn_interleavings(name, drawn):
     """TRITONNET_TEST_INTERLEAVINGS asks for more than the few that every run makes."""
     torch.manual_seed(0)
     with tritonnet.backend("triton"):
-        net = tritonnet.LeNet(size=28)
+        net = tritonnet.LeNet(size=28).to(DEVICE)
         twin = copy.deepcopy(net)
         optimizers = [OPTIMIZERS[name](n.parameters()) for n in (net, twin)]
         step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optimizers[0], "ieee")
         for i, (what, *how) in enumerate([*drawn, ("step",), ("evaluate",)]):
-            images, labels = batch(net, SIZE, "cpu", i)
+            images, labels = batch(net, SIZE, DEVICE, i)
             if what == "write":
                 written(net, twin, *how)
             elif what == "edit":

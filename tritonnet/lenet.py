@@ -19,8 +19,8 @@ class LeNet(nn.Module):
     """LeNet-5 for images (N, channels, size, size), with logits (N, classes).
 
     Numbers, gradients and state_dict are those of the LeNet of PyTorch's tutorials, which calls relu and max_pool2d in
-    its forward; here they belong to the layers. In evaluation without gradients the kernels take all layers in one
-    launch, unless layers have hooks or were replaced.
+    its forward; here they belong to the layers. In evaluation without gradients the kernels take all layers in two
+    launches, of which the first packs the weights as they are then, unless layers have hooks or were replaced.
 
     Args:
         classes: 1 to 1024 have the launches of their own; more go layer by layer.
@@ -80,7 +80,7 @@ class LeNet(nn.Module):
         return ((framed / 255 - self.mean) / self.std).to(self.conv1.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self._in_one_launch(x)
+        logits = self._whole(x)
         if logits is not None:
             return logits
         x = self.conv2(self.conv1(self.normalised(x))).flatten(1)
@@ -89,7 +89,7 @@ class LeNet(nn.Module):
             return F.linear_chain(x, [fc.weight for fc in head], [fc.bias for fc in head])
         return self.fc3(self.fc2(self.fc1(x)))  # with whatever has been attached to them
 
-    def _in_one_launch(self, x):
+    def _whole(self, x):
         if self.training or torch.is_grad_enabled():
             return None
         return predict(self, self.layers, x, self.pixels)
