@@ -23,6 +23,24 @@ def whole(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
+def no_update_from_another_process(rank):
+    """A loss of one process that is not finite: its gradients are everybody's, and nobody makes an update."""
+    model = DistributedDataParallel(build(nn))
+    step = tritonnet.TrainStep(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    x, target = torch.ones(2, 2, 8, 8, dtype=torch.float64), torch.tensor([0, 2])
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        step(x * (float("nan") if rank == 1 else 1), target)
+    except FloatingPointError as e:
+        assert ("another process" in str(e)) == (rank == 0), e
+    else:
+        raise AssertionError("nothing was reported")
+    assert all(map(torch.equal, before, model.parameters()))
+    step(x, target)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
 def main(backend):
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -39,6 +57,7 @@ def main(backend):
             for p, q in zip(model.parameters(), truth.parameters(), strict=True):
                 torch.testing.assert_close(whole(p.grad), q.grad)
             optimizer.step()
+        no_update_from_another_process(rank)
     dist.destroy_process_group()
 
 

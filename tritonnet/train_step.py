@@ -44,7 +44,7 @@ class _Verdict:
     """
 
     def __init__(self, loss, labels, ignore_index, group):
-        own = torch.where(loss.isfinite(), FINITE, BAD)
+        own = torch.where(loss.isfinite().all(), FINITE, BAD)
         if not labels.is_floating_point():
             # As in torch the loss is NaN then, and the gradients are zeros.
             own = torch.where(own.bool() & (labels == ignore_index).all(), IGNORED, own)
@@ -92,7 +92,9 @@ class Operators:
             self._spoiled = True
             with torch.no_grad():
                 for b, before in self._kept:
-                    b.copy_(before)
+                    # What is constant may be expanded, and cannot be written to.
+                    if not torch.equal(b, before):
+                        b.copy_(before)
         if turn == self.accumulate - 1 and not self._spoiled:
             self.optimizer.step()
         if own != FINITE:
