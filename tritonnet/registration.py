@@ -6,7 +6,8 @@ Every private name of PyTorch that this package uses stands in this file:
   when it calls an Autograd kernel, so the kernel must record on that level alone; the public Function.apply would start
   again from the outermost one. `_are_functorch_transforms_active` tells when.
 - `_AutoDispatchBelowAutograd`: from inside an autograd rule to the operator's own body. The public way, a second
-  operator without an Autograd kernel, doubles the calls and the names.
+  operator without an Autograd kernel, doubles the calls and the names. `_AutoDispatchBelowADInplaceOrView` is past the
+  counting of writes too, and `_after_ADInplaceOrView_keyset` is where a call goes on from there.
 - `_set_fwd_grad_enabled`: apply turns recording off during forward, on every level; the levels below must go on
   recording, backward (torch.enable_grad) and forward mode (this). Without it a gradient of a gradient is silently zero.
 - `OpOverload._schema`: the operator's name and results, and whether it overwrites an argument, as they were defined
@@ -18,7 +19,13 @@ Every private name of PyTorch that this package uses stands in this file:
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
+from torch._C import (
+    _after_ADInplaceOrView_keyset,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowADInplaceOrView,
+    _AutoDispatchBelowAutograd,
+    _len_torch_dispatch_stack,
+)
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
@@ -41,7 +48,36 @@ def register_operator(schema, fake, run):
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tritonnet::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.tritonnet, name).default
+    operator = getattr(torch.ops.tritonnet, name).default
+    if operator._schema.is_mutable:
+        _register_writes(operator)
+    return operator
+
+
+def _register_writes(operator):
+    """What torch does by itself for operators that return what they overwrite, and for no others.
+
+    Args:
+        operator: overwrites its one argument and returns nothing.
+    """
+    name = operator._schema.name.partition("::")[2]
+
+    def count(keys, x):
+        """The write is counted where no autograd rule does it: in inference mode, of a tensor from outside."""
+        if x.is_inference():
+            raise RuntimeError(f"{name}: a tensor made in inference mode can be overwritten there only")
+        torch.autograd.graph.increment_version(x)
+        with _AutoDispatchBelowADInplaceOrView():
+            operator.redispatch(keys & _after_ADInplaceOrView_keyset, x)
+
+    def through_a_copy(x):
+        """Of a tensor whose memory holds the negative of its elements, as that of z.conj().imag does."""
+        y = x.resolve_neg()
+        operator(y)
+        x.copy_(y)
+
+    _LIBRARY.impl(name, count, "ADInplaceOrView", with_keyset=True)
+    _LIBRARY.impl(name, through_a_copy, "Negative")
 
 
 def watched():
@@ -90,10 +126,15 @@ def register_batching(operator):
     return decorate
 
 
-def below_autograd(operator, *args):
-    """Call the operator's own body from inside its autograd rule."""
+def below_autograd(operator, *args, counted=False):
+    """Call the operator's own body from inside its autograd rule.
+
+    Args:
+        counted: whether the rule counts what is overwritten itself, as ctx.mark_dirty does.
+    """
+    below = _AutoDispatchBelowADInplaceOrView if counted else _AutoDispatchBelowAutograd
     if _are_functorch_transforms_active():
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), below():
             return operator(*args)
-    with _AutoDispatchBelowAutograd():
+    with below():
         return operator(*args)

@@ -101,7 +101,7 @@ class ReLUInplace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        below_autograd(ops.relu_, x)
+        below_autograd(ops.relu_, x, counted=True)
         ctx.mark_dirty(x)
         save(ctx, x)
         return x
