@@ -310,6 +310,22 @@ def selective_checkpoint(op):
     same(ours, value_and_grads(op.theirs, op.inputs()))
 
 
+def views(view):
+    def check(op):
+        """Inputs and gradients that are views of this kind; the second gradients too."""
+        results = []
+        for function in (op.ours, op.theirs):
+            inputs = op.inputs(2, grad=True)
+            y = function(*map(view, inputs))
+            dy = torch.linspace(1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape).requires_grad_()
+            first = torch.autograd.grad(y, inputs, view(dy), create_graph=True)
+            total = sum(g.pow(2).sum() for g in first)
+            results.append((y, first, torch.autograd.grad(total, (*inputs, dy), materialize_grads=True)))
+        same(*results)
+
+    return check
+
+
 def saved_tensor_hooks(op):
     inputs = op.inputs(grad=True)
     with torch.autograd.graph.save_on_cpu():
@@ -388,6 +404,9 @@ CHECKS = {
 } | {
     "compiles_eager": compiles("eager"), "compiles_aot_eager": compiles("aot_eager"),
     "compiles_inductor": compiles("inductor"), "exports": exports(False), "exports_strict": exports(True),
+    # The memory of the first holds the negatives of its elements, as that of z.conj().imag does.
+    "views_negative": views(lambda t: torch._neg_view(-t)),
+    "views_expanded": views(lambda t: t[:1].expand(t.shape) if t.dim() else t),
 }  # fmt: skip
 
 # Thousands of launches each; test_gradcheck.py and the rows of transforms and of one argument make them in fewer.
