@@ -1,10 +1,13 @@
 """The command line: tritonnet train, predict, bench, doctor."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from .terminal import Parser, UserError, say
 
@@ -39,10 +42,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(args.command, args.arguments)
 
 
+@contextlib.contextmanager
+def usual_tensors() -> Iterator[None]:
+    """float32 on the CPU where nothing else is said, whatever the program that runs a command has set as defaults."""
+    dtype = torch.get_default_dtype()
+    # Entered only if it is needed: Python runs at every call of torch's functions inside of it.
+    on_cpu = torch.device("cpu") if torch.get_default_device().type != "cpu" else contextlib.nullcontext()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with on_cpu:
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def run(command: str, arguments: Sequence[str] | None = None) -> int:
     """Run one command with its arguments (None: those of this process) and return its exit code."""
     try:
-        return importlib.import_module(f".{command}", __name__).main(arguments)
+        with usual_tensors():
+            return importlib.import_module(f".{command}", __name__).main(arguments)
     except UserError as e:
         message = str(e)
     except ModuleNotFoundError as e:

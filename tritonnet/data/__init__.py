@@ -83,7 +83,7 @@ def as_tensors(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
         raise ValueError(
             f"images must be (N, 28, 28) and labels (N,), got {tuple(images.shape)} and {tuple(labels.shape)}"
         )
-    return normalize(images[:, None] / 255), labels.long()
+    return normalize(images[:, None].float() / 255), labels.long()
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
