@@ -80,6 +80,11 @@ def _register_writes(operator):
     _LIBRARY.impl(name, through_a_copy, "Negative")
 
 
+def in_transforms():
+    """Whether torch.func's transforms are at work."""
+    return _are_functorch_transforms_active()
+
+
 def watched():
     """Whether torch.func's transforms or dispatch modes stand between the caller and real tensors."""
     return _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0

@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
+from ..registration import in_transforms
 from ._stand_in import stand_in
 
 Pixels = int | Sequence[int]
@@ -509,8 +510,10 @@ def linear_chain(input, weights, biases=None):
         return linear(input, weights[0], biases[0])
     layers = [t for layer in zip(weights, biases) for t in layer] + [None, None] * (shapes.MOST_LAYERS - len(weights))
     rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
-    # Backward needs what lies between the layers; without one it is not even written.
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *tensors))
+    # Backward needs what lies between the layers; without one it is not even written. A batch of torch.func's does not
+    # say that gradients are taken of what is in it, and biases may have been overwritten until they are.
+    recorded = in_transforms() or any(t is not None and t.requires_grad for t in (input, *tensors))
+    keep = torch.is_grad_enabled() and recorded
     y, _ = ops.linear_chain(rows, *layers, keep)
     return _sized(y, (*input.shape[:-1], weights[-1].shape[0]))
 
