@@ -18,6 +18,7 @@ import torch.nn as tnn
 import torch.nn.functional as TF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint  # noqa: F401  (forwards call it)
 from written import forward_of
 
@@ -272,6 +273,14 @@ class Doubling(tnn.Module):
         return x * 2
 
 
+def in_inference_mode(change):
+    def run(model):
+        with torch.inference_mode():
+            change(model)
+
+    return run
+
+
 # What may change about a model between two calls.
 CHANGES = {
     "a number": lambda m: setattr(m, "slope", 3.0),
@@ -302,6 +311,18 @@ CHANGES = {
     "another weight": lambda m: setattr(m.conv, "weight", tnn.Parameter(torch.ones(4, 1, 3, 3).double())),
     "no bias": lambda m: setattr(m.conv, "bias", None),
     "a weight's values": lambda m: m.conv.weight.data.zero_(),
+    "values by way of NumPy": lambda m: m.conv.weight.detach().numpy().fill(0.5),
+    "values in shared memory": lambda m: (m.share_memory(), [p.data.mul_(2) for p in m.parameters()]),
+    "values in another place": lambda m: [setattr(p, "data", p.data * 2) for p in m.parameters()],
+    "values that are negatives": lambda m: [setattr(p, "data", torch._neg_view(p.data * 2)) for p in m.parameters()],
+    "values of inference mode": in_inference_mode(lambda m: [p.mul_(2) for p in m.parameters()]),
+    "values in one vector": lambda m: tnn.utils.vector_to_parameters(
+        tnn.utils.parameters_to_vector(m.parameters()).detach() * 2, m.parameters()
+    ),
+    "swapped tensors": lambda m: [
+        torch.utils.swap_tensors(p, tnn.Parameter(p.detach() * 2)) for p in list(m.parameters())
+    ],
+    "pruned": lambda m: (prune.l1_unstructured(m.conv, "weight", 0.5), m.conv.weight_orig.data.mul_(2)),
     "a stride": lambda m: setattr(m.conv, "stride", (2, 2)),
     "a padding mode": lambda m: (
         setattr(m.conv, "padding_mode", "circular"), setattr(m.conv, "_reversed_padding_repeated_twice", [1] * 4)
