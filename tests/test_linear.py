@@ -74,6 +74,19 @@ def test_expanded_gradient_and_input(backend, device):
     torch.testing.assert_close(ours, torch.autograd.grad(TF.linear(x, w, b).sum(), (x, w, b)))
 
 
+@pytest.mark.parametrize("f", [F.linear, F.linear_relu])
+@pytest.mark.parametrize("frozen", ["weight", "input"])
+def test_what_no_gradient_needs_may_be_overwritten(f, frozen, backend, device):
+    tensors = {"input": torch.rand(6, 7, device=device).double(), "weight": torch.rand(4, 7, device=device).double()}
+    leaf = next(t for name, t in tensors.items() if name != frozen).requires_grad_()
+    other = leaf * 1
+    y = f(**{name: other if t is leaf else t for name, t in tensors.items()})
+    expected = TF.linear(**{name: leaf if t is leaf else t for name, t in tensors.items()})
+    (expected,) = torch.autograd.grad(expected.sum(), leaf)
+    other.detach().zero_()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaf)[0], expected)
+
+
 def test_other_dtypes_are_torchs(backend):
     x, w = torch.randint(-5, 5, (4, 3)), torch.randint(-5, 5, (2, 3))
     assert torch.equal(F.linear(x, w), TF.linear(x, w))

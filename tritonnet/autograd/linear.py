@@ -7,13 +7,20 @@ from ..registration import below_autograd, register_autograd
 from ._common import save, total
 
 
+def _save(ctx, x, w, *result):
+    """As torch's linear, a frozen weight leaves x to whoever overwrites it, and frozen rows the weight."""
+    needs_x, needs_w, _ = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs_w else None, w if needs_x else None, *result)
+    ctx.save_for_forward(x, w, *result)
+
+
 @register_autograd(ops.linear)
 class Linear(torch.autograd.Function):
     """y = x wT + bias, over matrices."""
 
     @staticmethod
     def forward(ctx, x, w, bias):
-        save(ctx, x, w)
+        _save(ctx, x, w)
         return below_autograd(ops.linear, x, w, bias)
 
     @staticmethod
@@ -32,7 +39,7 @@ class LinearReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias):
         y = below_autograd(ops.linear_relu, x, w, bias)
-        save(ctx, x, w, y)
+        _save(ctx, x, w, y)
         return y
 
     @staticmethod
