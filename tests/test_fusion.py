@@ -543,14 +543,12 @@ def test_a_thread_of_its_own():
         expected = model(x)
     fused, results = tritonnet.fuse(model), []
 
-    def call():
-        with tritonnet.backend("reference"):
-            results.append(fused(x))
-
-    threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=lambda: results.append(fused(x))) for _ in range(3)]
+    # The backend is the process's: threads that each set it and put it back would leave another behind.
+    with tritonnet.backend("reference"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     torch.testing.assert_close(results, [expected] * 3)
     assert not torch._dynamo.config.suppress_errors and torch._dynamo.config.skip_nnmodule_hook_guards
