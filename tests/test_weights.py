@@ -398,6 +398,25 @@ def test_defaults_of_torch(device):
     assert all(map(torch.equal, *results))
 
 
+def test_images_and_modes_of_torch(device, no_graphs):
+    """Images that are negative views, and what was first made in inference mode."""
+    net = small().to(device)
+    twin, model = copy.deepcopy(net), tritonnet.LeNet(size=28).to(device).eval()
+    images, labels = batch(net, SIZE, device)
+    negative = torch._neg_view(-images)
+    with torch.inference_mode():
+        step = tritonnet.TrainStep(net, TF.cross_entropy, torch.optim.Adam(net.parameters()), "ieee")
+        first = model(images)
+        with pytest.raises(RuntimeError, match="inference mode"):
+            step(images, labels)
+    true_step = tritonnet.TrainStep(twin, TF.cross_entropy, torch.optim.Adam(twin.parameters()), "ieee")
+    assert step(negative, labels) == true_step(images, labels)
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+    model.fc1.bias.data.mul_(1.0)
+    with torch.no_grad():
+        assert torch.equal(model(negative), first)
+
+
 # What a test draws between a step or an evaluation and the next: writes, loads, moves, and edits of the optimizer.
 EDITS = {
     "rate": lambda net, optimizer: optimizer.param_groups[0].update(lr=optimizer.param_groups[0]["lr"] * 0.7),

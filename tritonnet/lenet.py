@@ -76,8 +76,9 @@ class LeNet(nn.Module):
         """Images of bytes as float images of `size` pixels; others as they are."""
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
             return images
-        framed = nn.functional.pad(images, (self.frame(images),) * 4)
-        return ((framed / 255 - self.mean) / self.std).to(self.conv1.weight.dtype)
+        framed, dtype = nn.functional.pad(images, (self.frame(images),) * 4), self.conv1.weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        return ((framed.to(wide) / 255 - self.mean) / self.std).to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self._whole(x)

@@ -304,8 +304,8 @@ class FusedLaunches:
 
     def _run(self, batch, images, labels, add, update):
         if batch.images is None:
-            images = images.to(self.device, non_blocking=True).contiguous()
-            labels = labels.to(self.device, non_blocking=True).contiguous()
+            images = images.to(self.device, non_blocking=True).resolve_neg().contiguous()
+            labels = labels.to(self.device, non_blocking=True).resolve_neg().contiguous()
             self._launch(batch, images, labels, add, update)
             return
         # One call for both copies would be no faster: torch takes tensors of two dtypes one after the other.

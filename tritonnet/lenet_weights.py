@@ -201,7 +201,7 @@ def predict(model, layers, images, pixels):
         plain, packed = buffers(geometry, format, device)
         lenet_pack.pack(seen.places, dtype, plain, packed, geometry, format)
         lenet_forward.forward(
-            images.contiguous(), None, plain, packed, geometry, format,
+            images.resolve_neg().contiguous(), None, plain, packed, geometry, format,
             pixels(images) if raw else lenet_forward.Pixels(),
             lenet_forward.activations(N, geometry, format, device, train=False), logits,
         )  # fmt: skip

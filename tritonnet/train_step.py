@@ -164,7 +164,10 @@ class TrainStep:
         self.model, self.loss, self.optimizer, self.precision = model, loss, optimizer, precision
         self.accumulate, self._report, self._step = accumulate, report, None
         try:
-            self._step, self.path, self.reason = self._fused_launches(), "fused launches", "the model is a LeNet"
+            # Buffers that are made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                fused = self._fused_launches()
+            self._step, self.path, self.reason = fused, "fused launches", "the model is a LeNet"
         except NotServed as e:
             self._use_operators(str(e))
         else:
@@ -209,8 +212,11 @@ class TrainStep:
             FloatingPointError: the loss of a call was no finite number; from the four launches on a GPU up to 64 calls
                 later, or by `check`, before which counts in the optimiser's state on the CPU may be ahead. On the four
                 launches a label that is no class counts as that too.
+            RuntimeError: inference mode is on.
             TypeError, ValueError: images or labels are not of the kinds above.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("TrainStep: a step in inference mode, which has no gradients")
         if self.path == "fused launches":
             try:
                 return self._step(images, labels)
