@@ -180,7 +180,7 @@ OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-3),
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-3, amsgrad=True, fused=True),
 }
-# Batches whose loss is not finite, by what is done to good ones.
+# Batches whose loss is not finite, by what is done to good ones; two for each optimizer.
 SPOILT = {
     "an image": lambda images, labels: images[0, 0, 3].fill_(math.nan),
     "an infinite image": lambda images, labels: images[1].fill_(math.inf),
@@ -211,11 +211,11 @@ def test_no_update_from_a_loss_that_is_not_finite(name, path, device):
     """The twin never sees the batches that are spoilt, not even the first of all."""
     with tritonnet.backend("reference" if path == "operators" else "triton"):
         net, step, twin, true = pair(name, device)
-        for i, spoil in enumerate(SPOILT.values()):
-            if path == "operators" and "label" in list(SPOILT)[i]:
+        for i, spoilt in enumerate(list(SPOILT)[name == "Adam" :: 2]):
+            if path == "operators" and "label" in spoilt:
                 continue  # torch raises IndexError itself, or ends the GPU's context
             images, labels = batch(net, SIZE, device, 9)
-            spoil(images, labels)
+            SPOILT[spoilt](images, labels)
             with pytest.raises(FloatingPointError, match="was not a finite number, and it made no update"):
                 step(images, labels)
                 step.check()
