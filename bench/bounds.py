@@ -3,6 +3,7 @@
 How often each loop turns is known from the launch; how many instructions one turn takes is read from machine code.
 """
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -168,8 +169,8 @@ def _lenet_gradient(a):
 
 
 def _lenet_pack(a):
-    roles = [a.P1, a.P2, a.PD, a.P3, a.P4, a.P5, a.PF, 2]
-    return 0, [], 0, [(0, programs / a.programs) for programs in roles if programs]
+    starts = [0, a.P2, a.PD, a.P3, a.P4, a.P5, a.PF, a.PB - 1, a.programs]
+    return 0, [], 0, [(0, (end - start) / a.programs) for start, end in itertools.pairwise(starts) if end > start]
 
 
 # By kernel: turns of the loop with the products (None where several have some, all of them among the others), turns of

@@ -6,6 +6,8 @@ table of places, of any strides. See lenet.py for the layouts. Each program writ
 no weight reaches with 0. In training it keeps a copy of what the step's last launch changes while it still reads it.
 """
 
+import itertools
+
 import triton
 import triton.language as tl
 
@@ -59,72 +61,71 @@ def lenet_pack_kernel(
     places_ptr, plain_ptr, packed_ptr, steps_ptr, trouble_ptr,
     TRAIN: tl.constexpr, FIRST: tl.constexpr,
     C: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr, CLASSES: tl.constexpr, CP: tl.constexpr,
-    P1: tl.constexpr, P2: tl.constexpr, PD: tl.constexpr, P3: tl.constexpr, P4: tl.constexpr, P5: tl.constexpr,
-    PF: tl.constexpr,
+    P2: tl.constexpr, PD: tl.constexpr, P3: tl.constexpr, P4: tl.constexpr, P5: tl.constexpr, PF: tl.constexpr,
+    PB: tl.constexpr,
     W2: tl.constexpr, WD: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr, W5: tl.constexpr, SIZE: tl.constexpr,
     B1: tl.constexpr, CONV2: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, B4: tl.constexpr, B5: tl.constexpr,
     WEIGHT: tl.constexpr, PLACES: tl.constexpr, STRIDES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # P1 programs pack W1, P2 pack W2, and so on; PF, and two more, copy filters and biases as they are.
+    # Programs from P2 on pack W2, and so on; from PF on they copy filters as they are, and from PB on biases.
     pid, i = tl.program_id(0), tl.arange(0, BLOCK)
-    if pid < P1:
+    if pid < P2:
         e = pid * BLOCK + i
         k, q, r, oc = e // 128, e // 32 % 4, e // 8 % 4, e % 8
         kh, kw = k // 8 % 8 - r // 2 * 2 - q // 2, k % 8 - r % 2 * 2 - q % 2
         w = load_filters(places_ptr, oc, k // 64, kh, kw, (oc < 6) & (e < W2), 0, WEIGHT, PLACES, STRIDES)
         tl.store(packed_ptr + e, round_to(w, packed_ptr.dtype.element_ty), mask=e < W2)
-    elif pid < P1 + P2:
-        e = (pid - P1) * BLOCK + i
+    elif pid < PD:
+        e = (pid - P2) * BLOCK + i
         k, q, oc = e // 64, e // 16 % 4, e % 16
         kh, kw, c = k // 48 - q // 2, k // 8 % 6 - q % 2, k % 8
         w = load_filters(places_ptr, oc, c, kh, kw, (c < 6) & (e < WD - W2), 2, WEIGHT, PLACES, STRIDES)
         tl.store(packed_ptr + W2 + e, round_to(w, packed_ptr.dtype.element_ty), mask=e < WD - W2)
-    elif pid < P1 + P2 + PD:
-        e = (pid - P1 - P2) * BLOCK + i
+    elif pid < P3:
+        e = (pid - PD) * BLOCK + i
         j, r, s, c, q, oc = e // 4096, e // 1024 % 4, e // 512 % 2, e // 64 % 8, e // 16 % 4, e % 16
         kh, kw = j // 4 * 2 + r // 2 - q // 2, (j % 4 + s - 1) * 2 + r % 2 - q % 2
         w = load_filters(places_ptr, oc, c, kh, kw, (c < 6) & (e < W3 - WD), 2, WEIGHT, PLACES, STRIDES)
         tl.store(packed_ptr + WD + e, round_to(w, packed_ptr.dtype.element_ty), mask=e < W3 - WD)
-    elif pid < P1 + P2 + PD + P3:
-        e = (pid - P1 - P2 - PD) * BLOCK + i
+    elif pid < P4:
+        e = (pid - P3) * BLOCK + i
         k, n = e // 128, e % 128
         w = load_linear(
             places_ptr, n, k % 16 * (Q2 * Q2) + k // 16, (n < 120) & (k < F), 4, WEIGHT, PLACES, STRIDES
         )  # fmt: skip
         tl.store(packed_ptr + W3 + e, round_to(w, packed_ptr.dtype.element_ty), mask=e < W4 - W3)
-    elif pid < P1 + P2 + PD + P3 + P4:
-        e = (pid - P1 - P2 - PD - P3) * BLOCK + i
+    elif pid < P5:
+        e = (pid - P4) * BLOCK + i
         k, n = e // 128, e % 128
         w = load_linear(places_ptr, n, k, (n < 84) & (k < 120), 6, WEIGHT, PLACES, STRIDES)
         tl.store(packed_ptr + W4 + e, round_to(w, packed_ptr.dtype.element_ty), mask=e < W5 - W4)
-    elif pid < P1 + P2 + PD + P3 + P4 + P5:
-        e = (pid - P1 - P2 - PD - P3 - P4) * BLOCK + i
+    elif pid < PF:
+        e = (pid - P5) * BLOCK + i
         k, n = e // CP, e % CP
         w = load_linear(places_ptr, n, k, (n < CLASSES) & (k < 84), 8, WEIGHT, PLACES, STRIDES)
         tl.store(packed_ptr + W5 + e, round_to(w, packed_ptr.dtype.element_ty), mask=e < SIZE - W5)
-    elif pid < P1 + P2 + PD + P3 + P4 + P5 + PF:
-        e = (pid - P1 - P2 - PD - P3 - P4 - P5) * BLOCK + i
+    elif pid < PB - 1:
+        e = (pid - PF) * BLOCK + i
         w = load_filters(places_ptr, e // 150, e // 25 % 6, e // 5 % 5, e % 5, e < 2400, 2, WEIGHT, PLACES, STRIDES)
         tl.store(plain_ptr + CONV2 + e, w.to(tl.float32), mask=e < 2400)
+    elif pid < PB:
+        e = tl.arange(0, 512)
+        w = load_filters(
+            places_ptr, e // (25 * C), e // 25 % C, e // 5 % 5, e % 5, e < 150 * C, 0, WEIGHT, PLACES, STRIDES
+        )  # fmt: skip
+        tl.store(plain_ptr + e, w.to(tl.float32), mask=e < 150 * C)
     else:
-        if pid == P1 + P2 + PD + P3 + P4 + P5 + PF:
-            e = tl.arange(0, 512)
-            w = load_filters(
-                places_ptr, e // (25 * C), e // 25 % C, e // 5 % 5, e % 5, e < 150 * C, 0, WEIGHT, PLACES, STRIDES
-            )  # fmt: skip
-            tl.store(plain_ptr + e, w.to(tl.float32), mask=e < 150 * C)
-        else:
-            copy_bias(places_ptr, plain_ptr + B1, 6, 1, WEIGHT, PLACES, STRIDES)
-            copy_bias(places_ptr, plain_ptr + B2, 16, 3, WEIGHT, PLACES, STRIDES)
-            copy_bias(places_ptr, plain_ptr + B3, 120, 5, WEIGHT, PLACES, STRIDES)
-            copy_bias(places_ptr, plain_ptr + B4, 84, 7, WEIGHT, PLACES, STRIDES)
-            copy_bias(places_ptr, plain_ptr + B5, CLASSES, 9, WEIGHT, PLACES, STRIDES)
-            if TRAIN:
-                for p in tl.static_range(10):
-                    step_ptr = tl.load(places_ptr + p * PLACES + STEP).to(tl.pointer_type(tl.float32))
-                    tl.store(steps_ptr + p, tl.load(step_ptr).to(tl.int32))
-                # Whether an earlier call of the group was in trouble.
-                tl.store(trouble_ptr + 3, 0 if FIRST else tl.load(trouble_ptr + 2))
+        copy_bias(places_ptr, plain_ptr + B1, 6, 1, WEIGHT, PLACES, STRIDES)
+        copy_bias(places_ptr, plain_ptr + B2, 16, 3, WEIGHT, PLACES, STRIDES)
+        copy_bias(places_ptr, plain_ptr + B3, 120, 5, WEIGHT, PLACES, STRIDES)
+        copy_bias(places_ptr, plain_ptr + B4, 84, 7, WEIGHT, PLACES, STRIDES)
+        copy_bias(places_ptr, plain_ptr + B5, CLASSES, 9, WEIGHT, PLACES, STRIDES)
+        if TRAIN:
+            for p in tl.static_range(10):
+                step_ptr = tl.load(places_ptr + p * PLACES + STEP).to(tl.pointer_type(tl.float32))
+                tl.store(steps_ptr + p, tl.load(step_ptr).to(tl.int32))
+            # Whether an earlier call of the group was in trouble.
+            tl.store(trouble_ptr + 3, 0 if FIRST else tl.load(trouble_ptr + 2))
 
 
 @planned(lenet_pack_kernel)
@@ -132,13 +133,14 @@ def _pack(places, plain, packed, steps, trouble, geometry, format, weight, first
     train, lanes, sizes = steps is not None, lenet_lanes.form(format) == "lanes", geometry.packed
     # What lanes do takes no packed filters, but for the gradient of the second convolution.
     used = not lanes, not lanes or train, not lanes and train, True, True, True
+    # The second convolution's filters lie in so many blocks as they are, the first's in one.
     programs = [cdiv(end - start, BLOCK) * use for start, end, use in zip(sizes, sizes[1:], used)]
+    P2, PD, P3, P4, P5, PF, PB = itertools.accumulate([*programs, cdiv(2400, BLOCK) + 1])
     _, W2, WD, W3, W4, W5, size = sizes
     _, B1, CONV2, B2, B3, B4, B5, _ = geometry.plain
     constants = {name: geometry.constants[name] for name in ("C", "Q2", "F", "CLASSES", "CP")}
-    programs.append(cdiv(2400, BLOCK))
-    return (sum(programs) + 2,), (), dict(
-        TRAIN=train, FIRST=first, **constants, **dict(zip(("P1", "P2", "PD", "P3", "P4", "P5", "PF"), programs)),
+    return (PB + 1,), (), dict(
+        TRAIN=train, FIRST=first, **constants, P2=P2, PD=PD, P3=P3, P4=P4, P5=P5, PF=PF, PB=PB,
         W2=W2, WD=WD, W3=W3, W4=W4, W5=W5, SIZE=size, B1=B1, CONV2=CONV2, B2=B2, B3=B3, B4=B4, B5=B5,
         WEIGHT=element_type(weight), PLACES=PLACES, STRIDES=STRIDES, STEP=STEP, BLOCK=BLOCK, num_warps=4, **OPTIONS,
     )  # fmt: skip
