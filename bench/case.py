@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-# Tasks of an operator, and of a network.
+# Tasks of an operator, and of a network: the last is the forward launch of inference alone, on weights that were packed
+# before, which only our kernels have.
 FORWARD, BOTH = "forward", "forward + backward"
-INFERENCE, TRAINING = "inference", "training step"
+INFERENCE, TRAINING, PACKED = "inference", "training step", "packed before"
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 # What is timed of a call: the device's time where it is launched as it comes, where it is replayed in a CUDA graph, and
 # the host's time until a call returns.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as TF
 
 from . import FORMATS
-from .case import CHANNELS_LAST, CONTIGUOUS, INFERENCE, TRAINING, Contestant, Work, lay_out
+from .case import CHANNELS_LAST, CONTIGUOUS, INFERENCE, PACKED, TRAINING, Contestant, Work, lay_out
 from .exactness import Gate, Results, Rounding
 from .libraries import TutorialLeNet, compiled
 from .measure import copies
@@ -69,7 +69,8 @@ class Network:
 
     @property
     def works(self):
-        return {TRAINING if self.training else INFERENCE: work(self.training, self.batch)}
+        tasks = (TRAINING,) if self.training else (INFERENCE, PACKED)
+        return dict.fromkeys(tasks, work(self.training, self.batch))
 
     @property
     def small(self):
@@ -126,12 +127,16 @@ class Network:
             with torch.no_grad():
                 return [run(images)]
 
-        steps = [lambda images=images: infer(images) for images, _ in sets]
+        steps = {INFERENCE: [lambda images=images: infer(images) for images, _ in sets]}
+        # Packed weights are the same whatever layout they were in: one is enough.
+        forward = library.packed(model, format) if library.packed and layout == CONTIGUOUS else None
+        if forward:
+            steps[PACKED] = [lambda images=images: [forward(images)] for images, _ in sets]
 
         def results(task, returned):
             return Results(returned, [])
 
-        return Contestant({INFERENCE: steps}, lambda task: results(task, steps[0]()), results)
+        return Contestant(steps, lambda task: results(task, steps[task][0]()), results)
 
     def _laid_out(self, number, layout, format, device):
         images, labels = self.inputs(format, device.torch_device, number)

@@ -13,8 +13,12 @@ from torch import nn
 
 import tritonnet
 import tritonnet.nn.functional as F
+from tritonnet import dispatch, lenet_weights
 
 from . import unfused
+
+if dispatch.launchers is not None:
+    from tritonnet.kernels import lenet, lenet_forward, lenet_pack
 
 # What torch.compile is asked for: all that it has, the same without CUDA graphs of its own, and what takes least time.
 COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY = "max-autotune", "max-autotune-no-cudagraphs", "default"
@@ -95,6 +99,34 @@ class WholeStep:
         return self.step._step.latest_replay() if self.step.path == "fused launches" else None
 
 
+def packed_before(model, format):
+    """The forward launch of a tritonnet.LeNet alone, on its weights as they are now, which this call packs.
+
+    Returns:
+        A function of images that returns logits, or None where there is no such launch.
+    """
+    weight = model.conv1.weight
+    served = dispatch.launchers is not None and dispatch.implementation(weight) is dispatch.launchers
+    if not served or format not in WHOLE_STEPS:
+        return None
+    precision, dtype, device = WHOLE_STEPS[format], weight.dtype, weight.device
+    geometry = lenet_weights.geometry_of(model.layers)
+    parameters = lenet_weights.parameters_of(model.layers, geometry, (dtype,))
+    places = torch.tensor(list(map(lenet.place, parameters)), dtype=torch.int64, device=device)
+    plain, packed = lenet_weights.buffers(geometry, precision, device)
+    lenet_pack.pack(places, dtype, plain, packed, geometry, precision)
+
+    def forward(images):
+        # As in a whole call, each has results and places to work of its own.
+        logits = images.new_empty(len(images), geometry.classes)
+        memory = lenet_forward.activations(len(images), geometry, precision, device, train=False)
+        return lenet_forward.forward(
+            images, None, plain, packed, geometry, precision, lenet_forward.Pixels(), memory, logits
+        )
+
+    return forward
+
+
 class Library(NamedTuple):
     """How a library does what is timed.
 
@@ -106,6 +138,8 @@ class Library(NamedTuple):
             and in CUDA graphs of its own.
         training_step: function of model, loss, optimizer, format and mode; its result takes images and labels and
             returns the loss.
+        packed: function of a LeNet and a format that packs its weights and gives the forward alone, a function of
+            images, or None where there is none; None for who has no such forward anywhere.
         context: what it has to run inside.
     """
 
@@ -114,12 +148,13 @@ class Library(NamedTuple):
     compiled: bool = False
     whole: bool = False
     training_step: Callable = eager_step
+    packed: Callable | None = None
     context: Callable = contextlib.nullcontext
 
 
 def installed():
     """{name: Library} of those that are there."""
-    found = {"tritonnet": Library(F, tritonnet.LeNet)}
+    found = {"tritonnet": Library(F, tritonnet.LeNet, packed=packed_before)}
     if hasattr(tritonnet, "TrainStep"):
         found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=WholeStep)
     found["torch"] = Library(unfused, TutorialLeNet)

@@ -1,10 +1,11 @@
 """A record as tables: times, how they compare with each peer, and how near they come to what the device can do."""
 
-from .case import BOTH, FORWARD, HOST, INFERENCE, TRAINING
+from .case import BOTH, FORWARD, HOST, INFERENCE, PACKED, TRAINING
 from .record import OK, OURS
 from .table import markdown
 
-TASKS = {TRAINING: "LeNet, training step", INFERENCE: "LeNet, inference", FORWARD: "Operators, forward",
+TASKS = {TRAINING: "LeNet, training step", INFERENCE: "LeNet, inference",
+         PACKED: "LeNet, inference on weights packed before", FORWARD: "Operators, forward",
          BOTH: "Operators, forward + backward"}  # fmt: skip
 
 
@@ -79,7 +80,9 @@ the same layout. Every result was checked against float64 before it was timed.
 RATES = """\
 "calls" are launched one by one, "graph" is a call among others in one CUDA graph, "host" the time until a call returns,
 the GPU's work left to itself. TrainStep's "calls" are the whole of it, its "graph" replays the launches alone,
-where the images lie. The floor is the longer of two times:
+where the images lie. Inference on weights packed before is the forward's launch alone: what a whole call takes more is,
+in a graph, what packing costs; in the other forms, that and what the host does to find the weights. The floor is the
+longer of two times:
 the bytes that the work cannot do without (counted in bench/operators.py and bench/lenet.py) at the rate of a large
 copy, and its FLOPs at the rate of a large product of matrices. Both rates were measured in this run:
 

@@ -8,7 +8,7 @@ proved there, and what was not measured.
 import sys
 
 from . import stages, verify
-from .case import BOTH, FORWARD, GRAPH, HOST, INFERENCE, TRAINING
+from .case import BOTH, FORWARD, GRAPH, HOST, INFERENCE, PACKED, TRAINING
 from .keep import ROOT, read_json
 from .lenet import Network
 from .record import OURS, Record, file_name, same_but_date
@@ -36,11 +36,11 @@ def summary(record):
     """(header, rows): everyone at their best, in whichever layout, in CUDA graphs or not.
 
     Of TrainStep that is the whole of its call; its graph alone, which reads its images where they lie as torch's graphs
-    do, has a row of its own.
+    do, has a row of its own. So has the forward of inference on weights that were packed before.
     """
     best = {}
     for row in record.rows:
-        shown = row.task in (TRAINING, INFERENCE) or (row.task == BOTH and row.format == FORMAT)
+        shown = row.task in (TRAINING, INFERENCE, PACKED) or (row.task == BOTH and row.format == FORMAT)
         if not row.ms or not shown or row.form == HOST:
             continue
         whole_in_graph = row.library == "TrainStep" and row.form == GRAPH

@@ -44,6 +44,7 @@ from bench.case import (
     GRAPH,
     HOST,
     INFERENCE,
+    PACKED,
     TIMED,
     TRAINING,
     Case,
@@ -165,6 +166,81 @@ def test_what_is_right_passes_the_gate(format, layout):
                     for task in contestant.steps:
                         complaint = gate.complaint(contestant.first(task), contestant.dtype or FORMATS[format][0])
                         assert complaint is None, (subject.name, name, task, complaint)
+
+
+@pytest.mark.parametrize("format", TIMED)
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST])
+def test_a_forward_on_weights_packed_before(format, layout):
+    """One launch a step, of the values that a whole call gives, by the gate; in one layout, where there are kernels."""
+    subject, ours = Network(False, 3), libraries.installed()["tritonnet"]
+    models = []
+
+    def packed(model, format):
+        models.append(model)
+        return libraries.packed_before(model, format)
+
+    with precision(format), tritonnet.backend("triton"):
+        gate, dtype = subject.gate(format, "cpu"), FORMATS[format][0]
+        contestant = subject.contestant(ours._replace(packed=packed), layout, format, Clockwork())
+        if format == "float16" or layout == CHANNELS_LAST:
+            assert list(contestant.steps) == [INFERENCE]
+            return
+        whole, alone = contestant.steps[INFERENCE], contestant.steps[PACKED]
+        assert len(alone) == len(whole) == copies(3 * 1024 * dtype.itemsize, Clockwork())
+        results = {}
+        for task, launched in ((INFERENCE, ["lenet_forward_kernel", "lenet_pack_kernel"]),
+                               (PACKED, ["lenet_forward_kernel"])):  # fmt: skip
+            with tritonnet.count_launches() as launches:
+                results[task] = contestant.first(task)
+            assert sorted(launches.elements()) == launched
+            assert gate.complaint(results[task], dtype) is None
+        torch.testing.assert_close(results[PACKED].values, results[INFERENCE].values, rtol=0, atol=0)
+        # Weights that change now come too late for it, and the gate tells it from who is right.
+        with torch.no_grad():
+            models[0].fc3.weight.neg_()
+        assert gate.complaint(contestant.first(PACKED), dtype) is None
+        assert gate.complaint(contestant.first(INFERENCE), dtype).startswith("value 0 is off by")
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["kernels", "reference"])
+def test_rows_of_a_forward_on_weights_packed_before(served):
+    """Ours alone has them; what it has no such launch for, and the others, are not there at all."""
+    record, there = Record(MACHINE), {name: of for name, of in libraries.installed().items() if not of.compiled}
+    if served:
+        packed = {"bfloat16": lambda model: lambda images: model(images).detach(), "float16": lambda model: None}
+        there["tritonnet"] = there["tritonnet"]._replace(packed=lambda model, format: packed[format](model))
+    with tritonnet.backend("reference"):
+        for format in ("bfloat16", "float16"):
+            run(record, [Case(Network(False, 2), format)], there, Clockwork(), Budget(1e9), seconds=0.001)
+    assert {row.status for row in record.rows} == {OK}
+    rows = [(row.library, row.format, row.layout, row.form) for row in record.rows if row.task == PACKED]
+    assert rows == [("tritonnet", "bfloat16", CONTIGUOUS, form) for form in (CALLS, HOST, GRAPH)] * served
+    assert len(record.rows) == len(rows) + 2 * 2 * 2 * 3  # formats, libraries, layouts, forms
+    assert ("## LeNet, inference on weights packed before" in report.page(record)) == served
+
+
+def test_a_forward_on_wrongly_packed_weights_is_not_timed():
+    """Its rows say so; the whole call is timed. Whoever fails fails in what there is: of no other forward, in no layout
+    that has none."""
+
+    def packed(model, format):
+        return lambda images: model(images).detach() * 1.5
+
+    def broken(*args):
+        raise RuntimeError("no LeNet, and no graph")
+
+    device, record, there = Clockwork(), Record({}), libraries.installed()
+    device.capture = broken
+    there = {"tritonnet": there["tritonnet"]._replace(packed=packed), "torch": there["torch"]._replace(lenet=broken)}
+    with tritonnet.backend("reference"):
+        run(record, [Case(Network(False, 2), "float32")], there, device, Budget(1e9), seconds=0.001)
+    ours = [row for row in record.rows if row.library == "tritonnet"]
+    assert {(row.status, row.ms, row.layout) for row in ours if row.task == PACKED} == {(WRONG, None, CONTIGUOUS)}
+    assert {(row.form, row.status) for row in ours if row.task == INFERENCE} == {
+        (CALLS, OK), (HOST, OK), (GRAPH, FAILED)
+    }  # fmt: skip
+    theirs = [row for row in record.rows if row.library == "torch"]
+    assert {(row.task, row.status) for row in theirs} == {(INFERENCE, FAILED)}
 
 
 def _in_tf32(x, w, b=None, **geometry):
@@ -527,7 +603,8 @@ def made_up(quick=False):
     record = Record(MACHINE, quick, {"bytes_per_s": 1e12, "flops_per_s": {"bfloat16": 1e14, "tf32": 5e13}})
     for case in plan(quick=True)[:20]:
         for task, work in case.subject.works.items():
-            for factor, name in enumerate(("tritonnet", "torch", "torch.compile"), 1):
+            names = ("tritonnet", "torch", "torch.compile") if task != PACKED else ("tritonnet",)
+            for factor, name in enumerate(names, 1):
                 for form, share in ((CALLS, 1), (GRAPH, 0.5), (HOST, 0.1)):
                     row = Row(
                         case.subject.name, case.subject.batch, case.format, task, CONTIGUOUS, form, name,
@@ -689,6 +766,25 @@ def test_the_readme_tells_a_call_from_its_graph(tmp_path):
     assert "| first step | tritonnet | warm    |" in text and "3000 |" in text
     assert "TrainStep MB" in text and "| 5 " in text
     assert text.endswith("; racecheck by --verify.")
+
+
+def test_the_readme_tells_a_call_from_a_forward_on_weights_packed_before(tmp_path):
+    """A row below the whole call's, which nobody is compared with; records from before there was one have none."""
+    record = made_up()
+    for row in (row for row in record.rows if row.task == PACKED):
+        row.ms /= 2
+    header, rows = results.summary(record)
+    cases = [row[:3] for row in rows]
+    for batch in (64, 1024, 65536):
+        above, below = (rows[cases.index((name, batch, "bfloat16"))]
+                        for name in ("LeNet inference", "LeNet inference, packed before"))  # fmt: skip
+        assert rows.index(below) == rows.index(above) + 1
+        assert float(below[3]) == pytest.approx(float(above[3]) / 2, rel=1e-3)
+        assert below[4:] == ("-", "-", "200%") and above[4:] == ("2.00x", "3.00x", "100%")
+    assert f"## {report.TASKS[PACKED]}\n\n| case " in report.page(record)
+    record.rows = [row for row in record.rows if row.task != PACKED]
+    assert results.summary(record) == (header, [row for row in rows if "packed" not in row[0]])
+    assert report.TASKS[PACKED] not in report.page(record)
 
 
 def test_the_readme_shows_what_is_recorded():
