@@ -24,6 +24,7 @@ from bench import (
     FORMATS,
     __main__,
     accuracy,
+    cpu,
     every_kernel,
     libraries,
     operators,
@@ -241,6 +242,19 @@ def test_a_forward_on_wrongly_packed_weights_is_not_timed():
     }  # fmt: skip
     theirs = [row for row in record.rows if row.library == "torch"]
     assert {(row.task, row.status) for row in theirs} == {(INFERENCE, FAILED)}
+
+
+def test_what_packing_costs_the_host():
+    """The same call but for the launch in front, which comes back after."""
+    net, images = tritonnet.LeNet().eval(), torch.randn(2, 1, 32, 32)
+    launched = []
+    with torch.no_grad(), tritonnet.backend("triton"):
+        for context in (contextlib.nullcontext, cpu.packed_before, contextlib.nullcontext):
+            with context(), tritonnet.count_launches() as launches:
+                net(images)
+            launched.append(sorted(launches.elements()))
+    whole = ["lenet_forward_kernel", "lenet_pack_kernel"]
+    assert launched == [whole, whole[:1], whole]
 
 
 def _in_tf32(x, w, b=None, **geometry):
@@ -943,6 +957,6 @@ def test_a_whole_run_on_a_made_up_device(second, end, tmp_path, monkeypatch, cap
 def test_cpu_quick_prints_a_table():
     result = run_python("-m", "bench", "--cpu", "--quick", "--seconds", "3", TRITON_INTERPRET=None, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
-    for part in ("## LeNet, training step", "| conv2d_relu_max_pool2d ", "more us"):
+    for part in ("## LeNet, training step", "| conv2d_relu_max_pool2d ", "more us", "| LeNet, packed before "):
         assert part in result.stdout, part
     assert "WRONG" not in result.stdout and "failed" not in result.stdout
