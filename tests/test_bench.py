@@ -358,7 +358,7 @@ def test_train_step_takes_part_where_it_is_there(monkeypatch):
     ]
     assert not device.captured
     text = report.page(record)
-    assert "(contiguous, tf32, batch 2, graph): ok: three launches; no graph of 3 images" in text
+    assert "(contiguous, tf32, batch 2, graph): ok: fused launches; no graph of 3 images" in text
     assert {row.ms for row in record.rows if row.form == CALLS} == {1.0}
     assert {row.ms for row in record.rows if row.form == GRAPH} == {0.25}
     # What the step held at most, without what was held before and a set of two images with their labels.
