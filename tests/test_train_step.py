@@ -585,7 +585,7 @@ def test_other_models_take_the_operators(name, device):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_hooks_on_gradients_are_called(later, device):
-    """Of parameters, before the step is made and between two calls: three launches have nowhere to call them."""
+    """Of parameters, before the step is made and between two calls: the launches have nowhere to call them."""
     torch.manual_seed(0)
     net, twin = small().to(device), small().to(device)
     twin.load_state_dict(net.state_dict())
