@@ -132,12 +132,17 @@ class _Seen:
     # With their strides another number of bytes is another shape; on another device they lie elsewhere.
     kind = attrgetter("dtype", "nbytes")
 
-    def __init__(self, layers):
+    def __init__(self, layers, places):
         self.geometry = geometry_of(layers)
         self.parameters = parameters_of(layers, self.geometry, (torch.float32, torch.bfloat16), strided=True)
         self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
-        # A table of its own for each of these: a forward that is queued on another stream still has the one before.
-        self.places = torch.tensor(list(map(lenet.place, self.parameters)), dtype=torch.int64, device=self.device)
+        rows = torch.tensor(list(map(lenet.place, self.parameters)), dtype=torch.int64, device="cpu")
+        # The same table for as long as it can be: a CUDA graph that somebody has captured reads it at every replay.
+        self.places = places
+        if places is None or places.device != self.device:
+            with torch.inference_mode(False):
+                self.places = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
+        self.places.copy_(rows)
         # Hooks are added to dicts that stay the same: none of them is kept.
         self.attributes = [tuple({} if isinstance(a, dict) else a for a in part) for part in self._attributes(layers)]
         self.before = self._others(layers)
@@ -166,8 +171,7 @@ def _seen(model, layers):
     """The _Seen of a model; NotServed if its layers are not a LeNet's."""
     seen = _SEEN.get(model)
     if seen is None or not seen.still(layers):
-        _SEEN.pop(model, None)
-        seen = _SEEN[model] = _Seen(layers)
+        seen = _SEEN[model] = _Seen(layers, seen and seen.places)
     return seen
 
 
