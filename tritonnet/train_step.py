@@ -1,6 +1,7 @@
 """A training step as one call: four launches for a LeNet, the fused operators for any other model."""
 
 import contextlib
+import math
 
 import torch
 
@@ -30,40 +31,22 @@ def _group_of(model):
     return getattr(model, "process_group", torch.distributed.group.WORLD if sharded else None)
 
 
-FINITE, IGNORED, BAD = 0, 1, 2
+class _Sent:
+    """A number of a device's on its way to the host, which waits for what was queued before it and no more."""
 
-
-class _Verdict:
-    """Whether a loss is finite: found out on its device and sent to the host, which reads it when it needs it.
-
-    On a GPU the backward is queued in between: the host waits for the forward only, while the GPU has work left.
-
-    Args:
-        ignore_index: the label that does not count.
-        group: the processes whose gradients are averaged, or None.
-    """
-
-    def __init__(self, loss, labels, ignore_index, group):
-        own = torch.where(loss.isfinite().all(), FINITE, BAD)
-        if not labels.is_floating_point():
-            # As in torch the loss is NaN then, and the gradients are zeros.
-            own = torch.where(own.bool() & (labels == ignore_index).all(), IGNORED, own)
-        verdicts = torch.stack([own, own])
-        if group is not None:
-            torch.distributed.all_reduce(verdicts[1], torch.distributed.ReduceOp.MAX, group)
-        self._event, self._there = None, verdicts
-        if loss.device.type != "cpu":
-            with on_device(loss.device):
-                self._event = torch.Event(loss.device)
-                self._there = torch.empty(2, dtype=verdicts.dtype, device="cpu", pin_memory=True)
-                self._there.copy_(verdicts, non_blocking=True)
+    def __init__(self, number):
+        self._event, self._there = None, number
+        if number.device.type != "cpu":
+            with on_device(number.device):
+                self._event = torch.Event(number.device)
+                self._there = torch.empty(number.shape, dtype=number.dtype, device="cpu", pin_memory=True)
+                self._there.copy_(number, non_blocking=True)
                 self._event.record()
 
     def read(self):
-        """(FINITE, IGNORED or BAD, the worst of the group's)."""
         if self._event is not None:
             self._event.synchronize()
-        return self._there.tolist()
+        return self._there.item()
 
 
 class Operators:
@@ -85,10 +68,13 @@ class Operators:
         self._keep_buffers()
         with _products_in(self.precision, device):
             loss = self.loss(self.model(images), labels)
-            verdict = _Verdict(loss.detach(), labels, self.ignore_index, self.group)
+            # In front of the backward, so that a GPU has work left while the host waits for the forward.
+            value = _Sent(loss.detach())
+            others = _Sent(self._spoils_any(loss.detach(), labels)) if self.group else None
             (loss / self.accumulate).backward()
-        own, worst = verdict.read()
-        if worst == BAD:
+        finite = math.isfinite(value.read())
+        own = not finite and bool(self._spoils(loss.detach(), labels))
+        if own or (others and others.read()):
             self._spoiled = True
             with torch.no_grad():
                 for b, before in self._kept:
@@ -97,11 +83,22 @@ class Operators:
                         b.copy_(before)
         if turn == self.accumulate - 1 and not self._spoiled:
             self.optimizer.step()
-        if own != FINITE:
-            raise not_finite(self.calls, own == IGNORED)
-        if worst == BAD:
+        if not finite:
+            raise not_finite(self.calls, ignored=not self._spoiled)
+        if others and others.read():
             raise FloatingPointError(f"the loss of call {self.calls} was not finite in another process: no update")
         return loss.detach()
+
+    def _spoils(self, loss, labels):
+        """() bool on the device: whether a loss makes no update. Where every label is ignored the gradients are 0."""
+        bad = ~loss.isfinite().all()
+        return bad if labels.is_floating_point() else bad & ~(labels == self.ignore_index).all()
+
+    def _spoils_any(self, loss, labels):
+        """The same of all processes: the gradients are everybody's."""
+        spoils = self._spoils(loss, labels).int()
+        torch.distributed.all_reduce(spoils, torch.distributed.ReduceOp.MAX, self.group)
+        return spoils
 
     def _keep_buffers(self):
         """Copies of what a forward itself changes, such as the running statistics of batch norm."""
