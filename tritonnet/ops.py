@@ -8,12 +8,13 @@ from .registration import register_operator
 
 
 def _operator(schema, fake):
-    name = schema.partition("(")[0]
+    name, lists = schema.partition("(")[0], "[]" in schema
 
     def run(*args):
         device = args[0].device
-        # The dispatcher makes lists of pairs and sizes; plans of launches are remembered by what can be hashed.
-        args = [tuple(a) if isinstance(a, list) else a for a in args]
+        if lists:
+            # The dispatcher makes lists of pairs and sizes; plans of launches are remembered by what can be hashed.
+            args = [tuple(a) if isinstance(a, list) else a for a in args]
         function = getattr(implementation(args[0]), name)
         with on_device(device):
             if not torch.is_autocast_enabled(device.type):

@@ -103,6 +103,8 @@ def register_autograd(operator):
     def decorate(function):
         rules = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
         single_level = type(function.__name__, (_SingleLevelFunction,), rules)
+        # What Function.apply calls once it has looked for levels and found none, which takes microseconds.
+        record = super(torch.autograd.Function, function).apply
         returns_nothing, overwrites = not operator._schema.returns, operator._schema.is_mutable
 
         def autograd_kernel(*args):
@@ -110,7 +112,7 @@ def register_autograd(operator):
                 with enable_single_level_autograd_function():
                     result = single_level.apply(*args)
             elif overwrites or _recorded(args):
-                result = function.apply(*args)
+                result = record(*args)
             else:
                 result = below_autograd(operator, *args)
             return None if returns_nothing else result
@@ -143,3 +145,14 @@ def below_autograd(operator, *args, counted=False):
             return operator(*args)
     with below():
         return operator(*args)
+
+
+def in_backward(operator, *args):
+    """operator(*args) in the backward of a rule: past its Autograd kernel where nothing records a second derivative.
+
+    Python takes as long to find that out there as the launch of a kernel.
+    """
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+        return operator(*args)
+    # Dynamo, which comes here in compiled autograd, does not know the guard.
+    return operator(*args) if torch.compiler.is_compiling() else below_autograd(operator, *args)

@@ -590,8 +590,10 @@ def cross_entropy(
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         input, weight = input.float(), None if weight is None else weight.float()  # as autocast does for losses
-    rows, unbatched = (input.unsqueeze(0), True) if input.dim() == 1 else (input, False)
-    loss, _ = ops.cross_entropy(rows, target.view(-1), weight, reduction, ignore_index, float(label_smoothing))
+    unbatched = input.dim() == 1
+    if unbatched:
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
+    loss, _ = ops.cross_entropy(input, target, weight, reduction, ignore_index, float(label_smoothing))
     return loss.squeeze(0) if unbatched and reduction == "none" else loss
 
 
