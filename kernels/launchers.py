@@ -80,6 +80,7 @@ def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, *geometry):
 
 
 cross_entropy = _cross_entropy.forward
+cross_entropy_grad = _cross_entropy.gradient
 max_pool2d = _max_pool2d.forward
 max_pool2d_scatter = _max_pool2d.scatter
 max_pool2d_gather = _max_pool2d.gather

@@ -469,6 +469,7 @@ def operator_calls(device):
         ops.relu_: (x.detach().clone(),),
         ops.relu_grad: (t(3, 4), t(3, 4)),
         ops.cross_entropy: (t(3, 4), torch.tensor([1, -100, 3], device=device), weight, "mean", -100, 0.1),
+        ops.cross_entropy_grad: (t(3), t(3, 4), torch.tensor([1, -100, 3], device=device), -100),
         ops.linear: (t(3, 4), t(5, 4), t(5)),
         ops.linear_relu: (t(3, 4), t(5, 4), t(5)),
         ops.linear_weight_grad: (t(3, 5), t(3, 4), True),

@@ -68,6 +68,14 @@ CASES = {
     "cross_entropy of each row": (
         lambda x: F.cross_entropy(x, torch.tensor([1, 3, -100], device=x.device), reduction="none"), (draw, (3, 4)),
     ),
+    "cross_entropy_grad": (
+        lambda dloss, grad: ops.cross_entropy_grad(dloss, grad, torch.tensor([1, 3, -100], device=grad.device), -100),
+        (draw, (), (3, 4)),
+    ),
+    "cross_entropy_grad of each row": (
+        lambda dloss, grad: ops.cross_entropy_grad(dloss, grad, torch.tensor([1, 3, -100], device=grad.device), -100),
+        (draw, (3,), (3, 4)),
+    ),
     "linear_relu": (F.linear_relu, (draw, (2, 3, 4), (3, 4), (3,))),
     "linear_chain": (
         lambda x, w1, b1, w2, w3, b3: F.linear_chain(x, (w1, w2, w3), (b1, None, b3)),

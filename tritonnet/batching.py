@@ -243,3 +243,12 @@ def _cross_entropy(info, dims, x, target, weight, reduction, ignore_index, smoot
         total = torch.where(total == 0, math.nan, total)
         loss, grad = (loss / total).to(x.dtype), torch.where(kept[..., None], grad / total[..., None], 0).to(x.dtype)
     return (loss if reduction == "none" else loss.sum(1), grad), (0, 0)
+
+
+@register_batching(ops.cross_entropy_grad)
+def _cross_entropy_grad(info, dims, dloss, grad, target, ignore_index):
+    dloss, grad, target = (_front(info, t, dim) for t, dim in zip((dloss, grad, target), dims))
+    # Rows of several batches have no loss in common.
+    dloss = dloss.view(info.batch_size, -1).expand(target.shape)
+    dx = ops.cross_entropy_grad(*map(_as_images, (dloss, grad, target)), ignore_index)
+    return dx.unflatten(0, target.shape), 0

@@ -123,3 +123,7 @@ cross_entropy = _operator(
     "-> (Tensor, Tensor)",
     lambda x, target, weight, reduction, ignore_index, smoothing: shapes.cross_entropy(x, reduction),
 )
+cross_entropy_grad = _operator(
+    "cross_entropy_grad(Tensor dloss, Tensor grad, Tensor target, int ignore_index) -> Tensor",
+    lambda dloss, grad, target, ignore_index: shapes.cross_entropy_grad(grad),
+)

@@ -178,3 +178,8 @@ def cross_entropy(x, target, weight, reduction, ignore_index, smoothing):
     grad = wide.softmax(1) * (factor + share.sum()) - (torch.where(is_target, factor, 0) + share)
     # Ignored rows have zeros, whatever their logits are, and where a mean over no rows has a scale of infinity.
     return loss.to(x.dtype), torch.where(kept[:, None], grad, 0).to(x.dtype)
+
+
+def cross_entropy_grad(dloss, grad, target, ignore_index):
+    dx = dloss.unsqueeze(-1) * grad
+    return dx.masked_fill_((target.long() == ignore_index)[:, None], 0).contiguous()

@@ -6,8 +6,13 @@ import torch
 
 from .. import ops
 from ..kernels import indices
-from ..registration import below_autograd, register_autograd
+from ..registration import below_autograd, in_backward, register_autograd
 from ._common import save, total
+
+
+def _along(v, grad, target, ignore_index):
+    """What each row's loss has of v, in the direction of its logits: nothing in an ignored row, whatever v is there."""
+    return torch.where((target.long() != ignore_index)[:, None], grad * v, 0).sum(1)
 
 
 @register_autograd(ops.cross_entropy)
@@ -43,15 +48,44 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, dgrad):
-        *_, grad = ctx.saved_tensors
+        _, target, _, grad = ctx.saved_tensors
         dx = None
         if dloss is not None:
-            dx = (dloss[:, None] if ctx.arguments[0] == "none" else dloss) * grad
+            dx = in_backward(ops.cross_entropy_grad, dloss, grad, target, ctx.arguments[1])
         return total(dx, CrossEntropy.curvature(ctx, dgrad) if dgrad is not None else None), *(None,) * 5
 
     @staticmethod
     def jvp(ctx, tx, *_):
         _, target, _, grad = ctx.saved_tensors
-        # An ignored row has no part in it, whatever its tangent is.
-        tloss = torch.where((target.long() != ctx.arguments[1])[:, None], grad * tx, 0).sum(1)
+        tloss = _along(tx, grad, target, ctx.arguments[1])
         return tloss if ctx.arguments[0] == "none" else tloss.sum(), CrossEntropy.curvature(ctx, tx)
+
+
+@register_autograd(ops.cross_entropy_grad)
+class CrossEntropyGrad(torch.autograd.Function):
+    """dx = dloss * grad, and 0 in ignored rows: a product, linear in each of the two."""
+
+    @staticmethod
+    def forward(ctx, dloss, grad, target, ignore_index):
+        ctx.set_materialize_grads(False)
+        save(ctx, dloss, grad, target)
+        ctx.ignore_index = ignore_index
+        return below_autograd(ops.cross_entropy_grad, dloss, grad, target, ignore_index)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        dloss, grad, target = ctx.saved_tensors
+        ddloss = dgrad = None
+        if ddx is not None and ctx.needs_input_grad[0]:
+            ddloss = _along(ddx, grad, target, ctx.ignore_index)
+            ddloss = ddloss if dloss.dim() else ddloss.sum()
+        if ddx is not None and ctx.needs_input_grad[1]:
+            dgrad = ops.cross_entropy_grad(dloss, ddx, target, ctx.ignore_index)
+        return ddloss, dgrad, None, None
+
+    @staticmethod
+    def jvp(ctx, tdloss, tgrad, *_):
+        dloss, grad, target = ctx.saved_tensors
+        rest = target, ctx.ignore_index
+        by_dloss = ops.cross_entropy_grad(tdloss, grad, *rest) if tdloss is not None else None
+        return total(by_dloss, ops.cross_entropy_grad(dloss, tgrad, *rest) if tgrad is not None else None)

@@ -557,9 +557,10 @@ def cross_entropy(
 
     - The derivatives by the logits of an ignored row are 0, as torch documents it, whatever it holds and whatever the
       weights are; torch gives NaN where the row is not finite, and with smoothing where a weight is not.
-    - Backward multiplies by the gradient of what is made of the loss: where that is NaN or infinite, as where a sum is
-      divided by a count of 0, so are ignored rows, which are 0 in torch.
-    - The derivative in a direction (forward mode) is the gradient's product with it, and 0 for a mean over no rows.
+    - Where what the loss is multiplied by in backward is not finite, neither are the gradients of rows that count;
+      which of NaN and the infinities they are may differ. Ignored rows have 0, as in torch.
+    - The derivative in a direction, of forward mode and of a gradient by what it is multiplied by, is the gradient's
+      product with it, and 0 for a mean over no rows.
     - A mean whose weights cancel to a sum of 0 is not finite; which of NaN and the infinities it is may differ.
 
     Returns:
