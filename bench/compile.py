@@ -102,9 +102,18 @@ class Calls:
         launchers.relu_grad(y, y)
 
     def cross_entropy(self, n, c, weighted=False):
+        """Forward, and backward of the loss."""
         weight = self.tensor(c) if weighted else None
         target = torch.empty(n, dtype=torch.int64)
-        launchers.cross_entropy(self.tensor(n, c), target, weight, "mean", -100, 0.1 if weighted else 0.0)
+        smoothing = 0.1 if weighted else 0.0
+        loss, grad = launchers.cross_entropy(self.tensor(n, c), target, weight, "mean", -100, smoothing)
+        launchers.cross_entropy_grad(loss, grad, target, -100)
+
+    def losses_of_rows(self, n, c):
+        """The gradient of a loss for each row: of dense rows, and of rows that are a part of wider ones."""
+        target = torch.empty(n, dtype=torch.int64)
+        for grad in (self.tensor(n, c), self.tensor(n, 2 * c)[:, :c]):
+            launchers.cross_entropy_grad(self.tensor(n), grad, target, -100)
 
     def linear(self, m, k, n):
         """Forward and both gradients."""
@@ -272,6 +281,7 @@ def layers(c, format, brief):
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
     yield "loss of many classes", lambda: c.cross_entropy(64, 50000)
+    yield "loss of each row", lambda: c.losses_of_rows(64, 1000)
 
 
 def lenet_again(c, format, lanes, bounded, brief):

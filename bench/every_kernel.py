@@ -38,6 +38,7 @@ def calls(t):
     yield F.max_pool2d(last, 3, 2, 1)
     yield F.max_pool2d(images, 2, return_indices=True)[0]
     yield F.cross_entropy(x, torch.arange(5, device=x.device))
+    yield F.cross_entropy(x, torch.arange(5, device=x.device), reduction="none", ignore_index=1)
     for mode in ("reflect", "replicate", "circular"):
         yield tritonnet.nn.Conv2d(4, 2, 3, padding=1, padding_mode=mode).to(x)(images)
     # Long sums are split between programs and added up by a kernel of their own.

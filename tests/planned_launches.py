@@ -58,6 +58,8 @@ def calls(t):
                 target = torch.empty(m, dtype=torch.int64)
                 yield launchers.cross_entropy, t(m, n), target, None, reduction, ignored, smoothing
         yield launchers.cross_entropy, t(m, n), torch.empty(m, dtype=torch.uint8), t(n), "mean", -100, 0.0
+        for dloss, ignored in ((t(1)[0], -100), (t(1)[0], 1), (t(m), 1), (t(1).expand(m), 1)):
+            yield launchers.cross_entropy_grad, dloss, t(m, n), torch.empty(m, dtype=torch.int64), ignored
         layers = t(n, k), t(n), t(16, n), t(16), None, None, None, None
         yield launchers.linear_chain, x, *layers, True
         yield launchers.linear_chain, x, *layers, False

@@ -133,6 +133,14 @@ RESULTS = {
             empty(2**24, 136), torch.zeros(1, dtype=torch.int64).expand(2**24), None, "sum", 0, 0.0
         ),
     ],
+    "cross_entropy_grad_kernel": [
+        lambda: L.cross_entropy_grad(
+            empty(1).expand(2**24), empty(2**24, 136), torch.zeros(1, dtype=torch.int64).expand(2**24), 0
+        ),
+        lambda: L.cross_entropy_grad(  # the result alone is huge
+            empty(1)[0], rows(136), torch.zeros(1, dtype=torch.int64).expand(ROWS), 0
+        ),
+    ],
     "fold_padding_kernel": [
         lambda: padding.fold_padding(many(16, 35, 35), empty(BIG, 16, 33, 33), (1, 1, 1, 1), "reflect"),
         lambda: padding.fold_padding(many(16, 35, 35), empty(BIG, 16, 33, 33, last=True), (1, 1, 1, 1), "circular"),
@@ -254,6 +262,12 @@ INPUTS = {
         (
             lambda x, t, w: L.cross_entropy(x, t, w, "mean", -100, 0.1)[1],
             whole(3, 4), torch.tensor([1, 0, 3], device=DEVICE), whole(4) + 4,  # no mean over a weight of 0
+        ),
+    ],
+    "cross_entropy_grad_kernel": [
+        (
+            lambda d, g, t: L.cross_entropy_grad(d, g, t, 1),
+            whole(3), whole(3, 4), torch.tensor([1, 0, 3], device=DEVICE),
         ),
     ],
     "fold_padding_kernel": [
