@@ -4,10 +4,12 @@ the next evaluation and the next step go by it, and no batch spoils them. torch'
 
 import contextlib
 import copy
+import gc
 import io
 import math
 import multiprocessing
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -417,6 +419,39 @@ def test_images_and_modes_of_torch(device, no_graphs):
     model.fc1.bias.data.mul_(1.0)
     with torch.no_grad():
         assert torch.equal(model(negative), first)
+
+
+def test_an_evaluation_keeps_no_model(device):
+    """A hook on a parameter may have the model; a parameter that was replaced may go, too."""
+    net = tritonnet.LeNet(size=28).to(device).eval()
+    net.fc1.weight.register_hook(lambda g, net=net: g)
+    images, _ = batch(net, SIZE, device)
+    assert_evaluates(net, images)
+    model, parameter = weakref.ref(net), weakref.ref(net.fc3.bias)
+    net.fc3.bias = None
+    gc.collect()
+    assert parameter() is None
+    assert_evaluates(net, images, None)
+    del net
+    gc.collect()
+    assert model() is None
+
+
+def test_an_evaluation_that_is_the_layers(device):
+    """Under autocast to float16, with a method put on a layer, and of bytes of another size than the layers take."""
+    net = tritonnet.LeNet().to(device).eval()
+    images, _ = batch(net, (2, 1, 32, 32), device)
+    assert_evaluates(net, images)
+    with torch.no_grad(), torch.autocast(device.type, torch.float16), tritonnet.count_launches() as launches:
+        assert net(images).dtype == torch.float16
+    assert "lenet_forward_kernel" not in launches
+    convolve = net.conv1._conv_forward
+    net.conv1._conv_forward = lambda *arguments: 2 * convolve(*arguments)
+    assert_evaluates(net, images, None)
+    net = tritonnet.LeNet().to(device).eval()
+    net.conv1 = tritonnet.nn.Conv2dReLUMaxPool2d(1, 6, 5, padding=2).to(device)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        net(torch.zeros(2, 1, 28, 28, dtype=torch.uint8, device=device))
 
 
 # What a test draws between a step or an evaluation and the next: writes, loads, moves, and edits of the optimizer.

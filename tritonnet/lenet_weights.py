@@ -1,6 +1,7 @@
 """Which LeNets have launches of their own, where those find their weights, and the whole forward in two launches."""
 
 import weakref
+from itertools import pairwise, repeat
 from operator import attrgetter, is_, itemgetter
 
 import torch
@@ -16,6 +17,9 @@ if launchers is not None:
     from .kernels.linear import precision as linear_precision
 
 _ADDRESS, _STRIDE = torch.Tensor.data_ptr, torch.Tensor.stride
+_REFERRED = weakref.ref.__call__
+# What is_plain looks for in a layer itself.
+_METHODS = "forward", "_conv_forward"
 
 FORMATS = ("ieee", "tf32", "bfloat16")
 # Pixels a side by what the first convolution pads with and the features of the first linear.
@@ -106,7 +110,8 @@ def parameters_of(layers, geometry, dtypes=(torch.float32,), strided=False):
             raise NotServed(f"a parameter of shape {list(p.shape)} is not of {list(shape)}, which its layer says")
         if p.dtype != dtype or p.device != device or dtype not in dtypes:
             raise NotServed(f"parameters of {p.dtype} on {p.device}")
-    if not strided and len(set(map(_ADDRESS, parameters))) < 10:
+    places = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters)
+    if not strided and any(end > start for (_, end), (start, _) in pairwise(places)):
         raise NotServed("parameters share their memory")
     return parameters
 
@@ -134,9 +139,11 @@ class _Seen:
 
     def __init__(self, layers, places):
         self.geometry = geometry_of(layers)
-        self.parameters = parameters_of(layers, self.geometry, (torch.float32, torch.bfloat16), strided=True)
-        self.dtype, self.device = self.parameters[0].dtype, self.parameters[0].device
-        rows = torch.tensor(list(map(lenet.place, self.parameters)), dtype=torch.int64, device="cpu")
+        parameters = parameters_of(layers, self.geometry, (torch.float32, torch.bfloat16), strided=True)
+        self.dtype, self.device = parameters[0].dtype, parameters[0].device
+        # A hook on a parameter may have the model: held here, it would never go.
+        self.parameters = list(map(weakref.ref, parameters))
+        rows = torch.tensor(list(map(lenet.place, parameters)), dtype=torch.int64, device="cpu")
         # The same table for as long as it can be: a CUDA graph that somebody has captured reads it at every replay.
         self.places = places
         if places is None or places.device != self.device:
@@ -145,21 +152,23 @@ class _Seen:
         self.places.copy_(rows)
         # Hooks are added to dicts that stay the same: none of them is kept.
         self.attributes = [tuple({} if isinstance(a, dict) else a for a in part) for part in self._attributes(layers)]
-        self.before = self._others(layers)
+        self.before = self._others(layers, parameters)
 
     def _attributes(self, layers):
         conv1, conv2, *linears = map(vars, layers)
         return [self.convolution(conv1), self.convolution(conv2), *map(self.linear, linears)]
 
-    def _others(self, layers):
-        types = [(id(layer), type(layer), "forward" in vars(layer)) for layer in layers]
-        where = list(map(_ADDRESS, self.parameters)), list(map(_STRIDE, self.parameters))
-        return types, list(map(self.kind, self.parameters)), where
+    def _others(self, layers, parameters):
+        types = [(id(layer), type(layer), *map(vars(layer).__contains__, _METHODS)) for layer in layers]
+        where = list(map(_ADDRESS, parameters)), list(map(_STRIDE, parameters))
+        return types, list(map(self.kind, parameters)), where
 
     def still(self, layers):
         """Whether it would be found to be the same again."""
-        parameters = (layer._parameters.get(name) for layer in layers for name in ("weight", "bias"))
-        same = all(map(is_, parameters, self.parameters)) and self._others(layers) == self.before
+        parameters = [layer._parameters.get(name) for layer in layers for name in ("weight", "bias")]
+        if any(map(is_, parameters, repeat(None))) or not all(map(is_, parameters, map(_REFERRED, self.parameters))):
+            return False
+        same = self._others(layers, parameters) == self.before
         return same and self._attributes(layers) == self.attributes and not global_hooks()
 
 
@@ -195,9 +204,14 @@ def predict(model, layers, images, pixels):
         return None
     geometry, dtype, device = seen.geometry, seen.dtype, seen.device
     raw, (N, C, H, W) = images.dtype == torch.uint8, images.shape
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) != torch.bfloat16:
+        return None
     if images.device != device or C != geometry.channels or N == 0:
         return None
     if not raw and (images.dtype != dtype or H != geometry.size or W != geometry.size):
+        return None
+    read = pixels(images) if raw else lenet_forward.Pixels()
+    if raw and H + 2 * read.frame != geometry.size:
         return None
     format = "bfloat16" if dtype == torch.bfloat16 else default_format(device)
     logits = images.new_empty(N, geometry.classes, dtype=torch.bfloat16 if format == "bfloat16" else dtype)
@@ -206,7 +220,6 @@ def predict(model, layers, images, pixels):
         lenet_pack.pack(seen.places, dtype, plain, packed, geometry, format)
         lenet_forward.forward(
             images.resolve_neg().contiguous(), None, plain, packed, geometry, format,
-            pixels(images) if raw else lenet_forward.Pixels(),
-            lenet_forward.activations(N, geometry, format, device, train=False), logits,
+            read, lenet_forward.activations(N, geometry, format, device, train=False), logits,
         )  # fmt: skip
     return logits
