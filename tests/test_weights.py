@@ -9,6 +9,7 @@ import io
 import math
 import multiprocessing
 import os
+import pickle
 import weakref
 
 import numpy as np
@@ -20,6 +21,7 @@ from exact import ROUNDOFF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train_step import INFERENCE, assert_same_state, batch, by_torch, small
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tritonnet
 from tritonnet import lenet_step
@@ -421,6 +423,192 @@ def test_images_and_modes_of_torch(device, no_graphs):
         assert torch.equal(model(negative), first)
 
 
+def assert_as_one_update(net, twin, true, batches):
+    """The twin's, of the gradients of a group of calls, has come to the same weights."""
+    true.zero_grad()
+    with tritonnet.backend("reference"):
+        for images, labels in batches:
+            (TF.cross_entropy(twin(images), labels) / len(batches)).backward()
+    true.step()
+    assert_same_weights(net, twin)
+
+
+def test_a_group_that_goes_on_with_the_operators(device):
+    """A call of it was not finite before the launches were left: its gradients are in the sum."""
+    net, step, twin, true = pair("Adam", device, accumulate=2)
+    good, (bad, labels) = batch(net, SIZE, device, 1), batch(net, SIZE, device, 2)
+    bad[0] = math.nan
+    with contextlib.suppress(FloatingPointError):
+        step(bad, labels)
+    hook = net.fc3.weight.register_hook(lambda g: g)
+    with contextlib.suppress(FloatingPointError):
+        step(*good)
+    hook.remove()
+    assert step.path == "operators" and not step.optimizer.state
+    assert_same_weights(net, twin, 0)
+    step(*good), step(*good)
+    assert_as_one_update(net, twin, true, [good, good])
+
+
+@pytest.mark.parametrize("change", ["resumed", "set back"])
+def test_a_state_that_others_brought_outlives_a_bad_batch(change, device):
+    """Counts of 0 do not say that nothing is there: a group's first call has not looked, and counts are set back."""
+    net, step, twin, true = pair("Adam", device)
+    steps_alike(net, step, twin, true, device, [0])
+    if change == "resumed":
+        step = tritonnet.TrainStep(net, TF.cross_entropy, step.optimizer, "ieee", accumulate=2)
+    else:
+        for optimizer in (step.optimizer, true):
+            for state in optimizer.state.values():
+                state["step"].zero_()
+    images, labels = batch(net, SIZE, device, 1)
+    images[0] = math.nan
+    with pytest.raises(FloatingPointError):
+        step(images, labels)
+        step.check()
+    assert_same_state(step.optimizer.state_dict(), true.state_dict())
+
+
+def test_the_operators_find_no_state_that_the_launches_made(device):
+    """torch's first momentum buffer is the gradient, of which dampening takes nothing."""
+    net, step, twin, true = pair("SGD", device)
+    for n in (net, twin):
+        # Not at the same address, but within.
+        n.fc1.bias.data = n.fc2.weight.data[1]
+    steps_alike(net, step, twin, true, device, [0])
+    assert step.path == "operators" and "share" in step.reason
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_call_that_was_interrupted(turn, device, no_graphs, monkeypatch):
+    """It is made once more: what is left of the group before is not in the sum."""
+    net, step, twin, true = pair("SGD", device, accumulate=2)
+    batches = [batch(net, SIZE, device, i) for i in range(4)]
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    for i, (images, labels) in enumerate(batches):
+        if i == 2 + turn:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(lenet_step.lenet_forward, "forward", interrupted)
+                step(images, labels)
+        step(images, labels)
+        if i % 2:
+            assert_as_one_update(net, twin, true, batches[i - 1 : i + 1])
+
+
+def test_a_call_without_a_loss_is_none_of_its_group():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    twin = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.5) for n in (net, twin)]
+    step = tritonnet.TrainStep(net, TF.cross_entropy, optimizers[0], accumulate=2)
+    images, labels = torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(RuntimeError):
+        step(torch.randn(2, 1, 3, 2), labels[:2])
+    step(images[:2], labels[:2]), step(images[2:], labels[2:])
+    by_torch(twin, optimizers[1], images, labels)
+    assert_same_weights(net, twin)
+
+
+class Replacing(torch.nn.Module):
+    """Its forward puts other tensors in place of its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("latest", None)
+
+    def forward(self, x):
+        self.latest = x.detach().mean()
+        self.mean = 0.9 * self.mean + 0.1 * self.latest
+        return self.linear(x.flatten(1) - self.mean)
+
+
+def test_buffers_that_are_replaced_are_not_spoilt():
+    net, labels = Replacing(), torch.tensor([0, 1, 2])
+    step = tritonnet.TrainStep(net, TF.cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1))
+    for _ in range(2):
+        before = net.mean, net.latest
+        with pytest.raises(FloatingPointError):
+            step(torch.full((3, 1, 2, 2), math.nan), labels)
+        assert net.mean is before[0] and net.latest is before[1]
+        step(torch.randn(3, 1, 2, 2), labels)
+        assert net.latest is not before[1]
+
+
+@pytest.mark.parametrize("how, graphs", [("pickle", False), ("deepcopy", True)])
+def test_copies_of_a_step(how, graphs, device, monkeypatch):
+    """They go on from where the step is, and reach neither its model nor its losses; nor does it reach theirs."""
+    if graphs and device.type == "cpu":
+        monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cpu",))
+        monkeypatch.setattr(lenet_step, "capture", lambda launch, restore, device: [launch(), restore(), launch][2])
+    net = tritonnet.LeNet(size=28).to(device)
+    step = tritonnet.TrainStep(net, TF.cross_entropy, OPTIMIZERS["Adam"](net.parameters()), "ieee")
+    images, labels = batch(net, SIZE, device)
+    first = step(images, labels)
+    found, stayed = float(first), copy.deepcopy(net)
+    other = copy.deepcopy(step) if how == "deepcopy" else pickle.loads(pickle.dumps(step))
+    losses = [other(images, labels)]
+    assert_same_weights(net, stayed, 0)
+    losses.append(step(images, labels))
+    assert torch.equal(*losses) and losses[0] != first == found
+    assert_same_weights(net, other.model, 0)
+    assert_same_state(step.optimizer.state_dict(), other.optimizer.state_dict(), 0)
+    images[0] = math.nan
+    with pytest.raises(FloatingPointError, match="call 3 "):
+        other(images, labels)
+        other.check()
+    step.check()
+    assert_same_weights(net, other.model, 0)
+
+
+@pytest.mark.parametrize("change", [lambda g: g.double(), lambda g: g.t().contiguous().t()], ids=["dtype", "order"])
+def test_gradients_of_a_group_that_lie_otherwise(change, device):
+    net, step, twin, true = pair("SGD", device, accumulate=2)
+    batches = [batch(net, SIZE, device, i) for i in range(2)]
+    step(*batches[0])
+    net.fc2.weight.grad.data = change(net.fc2.weight.grad)
+    step(*batches[1])
+    assert step.path == "fused launches"
+    assert_as_one_update(net, twin, true, batches)
+
+
+def test_what_would_not_be_called_or_computed_takes_the_operators(device):
+    """Hooks on every optimizer's steps, and gradients of images. An interruption on the way changes nothing."""
+    seen = []
+
+    def interrupted(line):
+        if "operators" in line:
+            raise KeyboardInterrupt
+
+    net, step, *_ = pair("SGD", device)
+    images, labels = batch(net, SIZE, device)
+    hook = register_optimizer_step_pre_hook(lambda *_: seen.append(1))
+    try:
+        step(images, labels)
+    finally:
+        hook.remove()
+    assert seen == [1] and step.reason == "the optimizer has hooks"
+    net, step, *_ = pair("SGD", device, report=interrupted)
+    images.requires_grad_()
+    with pytest.raises(KeyboardInterrupt):
+        step(images, labels)
+    step(images, labels)
+    assert images.grad.any() and step.reason == "images take gradients, too"
+
+
+def test_a_scheduler_that_is_made_later(device, recwarn):
+    _, step, *_ = pair("SGD", device)
+    images, labels = batch(step.model, SIZE, device)
+    step(images, labels)
+    schedule = torch.optim.lr_scheduler.StepLR(step.optimizer, 1)
+    step(images, labels)
+    schedule.step()
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
 def test_an_evaluation_keeps_no_model(device):
     """A hook on a parameter may have the model; a parameter that was replaced may go, too."""
     net = tritonnet.LeNet(size=28).to(device).eval()
@@ -452,6 +640,9 @@ def test_an_evaluation_that_is_the_layers(device):
     net.conv1 = tritonnet.nn.Conv2dReLUMaxPool2d(1, 6, 5, padding=2).to(device)
     with torch.no_grad(), pytest.raises(RuntimeError):
         net(torch.zeros(2, 1, 28, 28, dtype=torch.uint8, device=device))
+    step = tritonnet.TrainStep(net, TF.cross_entropy, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="images must be"):
+        step(torch.zeros(2, 1, 28, 28, dtype=torch.uint8, device=device), torch.zeros(2, dtype=torch.int64))
 
 
 # What a test draws between a step or an evaluation and the next: writes, loads, moves, and edits of the optimizer.

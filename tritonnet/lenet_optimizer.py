@@ -7,6 +7,7 @@ from itertools import chain, zip_longest
 from operator import attrgetter, is_
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .dispatch import launchers
 from .lenet_weights import NotServed
@@ -20,12 +21,20 @@ _END = (object(),)
 _ADDRESS, _VALUE = torch.Tensor.data_ptr, attrgetter("value")
 
 
+def have_hooks(optimizer):
+    """Whether somebody is to be called with each update, of this optimizer or of all."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    )  # fmt: skip
+
+
 def rule_of(optimizer, parameters):
     """(what the kernel is compiled for, the group of each parameter); NotServed if it is no rule of the kernel's."""
     kind = {torch.optim.SGD: "SGD", torch.optim.Adam: "Adam", torch.optim.AdamW: "Adam"}.get(type(optimizer))
     if kind is None:
         raise NotServed(f"the optimizer is a {type(optimizer).__name__}")
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if have_hooks(optimizer):
         raise NotServed("the optimizer has hooks")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     if set(groups) != {id(p) for p in parameters}:
@@ -106,10 +115,9 @@ class Moments:
         self.names = _MOMENTS[rule["rule"]][: rule["moments"] if self._adam else int(rule["momentum"])]
         self.device, n = parameters[0].device, len(parameters)
         self.steps = torch.zeros(n, dtype=torch.float32, device=self.device)
-        fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-        self._fused = [id(p) in fused for p in parameters]
         # Of each parameter the moments, and where the kernel counts; where torch counts on the CPU, and of whom.
         self._moments, self._counts, self._counters, self._counter_of = [()] * n, list(self.steps.unbind()), [], []
+        self._own_counts = list(self._counts)
         self._seen, self._tensors, self._counted, self.addresses = [None], [], [], []
 
     def load(self):
@@ -130,11 +138,12 @@ class Moments:
     def _take_over(self):
         """Look at the whole state: whether it is there, and is what the kernels read."""
         tensors, self._counters, self._counter_of = [], [], []
+        fused = {id(p) for group in self.optimizer.param_groups if group.get("fused") for p in group["params"]}
         for i, p in enumerate(self.parameters if self.names or self._adam else ()):
             state = self.optimizer.state[p]
             found = [state.get(name) for name in self.names]
             if self._adam:
-                state["step"] = self._find_count(i, state.get("step", 0.0))
+                state["step"] = self._find_count(i, state.get("step", 0.0), id(p) in fused)
                 tensors.append(state["step"])
             elif not (self._moments[i] and found[0] is self._moments[i][0]):
                 # What matters to SGD is whether there was an update.
@@ -144,14 +153,15 @@ class Moments:
             tensors += self._moments[i]
         self._seen, self._tensors, self.addresses = list(self._values()), tensors, list(map(_ADDRESS, tensors))
 
-    def _find_count(self, i, step):
+    def _find_count(self, i, step, fused):
         """The count of parameter i in the optimiser's state, or one like it that can be counted on."""
         fits = isinstance(step, torch.Tensor) and step.dim() == 0
-        if self._fused[i]:
+        if fused:
             if not (fits and step.dtype == torch.float32 and step.device == self.device):
                 step = torch.tensor(float(step), dtype=torch.float32, device=self.device)
             self._counts[i] = step
         else:
+            self._counts[i] = self._own_counts[i]
             if not (fits and step.dtype in _COUNTERS and step.device.type == "cpu"):
                 step = torch.tensor(float(step), dtype=torch.float32, device="cpu")
             # In the tensor's own memory Python counts faster than torch.
@@ -189,9 +199,12 @@ class Moments:
         for k, (i, counter, counted) in enumerate(zip(self._counter_of, self._counters, self._counted)):
             if counter.value == counted:
                 counter.value = self._counted[k] = made[i]
-        for p, count in zip(self.parameters, made):
+        for p, count, moments in zip(self.parameters, made, self._moments):
             state = self.optimizer.state.get(p)
-            if state and not count:
+            # What somebody else has brought, such as a count that was set back, holds more than zeros.
+            if not state or count or not moments or state.get(self.names[0]) is not moments[0]:
+                continue
+            if not any(moment.any() for moment in moments):
                 # As torch has it in front of the first update.
                 for name in ("step", *self.names):
                     state.pop(name, None)

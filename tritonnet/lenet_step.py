@@ -2,12 +2,13 @@
 
 import warnings
 from operator import attrgetter, is_
+from typing import NamedTuple
 
 import torch
 
 from . import nn
 from .dispatch import implementation, launchers, on_device
-from .lenet_optimizer import Moments, numbers_of, rate_on_device, rule_of, settings_of
+from .lenet_optimizer import Moments, have_hooks, numbers_of, rate_on_device, rule_of, settings_of
 from .lenet_weights import NotServed, buffers, default_format, geometry_of, parameters_of
 from .losses import FirstBad, Losses
 from .nn import functional as F
@@ -25,7 +26,7 @@ MOST_BATCHES = 8
 
 _ADDRESS, _IS_CONTIGUOUS = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
 # Another number of bytes is another shape or dtype; on another device they lie elsewhere.
-_BYTES, _REQUIRES_GRAD = attrgetter("nbytes"), attrgetter("requires_grad")
+_BYTES, _REQUIRES_GRAD, _GRAD = attrgetter("nbytes"), attrgetter("requires_grad"), attrgetter("grad")
 # Of a parameter: hooks on its gradient, and on that it has been added up.
 _ON_GRADIENT, _ON_SUM = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
@@ -45,6 +46,11 @@ def ignored_target(loss):
 def _have_hooks(parameters):
     """Whether somebody is to be called with a gradient of these, whom the launches do not call."""
     return any(map(_ON_GRADIENT, parameters)) or any(map(_ON_SUM, parameters))
+
+
+def _lie_in_order(tensors, sizes):
+    """Whether tensors have so many bytes each, in the order that torch begins with."""
+    return list(map(_BYTES, tensors)) == sizes and all(map(_IS_CONTIGUOUS, tensors))
 
 
 class NotCaptured(Exception):
@@ -91,6 +97,17 @@ class Batch:
         self.replays, self.captured = {}, static  # False once a capture has failed
 
 
+class Progress(NamedTuple):
+    """How far a step has come: its calls, whether one of the group of calls was in trouble, the launches' format."""
+
+    calls: int = 0
+    spoiled: bool = False
+    format: str | None = None
+
+
+NOTHING_YET = Progress()
+
+
 class FusedLaunches:
     """The step of a net that `geometry_of` knows; NotServed, when it is made or called, where there is none.
 
@@ -98,11 +115,14 @@ class FusedLaunches:
         layers: conv1, conv2, fc1, fc2 and fc3 of the model.
         pixels: function of images that gives how the kernels read them, or None where bytes are not taken.
         report: function that hears of a capture that failed, in place of a warning.
+        progress: how far the step has come that this one goes on from.
     """
 
     graphs_on = ("cuda",)
 
-    def __init__(self, model, layers, loss, optimizer, pixels, precision, accumulate, report=None):
+    def __init__(
+        self, model, layers, loss, optimizer, pixels, precision, accumulate, report=None, progress=NOTHING_YET
+    ):
         self.geometry = geometry_of(layers)
         self.parameters = parameters = parameters_of(layers, self.geometry)
         if {id(p) for p in model.parameters()} != {id(p) for p in parameters}:
@@ -114,16 +134,16 @@ class FusedLaunches:
         self.ignore_index = ignored_target(loss)
         self.rule, _ = rule_of(optimizer, parameters)
         self.layers, self.optimizer, self.pixels, self.accumulate = layers, optimizer, pixels, accumulate
-        self.device, self.calls = parameters[0].device, 0
-        self.format = precision or default_format(self.device)
+        self.device, self.calls = parameters[0].device, progress.calls
+        self.format = progress.format or precision or default_format(self.device)
         self.moments = Moments(parameters, optimizer, self.rule)
         self.grads = [torch.zeros_like(p, requires_grad=False) for p in parameters] if accumulate > 1 else []
         self.numbers = torch.zeros(len(parameters), lenet.NUMBERS, dtype=torch.float32, device=self.device)
         self.places = torch.zeros(len(parameters), lenet.PLACES, dtype=torch.int64, device=self.device)
         self.steps = torch.zeros(len(parameters), dtype=torch.int32, device=self.device)
         self.plain, self.packed = buffers(self.geometry, self.format, self.device)
-        self.losses, self.bad = Losses(self.device), FirstBad(self.device)
-        self.report, self._said, self._told, self._unsettled = report, False, False, False
+        self.losses, self.bad = Losses(self.device), FirstBad(self.device, progress.calls, progress.spoiled)
+        self.report, self._said, self._told, self._unsettled = report, False, None, False
         self._settings, self._rows, self._batches, self._latest = [], None, {}, None
         self._bytes, self._addresses = list(map(_BYTES, parameters)), []
         # Where the model has its parameters, which may be replaced.
@@ -137,11 +157,13 @@ class FusedLaunches:
             self._follow_optimizer()
             if not all(map(is_, map(dict.get, self._registers, self._names), self._registered)):
                 raise NotServed("parameters have been replaced")
+            if images.requires_grad:
+                raise NotServed("images take gradients, too")
             if not all(map(_REQUIRES_GRAD, self.parameters)):
                 raise NotServed("parameters have been frozen")
             if _have_hooks(self.parameters):
                 raise NotServed("parameters have got hooks")
-            if list(map(_BYTES, self.parameters)) != self._bytes or not all(map(_IS_CONTIGUOUS, self.parameters)):
+            if not _lie_in_order(self.parameters, self._bytes):
                 raise NotServed("parameters have got another dtype, shape or order in memory")
             key = images.shape, images.dtype, labels.shape, labels.dtype
             batch = self._batches.get(key)
@@ -154,7 +176,6 @@ class FusedLaunches:
             if last:
                 self._prepare_update()
             self._follow_memory()
-            self.calls += 1
             loss = self.losses.next()
             try:
                 if batch is None:
@@ -168,6 +189,8 @@ class FusedLaunches:
                 self.losses.start_anew()
                 self.moments.start_anew()
                 raise
+            # A call that fails is none of its group: what comes next takes its turn.
+            self.calls += 1
             if last:
                 self.moments.count()
                 if self._unsettled:
@@ -207,17 +230,20 @@ class FusedLaunches:
 
     def _follow_gradients(self, turn):
         """Show the gradients of a group of calls in p.grad, and take up there what has become of them since."""
-        for p, grad in zip(self.parameters, self.grads):
-            if p.grad is grad:
-                continue
-            if turn > 0:
-                grad.zero_() if p.grad is None else grad.copy_(p.grad)
-            p.grad = grad
+        grads = self.grads
+        if all(map(is_, map(_GRAD, self.parameters), grads)) and _lie_in_order(grads, self._bytes):
+            return
+        for i, p in enumerate(self.parameters):
+            if not _lie_in_order(grads[i : i + 1], self._bytes[i : i + 1]):
+                grads[i] = torch.zeros_like(p, requires_grad=False)
+            if turn > 0 and p.grad is not grads[i]:
+                grads[i].zero_() if p.grad is None else grads[i].copy_(p.grad)
+            p.grad = grads[i]
 
     def _follow_optimizer(self):
         """Take over what has changed about the optimizer; most calls find nothing."""
         optimizer = self.optimizer
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        if have_hooks(optimizer):
             raise NotServed("the optimizer has hooks")
         settings = settings_of(optimizer)
         if len(settings) == len(self._settings) and all(map(is_, settings, self._settings)):
@@ -244,8 +270,9 @@ class FusedLaunches:
             raise TypeError("images of dtype uint8 need a tritonnet.LeNet, which knows their mean and deviation")
         if not raw and images.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"images must be floating or uint8, got {images.dtype}")
-        side = tuple(images.shape[2:]) if raw else (size, size)
-        if images.dim() != 4 or len(images) == 0 or tuple(images.shape[1:]) != (C, *side):
+        some = images.dim() == 4 and len(images) > 0
+        side = size - 2 * self.pixels(images).frame if raw and some else size
+        if not some or tuple(images.shape[1:]) != (C, side, side):
             raise ValueError(f"images must be (N, {C}, {size}, {size}) with N > 0, got {list(images.shape)}")
         if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.uint8):
             raise ValueError(
@@ -265,7 +292,7 @@ class FusedLaunches:
             self._settled = True
         if self._rates:
             self._fetch_rates()
-        if not self._told:
+        if self._told != vars(self.optimizer).get("step"):
             self._tell_schedulers()
 
     def _fetch_rates(self):
@@ -279,14 +306,17 @@ class FusedLaunches:
                 place.copy_(rate)
 
     def _tell_schedulers(self):
-        """A scheduler warns if the optimiser's step was never called: without gradients it does nothing."""
+        """A scheduler, which puts a step of its own on the optimiser, warns if that was never called."""
         grads = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        self.optimizer.step()
-        for p, grad in zip(self.parameters, grads):
-            p.grad = grad
-        self._told = True
+        try:
+            # Without gradients it does nothing.
+            for p in self.parameters:
+                p.grad = None
+            self.optimizer.step()
+        finally:
+            for p, grad in zip(self.parameters, grads):
+                p.grad = grad
+        self._told = vars(self.optimizer).get("step")
 
     def _new_batch(self, key, images, labels, add, update):
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -375,6 +405,13 @@ class FusedLaunches:
             graph()
 
         return replay
+
+    def progress(self):
+        """Where another step may go on, with the optimiser's state that of the updates made; waits for the device."""
+        with on_device(self.device):
+            self.moments.settle()
+        spoiled = self.calls % self.accumulate > 0 and self.bad.in_group()
+        return Progress(self.calls, spoiled, self.format)
 
     def check(self):
         """FloatingPointError if the loss of a call was not finite since the last time; waits for the GPU."""

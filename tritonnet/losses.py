@@ -51,8 +51,9 @@ class FirstBad:
             and negative if every label was ignored; how many calls there were; what a group of calls remembers.
     """
 
-    def __init__(self, device):
-        self.device, self.numbers = device, torch.zeros(4, dtype=torch.int32, device=device)
+    def __init__(self, device, calls=0, spoiled=False):
+        self.device = device
+        self.numbers = torch.tensor([0, calls, spoiled, 0], dtype=torch.int32, device=device)
         self._first, self._look, self._far = self.numbers[0], None, device.type != "cpu"
 
     def look(self, calls):
@@ -79,6 +80,10 @@ class FirstBad:
             numbers.copy_(self.numbers, non_blocking=True)
             event.record()
         return numbers, event
+
+    def in_group(self):
+        """Whether a call of the last group was in trouble; waits for the device."""
+        return bool(self.numbers[2])
 
     def check(self):
         """FloatingPointError if the loss of a call was not finite since the last time; waits for the device."""

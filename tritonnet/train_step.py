@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from operator import attrgetter
 
 import torch
 
@@ -9,7 +10,7 @@ from .conversion import convert
 from .dispatch import float32_products, implementation, launchers, on_device
 from .fusion import fuse
 from .lenet import LeNet
-from .lenet_step import FusedLaunches
+from .lenet_step import NOTHING_YET, FusedLaunches, Progress
 from .lenet_weights import FORMATS, NotServed
 from .losses import not_finite
 from .recognition import find_layers
@@ -29,6 +30,9 @@ def _group_of(model):
     # DistributedDataParallel and its like have a group; what fully_shard has sharded is everybody's.
     sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
     return getattr(model, "process_group", torch.distributed.group.WORLD if sharded else None)
+
+
+_KIND = attrgetter("shape", "dtype", "device")
 
 
 class _Sent:
@@ -52,16 +56,16 @@ class _Sent:
 class Operators:
     """The step of any model, through autograd and the optimiser."""
 
-    def __init__(self, model, loss, optimizer, precision, accumulate, calls=0):
+    def __init__(self, model, loss, optimizer, precision, accumulate, progress):
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.precision, self.accumulate, self.calls = precision, accumulate, calls
-        self.ignore_index, self._spoiled = getattr(loss, "ignore_index", -100), False
-        self.group, self._kept = _group_of(model), []
+        self.precision, self.accumulate, self.calls = precision, accumulate, progress.calls
+        self.ignore_index, self._spoiled = getattr(loss, "ignore_index", -100), progress.spoiled
+        self.group, self._registered, self._kinds, self._copies = _group_of(model), [], [], []
 
     def __call__(self, images, labels):
         device = next(self.model.parameters()).device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        turn, self.calls = self.calls % self.accumulate, self.calls + 1
+        turn = self.calls % self.accumulate
         if turn == 0:
             self.optimizer.zero_grad()
             self._spoiled = False
@@ -71,16 +75,14 @@ class Operators:
             # In front of the backward, so that a GPU has work left while the host waits for the forward.
             value = _Sent(loss.detach())
             others = _Sent(self._spoils_any(loss.detach(), labels)) if self.group else None
+            # A call that has failed before this is none of its group: what comes next takes its turn.
+            self.calls += 1
             (loss / self.accumulate).backward()
         finite = math.isfinite(value.read())
         own = not finite and bool(self._spoils(loss.detach(), labels))
         if own or (others and others.read()):
             self._spoiled = True
-            with torch.no_grad():
-                for b, before in self._kept:
-                    # What is constant may be expanded, and cannot be written to.
-                    if not torch.equal(b, before):
-                        b.copy_(before)
+            self._restore_buffers()
         if turn == self.accumulate - 1 and not self._spoiled:
             self.optimizer.step()
         if not finite:
@@ -102,12 +104,27 @@ class Operators:
 
     def _keep_buffers(self):
         """Copies of what a forward itself changes, such as the running statistics of batch norm."""
-        buffers = list(self.model.buffers())
-        if len(buffers) != len(self._kept) or not all(b is kept for b, (kept, _) in zip(buffers, self._kept)):
-            self._kept = [(b, torch.empty_like(b)) for b in buffers]
+        self._registered = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items()]
+        buffers = [b for *_, b in self._registered if b is not None]
+        kinds = list(map(_KIND, buffers))
+        if kinds != self._kinds:
+            self._kinds, self._copies = kinds, list(map(torch.empty_like, buffers))
         if buffers:
             with torch.no_grad():
-                torch._foreach_copy_([before for _, before in self._kept], buffers)
+                torch._foreach_copy_(self._copies, buffers)
+
+    @torch.no_grad()
+    def _restore_buffers(self):
+        copies = iter(self._copies)
+        for register, name, b in self._registered:
+            # A forward may put another tensor in a buffer's place.
+            register[name] = b
+            # What is constant may be expanded, and cannot be written to.
+            if b is not None and not torch.equal(b, before := next(copies)):
+                b.copy_(before)
+
+    def progress(self):
+        return Progress(self.calls, self._spoiled)
 
     def check(self):
         """Nothing is left to be found out: a call raises by itself."""
@@ -125,7 +142,8 @@ class TrainStep:
     The model stays as it is: parameters and the optimiser's state are read and written where torch has them, for
     state_dict() and load_state_dict() at any time. Whoever writes to them between two calls, however that is done, has
     written to what the next call reads; schedulers and changes of the optimiser's groups act on it too. What else may
-    change the model, such as hooks on its layers, belongs before the step is built: a model is looked at once.
+    change the model, such as hooks on its layers, or the loss belongs before the step is built: both are looked at
+    once.
 
     No update is made from a loss that is not finite: parameters, the optimiser's state and the model's buffers stay as
     they were, and the call is reported by a FloatingPointError. Of a group of calls none may have such a loss. Where
@@ -163,14 +181,30 @@ class TrainStep:
         try:
             # Buffers that are made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                fused = self._fused_launches()
+                fused = self._fused_launches(NOTHING_YET)
             self._step, self.path, self.reason = fused, "fused launches", "the model is a LeNet"
         except NotServed as e:
-            self._use_operators(str(e))
+            self._use_operators(str(e), NOTHING_YET)
         else:
             self._say()
 
-    def _fused_launches(self):
+    def __getstate__(self):
+        # A copy gets launches of its own: these write to where this model and this optimizer lie.
+        return {**vars(self), "_step": self._step.progress()}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        progress, self._step = self._step, None
+        try:
+            if self.path == "operators":
+                self._step = self._operators(progress)
+            else:
+                with torch.inference_mode(False):
+                    self._step = self._fused_launches(progress)
+        except NotServed as e:
+            self._use_operators(str(e), progress)
+
+    def _fused_launches(self, progress):
         p = next(self.model.parameters(), None)
         if launchers is None or p is None or implementation(p) is not launchers:
             raise NotServed("the backend is the reference")
@@ -178,17 +212,20 @@ class TrainStep:
         layers = self.model.layers if is_lenet else find_layers(self.model)
         pixels = self.model.pixels if is_lenet else None
         return FusedLaunches(
-            self.model, layers, self.loss, self.optimizer, pixels, self.precision, self.accumulate, self._report
-        )
+            self.model, layers, self.loss, self.optimizer, pixels, self.precision, self.accumulate, self._report,
+            progress,
+        )  # fmt: skip
 
-    def _use_operators(self, reason):
-        self.path, self.reason = "operators", reason
+    def _operators(self, progress):
+        return Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate, progress)
+
+    def _use_operators(self, reason, progress):
+        # All at once: what follows may be interrupted.
+        self.path, self.reason, self._step = "operators", reason, self._operators(progress)
         self._say()
         convert(self.model)
         if type(self.model) is not LeNet:  # whose layers are fused
             fuse(self.model, self._report)
-        calls = self._step.calls if self._step else 0
-        self._step = Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate, calls)
 
     def _say(self):
         if self._report:
@@ -214,12 +251,17 @@ class TrainStep:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("TrainStep: a step in inference mode, which has no gradients")
-        if self.path == "fused launches":
-            try:
-                return self._step(images, labels)
-            except NotServed as e:
-                self._use_operators(str(e))
-        return self._step(images, labels)
+        if self.path == "operators":
+            return self._step(images, labels)
+        fused = self._step
+        try:
+            return fused(images, labels)
+        except NotServed as e:
+            self._use_operators(str(e), fused.progress())
+        loss = self._step(images, labels)
+        # Calls that the launches made and nobody has looked at yet.
+        fused.bad.check()
+        return loss
 
     def check(self):
         """Wait for all calls so far, and raise FloatingPointError if the loss of one was not a finite number."""
