@@ -18,8 +18,6 @@ if launchers is not None:
 
 _ADDRESS, _STRIDE = torch.Tensor.data_ptr, torch.Tensor.stride
 _REFERRED = weakref.ref.__call__
-# What is_plain looks for in a layer itself.
-_METHODS = "forward", "_conv_forward"
 
 FORMATS = ("ieee", "tf32", "bfloat16")
 # Pixels a side by what the first convolution pads with and the features of the first linear.
@@ -159,7 +157,9 @@ class _Seen:
         return [self.convolution(conv1), self.convolution(conv2), *map(self.linear, linears)]
 
     def _others(self, layers, parameters):
-        types = [(id(layer), type(layer), *map(vars(layer).__contains__, _METHODS)) for layer in layers]
+        types = [
+            (id(layer), type(layer), "forward" in (own := vars(layer)), "_conv_forward" in own) for layer in layers
+        ]
         where = list(map(_ADDRESS, parameters)), list(map(_STRIDE, parameters))
         return types, list(map(self.kind, parameters)), where
 
