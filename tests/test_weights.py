@@ -498,6 +498,21 @@ def test_a_call_that_was_interrupted(turn, device, no_graphs, monkeypatch):
             assert_as_one_update(net, twin, true, batches[i - 1 : i + 1])
 
 
+def test_operators_keep_no_model_and_a_copy_of_them_is_fused():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU())
+    step = tritonnet.TrainStep(net, TF.cross_entropy, torch.optim.SGD(net.parameters(), lr=0.5))
+    lines = []
+    step._report = lines.append
+    other = copy.deepcopy(step)
+    for one in (step, other):
+        one(torch.randn(2, 1, 2, 2), torch.tensor([0, 1]))
+    assert lines and other.model._compiled_call_impl
+    gone = [weakref.ref(whose) for one in (step, other) for whose in (one, one.model, one.optimizer)]
+    del net, step, other, one
+    gc.collect()
+    assert not any(reference() for reference in gone)
+
+
 def test_a_call_without_a_loss_is_none_of_its_group():
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     twin = copy.deepcopy(net)

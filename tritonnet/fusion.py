@@ -2,6 +2,7 @@
 
 import operator
 import sys
+import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -66,7 +67,9 @@ class FusedCall:
         self.faithful = faithful
         self._look()
         # A new one, for which nothing is captured yet.
-        self.backend = Backend(type(self.model).__name__, self.report, faithful=True, captured=self._look)
+        # Dynamo keeps every backend for good, and would keep the model with it.
+        look = weakref.WeakMethod(self._look)
+        self.backend = Backend(type(self.model).__name__, self.report, faithful=True, captured=lambda: look()())
         self.compiled = torch.compile(calling(self.model._call_impl), backend=self.backend, **self.options)
 
     def _look(self):

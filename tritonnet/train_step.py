@@ -198,6 +198,8 @@ class TrainStep:
         try:
             if self.path == "operators":
                 self._step = self._operators(progress)
+                # Of a model that is copied or pickled this is left behind.
+                self._fuse()
             else:
                 with torch.inference_mode(False):
                     self._step = self._fused_launches(progress)
@@ -223,6 +225,9 @@ class TrainStep:
         # All at once: what follows may be interrupted.
         self.path, self.reason, self._step = "operators", reason, self._operators(progress)
         self._say()
+        self._fuse()
+
+    def _fuse(self):
         convert(self.model)
         if type(self.model) is not LeNet:  # whose layers are fused
             fuse(self.model, self._report)
