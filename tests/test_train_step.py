@@ -133,10 +133,10 @@ def test_gradients(name, precision, device):
         assert error <= bound, f"{parameter}: off by {error:.3g} of {q.grad.norm():.3g}"
 
 
-def test_ten_steps_are_torch_s_and_the_first_four_repeat_to_the_bit(device):
+def test_ten_steps_are_torch_s_and_the_first_three_repeat_to_the_bit(device):
     """Of the smallest net that there is, one batch and then another, which it learns: half a second a step."""
     runs = []
-    for steps in (10, 4):
+    for steps in (10, 3):
         torch.manual_seed(0)
         net = sequential().to(device)
         twin = copy.deepcopy(net)
@@ -149,7 +149,7 @@ def test_ten_steps_are_torch_s_and_the_first_four_repeat_to_the_bit(device):
             if steps == 10:
                 true_loss = by_torch(twin, optimizers[1], images, labels)
                 torch.testing.assert_close(losses[-1], true_loss, rtol=1e-3, atol=1e-4)
-            if i == 3:
+            if i == 2:
                 runs.append([*losses, *(p.detach().clone() for p in net.parameters())])
         if steps == 10:
             assert losses[-1] < 0.75 * losses[1]
@@ -207,13 +207,13 @@ def assert_same_state(ours, theirs_, tolerance=1e-4):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name, device):
-    """Three steps: parameters and the whole state_dict are those that torch's own optimiser comes to."""
+    """Two steps: parameters and the whole state_dict are those that torch's own optimiser comes to."""
     make, options = OPTIMIZERS[name]
     net = small().to(device)
     twin = copy.deepcopy(net)
     optimizer, true = (make(groups_of(n, options), **options) for n in (net, twin))
     step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizer, "ieee")
-    for i in range(3):
+    for i in range(2):
         images, labels = batch(net, (2, 1, 28, 28), device, i)
         step(images, labels)
         by_torch(twin, true, images, labels)
@@ -489,11 +489,11 @@ def test_what_changes_in_the_optimizer(options, change, device):
     kind = torch.optim.Adam if "betas" in options else torch.optim.SGD
     optimizers = [kind(n.parameters(), **copy.deepcopy(options)) for n in (net, twin)]
     step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizers[0], "ieee")
-    for i in range(3):
+    for i in range(2):
         images, labels = batch(net, (2, 1, 28, 28), device, i)
         step(images, labels)
         by_torch(twin, optimizers[1], images, labels)
-        if i == 1:
+        if i == 0:
             for n, optimizer in zip((net, twin), optimizers):
                 change(n, optimizer)
     assert step.path == "fused launches"
