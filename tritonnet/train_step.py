@@ -80,6 +80,9 @@ class Operators:
             (loss / self.accumulate).backward()
         finite = math.isfinite(value.read())
         own = not finite and bool(self._spoils(loss.detach(), labels))
+        if not (finite or own or self.group):
+            # Gradients of 0 become NaN where images are not finite.
+            own = not all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters())
         if own or (others and others.read()):
             self._spoiled = True
             self._restore_buffers()
