@@ -60,7 +60,7 @@ CASES = {
     ),
     "conv2d_relu_max_pool2d, ceil_mode": (
         lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b, pool_kernel_size=3, pool_stride=2, pool_ceil_mode=True),
-        (draw, (1, 2, 5, 4), (2, 2, 2, 2), (2,)),
+        (draw, (1, 1, 5, 4), (2, 1, 2, 2), (2,)),
     ),
     "cross_entropy": (
         lambda x: F.cross_entropy(x, torch.tensor([1, 3, 0], device=x.device), label_smoothing=0.2), (draw, (3, 4)),
