@@ -43,6 +43,16 @@ class Losses:
         self._left = []
 
 
+def send(numbers):
+    """(copy of a GPU's tensor on the host, event after which it holds the numbers), without waiting for them."""
+    with on_device(numbers.device):
+        event = torch.Event(numbers.device)
+        there = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+        there.copy_(numbers, non_blocking=True)
+        event.record()
+    return there, event
+
+
 class FirstBad:
     """The number of the first call whose loss was not finite, kept on the device.
 
@@ -73,13 +83,7 @@ class FirstBad:
                     self.check()
 
     def _send(self):
-        """(copy of the numbers on the host, event after which it holds them)."""
-        with on_device(self.device):
-            event = torch.Event(self.device)
-            numbers = torch.empty(4, dtype=torch.int32, device="cpu", pin_memory=True)
-            numbers.copy_(self.numbers, non_blocking=True)
-            event.record()
-        return numbers, event
+        return send(self.numbers)
 
     def in_group(self):
         """Whether a call of the last group was in trouble; waits for the device."""

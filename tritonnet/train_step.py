@@ -7,12 +7,12 @@ from operator import attrgetter
 import torch
 
 from .conversion import convert
-from .dispatch import float32_products, implementation, launchers, on_device
+from .dispatch import float32_products, implementation, launchers
 from .fusion import fuse
 from .lenet import LeNet
 from .lenet_step import NOTHING_YET, FusedLaunches, Progress
 from .lenet_weights import FORMATS, NotServed
-from .losses import not_finite
+from .losses import not_finite, send
 from .recognition import find_layers
 
 
@@ -39,13 +39,7 @@ class _Sent:
     """A number of a device's on its way to the host, which waits for what was queued before it and no more."""
 
     def __init__(self, number):
-        self._event, self._there = None, number
-        if number.device.type != "cpu":
-            with on_device(number.device):
-                self._event = torch.Event(number.device)
-                self._there = torch.empty(number.shape, dtype=number.dtype, device="cpu", pin_memory=True)
-                self._there.copy_(number, non_blocking=True)
-                self._event.record()
+        self._there, self._event = (number, None) if number.device.type == "cpu" else send(number)
 
     def read(self):
         if self._event is not None:
