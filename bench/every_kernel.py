@@ -43,6 +43,7 @@ def calls(t):
         yield tritonnet.nn.Conv2d(4, 2, 3, padding=1, padding_mode=mode).to(x)(images)
     # Long sums are split between programs and added up by a kernel of their own.
     yield F.linear(t(4096, 8), t(8, 8), t(8))
+    yield F.cross_entropy(t(4096, 10), torch.arange(4096, device=x.device) % 10)
 
 
 def train(device, batch):

@@ -16,6 +16,8 @@ from .keep import read_json, sources, write_json
 # The contestants of this project; all others are its peers.
 OURS = "tritonnet", "TrainStep"
 OK, WRONG, FAILED = "ok", "WRONG", "failed"
+# Of the name of a quick run's files, after the GPU's.
+QUICK_ENDING = "-quick"
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Record:
     @property
     def name(self):
         """A file name without its ending."""
-        return file_name(self.machine) + "-quick" * self.quick
+        return file_name(self.machine) + QUICK_ENDING * self.quick
 
     @property
     def title(self):

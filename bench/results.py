@@ -11,7 +11,7 @@ from . import stages, verify
 from .case import BOTH, FORWARD, GRAPH, HOST, INFERENCE, PACKED, TRAINING
 from .keep import ROOT, read_json
 from .lenet import Network
-from .record import OURS, Record, file_name, same_but_date
+from .record import OURS, QUICK_ENDING, Record, file_name, same_but_date
 from .report import accuracy_table, memory
 from .run import plan
 from .table import markdown
@@ -24,12 +24,27 @@ REPLAY = "its graph alone"
 
 
 def records(folder):
-    """The Records in `folder`, of each machine the full run, if there is one that is no older than the quick one."""
+    """The Records in `folder`, one of each machine: the newest, which of two from one day is the full run.
+
+    Rows of a quick run that is no older stand in the place of the full run's own, if both had the same versions.
+    """
     paths = [path for path in sorted(folder.glob("*.json")) if not path.stem.endswith(verify.ENDING)]
     of_machine = {}
     for record in filter(None, map(Record.read, paths)):
         of_machine.setdefault(file_name(record.machine), []).append(record)
-    return [max(runs, key=lambda record: (record.machine["date"], not record.quick)) for runs in of_machine.values()]
+    return [_one_of(runs) for runs in of_machine.values()]
+
+
+def _one_of(runs):
+    newest = max(runs, key=lambda record: (record.machine["date"], not record.quick))
+    full, quick = (next((run for run in runs if run.quick is kind), None) for kind in (False, True))
+    if not full or not quick or not same_but_date(full.machine, quick.machine):
+        return newest
+    if quick.machine["date"] >= full.machine["date"]:
+        again = {row.key for row in quick.rows}
+        full.rows = quick.rows + [row for row in full.rows if row.key not in again]
+        full.sources = quick.sources
+    return full
 
 
 def summary(record):
@@ -105,8 +120,10 @@ def section(found, folder):
     for record in found:
         header, rows = summary(record)
         what = "everyone in the faster layout and in CUDA graphs where that is faster" if rows else "no times of ours"
-        page = f"([all of it](bench/results/{record.name}.md))"
-        parts.append(f"**{record.title}**, {what} {page}{':' if rows else '.'}")
+        pages = f"[all of it](bench/results/{record.name}.md)"
+        if not record.quick and (folder / f"{record.name}{QUICK_ENDING}.json").exists():
+            pages += f", [the quick run](bench/results/{record.name}{QUICK_ENDING}.md)"
+        parts.append(f"**{record.title}**, {what} ({pages}){':' if rows else '.'}")
         if rows:
             parts.append(markdown(header, rows).strip())
         header, rows = memory(record) or ((), ())

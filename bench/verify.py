@@ -225,7 +225,10 @@ def in_words(state):
     if tests := state.get("tests"):
         of = counts(tests)
         found.append(f"{of['passed']:,} tests passed, {of['failed']} failed, {of['skipped']} skipped")
-    found += [f"{tool}: {status}" for tool in stages.SANITIZERS if (status := _status(state, tool))]
+    for tool in stages.SANITIZERS:
+        if status := _status(state, tool):
+            said = state["stages"][tool].get("said", "").strip("= ")
+            found.append(f"{tool}: {status}" + f" ({said})" * (status != PASSED and bool(said)))
     parts = [f"On it: {'; '.join(found)}."] if found else []
     if times := state.get("start"):
         parts.append(markdown(*start.table(times)).strip())

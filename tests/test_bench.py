@@ -699,9 +699,9 @@ def test_results_in_the_readme(tmp_path):
     assert [r.quick for r in results.records(tmp_path)] == [True]
     made_up().write(tmp_path / "made-up-gpu.json")
     assert [r.quick for r in results.records(tmp_path)] == [False]
-    newer = made_up(quick=True)
-    newer.machine = MACHINE | {"date": "2000-02-01"}
-    newer.write(tmp_path / "made-up-gpu-quick.json")
+    other = made_up(quick=True)
+    other.machine = MACHINE | {"date": "2000-02-01", "torch": "another"}
+    other.write(tmp_path / "made-up-gpu-quick.json")
     assert [r.quick for r in results.records(tmp_path)] == [True]
     made_up(quick=True).write(tmp_path / "made-up-gpu-quick.json")
     (tmp_path / "README.md").write_text(README)
@@ -718,6 +718,27 @@ def test_results_in_the_readme(tmp_path):
     for broken in ("", README + results.START, README.replace(results.END, "")):
         with pytest.raises(ValueError, match="the README needs"):
             results.written(broken, [], tmp_path)
+
+
+@pytest.mark.parametrize("date, factor", [("2000-01-01", 3), ("2000-02-01", 3), ("1999-12-31", 1)])
+def test_a_quick_run_that_is_no_older_counts_in_the_readme(date, factor, tmp_path):
+    """Its rows in the place of the full run's own; the others stay, and an older one changes nothing."""
+    made_up().write(tmp_path / "made-up-gpu.json")
+    quick = made_up(quick=True)
+    quick.machine = MACHINE | {"date": date}
+    quick.rows = [row for row in quick.rows if row.batch == 64]
+    for row in (row for row in quick.rows if row.ms):
+        row.ms *= 3
+    quick.write(tmp_path / "made-up-gpu-quick.json")
+    (found,) = results.records(tmp_path)
+    assert not found.quick
+    before, after = ({row.key: row.ms for row in run.rows} for run in (made_up(), found))
+    again = {row.key for row in quick.rows}
+    assert again < before.keys() == after.keys()
+    for key, ms in before.items():
+        assert after[key] == (ms and ms * (factor if key in again else 1))
+    pages = "/made-up-gpu.md), [the quick run](bench/results/made-up-gpu-quick.md))"
+    assert pages in results.section([found], tmp_path)
 
 
 def test_odd_records_in_the_readme(tmp_path, capsys):
@@ -876,8 +897,14 @@ def test_a_wait_that_fails_is_a_line_and_the_others_are_timed(monkeypatch, tmp_p
 
 
 def test_every_kernel_is_launched_for_the_sanitizers(monkeypatch, capsys):
+    """In the interpreter, and by the plans for a GPU, which split other sums between programs."""
     monkeypatch.setattr(every_kernel, "DTYPES", [torch.float32])
     every_kernel.main()
+    on_gpu = (
+        "from bench import every_kernel, no_launch\nwith no_launch.gpu_that_does_nothing():\n    every_kernel.main()"
+    )
+    result = run_python("-c", on_gpu, TRITON_INTERPRET=None)
+    assert result.returncode == 0, result.stderr
     assert "conv2d_forward_kernel" in capsys.readouterr().out
 
 
