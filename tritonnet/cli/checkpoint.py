@@ -2,7 +2,8 @@
 
 import io
 import os
-import pickle
+import reprlib
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,14 @@ from typing import Any
 import torch
 
 from .terminal import UserError
+
+# Bytes that no checkpoint of LeNet comes near: they would be the losses of 100 million steps.
+LARGEST = 2**30
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+class Unfit(Exception):
+    """What is wrong with the content of a file, in a few words that a UserError can name the file to."""
 
 
 def write(path: Path, content: bytes) -> None:
@@ -31,22 +40,105 @@ def save(path: Path, value: Any) -> None:
 
 
 def load(path: Path) -> Any:
-    """What torch.save has written to `path`: tensors and plain values only, on the CPU."""
+    """What torch.save has written to `path`: tensors and plain values only, on the CPU.
+
+    No code of the file has run, but nothing of the value is certain either: tensors of every kind may be anywhere in
+    it, and attributes of theirs and of dicts may hide methods. `entries`, `shape_of` and `fitted` take such values.
+    """
     if not path.is_file():
         raise UserError(f"there is no file {path}; `tritonnet train` writes one")
-    content = io.BytesIO(path.read_bytes())
-    # torch.save writes zip archives, and their checksums tell a damaged file before its content is believed.
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path} is not a checkpoint of LeNet, as it has more than {LARGEST >> 30} GiB: give another")
+    content = path.read_bytes()
+    check_archive(path, content)
+    # The content is in memory, so that what torch raises here, of any class, or warns of says that it is not in order.
     try:
-        with zipfile.ZipFile(content) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError):
-        raise UserError(f"{path} is not a checkpoint: give a file of `tritonnet train`, such as model.pt") from None
-    if damaged:
-        raise UserError(f"{path} is damaged (in {damaged}): use another copy")
-    content.seek(0)
-    try:
-        return torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # torch.load refuses classes and functions, too, but takes minutes to find words where a name is very long.
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+            value = None if foreign else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception:
         raise UserError(
-            f"{path} is not a checkpoint of tensors alone, and other files are not opened: {str(e).splitlines()[0]}"
+            f"{path} is not opened, as it is damaged or holds more than tensors and plain values: save the "
+            "state_dict() of a net"
         ) from None
+    if foreign:
+        raise UserError(
+            f"{path} is not opened, as it holds {shown(min(foreign))} and not tensors and plain values alone: save the "
+            "state_dict() of a net"
+        )
+    return value
+
+
+def check_archive(path: Path, content: bytes) -> None:
+    """UserError unless the content is a zip archive as torch.save writes it, and whole by its checksums."""
+    # What begins otherwise torch would take for a file of its older formats, which have no checksums.
+    if not content.startswith(b"PK\3\4"):
+        raise UserError(f"{path} is not a checkpoint: give a file of `tritonnet train`, such as model.pt")
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+            as_they_are = all(m.compress_type == zipfile.ZIP_STORED and not m.flag_bits & 1 for m in members)
+            # Members that lie over each other could unpack to many times the file, too.
+            of_torch = as_they_are and sum(m.file_size for m in members) <= len(content)
+            damaged = archive.testzip() if of_torch else None
+    except Exception:  # of any class, as above
+        raise UserError(f"{path} is damaged or cut off: use another copy") from None
+    if not of_torch:
+        raise UserError(f"{path} is compressed or encrypted, which torch.save does not do: give the file that it wrote")
+    if damaged:
+        raise UserError(f"{path} is damaged (in {shown(damaged)}): use another copy")
+
+
+def shown(value: Any) -> str:
+    """A value of a file on one short line, for a message."""
+    return reprlib.repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
+
+
+def entries(value: Any) -> dict[Any, Any]:
+    """The entries of a dict of a file; none of anything else."""
+    return dict(dict.items(value)) if isinstance(value, dict) else {}
+
+
+def fitted(value: Any, like: Any, name: str, cast: bool = False) -> Any:
+    """A copy of a value of a file, if that is built as `like` is: the same keys, shapes and dtypes throughout.
+
+    Args:
+        value: of the file.
+        like: a tensor, or a dict of what this may be.
+        name: what Unfit calls the value.
+        cast: whether tensors may be of another dtype of FLOATS; the copy is of that of `like`.
+
+    Returns:
+        contiguous tensors on the CPU, whose numbers are finite, in plain dicts.
+
+    Raises:
+        Unfit: it is built otherwise.
+    """
+    if isinstance(like, dict):
+        found = entries(value)
+        for key in (*like, *found):
+            if key not in like or key not in found:
+                raise Unfit(f"{name} has {'an unknown' if key in found else 'no'} {shown(key)}")
+        return {key: fitted(found[key], part, f"{name}[{shown(key)}]", cast) for key, part in like.items()}
+    shape = shape_of(value)
+    if shape is None:
+        raise Unfit(f"{name} is {shown(value)}, not a dense tensor of numbers")
+    if shape != like.shape:
+        raise Unfit(f"{name} is of shape {reprlib.repr(list(shape))}, not {list(like.shape)}")
+    if value.dtype != like.dtype and not (cast and value.dtype in FLOATS):
+        raise Unfit(f"{name} is {value.dtype}, not {like.dtype}")
+    # By the class, as attributes of the tensor may hide its methods.
+    copy = torch.Tensor.detach(value).to("cpu", like.dtype, copy=True, memory_format=torch.contiguous_format)
+    if not copy.isfinite().all():
+        raise Unfit(f"{name} has numbers that are not finite")
+    return copy
+
+
+def shape_of(value: Any) -> torch.Size | None:
+    """The shape of a tensor of a file that can be copied as it is; None for anything else."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    odd = value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided
+    return None if odd else value.shape

@@ -1,9 +1,11 @@
 """tritonnet predict: the digits in image files."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,20 +15,51 @@ from .images import SUFFIXES, read_digit
 from .machine import find_device
 from .terminal import Parser, UserError, say, table
 
+# Under what names files hold a state_dict beside other things.
+HOLDERS = "model", "state_dict"
+# What DataParallel, DistributedDataParallel and torch.compile put before the names of the net that they wrap.
+WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")
+
 
 def load_net(path: Path) -> LeNet:
     """A LeNet with the weights in `path`: a state_dict, or a checkpoint of `tritonnet train`."""
-    value = checkpoint.load(path)
-    if isinstance(value, dict) and isinstance(value.get("model"), dict):
-        value = value["model"]
     net = LeNet()
-    expected = {name: tuple(t.shape) for name, t in net.state_dict().items()}
-    found = {name: tuple(getattr(t, "shape", ())) for name, t in value.items()} if isinstance(value, dict) else {}
-    if found != expected:
-        name = next((name for name in (*expected, *found) if expected.get(name) != found.get(name)), None)
-        raise UserError(f"{path} holds no weights of this LeNet (look at {name}): `tritonnet train` makes such a file")
-    net.load_state_dict(value)
+    expected, found = net.state_dict(), without_wrappers(state_dict_in(checkpoint.load(path)))
+    classes = other_classes(found, expected)
+    if classes is not None:
+        raise UserError(
+            f"{path} is of a net that has {classes} classes, not {len(net.fc3.bias)}: `tritonnet train` makes one that "
+            "reads digits"
+        )
+    try:
+        net.load_state_dict(checkpoint.fitted(found, expected, "state_dict", cast=True))
+    except checkpoint.Unfit as e:
+        raise UserError(f"{path} holds no weights of this LeNet ({e}): `tritonnet train` makes such a file") from None
     return net
+
+
+def state_dict_in(value: Any) -> dict[Any, Any]:
+    """The state_dict that a file holds, by itself or beside other things under one of the usual names."""
+    found = checkpoint.entries(value)
+    return next((checkpoint.entries(found[name]) for name in HOLDERS if isinstance(found.get(name), dict)), found)
+
+
+def without_wrappers(found: dict[Any, Any]) -> dict[Any, Any]:
+    """A state_dict by the net's own names, if all have the same wrappers before them."""
+    if not all(isinstance(name, str) for name in found):
+        return found
+    wrappers = WRAPPERS.match(next(iter(found), ""))[0]  # type: ignore[index]
+    if not all(name.startswith(wrappers) for name in found):
+        return found
+    return {name.removeprefix(wrappers): value for name, value in found.items()}
+
+
+def other_classes(found: dict[Any, Any], expected: dict[str, torch.Tensor]) -> int | None:
+    """How many classes the net of a state_dict has, if it differs from the expected one in that alone."""
+    shapes = {name: checkpoint.shape_of(value) for name, value in found.items()}
+    classes = (shapes.get("fc3.bias") or (None,))[0]
+    like = {name: (classes, *t.shape[1:]) if name.startswith("fc3.") else t.shape for name, t in expected.items()}
+    return None if shapes != like or classes == len(expected["fc3.bias"]) else classes
 
 
 def image_files(path: Path) -> list[Path]:

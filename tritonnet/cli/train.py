@@ -2,15 +2,13 @@
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import json
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +16,19 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from .. import LeNet, TrainStep, backend
+from .. import TrainStep, backend
 from ..data import load_digits
 from ..dispatch import backend_name, float32_products
 from ..nn import functional as F
 from . import checkpoint
 from .machine import find_device, versions
+from .resume import PRECISIONS, Run, read_checkpoint
 from .terminal import HAS_RICH, Parser, UserError, progress, say, table, whole
 
 # Options that a resumed run takes from its checkpoint; the others may change on the way.
 FIXED = {"epochs": 10, "batch_size": 64, "optimizer": "adam", "lr": None, "precision": "float32", "seed": 0}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-}
 # Largest learning rate of the one-cycle schedule, by optimizer.
 RATES = {"adam": 2e-3, "adamw": 2e-3, "sgd": 5e-2}
-# The words of --precision for TrainStep's.
-PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bfloat16"}
 
 
 def rate(text: str) -> float:
@@ -95,7 +87,10 @@ def settle(args: argparse.Namespace, world: int, device: torch.device) -> tuple[
     args.out = args.out or Path("lenet")
     there = args.out / "checkpoint.pt"
     if args.resume is None and there.exists():
-        unfinished = read_checkpoint(there)
+        try:
+            unfinished = read_checkpoint(there)
+        except UserError as e:
+            raise UserError(f"{e}; a new run needs another --out, or that file deleted") from None
         if unfinished["epoch"] < unfinished["options"]["epochs"]:
             raise UserError(
                 f"{there} is of a run that is not finished: go on with --resume {args.out}, choose another --out, "
@@ -117,14 +112,6 @@ def settle(args: argparse.Namespace, world: int, device: torch.device) -> tuple[
     except RuntimeError as e:
         raise UserError(f"--backend {args.backend}: {e}") from None
     return options, saved
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of `tritonnet train`."""
-    value = checkpoint.load(path)
-    if not isinstance(value, dict) or not {"options", "model", "optimizer", "schedule"} <= value.keys():
-        raise UserError(f"{path} holds no run to go on with: give the folder or the checkpoint.pt of `tritonnet train`")
-    return value
 
 
 @contextlib.contextmanager
@@ -173,47 +160,6 @@ class Interruption:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.granted = flag.item() > 0
         return self.granted
-
-
-class Run:
-    """A LeNet in training: all that a checkpoint holds, and nothing else that could change the result.
-
-    The order of the digits needs no state: it follows from the seed and the epoch.
-    """
-
-    def __init__(self, options: dict[str, Any], images: int, device: torch.device) -> None:
-        torch.manual_seed(options["seed"])
-        self.options, self.images, self.device = options, images, device
-        self.net = LeNet().to(device)
-        world = options["processes"]
-        self.share = math.ceil(options["batch_size"] / world)  # images of a batch in one process
-        self.steps = math.ceil(math.ceil(images / world) / self.share)  # of one epoch
-        self.optimizer = OPTIMIZERS[options["optimizer"]](self.net.parameters(), options["lr"])
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, options["lr"], total_steps=options["epochs"] * self.steps
-        )
-        self.epoch = 0  # epochs that are finished
-        self.losses: list[float] = []  # of every step so far
-        self.seconds = 0.0  # of training, in the epoch that is not finished
-        self.history: list[dict[str, float]] = []  # one entry an epoch
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "options": self.options, "images": self.images, "epoch": self.epoch, "losses": self.losses,
-            "seconds": self.seconds, "history": self.history, "model": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-            "random": torch.get_rng_state(),
-        }  # fmt: skip
-
-    def load(self, state: dict[str, Any]) -> None:
-        if state["images"] != self.images:
-            raise UserError(f"the run was on {state['images']} digits, but --data has {self.images}: give the same")
-        self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
-        for name in ("epoch", "losses", "seconds", "history"):
-            setattr(self, name, state[name])
 
 
 @contextlib.contextmanager
