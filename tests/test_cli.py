@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -144,26 +143,14 @@ def test_ctrl_c_from_outside(digits, tmp_path, capsys, no_pictures):
     assert_same_run(whole, halves)
 
 
-def test_a_crash_while_saving_loses_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, {"epoch": 1})
-
-    def crash(number):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", crash)
-    with pytest.raises(OSError):
-        checkpoint.save(path, {"epoch": 2})
-    assert checkpoint.load(path) == {"epoch": 1}
-
-
 def test_an_unfinished_run_is_not_overwritten(digits, tmp_path, capsys, no_pictures):
     out = tmp_path / "out"
     common = ["train", "--data", digits, "--batch-size", 100, "--device", "cpu"]
     assert run(capsys, *common, "--epochs", 1, "--out", out)[0] == 0
     assert run(capsys, *common, "--epochs", 1, "--out", out)[0] == 0  # a finished one is
-    state = checkpoint.load(out / "checkpoint.pt")
-    checkpoint.save(out / "checkpoint.pt", state | {"epoch": 0})
+    state = train.read_checkpoint(out / "checkpoint.pt")
+    started = train.Run(state["options"], state["images"], torch.device("cpu"))
+    checkpoint.save(out / "checkpoint.pt", started.state())
     code, _, error = run(capsys, *common, "--out", out)
     assert code == 2 and f"--resume {out}" in error
     code, _, error = run(capsys, "train", "--resume", out, "--epochs", 3, "--device", "cpu")
@@ -250,30 +237,6 @@ def test_exif_orientation(tmp_path):
     picture.save(tmp_path / "b.jpg", exif=exif)
     upright, turned = (images.read_digit(tmp_path / name)[0, 0] for name in ("a.jpg", "b.jpg"))
     assert (upright > 0).any(1).sum() == 20 and (turned > 0).any(0).sum() == 20
-
-
-def refused(tmp_path):
-    """Files that are no checkpoint of LeNet, by name."""
-    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other net")
-    torch.save(tritonnet.LeNet(), tmp_path / "whole module")
-    torch.save([1, 2], tmp_path / "list")
-    (tmp_path / "text").write_text("hello")
-    (tmp_path / "empty").touch()
-    (tmp_path / "pickle").write_bytes(pickle.dumps({"a": 1}))
-    torch.save(tritonnet.LeNet().state_dict(), tmp_path / "whole")
-    content = (tmp_path / "whole").read_bytes()
-    (tmp_path / "half").write_bytes(content[: len(content) // 2])
-    (tmp_path / "damaged").write_bytes(content.replace(b"conv1.weight", b"conv1\xffweight"))
-    Image.new("L", (9, 9)).save(tmp_path / "picture", "png")
-    return [*(p.name for p in tmp_path.iterdir() if p.name != "whole"), "missing", "."]
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
-    for name in refused(tmp_path):
-        for command in (["predict", "x.png", "--weights"], ["train", "--device", "cpu", "--resume"]):
-            code, output, error = run(capsys, *command, tmp_path / name)
-            assert code == 2 and output == "" and error.count("\n") == 1, (name, error)
-            assert error.startswith(f"tritonnet {command[0]}:")
 
 
 def test_images_that_cannot_be_read(trained, tmp_path, capsys):
