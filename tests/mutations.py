@@ -38,6 +38,7 @@ from tritonnet.cli.terminal import UserError
 
 # What reading one of these small files may take, of the processor and of memory, and when a process counts as hanging.
 SECONDS, BYTES, HANG = 5, 2**30, 300
+SUFFIXES = "png", "jpg", "gif", "bmp", "tif", "webp", "ppm", "tga", "ico", "pcx"
 
 
 class Fault(Exception):
@@ -94,6 +95,13 @@ def read_folder(path):
     expect(0 <= labels.min() and labels.max() <= 9, "labels that are none")
 
 
+def read_picture(path):
+    from tritonnet.cli.images import read_digit  # needs Pillow
+
+    digit = read_digit(path)
+    expect(digit.shape == (1, 1, 32, 32) and digit.dtype == torch.float32 and digit.isfinite().all(), "no digit")
+
+
 def take_step(run):
     for parameter in run.net.parameters():
         parameter.grad = torch.full_like(parameter, 0.01)
@@ -140,7 +148,19 @@ def digits():
             yield Subject(subject, content, read_folder, (ValueError, FileNotFoundError), beside=beside)
 
 
-CORPUS = {"checkpoints": checkpoints, "digits": digits}
+def pictures():
+    """A stroke on paper in each format."""
+    from PIL import Image, ImageDraw
+
+    for i, suffix in enumerate(SUFFIXES):
+        picture = Image.new(("RGB", "L", "RGB")[i % 3], (48, 40), "white")
+        ImageDraw.Draw(picture).line([(24, 8), (22, 31)], "black", 4)
+        content = io.BytesIO()
+        picture.save(content, Image.registered_extensions()["." + suffix])
+        yield Subject("picture." + suffix, content.getvalue(), read_picture)
+
+
+CORPUS = {"checkpoints": checkpoints, "digits": digits, "pictures": pictures}
 
 
 # --- mutations of bytes: functions of a generator of random numbers and the content
@@ -489,7 +509,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--only", default="", help="checkpoints, digits, or the name of a file")
+    parser.add_argument("--only", default="", help="checkpoints, digits, pictures, or the name of a file")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "mutations", help="for what fails")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -517,7 +517,7 @@ def test_any_idx_file(sizes, zipped, data_, tmp_path):
 # --- mutations of all of them
 
 
-@pytest.mark.parametrize("kind", ["checkpoints", "digits"])
+@pytest.mark.parametrize("kind", mutations.CORPUS)
 def test_a_sample_of_mutations(kind, tmp_path):
     """`python -m tests.mutations` makes any number."""
     subjects = mutations.corpus(kind)
