@@ -1,5 +1,7 @@
 """The command line as a user meets it: what it writes, that nothing is lost, and how it refuses."""
 
+import functools
+import io
 import json
 import os
 import signal
@@ -13,13 +15,13 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 pytest.importorskip("rich")
-from conftest import run_python, write_mnist
+from conftest import ROOT, run_python, write_mnist
 from photos import photo
 from PIL import Image, ImageOps
 
 import tritonnet
 from tritonnet import cli
-from tritonnet.cli import bench, checkpoint, doctor, images, pictures, train
+from tritonnet.cli import bench, checkpoint, doctor, images, machine, pictures, terminal, train
 from tritonnet.data import MEAN, STD, load_digits
 
 PICTURES = ["confusion.png", "curves.png", "filters.png", "mistakes.png", "overview.png"]
@@ -157,6 +159,63 @@ def test_an_unfinished_run_is_not_overwritten(digits, tmp_path, capsys, no_pictu
     assert code == 2 and "--epochs 3" in error and "leave --epochs out" in error
 
 
+MEASURED = [(1, 1), (64, 1), (255, 1), (256, 2), (1024, 8), (10**6, 16)]
+
+
+@pytest.mark.parametrize("batch, number", MEASURED)
+def test_threads_follow_from_the_batch(batch, number, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert machine.threads_for(batch) == number
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    assert machine.threads_for(batch) == 16
+
+
+def test_a_run_keeps_its_threads(digits, tmp_path, capsys, monkeypatch, no_pictures):
+    """While it trains, and when it goes on on another day; then the process has its own again."""
+
+    class Watched(tritonnet.TrainStep):
+        def __call__(self, images, labels):
+            seen.append(torch.get_num_threads())
+            if len(seen) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(images, labels)
+
+    seen, stop, before = [], 2, torch.get_num_threads()
+    started = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(train, "TrainStep", Watched)
+    monkeypatch.setattr(train, "threads_for", lambda images: 2)
+    monkeypatch.setattr(train, "wait_asleep", lambda: started.append(len(seen)))
+    common = ["train", "--data", digits, "--batch-size", 50, "--epochs", 1, "--device", "cpu"]
+    assert run(capsys, *common, "--threads", 3, "--out", tmp_path / "a")[0] == 130 and not started
+    assert run(capsys, "train", "--resume", tmp_path / "a", "--device", "cpu")[0] == 0 and started == [2]
+    assert seen == [3] * 4 and torch.get_num_threads() == before
+    code, output, _ = run(capsys, *common, "--out", tmp_path / "b")
+    assert code == 0 and seen[4:] == [2] * 4 and started == [2, 4] and "with 2 threads" in output
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["options"]["threads"] == 2
+    code, _, error = run(capsys, *common, "--threads", 5, "--out", tmp_path / "c")
+    assert code == 2 and "--threads 5: this machine has 4 cores" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/tritonnet", str(ROOT / "tritonnet" / "__main__.py")])
+def test_threads_that_wait_asleep_take_a_new_process(program, monkeypatch):
+    """Of our commands, once: nobody else's program is started twice."""
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *arguments: begun.append((*arguments, os.environ["OMP_WAIT_POLICY"])))
+    monkeypatch.setattr(sys, "orig_argv", ["python", program, "train", "--batch-size", "512"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    machine.wait_asleep()
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    machine.wait_asleep()
+    assert not begun  # this is pytest's program
+    monkeypatch.setattr(sys, "argv", [program, "train"])
+    for _ in range(2):
+        machine.wait_asleep()
+    command = [sys.executable, program, "train", "--batch-size", "512"]
+    assert begun == [(sys.executable, command, "passive")]
+
+
 # --- predict
 
 
@@ -249,6 +308,86 @@ def test_images_that_cannot_be_read(trained, tmp_path, capsys):
     for path in (tmp_path / "empty", tmp_path / "missing"):
         code, _, error = run(capsys, "predict", path, *weights)
         assert code == 2 and error.count("\n") == 1 and str(path) in error
+
+
+# --- what a terminal can show, and the wait for kernels
+
+ODD = b"\xff.png", "ü.png".encode(), "😀.png".encode(), b"a\nb.png", b"\x1b[31m.png"
+
+
+@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
+@pytest.mark.parametrize(
+    "encoding, shown",
+    [
+        ("ascii", ["\\xff.png", "\\xfc.png", "\\U0001f600.png", "a\\nb.png", "\\x1b[31m.png"]),
+        ("latin-1", ["\\xff.png", "ü.png", "\\U0001f600.png", "a\\nb.png", "\\x1b[31m.png"]),
+        ("utf-8", ["\\xff.png", "ü.png", "😀.png", "a\\nb.png", "\\x1b[31m.png"]),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_terminal_shows_every_name_in_a_line(encoding, shown, rich, monkeypatch):
+    monkeypatch.setattr(terminal, "HAS_RICH", rich)
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding))
+    names = [os.fsdecode(name) for name in ODD]
+    terminal.table("Files", ("name", "number"), [[name, "1"] for name in names])
+    for name in names:
+        terminal.say(f"read {name}")
+    lines = output.getvalue().decode(encoding).splitlines()
+    assert lines[-len(ODD) :] == [f"read {name}" for name in shown]
+    rows = [line for line in lines if ".png" in line and not line.startswith("read")]
+    assert [any(name in row for row in rows) for name in shown] == [True] * len(ODD) and len(rows) == len(ODD)
+
+
+def test_names_of_any_bytes_are_read_and_printed(trained, tmp_path, capsys):
+    grey = Image.fromarray((255 * pixels(load_digits()[2][:1])[0]).byte().numpy()).resize((84, 84))
+    for name in ODD:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as f:
+            grey.save(f, "png")
+    with open(os.path.join(os.fsencode(tmp_path), b"no image\n\xfe.png"), "wb") as f:
+        f.write(b"no image")
+    weights = ["--weights", trained[0] / "model.pt"]
+    code, output, error = run(capsys, "predict", tmp_path, *weights)
+    assert code == 2 and output.count(".png") == len(ODD) and error.count("\n") == 1 and "no image\\n\\xfe" in error
+    code, output, _ = run(capsys, "predict", tmp_path, *weights, "--json")
+    read = {os.path.basename(os.fsencode(r["file"])): r["digit"] for r in json.loads(output)}
+    assert read == dict.fromkeys(ODD, 3)
+
+
+def test_a_wait_is_said_if_it_is_long(capsys):
+    with terminal.patience("compiling", 30):
+        pass
+    with terminal.patience("compiling", 0.2) as there:
+        there()
+        time.sleep(0.4)
+    assert capsys.readouterr().out == ""
+    with terminal.patience("compiling", 0.05):
+        time.sleep(0.4)
+    assert capsys.readouterr().out == "compiling\n"
+
+
+def test_the_first_step_on_a_gpu_says_that_it_compiles(digits, tmp_path, capsys, monkeypatch, no_pictures):
+    """As if the CPU were a GPU, with a step that takes long."""
+
+    class Slow(tritonnet.TrainStep):
+        def __call__(self, images, labels):
+            time.sleep(0.3)
+            return super().__call__(images, labels)
+
+    def compiling(device, shown=True):
+        said.append(device.type)
+        return machine.compiling(torch.device("cuda"), shown)
+
+    said = []
+    monkeypatch.setattr(machine, "patience", functools.partial(terminal.patience, seconds=0.1))
+    monkeypatch.setattr(train, "compiling", compiling)
+    monkeypatch.setattr(train, "TrainStep", Slow)
+    arguments = ["--data", digits, "--epochs", 1, "--batch-size", 200, "--device", "cpu", "--out", tmp_path]
+    code, output, _ = run(capsys, "train", *arguments)
+    assert code == 0 and said == ["cpu", "cpu"]
+    assert output.index("a step goes by") < output.index("compiling the kernels") < output.index("epoch 1:")
+    code, output, _ = run(capsys, "predict", "nowhere", "--weights", tmp_path / "model.pt")
+    assert code == 2 and "compiling" not in output
 
 
 # --- errors, doctor, bench
@@ -352,8 +491,6 @@ def test_without_the_extra(digits, tmp_path):
 
 def test_progress_bar(capsys, monkeypatch):
     """On a terminal: epoch, loss and images per second."""
-    from tritonnet.cli import terminal
-
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")

@@ -1,13 +1,22 @@
 """What this machine has: versions, devices, and the precision of its float32 products."""
 
+import contextlib
 import importlib.util
+import os
 import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from .. import __version__
-from .terminal import UserError
+from .terminal import UserError, patience
+
+# Of a step, for each thread of the CPU.
+IMAGES_A_THREAD = 128
 
 
 def versions() -> dict[str, str]:
@@ -39,3 +48,46 @@ def find_device(name: str | None) -> torch.device:
     if (device.index or 0) >= there:
         raise UserError(f"--device {name}: torch {torch.__version__} sees {there} of that kind; try --device cpu")
     return device
+
+
+def threads_for(images: int) -> int:
+    """The threads of the CPU for steps of LeNet on so many images.
+
+    A step has some hundred loops, at the end of each of which all threads wait for the last one, also while that has to
+    leave its core to another process. Images a second on two cores, idle, beside one busy process and beside two: of 64
+    a step 6,500, 6,200 and 4,700 with one thread, and 8,500, 2,300 and 140 with two; of 512 a step 9,400, 9,500 and
+    5,800 with one, and 12,700, 8,300 and 5,200 with two that `wait_asleep`.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return max(1, min(torch.get_num_threads(), images // IMAGES_A_THREAD))
+
+
+def wait_asleep() -> None:
+    """Start a command of ours anew, with threads that give their cores away as soon as they wait.
+
+    OpenMP looks for that only once, when torch is loaded. Called from another program this does nothing.
+    """
+    program = Path(sys.argv[0])
+    ours = program.name == "tritonnet" or program.parent == Path(__file__).parents[1]
+    if ours and os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many threads of the CPU in a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def compiling(device: torch.device, shown: bool = True) -> AbstractContextManager[Callable[[], object]]:
+    """`patience` with the first launches on a GPU, for which kernels are compiled if Triton has not kept them."""
+    if device.type == "cpu" or not shown:
+        return contextlib.nullcontext(lambda: None)
+    return patience("compiling the kernels for this GPU, which Triton keeps: on 16 cores a first step took 20 s")

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from .. import LeNet
 from . import checkpoint
 from .images import SUFFIXES, read_digit
-from .machine import find_device
+from .machine import compiling, find_device, threads, threads_for
 from .terminal import Parser, UserError, say, table
 
 # Under what names files hold a state_dict beside other things.
@@ -75,6 +75,32 @@ def image_files(path: Path) -> list[Path]:
 
 
 @torch.no_grad()
+def read_all(net: LeNet, paths: Iterable[Path], device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
+    """(what is in each image of the files and folders, why others could not be read)."""
+    results: list[dict[str, Any]] = []
+    unread: list[str] = []
+    for path in paths:
+        try:
+            files = image_files(path)
+        except UserError as e:
+            unread.append(str(e))
+            continue
+        except OSError as e:
+            unread.append(f"{path} cannot be looked into ({e.strerror or e})")
+            continue
+        for file in files:
+            try:
+                digit = read_digit(file)
+            except UserError as e:
+                unread.append(str(e))
+                continue
+            with compiling(device, shown=not results):
+                probabilities = net(digit.to(device)).softmax(1)[0].tolist()
+            read = max(range(len(probabilities)), key=probabilities.__getitem__)
+            results.append({"file": str(file), "digit": read, "probabilities": probabilities})
+    return results, unread
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "tritonnet predict",
@@ -90,18 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = find_device(args.device)
     net = load_net(args.weights).to(device).eval()
-    results, unread = [], []
-    for file in [file for path in args.images for file in image_files(path)]:
-        try:
-            digit = read_digit(file)
-        except UserError as e:
-            unread.append(str(e))
-            continue
-        probabilities = net(digit.to(device)).softmax(1)[0].tolist()
-        read = max(range(len(probabilities)), key=probabilities.__getitem__)
-        results.append({"file": str(file), "digit": read, "probabilities": probabilities})
+    with threads(threads_for(1)):
+        results, unread = read_all(net, args.images, device)
     if args.json:
-        say(json.dumps(results, indent=1))
+        print(json.dumps(results, indent=1), flush=True)
     elif results:
         rows = [[str(r["file"]), str(r["digit"]), *(f"{100 * p:.1f}" for p in r["probabilities"])] for r in results]
         table("Digits, and the probability of each in %", ("file", "digit", *"0123456789"), rows)

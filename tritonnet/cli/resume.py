@@ -92,7 +92,8 @@ def checked_state(value: Any) -> dict[str, Any]:
         Unfit: a part is missing, or no such run has it.
     """
     found = entries(value)
-    options = checked(found.get("options"), OPTIONS, "options")
+    # Runs of earlier versions had as many threads as torch gave them.
+    options = checked({"threads": None, **entries(found.get("options"))}, OPTIONS, "options")
     state = checked(found, NUMBERS, "the state")
     steps, run = len(state["losses"]), Run(options, state["images"], torch.device("cpu"))
     epoch, begun = divmod(steps, run.steps)
@@ -169,6 +170,7 @@ OPTIONS: dict[str, Callable[[Any], bool]] = {
     "seed": lambda value: is_whole(value, 0),
     "processes": lambda value: is_whole(value, 1),
     "data": lambda value: value is None or is_path(value),
+    "threads": lambda value: value is None or is_whole(value, 1),
 }
 # how far the run is,
 NUMBERS: dict[str, Callable[[Any], bool]] = {

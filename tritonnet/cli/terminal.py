@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO
@@ -39,9 +40,40 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def printable(text: str, file: TextIO | None = None) -> str:
+    """The text as `file` (None: stdout) can show it on one line: what it has no letter for, as escapes.
+
+    File names may hold any character, or bytes that are no UTF-8, and a terminal may know ASCII alone.
+    """
+    text = "".join(c if c.isprintable() else _escape(c) for c in text)
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _escape(c: str) -> str:
+    # What Python makes of a byte of a file's name that is none of its encoding.
+    return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
+
+
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line at once, also into a pipe."""
-    print(line, file=file, flush=True)
+    print(printable(line, file), file=file, flush=True)
+
+
+@contextlib.contextmanager
+def patience(line: str, seconds: float = 2.0) -> Iterator[Callable[[], None]]:
+    """Says the line if what is waited for inside has not come after some seconds.
+
+    Yields:
+        there(): what was waited for has come; it is called as often as one likes, and at the end.
+    """
+    timer = threading.Timer(seconds, say, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -52,6 +84,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         columns: heads of the columns; all empty for none.
         rows: cells as text.
     """
+    cells = [[printable(cell) for cell in row] for row in rows]
     if HAS_RICH:
         from rich import box
         from rich.console import Console
@@ -61,12 +94,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         grid = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_header=any(columns))
         for column in columns:
             grid.add_column(column, overflow="fold")
-        for row in rows:
+        for row in cells:
             grid.add_row(*map(Text, row))
         # A file or a pipe has no width, and wrapped lines help nobody there.
         Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(grid)
         return
-    lines = [list(columns), *rows] if any(columns) else list(rows)
+    lines = [list(columns), *cells] if any(columns) else cells
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     say(title)
     for line in lines:

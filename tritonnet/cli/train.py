@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from ..data import load_digits
 from ..dispatch import backend_name, float32_products
 from ..nn import functional as F
 from . import checkpoint
-from .machine import find_device, versions
+from .machine import compiling, find_device, threads, threads_for, versions, wait_asleep
 from .resume import PRECISIONS, Run, read_checkpoint
 from .terminal import HAS_RICH, Parser, UserError, progress, say, table, whole
 
@@ -64,6 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--backend", choices=("auto", "triton", "reference"), default="auto", help="(default: %(default)s)")
     add("--precision", choices=PRECISIONS, help="float32 is exact, tf32 and bfloat16 are for GPUs (default: float32)")
     add("--seed", type=whole(0), help=f"of weights and order (default: {FIXED['seed']})")
+    add("--threads", type=whole(1), help="of the CPU (default: by the batch size, 1 for fewer than 256 images)")
     add("--resume", metavar="RUN", type=Path, help="folder (or checkpoint.pt) of a run to go on with")
     add("--out", metavar="DIR", type=Path, help="folder for all that comes out (default: lenet, or that of --resume)")
     return parser.parse_args(argv)
@@ -105,6 +107,7 @@ def settle(args: argparse.Namespace, world: int, device: torch.device) -> tuple[
         options["lr"] = options["lr"] or RATES[options["optimizer"]]
         options["processes"] = world
     options["data"] = str(args.data) if args.data else None
+    options["threads"] = settle_threads(args.threads, options, world)
     if options["precision"] == "tf32" and device.type == "cpu":
         raise UserError("--precision tf32 is a format of GPUs: leave it out on the CPU")
     try:
@@ -112,6 +115,15 @@ def settle(args: argparse.Namespace, world: int, device: torch.device) -> tuple[
     except RuntimeError as e:
         raise UserError(f"--backend {args.backend}: {e}") from None
     return options, saved
+
+
+def settle_threads(given: int | None, options: dict[str, Any], world: int) -> int:
+    """The threads of each process; those of a resumed run stay, as sums in another order have other bits."""
+    cores = os.cpu_count() or 1
+    if given is not None and given > cores:
+        raise UserError(f"--threads {given}: this machine has {cores} cores")
+    number = given or options.get("threads") or threads_for(math.ceil(options["batch_size"] / world))
+    return min(number, cores)
 
 
 @contextlib.contextmanager
@@ -183,9 +195,14 @@ def train_epoch(
     losses = torch.zeros(len(batches) - first, device=run.device)
     start, done = time.perf_counter(), 0
     title = f"epoch {run.epoch + 1}/{run.options['epochs']}"
-    with progress(title, len(batches), first, shown) as update, finite_losses(run, title):
+    with (
+        compiling(run.device, shown) as there,
+        progress(title, len(batches), first, shown) as update,
+        finite_losses(run, title),
+    ):
         for batch in batches[first:]:
             losses[done] = step(images[batch], labels[batch])
+            there()
             run.schedule.step()
             update(len(batch) * world, losses[done].item)
             done += 1
@@ -221,6 +238,10 @@ def finish_epoch(run: Run, answers: torch.Tensor, labels: torch.Tensor) -> str:
     return f"epoch {run.epoch}: loss {train_loss:.4f}, {speed:,.0f} images/s, test accuracy {right:.2%}"
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
 def write_results(run: Run, out: Path, answers: torch.Tensor, images: torch.Tensor, labels: torch.Tensor) -> None:
     """metrics.json, the pictures, and the table at the end; all tensors on the CPU."""
     classes = answers.shape[1]
@@ -238,14 +259,14 @@ def write_results(run: Run, out: Path, answers: torch.Tensor, images: torch.Tens
         pictures = draw(out, metrics, images, labels, answers, run.net.conv1.weight.detach().cpu())
     wrong = int((answers.argmax(1) != labels).sum())
     seconds = sum(epoch["seconds"] for epoch in run.history)
+    where = f"{run.options['processes']} x {run.device.type}"
+    if run.device.type == "cpu":
+        where += f" with {counted(run.options['threads'], 'thread')}"
     rows = [
         ("test accuracy", f"{metrics['test_accuracy']:.2%}: {wrong} of {len(labels):,} digits are read wrong"),
-        ("trained", f"{run.images:,} digits, {run.options['epochs']} times, in {seconds:.1f} s"),
+        ("trained", f"{run.images:,} digits, {counted(run.options['epochs'], 'epoch')}, in {seconds:.1f} s"),
         ("speed", f"{run.images * len(run.history) / seconds:,.0f} images/s"),
-        (
-            "on",
-            f"{run.options['processes']} x {run.device.type}, {run.options['precision']}, {backend_name(run.device)}",
-        ),
+        ("on", f"{where}, {run.options['precision']}, {backend_name(run.device)}"),
         ("weights", str(out / "model.pt")),
         ("metrics", str(out / "metrics.json")),
         *(("pictures" if i == 0 else "", str(out / name)) for i, name in enumerate(pictures)),
@@ -275,6 +296,8 @@ def read_data(folder: Path | None) -> tuple[torch.Tensor, ...]:
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> int:
     """Train, print, save; returns the exit code."""
     options, saved = settle(args, world, device)
+    if device.type == "cpu" and world == 1 and options["threads"] > 1 and args.threads is None:
+        wait_asleep()
     prepare_folder(args.out)
     data = read_data(args.data)
     train_x, train_y, test_x, test_y = (t.to(device) for t in data)
@@ -289,13 +312,16 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     tell(f"LeNet on {len(train_x)} digits, {world} x {device.type}, backend: {backend_name(device)}")
     if world == 1:
         tell(f"a step goes by {step.path}, because {step.reason}")
-    with Interruption() as stop, float32_products("tf32" if precision == "tf32" else "ieee"):
+    products = float32_products("tf32" if precision == "tf32" else "ieee")
+    with Interruption() as stop, threads(options["threads"]), products:
         while run.epoch < options["epochs"] and not stop.granted:
             sampler.set_epoch(run.epoch + 1)
             indices = torch.tensor(list(sampler), device=device)
             train_epoch(run, step, train_x, train_y, indices, stop, shown=rank == 0)
             if len(run.losses) == (run.epoch + 1) * run.steps:
-                tell(finish_epoch(run, logits(run.net, test_x), test_y))
+                with compiling(device, rank == 0):
+                    answers = logits(run.net, test_x)
+                tell(finish_epoch(run, answers, test_y))
             if rank == 0:
                 checkpoint.save(args.out / "checkpoint.pt", run.state())
         answers = logits(run.net, test_x)
