@@ -208,6 +208,14 @@ def test_weight_gradients_of_each_image(backend, device):
         torch.testing.assert_close([t[i] for t in several], [*gradients(x[0], dy[0], weights, b)])
 
 
+def test_windows_without_a_positive_value(backend, device):
+    """Their gradient goes nowhere, also where windows begin further before an image than all images are large."""
+    x, w = torch.rand(2, 4, 1, 7, device=device, requires_grad=True), -torch.ones(1, 4, 1, 1, device=device)
+    y = F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=5, pool_stride=(2, 3), pool_padding=2)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not y.any() and not dx.any()
+
+
 def test_unbatched_other_dtypes_and_autocast(backend, device):
     x, w = torch.randn(2, 7, 7, device=device), torch.randn(3, 2, 2, 2, device=device)
     assert torch.equal(F.conv2d_relu_max_pool2d(x, w), F.conv2d_relu_max_pool2d(x[None], w)[0])

@@ -168,7 +168,9 @@ def max_pool2d_scatter(dy, code, size, kernel, stride, padding, dilation):
     (N, C), (H, W) = dy.shape[:2], size
     end = N * C * H * W
     # What belongs to no pixel goes behind the last. In one dimension torch's scatter_add_ is deterministic everywhere.
-    index = _indices(code, W, kernel, stride, padding, dilation, 2 * end)
+    # A window's start lies before its image by as much as the padding.
+    behind = end + padding[0] * W + padding[1]
+    index = _indices(code, W, kernel, stride, padding, dilation, behind)
     index += (torch.arange(N * C, device=dy.device) * (H * W)).view(N, C, 1, 1)
     dx = wide.new_zeros(end + 1).scatter_add_(0, index.clamp_(max=end).flatten(), wide.flatten())
     return _like(shapes.max_pool2d_scatter(dy, code, size), dx[:end].view(N, C, H, W))
