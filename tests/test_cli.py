@@ -500,3 +500,19 @@ def test_progress_bar(capsys, monkeypatch):
             update(64, lambda: 0.1234)
     error = capsys.readouterr().err
     assert "epoch 1/2" in error and "loss 0.1234" in error and "images/s" in error
+
+
+def test_closed_and_full_outputs(capsys, monkeypatch):
+    """Files that a process was started without are None in Python; what cannot be written to is said once."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        patch.setattr(sys, "stderr", None)
+        terminal.table("title", ("", ""), [("a", "b")])
+        with terminal.progress("epoch 1/1", 1, 0, shown=True) as update:
+            update(64, lambda: 0.5)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "train", full)
+    assert run(capsys, "train") == (2, "", "tritonnet train: No space left on device\n")

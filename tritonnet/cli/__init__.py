@@ -72,7 +72,8 @@ def run(command: str, arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as e:
-        message = f"{e.filename or command}: {e.strerror or e}"
+        reason = e.strerror or str(e)
+        message = reason if e.filename is None else f"{e.filename}: {reason}"
     except KeyboardInterrupt:
         say("", sys.stderr)
         return 130

@@ -55,6 +55,11 @@ def _escape(c: str) -> str:
     return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
 
 
+def is_terminal(file: TextIO | None) -> bool:
+    """Whether this is a terminal; it is None in a process that was started with the file closed."""
+    return file is not None and file.isatty()
+
+
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line at once, also into a pipe."""
     print(printable(line, file), file=file, flush=True)
@@ -97,7 +102,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         for row in cells:
             grid.add_row(*map(Text, row))
         # A file or a pipe has no width, and wrapped lines help nobody there.
-        Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(grid)
+        Console(width=None if is_terminal(sys.stdout) else 1000, highlight=False).print(grid)
         return
     lines = [list(columns), *cells] if any(columns) else cells
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
@@ -118,7 +123,7 @@ def progress(title: str, total: int, done: int, shown: bool) -> Iterator[Callabl
         update(images, loss): one more step, of so many images; the loss is a function, called a few times a second
         alone, because to ask a GPU for it is to wait for the GPU.
     """
-    if not (shown and HAS_RICH and sys.stderr.isatty()):
+    if not (shown and HAS_RICH and is_terminal(sys.stderr)):
         yield lambda images, loss: None
         return
     from rich.console import Console
