@@ -339,6 +339,13 @@ def test_a_terminal_shows_every_name_in_a_line(encoding, shown, rich, monkeypatc
     assert [any(name in row for row in rows) for name in shown] == [True] * len(ODD) and len(rows) == len(ODD)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_a_pipe_in_a_folder_is_not_waited_for(trained, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.png")
+    code, output, error = run(capsys, "predict", tmp_path, "--weights", trained[0] / "model.pt")
+    assert code == 2 and not output and f"{tmp_path} has no images in it" in error
+
+
 def test_names_of_any_bytes_are_read_and_printed(trained, tmp_path, capsys):
     grey = Image.fromarray((255 * pixels(load_digits()[2][:1])[0]).byte().numpy()).resize((84, 84))
     for name in ODD:

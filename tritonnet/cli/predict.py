@@ -68,7 +68,8 @@ def image_files(path: Path) -> list[Path]:
         raise UserError(f"there is no {path}: give an image file or a folder of them")
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    # To open a pipe is to wait, perhaps for ever, for somebody who writes into it.
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.is_fifo())
     if not files:
         raise UserError(f"{path} has no images in it ({', '.join(sorted(SUFFIXES))})")
     return files
