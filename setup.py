@@ -5,7 +5,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 # What the command line needs beside torch; the package itself needs torch alone.
-CLI = ["matplotlib", "pillow", "rich"]
+CLI = ["matplotlib", "pillow>=10.1", "rich"]
 
 setup(
     name="tritonnet",

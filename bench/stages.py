@@ -29,9 +29,9 @@ OTHER_TESTS = (
 )  # fmt: skip
 # What these look at is the same on every machine.
 WITHOUT_GPU = (
-    "test_bench", "test_compiled", "test_files", "test_machine_code", "test_package", "test_ptx", "test_ptx_faults",
-    "test_ptx_matrices", "test_ptx_tensor", "test_ptx_tensor_faults", "test_step_on_host", "test_verify", "test_warm",
-    "test_watch",
+    "test_bench", "test_compiled", "test_files", "test_images", "test_machine_code", "test_package", "test_ptx",
+    "test_ptx_faults", "test_ptx_matrices", "test_ptx_tensor", "test_ptx_tensor_faults", "test_step_on_host",
+    "test_verify", "test_warm", "test_watch",
 )  # fmt: skip
 # The interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"

@@ -167,8 +167,9 @@ def test_threads_follow_from_the_batch(batch, number, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert machine.threads_for(batch) == number
-    monkeypatch.setenv("OMP_NUM_THREADS", "16")
-    assert machine.threads_for(batch) == 16
+    for value, found in (("16", 16), ("", number), ("many", number)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert machine.threads_for(batch) == found
 
 
 def test_a_run_keeps_its_threads(digits, tmp_path, capsys, monkeypatch, no_pictures):
@@ -194,6 +195,8 @@ def test_a_run_keeps_its_threads(digits, tmp_path, capsys, monkeypatch, no_pictu
     code, output, _ = run(capsys, *common, "--out", tmp_path / "b")
     assert code == 0 and seen[4:] == [2] * 4 and started == [2, 4] and "with 2 threads" in output
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["options"]["threads"] == 2
+    # As torch has it in a process, for runs of versions that kept none.
+    assert train.settle_threads(None, {"threads": None}, 1) == before
     code, _, error = run(capsys, *common, "--threads", 5, "--out", tmp_path / "c")
     assert code == 2 and "--threads 5: this machine has 4 cores" in error and error.count("\n") == 1
 
@@ -308,6 +311,14 @@ def test_images_that_cannot_be_read(trained, tmp_path, capsys):
     for path in (tmp_path / "empty", tmp_path / "missing"):
         code, _, error = run(capsys, "predict", path, *weights)
         assert code == 2 and error.count("\n") == 1 and str(path) in error
+
+
+def test_weights_too_large_for_numbers_are_refused(trained, tmp_path, capsys):
+    """Finite ones, whose products are not: no table of nan, and no NaN in what has to be JSON."""
+    torch.save({name: t * 1e36 for name, t in weights(trained[0]).items()}, tmp_path / "large.pt")
+    picture = ROOT / ".github" / "photo.jpg"
+    code, output, error = run(capsys, "predict", picture, "--weights", tmp_path / "large.pt", "--json")
+    assert code == 2 and output == "" and error.count("\n") == 1 and "no finite numbers" in error
 
 
 # --- what a terminal can show, and the wait for kernels

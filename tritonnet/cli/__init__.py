@@ -75,9 +75,9 @@ def run(command: str, arguments: Sequence[str] | None = None) -> int:
         reason = e.strerror or str(e)
         message = reason if e.filename is None else f"{e.filename}: {reason}"
     except KeyboardInterrupt:
-        say("", sys.stderr)
+        say("", error=True)
         return 130
     # Every process of torchrun meets the same error.
     if os.environ.get("RANK", "0") == "0":
-        say(f"tritonnet {command}: {message}", sys.stderr)
+        say(f"tritonnet {command}: {message}", error=True)
     return 2

@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -163,6 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif device.type == "cpu":
         say("The kernels are for GPUs; on the CPU, plain torch is the fast way, and gives the same numbers.")
     for line in wrong:
-        say(f"wrong: {line}", sys.stderr)
+        say(f"wrong: {line}", error=True)
     say(f"{'Something is wrong' if wrong else 'All is well'} ({time.perf_counter() - start:.1f} s).")
     return 1 if wrong else 0

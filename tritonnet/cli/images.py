@@ -1,10 +1,13 @@
-"""Any picture of one digit, a scan or a photo, as LeNet has seen digits in training."""
+"""Any picture of one digit, a drawing, a scan or a photo, as LeNet has seen digits in training."""
 
+import logging
 import math
+import textwrap
+import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from ..data import normalize
@@ -13,6 +16,13 @@ from .terminal import UserError
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Longest side of the picture that is searched, in pixels: enough for a digit that fills a tenth of it.
 SIDE = 400
+# The share of a drawing's variance that one level between paper and ink explains; photos have light and noise beside.
+CLEAR = 0.8
+# Levels of grey that are told apart.
+LEVELS = 256
+
+# What Pillow logs about a broken file would be printed beside our own line about it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def read_digit(path: Path) -> torch.Tensor:
@@ -24,101 +34,150 @@ def read_digit(path: Path) -> torch.Tensor:
     Raises:
         UserError: the file is no image, or there is nothing in it.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            ink = find_ink(grey(ImageOps.exif_transpose(image)))
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, EOFError) as e:
-        raise UserError(f"{path} cannot be read as an image ({e})") from None
-    except OSError as e:
-        raise UserError(f"{path} cannot be read as an image ({e.strerror or e})") from None
+    pixels = grey(load(path))
+    if not pixels.isfinite().all():
+        raise UserError(f"{path} cannot be read as an image (not all of its pixels are finite numbers)")
+    ink = find_ink(pixels)
     if ink is None:
         raise UserError(f"{path} has no digit in it: one digit, darker or lighter than what is around it, is needed")
     return normalize(centre(ink)[None, None])
 
 
+def load(path: Path) -> Image.Image:
+    """The image in a file, upright, of up to SIDE pixels, in one of the modes F, L, RGB and RGBA.
+
+    Raises:
+        UserError: Pillow cannot read it.
+    """
+    # A broken file may make Pillow raise anything, from struct.error to MemoryError, and so all of it is caught: only
+    # calls of Pillow may stand in here.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _load(path)
+    except Exception as e:
+        why = (isinstance(e, OSError) and e.strerror) or str(e) or type(e).__name__
+    why = textwrap.shorten("".join(c if c.isprintable() else " " for c in why), 200, placeholder=" ...")
+    raise UserError(f"{path} cannot be read as an image ({why})")
+
+
+def _load(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":  # 16 bits and more, which convert("RGB") would cut off
+            mode = "F"
+        elif image.has_transparency_data:
+            mode = "RGBA"
+        else:
+            mode = "L" if image.mode in ("1", "L") else "RGB"
+        picture = image if image.mode == mode else image.convert(mode)
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+        return picture
+
+
 def grey(image: Image.Image) -> torch.Tensor:
-    """(H, W) in float32: the direction in which the colours differ most, at up to SIDE pixels."""
-    if image.mode[0] in "IF":  # 16 bits and more, which convert("RGB") would cut off
-        image = image.convert("F")
-        image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).view(image.height, image.width)
-        return pixels / pixels.abs().max().clamp(min=1)
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
+    """(H, W) in float32: the direction in which the colours differ most."""
+    size = image.height, image.width, -1
+    if image.mode == "F":
+        numbers = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).view(*size[:2]).double()
+        lowest = numbers.min()
+        return ((numbers - lowest) / (numbers.max() - lowest).clamp(min=1e-300)).float()
+    colours = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size).float() / 255
+    if image.mode == "L":
+        return colours[..., 0]
+    if image.mode == "RGBA":
+        colours, alpha = colours[..., :3], colours[..., 3:]
         # What can be seen of it stands out against the opposite paper.
-        opaque = image.getchannel("A").point(lambda alpha: 255 * (alpha > 127))
-        dark = ImageStat.Stat(image.convert("L"), opaque).mean[0] < 128
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white" if dark else "black"), image)
-    image = image.convert("RGB")
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
-    colours = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(-1, 3).float() / 255
+        dark = (colours * alpha).sum() < 0.5 * 3 * alpha.sum()
+        colours = colours * alpha + dark * (1 - alpha)
+    colours = colours.double().view(-1, 3)
     colours -= colours.mean(0)
     direction = torch.linalg.eigh(colours.T @ colours)[1][:, -1]
-    return (colours @ direction).view(image.height, image.width)
+    return (colours @ direction).float().view(size[:2])
 
 
 def find_ink(pixels: torch.Tensor) -> torch.Tensor | None:
     """The digit's box, (h, w) from 0 background to 1 ink, or None if there is no digit."""
-    if min(pixels.shape) < 4:
+    if min(pixels.shape) < 4 or pixels.max() - pixels.min() < 1e-3:
         return None
-    ink = find_on_paper(pixels)
-    return find_in_crop(pixels) if ink is None else ink
+    # Dust and noise are smaller than strokes.
+    radius = round(min(pixels.shape) / 200)
+    smooth = F.avg_pool2d(pixels[None, None], 2 * radius + 1, 1, radius, count_include_pad=False)[0, 0]
+    level, clear = otsu(smooth.flatten())
+    if clear >= CLEAR:
+        return find_on_plain_paper(smooth, level)
+    return find_on_lit_paper(smooth)
 
 
-def find_on_paper(pixels: torch.Tensor) -> torch.Tensor | None:
-    """`find_ink` where most of the picture is paper, in any light."""
-    flat = pixels - background(pixels)
+def find_on_plain_paper(pixels: torch.Tensor, level: torch.Tensor) -> torch.Tensor | None:
+    """`find_ink` where the picture is paper of one colour and ink of another, which `level` parts: a drawing."""
+    light = pixels > level
+    rim = torch.cat([light[0], light[-1], light[:, 0], light[:, -1]])
+    paper = light == (rim.float().mean() > 0.5)
+    # A frame of one colour is no paper if there is twice as much of another inside.
+    if rim.all() == rim.any() and paper.float().mean() < 1 / 3:
+        paper = ~paper
+    sign = -1 if light[paper].all() else 1
+    above = sign * (pixels - most_frequent(pixels[paper]))
+    return cut_out(above, above[~paper])
+
+
+def find_on_lit_paper(pixels: torch.Tensor) -> torch.Tensor | None:
+    """`find_ink` where most of the picture is paper, in any light: a photo."""
+    above = pixels - background(pixels)
     # Ink is rare and stands out, darker or lighter than the paper.
-    if flat.pow(3).sum() < 0:
-        flat = -flat
-    smooth = blur(flat, round(min(pixels.shape) / 200))
-    spread = (smooth - smooth.median()).abs().median() / 0.6745  # of the paper: the standard deviation, if it is normal
-    candidates = smooth[smooth > max(4 * spread.item(), 1e-3)]
+    if above.pow(3).sum() < 0:
+        above = -above
+    spread = (above - above.median()).abs().median() / 0.6745  # of the paper: the standard deviation, if it is normal
+    return cut_out(above, above[above > max(4 * spread.item(), 1e-3)])
+
+
+def cut_out(above: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor | None:
+    """The box of the digit in pixels (H, W) that are 0 on paper and larger in ink; None if it is a speck.
+
+    `candidates` are the values of those that may be ink.
+    """
     if len(candidates) < 4:
         return None
-    return cut_out(smooth, otsu(candidates)[0])
-
-
-def find_in_crop(pixels: torch.Tensor) -> torch.Tensor | None:
-    """`find_ink` where the digit fills the picture: two levels and little between them."""
-    level, clear = otsu(pixels.flatten())
-    if clear < 0.85:
-        return None
-    rim = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    paper = rim.median()
-    return cut_out((pixels - paper).abs(), (level - paper).abs())
-
-
-def cut_out(above: torch.Tensor, level: torch.Tensor) -> torch.Tensor | None:
-    """The box of the digit in pixels (H, W) that are 0 on paper and beyond `level` in ink; None if it is a speck."""
-    mask = main_parts(above > level)
-    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    if max(mask[box].shape) < max(4, min(above.shape) / 25):
+    level = otsu(candidates)[0]
+    # Where all ink is alike, no level parts it, and its edge is half way to the paper.
+    level = torch.minimum(level, candidates[candidates >= level].median() / 2)
+    ink = above > level
+    mask = main_parts(ink)
+    if max(mask.any(0).sum(), mask.any(1).sum()) < max(4, min(above.shape) / 25):
         return None
     full = above[mask].quantile(0.5)
-    return (((above - level / 2) / (full - level / 2)).clamp(0, 1) * mask)[box]
+    # The edge is soft: part of the ink lies in the pixels next to those beyond the level.
+    edge = F.max_pool2d(mask[None, None].float(), 3, 1, 1)[0, 0].bool() & ~ink
+    low = level / 5
+    ink = ((above - low) / (full - low)).clamp(0, 1) * (mask | edge)
+    rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def background(pixels: torch.Tensor) -> torch.Tensor:
     """The light on the paper: the surface of second degree through the pixels without ink, found from the rim in."""
     height, width = pixels.shape
     y, x = torch.linspace(-1, 1, height)[:, None].expand_as(pixels), torch.linspace(-1, 1, width).expand_as(pixels)
-    terms = torch.stack([torch.ones_like(x), x, y, x * y, x * x, y * y], -1).double()
-    paper = torch.maximum(x.abs(), y.abs()) > 0.8
+    surface = torch.stack([torch.ones_like(x), x, y, x * y, x * x, y * y], -1)
+    step = math.ceil(max(height, width) / 100)  # so many pixels tell as much as all
+    terms, sample = surface[::step, ::step].double(), pixels[::step, ::step].double()
+    paper = torch.maximum(x.abs(), y.abs())[::step, ::step] > 0.8
     for _ in range(6):
         # The tiny diagonal is for a rim that leaves a term open.
         square = terms[paper].T @ terms[paper] + 1e-6 * torch.eye(6).double()
-        fit = (terms @ torch.linalg.solve(square, terms[paper].T @ pixels[paper].double())).float()
-        off = (pixels - fit).abs()
+        fit = torch.linalg.solve(square, terms[paper].T @ sample[paper])
+        off = (sample - terms @ fit).abs()
         paper = off <= 3 * off[paper].median() / 0.6745 + 1e-4
-    return fit
+    return surface @ fit.float()
 
 
-def blur(pixels: torch.Tensor, radius: int) -> torch.Tensor:
-    """The mean over (2 radius + 1) x (2 radius + 1) pixels."""
-    return F.avg_pool2d(pixels[None, None], 2 * radius + 1, 1, radius, count_include_pad=False)[0, 0]
+def most_frequent(values: torch.Tensor) -> torch.Tensor:
+    """The most frequent of the values, to within their range by LEVELS."""
+    lowest = values.min()
+    scale = ((values.max() - lowest) / (LEVELS - 1)).clamp(min=1e-12)
+    return lowest + scale * ((values - lowest) / scale).round().mode().values
 
 
 def otsu(values: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -126,27 +185,24 @@ def otsu(values: torch.Tensor) -> tuple[torch.Tensor, float]:
 
     Source: Otsu 1979, A threshold selection method from gray-level histograms.
     """
-    values = values.sort().values.double()
-    below = torch.arange(1, len(values)).double()
-    above = len(values) - below
-    low = values.cumsum(0)[:-1]
-    between = below * above * (low / below - (values.sum() - low) / above) ** 2 / len(values) ** 2
+    lowest, highest = values.min(), values.max()
+    scale = ((highest - lowest) / (LEVELS - 1)).clamp(min=1e-12)
+    counts = ((values - lowest) / scale).round().long().bincount(minlength=LEVELS).double()
+    weighted = counts * torch.arange(LEVELS).double()
+    below, low = counts.cumsum(0)[:-1], weighted.cumsum(0)[:-1]
+    above, high = len(values) - below, weighted.sum() - low
+    between = (below * above * (low / below - high / above.clamp(min=1)) ** 2) / len(values) ** 2
     best = int(between.argmax())
-    share = between[best] / values.var(correction=0).clamp(min=1e-12)
-    return (values[best : best + 2].mean()).float(), share.item()
+    mean = weighted.sum() / len(values)
+    variance = (counts * (torch.arange(LEVELS) - mean) ** 2).sum() / len(values)
+    return lowest + (best + 0.5) * scale, (between[best] / variance.clamp(min=1e-12)).item()
 
 
 def main_parts(mask: torch.Tensor) -> torch.Tensor:
     """The parts of the mask that make the digit: no specks, and nothing that the edge cuts, if that can be avoided."""
     cell = math.ceil(max(mask.shape) / 100)
-    coarse = F.max_pool2d(mask[None, None].float(), cell, ceil_mode=True)
-    labels = coarse * torch.arange(1, coarse.numel() + 1).view_as(coarse)
-    while True:  # every part takes the largest number in it
-        spread = F.max_pool2d(labels, 3, 1, 1) * coarse
-        if torch.equal(spread, labels):
-            break
-        labels = spread
-    labels = labels[0, 0].repeat_interleave(cell, 0).repeat_interleave(cell, 1)[: len(mask), : mask.shape[1]] * mask
+    coarse = F.max_pool2d(mask[None, None].float(), cell, ceil_mode=True)[0, 0].bool()
+    labels = parts(coarse).repeat_interleave(cell, 0).repeat_interleave(cell, 1)[: len(mask), : mask.shape[1]] * mask
     numbers, sizes = labels[mask].unique(return_counts=True)
     rim = torch.cat([labels[0], labels[-1], labels[:, 0], labels[:, -1]]).unique()
     inside = ~torch.isin(numbers, rim)
@@ -154,6 +210,19 @@ def main_parts(mask: torch.Tensor) -> torch.Tensor:
     if inside.any() and sizes[inside].max() > sizes.max() / 20:
         numbers, sizes = numbers[inside], sizes[inside]
     return torch.isin(labels, numbers[sizes > sizes.max() / 12])
+
+
+def parts(mask: torch.Tensor) -> torch.Tensor:
+    """A number for each pixel of the mask, the same in all of a connected part, and 0 elsewhere."""
+    labels = torch.arange(1, mask.numel() + 1).view_as(mask) * mask
+    while True:
+        # Each pixel takes the largest number around it, and then the number that the pixel of this number has taken:
+        # so the way that numbers go in one round doubles, and a long spiral takes few rounds too.
+        spread = F.max_pool2d(labels[None, None].float(), 3, 1, 1)[0, 0].long() * mask
+        spread = torch.cat([spread.new_zeros(1), spread.flatten()])[spread]
+        if torch.equal(spread, labels):
+            return labels
+        labels = spread
 
 
 def centre(ink: torch.Tensor) -> torch.Tensor:
@@ -166,18 +235,20 @@ def centre(ink: torch.Tensor) -> torch.Tensor:
     offsets = []
     for axis, side in enumerate(small.shape):
         middle = (small.sum(1 - axis) * torch.arange(side)).sum() / small.sum()
-        offsets.append(min(max(0, round(13.5 - middle.item())), 28 - side))
+        # The middle pixel of the 28 is number 14 in MNIST.
+        offsets.append(min(max(0, round(14 - middle.item())), 28 - side))
     (top, left), (height, width) = offsets, small.shape
     return F.pad(small, (left, 28 - width - left, top, 28 - height - top))
 
 
 def thicken(ink: torch.Tensor) -> torch.Tensor:
-    """Strokes of a fine pen as thick as MNIST's finest: 1.7 of the 20 pixels that the digit will have."""
-    inner = -F.max_pool2d(-F.pad(ink, (1, 1, 1, 1))[None, None], 3, 1)[0, 0]
+    """Strokes of a fine pen as thick as MNIST's are on average: 2 of the 20 pixels that the digit will have."""
+    # So that the strokes of a small picture are some pixels wide, of which the rim is a part.
+    larger = math.ceil(100 / max(ink.shape))
+    ink = F.interpolate(ink[None, None], scale_factor=larger, mode="bilinear")
+    inner = -F.max_pool2d(-F.pad(ink, (1, 1, 1, 1)), 3, 1)
     width = 2 * ink.sum() / (ink - inner).sum()  # area by half of the rim
-    lacking = 1.7 * max(ink.shape) / 20 - width.item()
-    grow = round(lacking / 2)
-    if grow < 1:
-        return ink
+    grow = max(0, round((2 * max(ink.shape) / 20 - width.item()) / 2))
     ink = F.pad(ink, (grow, grow, grow, grow))
-    return F.max_pool2d(ink[None, None], 2 * grow + 1, 1, grow)[0, 0]
+    size = 2 * grow + 1
+    return F.max_pool2d(F.max_pool2d(ink, (size, 1), 1, (grow, 0)), (1, size), 1, (0, grow))[0, 0]

@@ -58,7 +58,7 @@ def threads_for(images: int) -> int:
     a step 6,500, 6,200 and 4,700 with one thread, and 8,500, 2,300 and 140 with two; of 512 a step 9,400, 9,500 and
     5,800 with one, and 12,700, 8,300 and 5,200 with two that `wait_asleep`.
     """
-    if "OMP_NUM_THREADS" in os.environ:
+    if os.environ.get("OMP_NUM_THREADS", "")[:1].isdigit():
         return torch.get_num_threads()
     return max(1, min(torch.get_num_threads(), images // IMAGES_A_THREAD))
 

@@ -1,8 +1,8 @@
 """tritonnet predict: the digits in image files."""
 
 import json
+import math
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,8 @@ def read_all(net: LeNet, paths: Iterable[Path], device: torch.device) -> tuple[l
                 continue
             with compiling(device, shown=not results):
                 probabilities = net(digit.to(device)).softmax(1)[0].tolist()
+            if not all(map(math.isfinite, probabilities)):
+                raise UserError(f"the weights give no finite numbers for {file}: use those of another training")
             read = max(range(len(probabilities)), key=probabilities.__getitem__)
             results.append({"file": str(file), "digit": read, "probabilities": probabilities})
     return results, unread
@@ -125,5 +127,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [[str(r["file"]), str(r["digit"]), *(f"{100 * p:.1f}" for p in r["probabilities"])] for r in results]
         table("Digits, and the probability of each in %", ("file", "digit", *"0123456789"), rows)
     for line in unread:
-        say(f"tritonnet predict: {line}", sys.stderr)
+        say(f"tritonnet predict: {line}", error=True)
     return 2 if unread else 0

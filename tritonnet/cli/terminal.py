@@ -60,9 +60,11 @@ def is_terminal(file: TextIO | None) -> bool:
     return file is not None and file.isatty()
 
 
-def say(line: str, file: TextIO | None = None) -> None:
-    """Print a line at once, also into a pipe."""
-    print(printable(line, file), file=file, flush=True)
+def say(line: str, error: bool = False) -> None:
+    """Print a line at once, also into a pipe: on stdout, or an error on stderr; nowhere if that is closed."""
+    file = sys.stderr if error else sys.stdout
+    if file is not None:
+        print(printable(line, file), file=file, flush=True)
 
 
 @contextlib.contextmanager

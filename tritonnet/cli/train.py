@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,8 +121,10 @@ def settle_threads(given: int | None, options: dict[str, Any], world: int) -> in
     cores = os.cpu_count() or 1
     if given is not None and given > cores:
         raise UserError(f"--threads {given}: this machine has {cores} cores")
-    number = given or options.get("threads") or threads_for(math.ceil(options["batch_size"] / world))
-    return min(number, cores)
+    if given is None and "threads" in options:
+        # A run of an earlier version had as many as torch gave it.
+        given = options["threads"] or torch.get_num_threads()
+    return min(given or threads_for(math.ceil(options["batch_size"] / world)), cores)
 
 
 @contextlib.contextmanager
@@ -308,7 +309,7 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
     precision = PRECISIONS[options["precision"]]
     step = TrainStep(model, torch.nn.CrossEntropyLoss(), run.optimizer, precision)
     sampler = DistributedSampler(range(len(train_x)), world, rank, seed=options["seed"])  # type: ignore[var-annotated, arg-type]
-    tell = say if rank == 0 else lambda *line: None
+    tell = say if rank == 0 else lambda *line, error=False: None
     tell(f"LeNet on {len(train_x)} digits, {world} x {device.type}, backend: {backend_name(device)}")
     if world == 1:
         tell(f"a step goes by {step.path}, because {step.reason}")
@@ -327,8 +328,8 @@ def train(args: argparse.Namespace, rank: int, world: int, device: torch.device)
         answers = logits(run.net, test_x)
     if run.epoch < options["epochs"]:
         done = len(run.losses) - run.epoch * run.steps
-        tell(f"stopped in epoch {run.epoch + 1} after {done} of {run.steps} batches; to go on:", sys.stderr)
-        tell(f"tritonnet train --resume {args.out}", sys.stderr)
+        tell(f"stopped in epoch {run.epoch + 1} after {done} of {run.steps} batches; to go on:", error=True)
+        tell(f"tritonnet train --resume {args.out}", error=True)
         return 130
     if rank == 0:
         checkpoint.save(args.out / "model.pt", {name: t.cpu().clone() for name, t in run.net.state_dict().items()})
