@@ -158,6 +158,10 @@ def pictures():
         content = io.BytesIO()
         picture.save(content, Image.registered_extensions()["." + suffix])
         yield Subject("picture." + suffix, content.getvalue(), read_picture)
+    for compression in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg"):  # which libtiff unpacks
+        content = io.BytesIO()
+        picture.save(content, "tiff", compression=compression)
+        yield Subject(f"{compression}.tif", content.getvalue(), read_picture)
 
 
 CORPUS = {"checkpoints": checkpoints, "digits": digits, "pictures": pictures}

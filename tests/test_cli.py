@@ -283,11 +283,11 @@ def test_every_kind_of_image(kind, trained, tmp_path, capsys):
 
 
 def test_reading_leaves_mnist_as_it_is():
-    """A digit that is prepared already comes out as MNIST has it, within the rounding of its place to whole pixels."""
-    for digit in pixels(load_digits()[2][:20]):
-        read = images.centre(images.find_ink(digit))
-        differences = [(read.roll((dy, dx), (0, 1)) - digit).abs().mean() for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-        assert min(differences) < 0.06
+    """A digit that is prepared already comes out as MNIST has it: of the same size, in the same place."""
+    digits = pixels(load_digits()[2][:20])
+    read = torch.stack([images.centre(images.find_ink(digit)) for digit in digits])
+    # Half a pixel to the side makes 0.07 of it.
+    assert (read - digits).abs().mean() < 0.04
 
 
 def test_exif_orientation(tmp_path):

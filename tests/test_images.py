@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("PIL")
 from conftest import run_python
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import tritonnet
 from tritonnet import cli
@@ -59,6 +59,36 @@ def test_drawings_are_read_as_the_digits_are(side, how, dark, one_bit, net, tmp_
     digits, labels = digits[:40], labels[:40]
     found = torch.cat([read(drawing(d, side, how, dark, one_bit), tmp_path / "digit.png") for d in digits])
     assert (answers(net, found) == labels).sum() >= (answers(net, digits) == labels).sum() - 1
+
+
+@pytest.mark.parametrize("one_bit", [False, True])
+def test_cropped_drawings(one_bit, net, tmp_path):
+    """The ink's own box and nothing around it."""
+    _, _, digits, labels = load_digits()
+    digits, labels, found = digits[:60], labels[:60], []
+    for i, digit in enumerate(digits):
+        picture = drawing(digit, (28, 140)[i % 2], "BICUBIC", one_bit=one_bit).convert("L")
+        picture = picture.crop(picture.point(lambda v: 255 * (v > 40)).getbbox())
+        found.append(read(picture.point(lambda v: 255 - v) if i % 4 < 2 else picture, tmp_path / "digit.png"))
+    assert (answers(net, torch.cat(found)) == labels).sum() >= (answers(net, digits) == labels).sum() - 2
+
+
+def test_a_frame_is_no_paper(net, tmp_path):
+    """Three pixels all around, of the ink's colour."""
+    _, _, digits, labels = load_digits()
+    found = []
+    for i, digit in enumerate(digits[:20]):
+        picture = drawing(digit, (56, 140)[i // 4 % 2], "BICUBIC", i % 4 < 2, i % 2 == 0).convert("L")
+        inside = picture.crop((3, 3, picture.width - 3, picture.height - 3))
+        found.append(read(ImageOps.expand(inside, 3, 0 if i % 4 < 2 else 255), tmp_path / "digit.png"))
+    assert (answers(net, torch.cat(found)) == labels[:20]).sum() >= 17  # some touch it
+
+
+@pytest.mark.parametrize("margin", [1, 20])
+def test_a_thick_bar_is_no_paper(margin, net, tmp_path):
+    """A 1 that is most of the picture."""
+    picture = ImageOps.expand(Image.new("1", (14, 64), 1), margin, 0)
+    assert answers(net, read(picture, tmp_path / "digit.png")) == 1
 
 
 def printed(size):
@@ -171,6 +201,13 @@ def tiff(width):
     return content.getvalue().replace(struct.pack("<HHII", 256, 4, 1, 20), struct.pack("<HHII", 256, 4, 1, width))
 
 
+def squeezed_tiff():
+    """One whose pixels do not come out, of which libtiff says so on stderr itself."""
+    content = io.BytesIO()
+    Image.effect_noise((20, 20), 90).save(content, "tiff", compression="tiff_deflate")
+    return content.getvalue().replace(b"\x78\x9c", b"\xff\xff")
+
+
 BROKEN = {
     "text of 2 MB.png": png(HEAD, (b"zTXt", b"name\0\0" + LARGE), *REST),
     "profile of 2 MB.png": png(HEAD, (b"iCCP", b"name\0\0" + LARGE), *REST),
@@ -182,9 +219,32 @@ BROKEN = {
     "negative.ppm": b"P3\n2 2\n255\n1 2 3 -4 5 6 7 8 9 10 11 12",
     "of no size.tif": tiff(0),
     "too wide.tif": tiff(2**31 - 1),
+    "not to be unpacked.tif": squeezed_tiff(),
     "text.gif": b"no image",
     "empty.jpg": b"",
 }
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError(7), OSError(5, "broken"), RuntimeError("two\nlines " * 99)])
+def test_whatever_pillow_raises_is_one_line(error, monkeypatch):
+    def raises(*args, **options):
+        raise error
+
+    monkeypatch.setattr(Image, "open", raises)
+    with pytest.raises(UserError) as caught:
+        images.read_digit("a.png")
+    message = str(caught.value)
+    assert message.startswith("a.png cannot be read") and message.isprintable() and 30 < len(message) < 300
+    assert "()" not in message
+
+
+def test_our_own_errors_are_not_taken_for_broken_files(monkeypatch, tmp_path):
+    def raises(pixels):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(images, "find_ink", raises)
+    with pytest.raises(ZeroDivisionError):
+        read(drawing(load_digits()[2][0], 28), tmp_path / "digit.png")
 
 
 def test_one_bad_file_stops_no_folder(trained, tmp_path, capsys):

@@ -1,9 +1,13 @@
 """Any picture of one digit, a drawing, a scan or a photo, as LeNet has seen digits in training."""
 
+import contextlib
 import logging
 import math
+import os
+import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -52,8 +56,7 @@ def load(path: Path) -> Image.Image:
     # A broken file may make Pillow raise anything, from struct.error to MemoryError, and so all of it is caught: only
     # calls of Pillow may stand in here.
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silence():
             return _load(path)
     except Exception as e:
         why = (isinstance(e, OSError) and e.strerror) or str(e) or type(e).__name__
@@ -61,10 +64,23 @@ def load(path: Path) -> Image.Image:
     raise UserError(f"{path} cannot be read as an image ({why})")
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """No warnings, and nothing on stderr, where libtiff prints what is wrong with a file beside what Pillow raises."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as at_exit:
+        warnings.simplefilter("ignore")
+        if sys.stderr is not None:  # nor is number 2 stderr if it is
+            before = os.dup(2)
+            at_exit.callback(os.close, before)
+            at_exit.callback(os.dup2, before, 2)
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+        yield
+
+
 def _load(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # 16 bits and more, which convert("RGB") would cut off
             mode = "F"
         elif image.has_transparency_data:
@@ -73,7 +89,7 @@ def _load(path: Path) -> Image.Image:
             mode = "L" if image.mode in ("1", "L") else "RGB"
         picture = image if image.mode == mode else image.convert(mode)
         picture.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
-        return picture
+        return ImageOps.exif_transpose(picture)
 
 
 def grey(image: Image.Image) -> torch.Tensor:
@@ -99,11 +115,11 @@ def grey(image: Image.Image) -> torch.Tensor:
 
 def find_ink(pixels: torch.Tensor) -> torch.Tensor | None:
     """The digit's box, (h, w) from 0 background to 1 ink, or None if there is no digit."""
-    if min(pixels.shape) < 4 or pixels.max() - pixels.min() < 1e-3:
-        return None
     # Dust and noise are smaller than strokes.
     radius = round(min(pixels.shape) / 200)
     smooth = F.avg_pool2d(pixels[None, None], 2 * radius + 1, 1, radius, count_include_pad=False)[0, 0]
+    if min(smooth.shape) < 4 or smooth.max() - smooth.min() < 1e-3:
+        return None
     level, clear = otsu(smooth.flatten())
     if clear >= CLEAR:
         return find_on_plain_paper(smooth, level)
@@ -113,10 +129,10 @@ def find_ink(pixels: torch.Tensor) -> torch.Tensor | None:
 def find_on_plain_paper(pixels: torch.Tensor, level: torch.Tensor) -> torch.Tensor | None:
     """`find_ink` where the picture is paper of one colour and ink of another, which `level` parts: a drawing."""
     light = pixels > level
-    rim = torch.cat([light[0], light[-1], light[:, 0], light[:, -1]])
-    paper = light == (rim.float().mean() > 0.5)
-    # A frame of one colour is no paper if there is twice as much of another inside.
-    if rim.all() == rim.any() and paper.float().mean() < 1 / 3:
+    paper = light == (rim(light).float().mean() > 0.5)
+    # A frame is all of the rim too, but most of the picture is another paper, with ink on it and little at its own rim.
+    framed = ~paper[box(~paper)]
+    if paper.float().mean() < 0.5 and rim(paper).all() and rim(framed).float().mean() > 0.9 and not framed.all():
         paper = ~paper
     sign = -1 if light[paper].all() else 1
     above = sign * (pixels - most_frequent(pixels[paper]))
@@ -152,8 +168,18 @@ def cut_out(above: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor | Non
     edge = F.max_pool2d(mask[None, None].float(), 3, 1, 1)[0, 0].bool() & ~ink
     low = level / 5
     ink = ((above - low) / (full - low)).clamp(0, 1) * (mask | edge)
-    rows, columns = ink.any(1).nonzero().flatten(), ink.any(0).nonzero().flatten()
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return ink[box(ink)]
+
+
+def rim(pixels: torch.Tensor) -> torch.Tensor:
+    """The outermost pixels of a picture (H, W)."""
+    return torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+
+
+def box(mask: torch.Tensor) -> tuple[slice, slice]:
+    """The rows and columns from the first to the last in which there is anything."""
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def background(pixels: torch.Tensor) -> torch.Tensor:
@@ -204,8 +230,7 @@ def main_parts(mask: torch.Tensor) -> torch.Tensor:
     coarse = F.max_pool2d(mask[None, None].float(), cell, ceil_mode=True)[0, 0].bool()
     labels = parts(coarse).repeat_interleave(cell, 0).repeat_interleave(cell, 1)[: len(mask), : mask.shape[1]] * mask
     numbers, sizes = labels[mask].unique(return_counts=True)
-    rim = torch.cat([labels[0], labels[-1], labels[:, 0], labels[:, -1]]).unique()
-    inside = ~torch.isin(numbers, rim)
+    inside = ~torch.isin(numbers, rim(labels))
     # A scrap is no digit, though it may be all that does not touch the edge.
     if inside.any() and sizes[inside].max() > sizes.max() / 20:
         numbers, sizes = numbers[inside], sizes[inside]
