@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 # What the command line needs beside torch; the package itself needs torch alone.
@@ -15,15 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     # The kernels keep their own folder at the top, but no package called `kernels` is ever installed.
-    packages=[
-        "tritonnet",
-        "tritonnet.autograd",
-        "tritonnet.cli",
-        "tritonnet.data",
-        "tritonnet.examples",
-        "tritonnet.kernels",
-        "tritonnet.nn",
-    ],  # fmt: skip
+    packages=[*find_packages(include=["tritonnet*"]), *(f"tritonnet.{p}" for p in find_packages(include=["kernels*"]))],
     package_dir={"tritonnet.kernels": "kernels"},
     package_data={"tritonnet": ["py.typed"], "tritonnet.data": ["*.npz", "*.md"]},
     install_requires=["torch>=2.11"],

@@ -10,7 +10,10 @@ from torch.utils.benchmark import Timer
 
 import tritonnet
 import tritonnet.nn.functional as F
-from tritonnet import lenet_step, lenet_weights, losses, train_step
+from tritonnet import train_step
+from tritonnet.lenet import losses
+from tritonnet.lenet import step as lenet_step
+from tritonnet.lenet import weights as lenet_weights
 
 from . import operators, unfused
 from .case import BOTH, FORWARD, Case

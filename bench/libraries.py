@@ -13,12 +13,15 @@ from torch import nn
 
 import tritonnet
 import tritonnet.nn.functional as F
-from tritonnet import dispatch, lenet_weights
+from tritonnet import dispatch
+from tritonnet.lenet import weights as lenet_weights
 
 from . import unfused
 
 if dispatch.launchers is not None:
-    from tritonnet.kernels import lenet, lenet_forward, lenet_pack
+    from tritonnet.kernels.lenet import forward as lenet_forward
+    from tritonnet.kernels.lenet import layout as lenet
+    from tritonnet.kernels.lenet import pack as lenet_pack
 
 # What torch.compile is asked for: all that it has, the same without CUDA graphs of its own, and what takes least time.
 COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY = "max-autotune", "max-autotune-no-cudagraphs", "default"

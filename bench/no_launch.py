@@ -14,10 +14,12 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
-from tritonnet import dispatch, lenet_step, lenet_weights, ops, train_step
+from tritonnet import dispatch, ops, train_step
 from tritonnet.kernels import launchers, launching
+from tritonnet.lenet import step as lenet_step
+from tritonnet.lenet import weights as lenet_weights
 
-from .compile import NoDevice
+from .machine_code.compile import NoDevice
 
 
 def _nothing(*args):

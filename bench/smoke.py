@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 import tritonnet
-from tritonnet import lenet_step
+from tritonnet.lenet import step as lenet_step
 
 from .keep import put, read_json
 from .run import in_a_line

@@ -107,7 +107,16 @@ def planned(folder, kept):
     tests("tests of the other kernels", KERNEL_TESTS, 45)
     if sanitizer := shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA):
         for tool in SANITIZERS:
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *PYTHON, "-m", "bench.every_kernel"]
+            command = [
+                sanitizer,
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "1",
+                *PYTHON,
+                "-m",
+                "bench.machine_code.every_kernel",
+            ]
             # Out of bounds is out of an allocation, and so each tensor gets one of its own.
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
             found.append(Stage(tool, lambda limit, without, command=command: command, 40, 20, alone))

@@ -3,24 +3,25 @@
 import functools
 import sys
 
-from . import conv2d as _conv2d
-from . import conv2d_pool as _conv2d_pool
-from . import conv2d_pool_grad as _conv2d_pool_grad
-from . import conv2d_pool_lanes as _conv2d_pool_lanes
-from . import conv2d_pool_patch as _conv2d_pool_patch
-from . import cross_entropy as _cross_entropy
-from . import depthwise as _depthwise
-from . import layered, shapes
-from . import lenet_forward as _lenet_forward
-from . import lenet_gradient as _lenet_gradient
-from . import lenet_pack as _lenet_pack
-from . import lenet_update as _lenet_update
 from . import linear as _linear
-from . import linear_chain as _linear_chain
 from . import max_pool2d as _max_pool2d
-from . import padding as _padding
 from . import reduce as _reduce
 from . import relu as _relu
+from . import shapes
+from .conv2d import depthwise as _depthwise
+from .conv2d import forward as _conv2d
+from .conv2d import padding as _padding
+from .conv2d_pool import general as _conv2d_pool
+from .conv2d_pool import gradient as _conv2d_pool_grad
+from .conv2d_pool import lanes as _conv2d_pool_lanes
+from .conv2d_pool import patch as _conv2d_pool_patch
+from .cross_entropy import forward as _cross_entropy
+from .lenet import forward as _lenet_forward
+from .lenet import gradient as _lenet_gradient
+from .lenet import pack as _lenet_pack
+from .lenet import update as _lenet_update
+from .linear_chain import fused as _linear_chain
+from .linear_chain import layered
 
 
 def _family(w_size, groups):

@@ -12,9 +12,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import tritonnet
-from bench.compile import NoDevice
-from tritonnet import lenet_step, train_step
-from tritonnet.kernels import launchers, lenet_forward, lenet_gradient, lenet_pack, lenet_update
+from bench.machine_code.compile import NoDevice
+from tritonnet import train_step
+from tritonnet.kernels import launchers
+from tritonnet.kernels.lenet import forward as lenet_forward
+from tritonnet.kernels.lenet import gradient as lenet_gradient
+from tritonnet.kernels.lenet import pack as lenet_pack
+from tritonnet.kernels.lenet import update as lenet_update
+from tritonnet.lenet import step as lenet_step
 
 driver.set_active(NoDevice(GPUTarget("cuda", 90, 32)))
 # Tensors on the CPU stand in for a GPU's.

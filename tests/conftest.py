@@ -56,8 +56,9 @@ if EMULATED:
     gc.set_threshold(100_000, 50, 50)
 
 import tritonnet  # noqa: E402
-from tritonnet import lenet_step, losses  # noqa: E402
-from tritonnet.kernels import lenet  # noqa: E402
+from tritonnet.kernels.lenet import layout as lenet  # noqa: E402
+from tritonnet.lenet import losses  # noqa: E402
+from tritonnet.lenet import step as lenet_step  # noqa: E402
 
 if DEVICE == "cpu":
     # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.

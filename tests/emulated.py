@@ -9,7 +9,7 @@ from unittest import mock
 import ptx
 
 from bench.no_launch import kernels_unless_reference, served_by
-from tritonnet.kernels import lenet
+from tritonnet.kernels.lenet import layout as lenet
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """A weight gradient and its bias, of which one of two forms has an operand overwritten on sm_90.
 
-Compiles both and prints what bench.ttgir finds, see test_machine_code.py; planted.py runs them.
+Compiles both and prints what bench.machine_code.ttgir finds, see test_machine_code.py; planted.py runs them.
 """
 
 import json
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from bench.ttgir import overwritten
+from bench.machine_code.ttgir import overwritten
 
 
 @triton.jit

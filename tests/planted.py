@@ -25,9 +25,11 @@ from small_launches import random
 from test_train_step import sequential
 
 import tritonnet
-from tritonnet.kernels import conv2d_pool_grad, launchers, lenet_update
-from tritonnet.kernels import cross_entropy as cross_entropy_file
+from tritonnet.kernels import launchers
 from tritonnet.kernels import linear as linear_file
+from tritonnet.kernels.conv2d_pool import gradient as conv2d_pool_grad
+from tritonnet.kernels.cross_entropy import forward as cross_entropy_file
+from tritonnet.kernels.lenet import update as lenet_update
 
 if EMULATED is None:
     raise pytest.UsageError("TRITONNET_TEST_DEVICE has to be sm_90 or sm_80")
@@ -105,7 +107,7 @@ PLANTS = {
     "no barrier behind the wait for copies": Plant(linear, COPIES, READS_X, drop(r"bar\.sync", 1)),
     "no barrier between reads and the next copies": Plant(linear, COPIES, READS_X, drop(r"bar\.sync", 2)),
     "no barrier between the sums of warps": Plant(launches.cross_entropy, "race", "tl.sum(", drop(r"bar\.sync", -1)),
-    # lenet_update.py without its tl.debug_barrier(): an H200 gave other bits from run to run.
+    # lenet/update.py without its tl.debug_barrier(): an H200 gave other bits from run to run.
     "no barrier between loads and stores of the state": Plant(
         launches.update, "race", "tl.load(trouble_ptr", drop(r"bar\.sync", -1)
     ),

@@ -7,8 +7,10 @@ import torch.nn.functional as TF
 from exact import assert_exact
 from overwritten_operand import gradient_kernel
 
-from tritonnet import losses
-from tritonnet.kernels import launchers, lenet, lenet_update
+from tritonnet.kernels import launchers
+from tritonnet.kernels.lenet import layout as lenet
+from tritonnet.kernels.lenet import update as lenet_update
+from tritonnet.lenet import losses
 
 
 class Row(NamedTuple):

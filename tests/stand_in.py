@@ -38,7 +38,7 @@ def smoke():
     """On the CPU, where the launches of a step run in the interpreter and are captured as what they are."""
     os.environ["TRITON_INTERPRET"] = "1"
     from bench import no_launch, smoke
-    from tritonnet import lenet_step
+    from tritonnet.lenet import step as lenet_step
 
     lenet_step.capture = no_launch.captured
     smoke.CASES = [("ieee", 2, 1, 2)]

@@ -25,7 +25,6 @@ from bench import (
     __main__,
     accuracy,
     cpu,
-    every_kernel,
     libraries,
     operators,
     plots,
@@ -52,6 +51,7 @@ from bench.case import (
 )
 from bench.lenet import Network
 from bench.limit import OutOfTime, limited
+from bench.machine_code import every_kernel
 from bench.measure import Cuda, Host, ceilings, copies, measure, measure_host, precision
 from bench.record import FAILED, OK, WRONG, Record, Row, earlier
 from bench.run import Budget, compiled_entries, entries, plan, run
@@ -900,9 +900,12 @@ def test_every_kernel_is_launched_for_the_sanitizers(monkeypatch, capsys):
     """In the interpreter, and by the plans for a GPU, which split other sums between programs."""
     monkeypatch.setattr(every_kernel, "DTYPES", [torch.float32])
     every_kernel.main()
-    on_gpu = (
-        "from bench import every_kernel, no_launch\nwith no_launch.gpu_that_does_nothing():\n    every_kernel.main()"
-    )
+    on_gpu = """
+from bench import no_launch
+from bench.machine_code import every_kernel
+with no_launch.gpu_that_does_nothing():
+    every_kernel.main()
+"""
     result = run_python("-c", on_gpu, TRITON_INTERPRET=None)
     assert result.returncode == 0, result.stderr
     assert "conv2d_forward_kernel" in capsys.readouterr().out

@@ -94,7 +94,8 @@ def test_full_float32(device, full_precision):
 
 @pytest.mark.parametrize("flag", ["ieee", "tf32"])
 def test_precision_follows_torch(flag, full_precision):
-    from tritonnet.kernels import conv2d, linear
+    from tritonnet.kernels import linear
+    from tritonnet.kernels.conv2d import forward as conv2d
 
     for module, owner in ((conv2d, torch.backends.cudnn.conv), (linear, torch.backends.cuda.matmul)):
         owner.fp32_precision = flag
@@ -105,7 +106,8 @@ def test_precision_follows_the_older_flags():
     """In a process of its own: torch wants one kind of flags or the other."""
     code = """
 import torch
-from tritonnet.kernels import conv2d, linear
+from tritonnet.kernels import linear
+from tritonnet.kernels.conv2d import forward as conv2d
 print(conv2d.precision(), linear.precision())
 torch.backends.cudnn.allow_tf32 = False
 torch.set_float32_matmul_precision("high")
@@ -139,7 +141,8 @@ def test_padding_modes(mode, groups, padding, stride, backend, device):
 
 def test_every_shipped_tile(device, monkeypatch):
     """3x3 and 5x5 under every tile of the table, walked flat and by taps: sizes that fill no tile evenly."""
-    from tritonnet.kernels import _common, conv2d
+    from tritonnet.kernels import _common
+    from tritonnet.kernels.conv2d import forward as conv2d
 
     for name in _common.TALL:
         dtype = {"half": torch.float16, "fp64": torch.float64}.get(name, torch.float32)

@@ -12,8 +12,8 @@ from exact import assert_exact
 
 import tritonnet
 from tritonnet import reference
-from tritonnet.kernels import conv2d_pool_grad
 from tritonnet.kernels import launchers as L
+from tritonnet.kernels.conv2d_pool import gradient as conv2d_pool_grad
 
 # name: (N, C, H, W), (OC, KH, KW), stride, padding, dilation, and the pooling's window, stride, padding and ceil_mode
 CASES = {

@@ -17,7 +17,7 @@ import tritonnet.nn as nn
 import tritonnet.nn.functional as F
 from tritonnet import cli, ops
 from tritonnet.data import load_digits
-from tritonnet.recognition import find_layers
+from tritonnet.lenet.recognition import find_layers
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from conftest import DEVICE
 from memory import Banded, guard_bands, unwatched
 
 import tritonnet
-from tritonnet import lenet_step
+from tritonnet.lenet import step as lenet_step
 
 on_a_gpu = pytest.mark.skipif(torch.device(DEVICE).type != "cuda", reason="CUDA graphs need a GPU")
 

@@ -8,7 +8,7 @@ from memory import CHUNK, GUARDED, watched
 
 import tritonnet
 from tritonnet.kernels import launchers as L
-from tritonnet.kernels import padding
+from tritonnet.kernels.conv2d import padding
 
 BIG = 2**17
 ROWS = 2**24 + 16

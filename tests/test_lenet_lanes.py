@@ -8,8 +8,10 @@ import torch.nn as nn
 from exact import ROUNDOFF
 
 import tritonnet
-from tritonnet import lenet_weights
-from tritonnet.kernels import lenet, lenet_forward, lenet_lanes
+from tritonnet.kernels.lenet import forward as lenet_forward
+from tritonnet.kernels.lenet import lanes as lenet_lanes
+from tritonnet.kernels.lenet import layout as lenet
+from tritonnet.lenet import weights as lenet_weights
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every kernel compiles for each GPU that is named, without one, in every tile and format, within bench/budgets.toml.
+"""Every kernel compiles for each GPU that is named, without one, in every tile and format, within the budgets.
 
 What no interpreter shows: shapes that tl.dot refuses, types that change inside a loop, spilled registers, products that
 miss the matrix units, loads of single elements, times that cannot be good.
@@ -15,14 +15,16 @@ from conftest import run_python
 import tritonnet.kernels
 
 pytest.importorskip("tqdm")
-from bench import FORMATS, TARGETS, budgets, compile, machine_code
-from tritonnet.kernels import _common, linear_chain
+from bench import FORMATS, TARGETS
+from bench.machine_code import budgets, compile, report
+from tritonnet.kernels import _common
+from tritonnet.kernels.linear_chain import fused as linear_chain
 
 
 def every_kernel():
     """The names of all kernels in all files of the package, whether or not a launcher knows them."""
-    files = pkgutil.iter_modules(tritonnet.kernels.__path__)
-    modules = [importlib.import_module(f"tritonnet.kernels.{file.name}") for file in files]
+    files = pkgutil.walk_packages(tritonnet.kernels.__path__, "tritonnet.kernels.")
+    modules = [importlib.import_module(file.name) for file in files]
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
@@ -34,7 +36,7 @@ BRIEF = {"sm_80": SHORT, "sm_90": (*SHORT, "tf32", "float64"), "sm_100": SHORT, 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code(target):
-    records = machine_code.compile_all([target], BRIEF[target], brief=True)[target]
+    records = report.compile_all([target], BRIEF[target], brief=True)[target]
     assert not (found := list(budgets.violations(records))), "\n".join(found)
     assert {r["kernel"] for r in records} == every_kernel()
     # Each row of the tables of tiles has been compiled in each format.
@@ -136,12 +138,12 @@ def test_report():
         {**RECORD, **more, "case": "taps, 64x64", "asynchronous": False, "registers": 200},
         {**RECORD, **more, "case": SHAPE, "bounds": bounds},
     ]
-    page = machine_code.page({"sm_90": records})
+    page = report.page({"sm_90": records})
     assert "3 compilations of 1 kernels" in page
     row = [cell.strip() for cell in page.splitlines()[-1].strip("| ").split("|")]
     assert row == "conv2d_forward bfloat16 128x128x64 8 3 3 200 0 98304 16 16 HGMMA".split() + ["1 no, 2 yes"]
     assert f"| {SHAPE} | conv2d_forward | bfloat16 | 128x128x64 |" in page and page.count("| 2 |") == 0
-    text = machine_code.with_bounds('triton = "0.0"\n\n[spilled_bytes]\nsm_90 = 0\n\n[bounds_us]\nold = 1\n', records)
+    text = report.with_bounds('triton = "0.0"\n\n[spilled_bytes]\nsm_90 = 0\n\n[bounds_us]\nold = 1\n', records)
     again = budgets.tomllib.loads(text)
     assert again["spilled_bytes"] == {"sm_90": 0} and again["triton"] == triton.__version__
     assert again["bounds_us"] == {SHAPE: {RECORD["kernel"]: {"bfloat16": 1e6}}}

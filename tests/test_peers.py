@@ -230,7 +230,7 @@ def test_the_batch_size_is_in_no_cache_key():
     """
     code = """
 import torch
-from bench import compile as c
+from bench.machine_code import compile as c
 compiled = set()
 c.compile_instead(c.GPUTarget(*c.TARGETS["sm_90"]), lambda name, launch, kernel: compiled.add((name, kernel.hash)))
 from tritonnet.kernels import launchers as L

@@ -8,8 +8,8 @@ from test_train_step import Tutorial, small
 from written import forward_of
 
 import tritonnet
-from tritonnet.lenet_weights import NotServed
-from tritonnet.recognition import find_layers
+from tritonnet.lenet.recognition import find_layers
+from tritonnet.lenet.weights import NotServed
 
 SEEN, COUNT = [], 0
 HEAD = "self.fc3(TF.relu(self.fc2(TF.relu(self.fc1(x)))))"

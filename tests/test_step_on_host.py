@@ -18,9 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonnet
 from bench import cpu, measure, report
 from bench.record import Record
-from tritonnet import lenet_step, lenet_weights, losses, ops
-from tritonnet.kernels import _common, launchers, launching, lenet, lenet_forward, lenet_update
-from tritonnet.lenet_optimizer import _powers
+from tritonnet import ops
+from tritonnet.kernels import _common, launchers, launching
+from tritonnet.kernels.lenet import forward as lenet_forward
+from tritonnet.kernels.lenet import layout as lenet
+from tritonnet.kernels.lenet import update as lenet_update
+from tritonnet.lenet import losses
+from tritonnet.lenet import step as lenet_step
+from tritonnet.lenet import weights as lenet_weights
+from tritonnet.lenet.optimizer import _powers
 
 on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
 

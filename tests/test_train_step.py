@@ -12,7 +12,7 @@ from exact import ROUNDOFF
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tritonnet
-from tritonnet import lenet_step
+from tritonnet.lenet import step as lenet_step
 
 # On a GPU torch's own side of a comparison would take its convolutions in tf32.
 pytestmark = pytest.mark.usefixtures("full_precision")

@@ -9,9 +9,11 @@ import tarfile
 
 import pytest
 
-from bench import TARGETS, keep, warm, warm_work
+from bench import TARGETS, keep
 from bench.run import plan
-from bench.warm_launchers import driver
+from bench.warm import archive as warm
+from bench.warm import work as warm_work
+from bench.warm.launchers import driver
 
 JOBS = """
 import torch

@@ -24,7 +24,8 @@ from test_train_step import INFERENCE, assert_same_state, batch, by_torch, small
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tritonnet
-from tritonnet import lenet_step, train_step
+from tritonnet import train_step
+from tritonnet.lenet import step as lenet_step
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 

@@ -9,7 +9,8 @@ import math
 import torch
 
 from . import ops
-from .kernels import indices, layered
+from .kernels.cross_entropy import targets
+from .kernels.linear_chain import layered
 from .registration import register_batching
 
 
@@ -237,7 +238,7 @@ def _cross_entropy(info, dims, x, target, weight, reduction, ignore_index, smoot
     if reduction == "mean":
         # Sums over rows may be more than 16 bits hold.
         wide = torch.promote_types(x.dtype, torch.float32)
-        kept, _, w_target = indices.weights_of(target, weight, x.shape[2], wide, ignore_index)
+        kept, _, w_target = targets.weights_of(target, weight, x.shape[2], wide, ignore_index)
         total = w_target.sum(1, keepdim=True)
         # Where the targets' classes have no weight, the kernel's 0 / 0, whatever smoothing has added to a row.
         total = torch.where(total == 0, math.nan, total)

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn import grad as conv_grad
 
-from .kernels import indices, layered, shapes
+from .kernels import shapes
+from .kernels.cross_entropy import targets
+from .kernels.linear_chain import layered
 
 
 def _pad(x, padding, pad_mode):
@@ -217,7 +219,7 @@ def cross_entropy(x, target, weight, reduction, ignore_index, smoothing):
     C, target = x.shape[1], target.long()
     wide, w = _wide(x, x.new_ones(C) if weight is None else weight)
     loss = F.cross_entropy(wide, target, w, None, ignore_index, None, reduction, smoothing)
-    kept, _, w_target = indices.weights_of(target, w, C, w.dtype, ignore_index)
+    kept, _, w_target = targets.weights_of(target, w, C, w.dtype, ignore_index)
     scale = 1 / w_target.sum() if reduction == "mean" else 1
     factor = ((1 - smoothing) * w_target * scale)[:, None]
     # By torch's own order of factors, for the same infinities and NaNs, without smoothing too.

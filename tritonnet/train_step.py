@@ -10,10 +10,10 @@ from .conversion import convert
 from .dispatch import float32_products, implementation, launchers
 from .fusion import fuse
 from .lenet import LeNet
-from .lenet_step import NOTHING_YET, FusedLaunches, Progress
-from .lenet_weights import FORMATS, NotServed
-from .losses import not_finite, send
-from .recognition import find_layers
+from .lenet.losses import not_finite, send
+from .lenet.recognition import find_layers
+from .lenet.step import NOTHING_YET, FusedLaunches, Progress
+from .lenet.weights import FORMATS, NotServed
 
 
 def _products_in(precision, device):

@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.compile import NoDevice
+from bench.machine_code.compile import NoDevice
 
 from .formats import Approximate
 from .memory import Memory

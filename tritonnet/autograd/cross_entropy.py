@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import ops
-from ..kernels import indices
+from ..kernels.cross_entropy import targets
 from ..registration import below_autograd, in_backward, register_autograd
 from ._common import save, total
 
@@ -35,7 +35,7 @@ class CrossEntropy(torch.autograd.Function):
         C = x.shape[1]
         # Sums over rows may be more than 16 bits hold.
         wide = torch.promote_types(x.dtype, torch.float32)
-        kept, valid, w_target = indices.weights_of(target, weight, C, wide, ignore_index)
+        kept, valid, w_target = targets.weights_of(target, weight, C, wide, ignore_index)
         scale = 1 / w_target.sum() if reduction == "mean" else 1
         factor = (1 - smoothing) * w_target * scale
         if smoothing:

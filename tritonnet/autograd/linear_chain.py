@@ -3,7 +3,8 @@
 import torch
 
 from .. import ops
-from ..kernels import layered, shapes
+from ..kernels import shapes
+from ..kernels.linear_chain import layered
 from ..registration import below_autograd, register_autograd
 from ._common import save, total
 from .linear import linear_tangent

@@ -1,0 +1,77 @@
+"""Holds the records of `bench.machine_code.compile` against budgets.toml."""
+
+from pathlib import Path
+
+import triton
+
+from .. import FORMATS
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+BUDGETS = tomllib.loads((Path(__file__).parent / "budgets.toml").read_text(encoding="utf-8"))
+# Compilers differ a little; one and the same does not. This leaves room for the rounding of the recorded figures.
+SLACK = 1.01
+# What the machine code itself takes, as opposed to what arithmetic and memory allow.
+BY_CODE = "issue_us", "l1_us", "matrix_us"
+
+
+def bound(record):
+    """The least time in microseconds that a record's machine code can take."""
+    return max(record["bounds"][name] for name in BY_CODE)
+
+
+def recorded(record):
+    """What budgets.toml allows for that, or None."""
+    return BUDGETS["bounds_us"].get(record["case"], {}).get(record["kernel"], {}).get(record["format"])
+
+
+def _applies(rule, record):
+    return (
+        record["arch"] == rule["arch"]
+        and record["format"] in rule.get("formats", FORMATS)
+        and record["kernel"] in rule["kernels"]
+        and record["case"].startswith(tuple(rule["cases"]))
+    )
+
+
+def violations(records):
+    """A line for each budget that a record is over: where (architecture, kernel, format, case, tile) and what is wrong.
+
+    What depends on the compiler's mood is compared only where triton is the version that budgets.toml is for.
+    """
+    same_compiler = triton.__version__ == BUDGETS["triton"]
+    for r in records:
+        where = f"{r['arch']}: {r['kernel']}, {r['format']}, {r['case']}"
+        if "error" in r:
+            yield f"{where}: does not compile: {r['error']}"
+            continue
+        where += f", tile {r['tile']}, {r['num_warps']} warps"
+        for what in ("spilled", "shared") if same_compiler else ("shared",):
+            most = BUDGETS[f"{what}_bytes"][r["arch"]]
+            if what == "spilled":
+                most = max([most, *(rule["bytes"] for rule in BUDGETS["may_spill"] if _applies(rule, r))])
+            if r[what] > most:
+                yield f"{where}: {r[what]} bytes {what}, {most} allowed"
+        if r["dot"] and r["format"] in BUDGETS["matrix_units"][r["arch"]] and not r["matrix"]:
+            yield f"{where}: no matrix instructions"
+        yield from (f"{where}: {line}" for line in r["overwritten"])
+        if r["arch"] == "sm_90" and any(name.startswith("HGMMA") for name in r["matrix"]) and not r["products"]:
+            yield f"{where}: its products were not found in Triton's dialect, so that nothing looked at their operands"
+        if not same_compiler:
+            continue
+        for rule in BUDGETS["pipelined"]:
+            if _applies(rule, r) and r["asynchronous"] is not True:
+                yield f"{where}: no matrix pipeline that goes on while the next operands load"
+        for rule in BUDGETS["wide"]:
+            for what in ("loads", "stores"):
+                if _applies(rule, r) and (widest := max(map(int, r[what]), default=0)) < rule.get(what, 0):
+                    yield f"{where}: the widest of its {what} has {widest} bytes, not {rule[what]}"
+        if "bounds" in r:
+            most = recorded(r)
+            if most is None:
+                yield f"{where}: its bound of {bound(r):.2f} us is not recorded"
+            elif bound(r) > most * SLACK:
+                yield f"{where}: its bound is {bound(r):.2f} us, {most} recorded"

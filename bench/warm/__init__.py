@@ -1,0 +1,1 @@
+"""Kernels that are compiled on one machine and run on another: `python -m bench.warm`."""

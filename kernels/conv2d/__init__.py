@@ -1,0 +1,1 @@
+"""Convolution: one file for each of its kernels."""

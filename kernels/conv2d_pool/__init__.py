@@ -1,0 +1,1 @@
+"""Convolution, rectifier and max-pooling in one kernel."""

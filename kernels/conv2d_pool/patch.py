@@ -1,0 +1,317 @@
+"""conv2d_pool for few channels: all positions of a 2x2 window, and windows side by side, share one patch of the image.
+
+A patch is what a block of SIDE x SIDE pooled pixels is made from: PATCH_H x PATCH_W pixels of each channel, read once,
+in runs that lie side by side in memory. With (rh, rw) a pooled pixel of the block, (ah, aw) a position of its window
+
+    z[block, position, r, oc] = bias[oc] + sum over c, ph, pw of patch[block, c, ph, pw] * w[oc, c, kh, kw]
+    ph = (rh * TH + ah) * SH + kh * DH,    pw = (rw * TW + aw) * SW + kw * DW
+
+and y and code follow from z as in conv2d_pool. Here it is a matrix product for tensor cores, a patch a row: its other
+operand, made by a small kernel, holds the filters at all the places where they stand in the patch, and zeros. For full
+float32 lanes.py has a patch a lane.
+
+The product decides which of the four is largest before the bias and before rounding to the result's number format, and
+through its zeros what is not finite in a patch reaches the whole block (0 * inf is NaN), as in Winograd's convolutions.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .. import shapes
+from .._common import (
+    INTERPRETED,
+    OPTIONS,
+    _block,
+    cdiv,
+    flat_block,
+    index_type,
+    input_precision,
+    number_format,
+    operand_type,
+    power_of_2,
+    round_to,
+)
+from ..conv2d.forward import FLAT_BELOW, precision
+from ..conv2d.padding import source
+from ..launching import planned, remembered
+
+
+class Form(NamedTuple):
+    """How a fused convolution is cut into blocks of pooled pixels and of filters."""
+
+    product: bool  # on tensor cores, or else in lanes
+    side: int  # of a block of pooled pixels
+    patch: tuple  # (height, width) in pixels
+    channels: int  # of the result at a time
+    block_k: int  # of the product's sum
+
+
+# The product's other operand stays in shared memory: its elements and its columns at most.
+OPERAND_SIZE, COLUMNS = 2**14, 128
+# What a lane has registers for: the pixels of a patch, and sums.
+PIXELS, SUMS = 64, 32
+# Programs that keep a large GPU busy.
+PROGRAMS = 4 * 132
+
+
+def form_for(dtype, size, w_size, *geometry_ceil_mode):
+    """The Form that serves these arguments of the fused operator, or None where conv2d_pool does.
+
+    `size` is that of x. All four positions of a window count, so that each has to lie inside the convolution's result.
+    """
+    *geometry, ceil_mode = geometry_ceil_mode
+    if ceil_mode and _partial(size[2:], w_size[2:], *geometry[:3], *geometry[5:]):
+        return None
+    return _form(number_format(dtype, precision()), w_size, *geometry)
+
+
+@remembered
+def _partial(size, kernel, stride, padding, dilation, *window):
+    """Whether ceil_mode adds windows, which reach past the convolution's result."""
+    before = shapes.conv2d_size(size, kernel, stride, padding, dilation)
+    whole, every = (shapes.max_pool2d_size(before, *window, (1, 1), ceil_mode) for ceil_mode in (False, True))
+    return whole != every
+
+
+@remembered
+def _form(format, w_size, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
+    OC, C, KH, KW = w_size
+    plain = groups == 1 and pad_mode == "zeros" and tuple(pool_kernel) == (2, 2) and not any(pool_padding)
+    if not plain or C >= FLAT_BELOW or format == "fp64":
+        return None
+    for side in (2, 1):
+        patch = tuple(
+            ((side - 1) * pool_stride[i] + 1) * stride[i] + dilation[i] * (k - 1) + 1 for i, k in enumerate((KH, KW))
+        )
+        pixels, sums = patch[0] * patch[1], 4 * side**2
+        if format == "ieee":
+            # Side by side pays where the patch is read once for all filters.
+            if pixels <= PIXELS and (side == 1 or C == 1):
+                return Form(False, side, patch, min(SUMS // sums, power_of_2(OC)), 1)
+        else:
+            block_k = 64 if 32 < C * pixels <= 64 else 32
+            length = cdiv(C * pixels, block_k) * block_k
+            channels = min(COLUMNS // sums, max(4, power_of_2(OC)))
+            # Side by side pays where one block of the sum and one of filters hold it all.
+            if length * sums * channels <= OPERAND_SIZE and (side == 1 or (length <= 64 and OC <= channels)):
+                return Form(True, side, patch, channels, block_k)
+    return None
+
+
+def cut(form, x, w_size, bias, y, stride, padding, pool_stride):
+    """(blocks of pooled pixels, the constants that both forms' kernels take)."""
+    (N, C, H, W), (OC, _, KH, KW), (QH, QW) = x.shape, w_size, y.shape[2:]
+    blocks = cdiv(QH, form.side), cdiv(QW, form.side)
+    steps = [form.side * pool_stride[i] * stride[i] for i in range(2)]
+    inside = not any(padding) and all(
+        (blocks[i] - 1) * steps[i] + form.patch[i] <= size for i, size in enumerate((H, W))
+    )
+    constants = dict(
+        H=H, W=W, QH=QH, QW=QW, C=C, OC=OC, KH=KH, KW=KW, STEP_H=steps[0], STEP_W=steps[1],
+        PH=padding[0], PW=padding[2], PATCH_H=form.patch[0], PATCH_W=form.patch[1],
+        SIDE=form.side, BLOCKS_H=blocks[0], BLOCKS_W=blocks[1],
+        HAS_BIAS=bias is not None, INSIDE=inside, BLOCK_OC=form.channels,
+    )  # fmt: skip
+    # Constant strides tell the compiler how wide loads and stores can be.
+    for t, name in ((x, "x"), (y, "y")):
+        constants |= {f"stride_{name}{dim}": stride for dim, stride in zip("nchw", t.stride())}
+    return N * blocks[0] * blocks[1], constants
+
+
+@triton.jit
+def pixel_of(
+    k,
+    C: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    stride_xc: tl.constexpr, stride_xh: tl.constexpr, stride_xw: tl.constexpr,
+):  # fmt: skip
+    """(c, ph, pw) of the elements k of a patch, counted as they lie in memory, and their offsets."""
+    if stride_xc < stride_xw:
+        c, ph, pw = k % C, k // (C * PATCH_W), k // C % PATCH_W
+        if stride_xw == C * stride_xc:
+            return c, ph, pw, ph * stride_xh + k % (C * PATCH_W) * stride_xc
+    else:
+        c, ph, pw = k // (PATCH_H * PATCH_W), k // PATCH_W % PATCH_H, k % PATCH_W
+    return c, ph, pw, c * stride_xc + ph * stride_xh + pw * stride_xw
+
+
+@triton.jit
+def column_of(n, SIDE: tl.constexpr, BLOCK_OC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """(rh, rw, oc) of the columns n of one position, in the order in which the result lies in memory."""
+    if CHANNELS_LAST:
+        return n // (SIDE * BLOCK_OC), n // BLOCK_OC % SIDE, n % BLOCK_OC
+    else:
+        return n // SIDE % SIDE, n % SIDE, n // (SIDE * SIDE)
+
+
+@triton.jit
+def place_filters_kernel(
+    w_ptr, placed_ptr,
+    numel,
+    stride_wo, stride_wc, stride_wh, stride_ww,
+    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    stride_xc: tl.constexpr, stride_xh: tl.constexpr, stride_xw: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, SIDE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    LENGTH: tl.constexpr, BLOCK_OC: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # placed (OC / BLOCK_OC, 4 * SIDE * SIDE * BLOCK_OC, LENGTH)
+    offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    k = offs % LENGTH
+    n = offs // LENGTH % (4 * SIDE * SIDE * BLOCK_OC)
+    c, ph, pw, _ = pixel_of(k, C, PATCH_H, PATCH_W, stride_xc, stride_xh, stride_xw)
+    position = n // (SIDE * SIDE * BLOCK_OC)
+    rh, rw, oc = column_of(n % (SIDE * SIDE * BLOCK_OC), SIDE, BLOCK_OC, CHANNELS_LAST)
+    oc = oc + offs // LENGTH // (4 * SIDE * SIDE * BLOCK_OC) * BLOCK_OC
+
+    from_h = ph - (rh * TH + position // 2) * SH
+    from_w = pw - (rw * TW + position % 2) * SW
+    kh, kw = from_h // DH, from_w // DW
+    stands = (from_h >= 0) & (kh < KH) & (from_h % DH == 0) & (from_w >= 0) & (kw < KW) & (from_w % DW == 0)
+    w_offs = oc * stride_wo + c * stride_wc + kh * stride_wh + kw * stride_ww
+    w = tl.load(w_ptr + w_offs, mask=mask & stands & (k < C * PATCH_H * PATCH_W) & (oc < OC), other=0.0)
+    tl.store(placed_ptr + offs, w, mask=mask)
+
+
+@triton.jit
+def block_of(offs_m, BLOCKS_H: tl.constexpr, BLOCKS_W: tl.constexpr, INDEX: tl.constexpr):
+    """(n, row, column) of the blocks of pooled pixels offs_m; unsigned division takes half the instructions."""
+    if INDEX == tl.int64:
+        m = offs_m.to(tl.uint64)
+    else:
+        m = offs_m.to(tl.uint32)
+    return (
+        (m // (BLOCKS_H * BLOCKS_W)).to(INDEX),
+        (m // BLOCKS_W % BLOCKS_H).to(INDEX),
+        (m % BLOCKS_W).to(INDEX),
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def conv2d_relu_max_pool2d_product_kernel(
+    x_ptr, placed_ptr, b_ptr, y_ptr, code_ptr,
+    M,
+    stride_b,
+    H: tl.constexpr, W: tl.constexpr, QH: tl.constexpr, QW: tl.constexpr,
+    stride_xn: tl.constexpr, stride_xc: tl.constexpr, stride_xh: tl.constexpr, stride_xw: tl.constexpr,
+    stride_yn: tl.constexpr, stride_yc: tl.constexpr, stride_yh: tl.constexpr, stride_yw: tl.constexpr,
+    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, SIDE: tl.constexpr, BLOCKS_H: tl.constexpr, BLOCKS_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INSIDE: tl.constexpr, CHANNELS_LAST: tl.constexpr, LENGTH: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # GEMM: M = N * BLOCKS_H * BLOCKS_W patches, N = 4 * SIDE * SIDE * BLOCK_OC, K = C * PATCH_H * PATCH_W
+    chunks: tl.constexpr = (OC + BLOCK_OC - 1) // BLOCK_OC
+    columns: tl.constexpr = SIDE * SIDE * BLOCK_OC
+    pid, programs = tl.program_id(0) // chunks, tl.num_programs(0) // chunks
+    chunk = (tl.program_id(0) % chunks).to(INDEX)
+
+    offs_n = chunk * 4 * columns + tl.arange(0, 4 * columns)
+    offs_k = tl.arange(0, BLOCK_K).to(INDEX)
+    filters = ()
+    for k0 in tl.static_range(0, LENGTH, BLOCK_K):
+        w = tl.load(placed_ptr + offs_n[None, :] * LENGTH + (k0 + offs_k)[:, None])
+        filters = filters + (w.to(OPERAND),)
+
+    rh, rw, oc = column_of(tl.arange(0, columns), SIDE, BLOCK_OC, CHANNELS_LAST)
+    oc = chunk * BLOCK_OC + oc
+    y_cols = rh * stride_yh + rw * stride_yw + oc * stride_yc
+    bias = tl.zeros((columns,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + oc * stride_b, mask=oc < OC, other=0.0).to(tl.float32)
+
+    for tile in range(pid, tl.cdiv(M, BLOCK_M), programs):
+        offs_m = tl.cast(tile, INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        n, row, col = block_of(offs_m, BLOCKS_H, BLOCKS_W, INDEX)
+        ih0, iw0 = row * STEP_H - PH, col * STEP_W - PW
+        x_rows = n * stride_xn + ih0 * stride_xh + iw0 * stride_xw
+
+        z = tl.zeros((BLOCK_M, 4 * columns), tl.float32)
+        for k0 in tl.static_range(0, LENGTH, BLOCK_K):
+            k = k0 + offs_k
+            c, ph, pw, k_offs = pixel_of(k, C, PATCH_H, PATCH_W, stride_xc, stride_xh, stride_xw)
+            mask = mask_m[:, None]
+            if k0 + BLOCK_K > C * PATCH_H * PATCH_W:
+                mask = mask & (k < C * PATCH_H * PATCH_W)[None, :]
+            if not INSIDE:
+                _, in_h = source(ih0[:, None] + ph[None, :], H, 0)
+                _, in_w = source(iw0[:, None] + pw[None, :], W, 0)
+                mask = mask & in_h & in_w
+            x = tl.load(x_ptr + x_rows[:, None] + k_offs[None, :], mask=mask, other=0.0)
+            z = tl.dot(x.to(OPERAND), filters[k0 // BLOCK_K], z, input_precision=PRECISION)
+
+        # The positions of the window side by side: the largest of four, and the first that is as large.
+        z = tl.permute(tl.reshape(z, (BLOCK_M, 2, 2, columns)), (0, 3, 1, 2))
+        z_left, z_right = tl.split(z)
+        z0, z2 = tl.split(z_left)
+        z1, z3 = tl.split(z_right)
+        upper = tl.maximum(z0, z1, propagate_nan=tl.PropagateNan.ALL)
+        best = tl.maximum(
+            upper, tl.maximum(z2, z3, propagate_nan=tl.PropagateNan.ALL), propagate_nan=tl.PropagateNan.ALL
+        )
+        code = tl.where(z0 == best, 0, tl.where(z1 == best, 1, tl.where(z2 == best, 2, 3)))
+        y = round_to(best + bias[None, :], y_ptr.dtype.element_ty)
+        dead = y.to(tl.float32) <= 0
+
+        y_offs = (n * stride_yn + row * SIDE * stride_yh + col * SIDE * stride_yw)[:, None] + y_cols[None, :]
+        mask = mask_m[:, None] & (oc < OC)[None, :]
+        if BLOCKS_H * SIDE > QH or BLOCKS_W * SIDE > QW:
+            inside = ((row * SIDE)[:, None] + rh[None, :] < QH) & ((col * SIDE)[:, None] + rw[None, :] < QW)
+            mask = mask & inside
+        tl.store(y_ptr + y_offs, tl.where(dead, 0.0, y.to(tl.float32)).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(code_ptr + y_offs, tl.where(dead, 4, code).to(tl.uint8), mask=mask)
+
+
+def _placed_size(form, w_size):
+    """Of the product's other operand: (chunks of filters, columns, elements of a patch)."""
+    OC, C, _, _ = w_size
+    length = cdiv(C * form.patch[0] * form.patch[1], form.block_k) * form.block_k
+    return cdiv(OC, form.channels), 4 * form.side**2 * form.channels, length
+
+
+@planned(place_filters_kernel)
+def _place_filters(w, placed, x_strides, channels_last, form, stride, dilation, pool_stride):
+    (OC, C, KH, KW), block = w.shape, flat_block(placed.numel(), 256)
+    return (cdiv(placed.numel(), block),), (placed.numel(), *w.stride()), dict(
+        C=C, OC=OC, KH=KH, KW=KW, SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1],
+        TH=pool_stride[0], TW=pool_stride[1],
+        stride_xc=x_strides[1], stride_xh=x_strides[2], stride_xw=x_strides[3],
+        PATCH_H=form.patch[0], PATCH_W=form.patch[1], SIDE=form.side, CHANNELS_LAST=channels_last,
+        LENGTH=placed.shape[2], BLOCK_OC=form.channels, INDEX=index_type(w, placed), BLOCK=block, num_warps=4,
+        **OPTIONS,
+    )  # fmt: skip
+
+
+@planned(conv2d_relu_max_pool2d_product_kernel)
+def _product(x, placed, bias, y, code, w_size, channels_last, form, stride, padding, pool_stride, precision):
+    M, constants = cut(form, x, w_size, bias, y, stride, padding, pool_stride)
+    chunks, columns, length = placed.shape
+    block_m = _block(M // 5, 32, 4096) if INTERPRETED else 64
+    tiles = cdiv(M, block_m)
+    # Programs that walk several tiles load the filters once; a batch with few tiles has one program for each.
+    busy = cdiv(tiles, 2) if INTERPRETED else max(PROGRAMS // 4, min(PROGRAMS, tiles // 3)) // chunks
+    return (max(1, min(tiles, busy)) * chunks,), (M, 0 if bias is None else bias.stride(0)), dict(
+        CHANNELS_LAST=channels_last, LENGTH=length, OPERAND=operand_type(x.dtype),
+        PRECISION=input_precision(x.dtype, precision),
+        INDEX=index_type(x, placed, bias, y), BLOCK_M=block_m, BLOCK_K=form.block_k, **constants,
+        # Wide tiles with several blocks of filters would spill registers.
+        num_warps=8 if columns == COLUMNS and length > 64 else 4, num_stages=1, **OPTIONS,
+    )  # fmt: skip
+
+
+def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, *rest):
+    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form with a product."""
+    y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, *rest)
+    if y.numel() == 0:
+        return y, code
+    channels_last = y.stride(1) < y.stride(3)
+    placed = w.new_empty(_placed_size(form, w.shape))
+    _place_filters((w, placed), x.stride(), channels_last, form, stride, dilation, pool_stride)
+    _product((x, placed, bias, y, code), w.shape, channels_last, form, stride, padding, pool_stride, precision())
+    return y, code

@@ -1,0 +1,1 @@
+"""LeNet's launches."""

@@ -1,0 +1,1 @@
+"""Linears with rectifiers between them."""

@@ -1,0 +1,5 @@
+"""LeNet."""
+
+from .model import LeNet
+
+__all__ = ["LeNet"]
