@@ -1,50 +1,49 @@
 """The launchers under the names of the operators; `tritonnet.reference` has the same names in plain torch."""
 
 import functools
+import importlib
+import pkgutil
 import sys
+from pathlib import Path
 
 from . import linear as _linear
 from . import max_pool2d as _max_pool2d
-from . import reduce as _reduce
 from . import relu as _relu
 from . import shapes
 from .conv2d import depthwise as _depthwise
-from .conv2d import forward as _conv2d
+from .conv2d import forward as _forward
+from .conv2d import input_grad as _input_grad
 from .conv2d import padding as _padding
-from .conv2d_pool import general as _conv2d_pool
-from .conv2d_pool import gradient as _conv2d_pool_grad
-from .conv2d_pool import lanes as _conv2d_pool_lanes
-from .conv2d_pool import patch as _conv2d_pool_patch
+from .conv2d import weight_grad as _weight_grad
+from .conv2d_pool import chooser as _pool_chooser
+from .conv2d_pool import general as _pool_general
+from .conv2d_pool import input_grad as _pool_input_grad
+from .conv2d_pool import lanes as _pool_lanes
+from .conv2d_pool import patch as _pool_patch
+from .conv2d_pool import weight_grad as _pool_weight_grad
 from .cross_entropy import forward as _cross_entropy
-from .lenet import forward as _lenet_forward
-from .lenet import gradient as _lenet_gradient
-from .lenet import pack as _lenet_pack
-from .lenet import update as _lenet_update
+from .cross_entropy import gradient as _cross_entropy_gradient
 from .linear_chain import fused as _linear_chain
 from .linear_chain import layered
 
 
-def _family(w_size, groups):
-    return _depthwise if _depthwise.serves(w_size, groups) else _conv2d
+def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
+    family = _depthwise if _depthwise.serves(w.shape, groups) else _forward
+    return family.forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu)
 
 
-def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode):
-    return _family(w.shape, groups).forward(x, w, bias, stride, padding, dilation, groups, pad_mode)
-
-
-def conv2d_relu(x, w, bias, stride, padding, dilation, groups, pad_mode):
-    return _family(w.shape, groups).forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=True)
+conv2d_relu = functools.partial(conv2d, relu=True)
 
 
 def conv2d_relu_max_pool2d(x, w, bias, *geometry):
-    form = _conv2d_pool_patch.form_for(x.dtype, x.shape, w.shape, *geometry)
+    form = _pool_chooser.form_for(x.dtype, x.shape, w.shape, *geometry)
     if form is None:
-        return _conv2d_pool.forward(x, w, bias, *geometry)
-    return (_conv2d_pool_patch if form.product else _conv2d_pool_lanes).forward(form, x, w, bias, *geometry)
+        return _pool_general.forward(x, w, bias, *geometry)
+    return (_pool_patch if form.product else _pool_lanes).forward(form, x, w, bias, *geometry)
 
 
 def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
-    input_grad = _family(w.shape, groups).input_grad
+    input_grad = (_depthwise if _depthwise.serves(w.shape, groups) else _input_grad).input_grad
     if pad_mode == "zeros":
         return input_grad(dy, w, size, stride, padding, dilation, groups)
     # The gradient of the padded image, as a convolution without padding gives it, folded up where pixels were copied.
@@ -54,34 +53,35 @@ def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
 
 
 def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
-    return _family(size, groups).weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias)
+    family = _depthwise if _depthwise.serves(size, groups) else _weight_grad
+    return family.weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias)
 
 
 def conv2d_relu_weight_grad(dy, y, x, size, *geometry_with_bias):
-    if _family(size, geometry_with_bias[3]) is _conv2d and _conv2d.masks(size):
-        return _conv2d.weight_grad(dy, x, size, *geometry_with_bias, y)
+    if not _depthwise.serves(size, geometry_with_bias[3]) and _weight_grad.masks(size):
+        return _weight_grad.weight_grad(dy, x, size, *geometry_with_bias, y)
     return conv2d_weight_grad(relu_grad(dy, y), x, size, *geometry_with_bias)
 
 
 def conv2d_relu_max_pool2d_input_grad(dy, code, w, size, *geometry):
     (stride, padding, dilation, _, _), pool = geometry[:5], geometry[5:]
-    if _conv2d_pool_grad.serves(dy, w.shape, *geometry):
-        return _conv2d_pool_grad.input_grad(dy, code, w, size, stride, padding, dilation, *pool)
+    if _pool_chooser.gradients_are_fused(dy, w.shape, *geometry):
+        return _pool_input_grad.input_grad(dy, code, w, size, stride, padding, dilation, *pool)
     before = shapes.conv2d_size(size[2:], w.shape[2:], stride, padding, dilation)
     return conv2d_input_grad(max_pool2d_scatter(dy, code, before, *pool, (1, 1)), w, size, *geometry[:5])
 
 
 def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, *geometry):
     (stride, padding, dilation, _, _), pool, with_bias = geometry[:5], geometry[5:-1], geometry[-1]
-    if _conv2d_pool_grad.serves(dy, size, *geometry[:-1]):
-        return _conv2d_pool_grad.weight_grad(dy, code, x, size, stride, padding, dilation, *pool, with_bias)
+    if _pool_chooser.gradients_are_fused(dy, size, *geometry[:-1]):
+        return _pool_weight_grad.weight_grad(dy, code, x, size, stride, padding, dilation, *pool, with_bias)
     before = shapes.conv2d_size(x.shape[2:], size[2:], stride, padding, dilation)
     dz = max_pool2d_scatter(dy, code, before, *pool, (1, 1))
     return conv2d_weight_grad(dz, x, size, *geometry[:5], with_bias)
 
 
 cross_entropy = _cross_entropy.forward
-cross_entropy_grad = _cross_entropy.gradient
+cross_entropy_grad = _cross_entropy_gradient.gradient
 max_pool2d = _max_pool2d.forward
 max_pool2d_scatter = _max_pool2d.scatter
 max_pool2d_gather = _max_pool2d.gather
@@ -115,10 +115,10 @@ def linear_chain_weight_grad(dy, dz, x, hidden, widths, with_bias):
     return grads(dy, dz, x, hidden, widths, with_bias)
 
 
-_MODULES = (
-    _conv2d, _conv2d_pool, _conv2d_pool_grad, _conv2d_pool_lanes, _conv2d_pool_patch, _cross_entropy, _depthwise,
-    _lenet_forward, _lenet_gradient, _lenet_pack, _lenet_update, _linear, _linear_chain, _max_pool2d, _padding, _reduce,
-    _relu,
-)  # fmt: skip
-KERNELS = [kernel for module in _MODULES for name, kernel in vars(module).items() if name.endswith("_kernel")]
+def _modules():
+    found = pkgutil.walk_packages([str(Path(__file__).parent)], f"{__package__}.")
+    return [importlib.import_module(module.name) for module in found if module.name != __name__]
+
+
+KERNELS = [kernel for module in _modules() for name, kernel in vars(module).items() if name.endswith("_kernel")]
 """Every kernel that can be launched; the other jit functions are parts of these."""

@@ -12,21 +12,10 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import (
-    cached_for_architecture,
-    cdiv,
-    gemm_tile,
-    gradient_tiles,
-    in_units,
-    index_type,
-    product_types,
-    round_to,
-    split_product,
-    square_tiles,
-    wants_k_inner,
-)
+from ._common import cached_for_architecture, cdiv, in_units, index_type, product_types, round_to
 from .launching import planned
 from .reduce import Partials
+from .tiles import gemm_tile, gradient_tiles, split_product, square_tiles, wants_k_inner
 
 
 def precision():

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import OPTIONS, Window, acc_type, cdiv, first_tap, flat_block, index_type, round_to
+from ._common import OPTIONS, Window, acc_type, cdiv, first_tap, index_type, round_to
 from .launching import planned
+from .tiles import flat_block
 
 
 @triton.jit

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import OPTIONS, cdiv, flat_block, index_type, round_to
+from ._common import OPTIONS, cdiv, index_type, round_to
 from .launching import planned
+from .tiles import flat_block
 
 
 @triton.jit(do_not_specialize=["SPLITS"])

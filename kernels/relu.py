@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from . import shapes
-from ._common import OPTIONS, acc_type, cdiv, flat_block, index_type
+from ._common import OPTIONS, acc_type, cdiv, index_type
 from .launching import planned
+from .tiles import flat_block
 
 
 def _plan(*tensors):

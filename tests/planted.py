@@ -27,7 +27,7 @@ from test_train_step import sequential
 import tritonnet
 from tritonnet.kernels import launchers
 from tritonnet.kernels import linear as linear_file
-from tritonnet.kernels.conv2d_pool import gradient as conv2d_pool_grad
+from tritonnet.kernels.conv2d_pool import weight_grad as conv2d_pool_grad
 from tritonnet.kernels.cross_entropy import forward as cross_entropy_file
 from tritonnet.kernels.lenet import update as lenet_update
 

@@ -95,7 +95,7 @@ def test_full_float32(device, full_precision):
 @pytest.mark.parametrize("flag", ["ieee", "tf32"])
 def test_precision_follows_torch(flag, full_precision):
     from tritonnet.kernels import linear
-    from tritonnet.kernels.conv2d import forward as conv2d
+    from tritonnet.kernels.conv2d import patches as conv2d
 
     for module, owner in ((conv2d, torch.backends.cudnn.conv), (linear, torch.backends.cuda.matmul)):
         owner.fp32_precision = flag
@@ -107,7 +107,7 @@ def test_precision_follows_the_older_flags():
     code = """
 import torch
 from tritonnet.kernels import linear
-from tritonnet.kernels.conv2d import forward as conv2d
+from tritonnet.kernels.conv2d import patches as conv2d
 print(conv2d.precision(), linear.precision())
 torch.backends.cudnn.allow_tf32 = False
 torch.set_float32_matmul_precision("high")
@@ -141,17 +141,17 @@ def test_padding_modes(mode, groups, padding, stride, backend, device):
 
 def test_every_shipped_tile(device, monkeypatch):
     """3x3 and 5x5 under every tile of the table, walked flat and by taps: sizes that fill no tile evenly."""
-    from tritonnet.kernels import _common
-    from tritonnet.kernels.conv2d import forward as conv2d
+    from tritonnet.kernels import tiles
+    from tritonnet.kernels.conv2d import patches
 
-    for name in _common.TALL:
+    for name in tiles.TALL:
         dtype = {"half": torch.float16, "fp64": torch.float64}.get(name, torch.float32)
-        rows = {*_common.TALL[name], *_common.SQUARE[name]}
+        rows = {*tiles.TALL[name], *tiles.SQUARE[name]}
         # In the interpreter tiles differ by their size alone.
-        for tile in rows if DEVICE != "cpu" else _common.TALL[name][:1]:
+        for tile in rows if DEVICE != "cpu" else tiles.TALL[name][:1]:
             for C in (3, 40):
                 for k in (3, 5):
-                    monkeypatch.setattr(conv2d, "gemm_tile", lambda *_, tile=tile: tile)
+                    monkeypatch.setattr(patches, "gemm_tile", lambda *_, tile=tile: tile)
                     x, w = torch.randn(2, C, 9, 11).double(), torch.randn(20, C, k, k).double()
                     check_linear(
                         lambda x, w: F.conv2d(x, w, padding=1), lambda x, w: TF.conv2d(x, w, padding=1),

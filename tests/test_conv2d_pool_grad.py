@@ -13,7 +13,7 @@ from exact import assert_exact
 import tritonnet
 from tritonnet import reference
 from tritonnet.kernels import launchers as L
-from tritonnet.kernels.conv2d_pool import gradient as conv2d_pool_grad
+from tritonnet.kernels.conv2d_pool import chooser
 
 # name: (N, C, H, W), (OC, KH, KW), stride, padding, dilation, and the pooling's window, stride, padding and ceil_mode
 CASES = {
@@ -144,7 +144,7 @@ LENET = (1, 1), (0,) * 4, (1, 1), 1, "zeros", (2, 2), (2, 2), (0, 0)
 )
 def test_other_convolutions_go_by_the_dense_gradient(dtype, dy, w, change):
     def serves(dy, w, geometry):
-        return conv2d_pool_grad.serves(dy, w, *geometry)
+        return chooser.gradients_are_fused(dy, w, *geometry)
 
     assert not serves(torch.empty(dy, dtype=dtype), w, [change.get(i, value) for i, value in enumerate(LENET)])
     assert serves(torch.empty(8, 16, 5, 5, dtype=torch.float16), (16, 6, 5, 5), LENET)
@@ -152,4 +152,4 @@ def test_other_convolutions_go_by_the_dense_gradient(dtype, dy, w, change):
 
 
 def test_full_precision_goes_by_the_dense_gradient(full_precision):
-    assert not conv2d_pool_grad.serves(torch.empty(8, 16, 5, 5), (16, 6, 5, 5), *LENET)
+    assert not chooser.gradients_are_fused(torch.empty(8, 16, 5, 5), (16, 6, 5, 5), *LENET)

@@ -8,7 +8,7 @@ import torch.nn.functional as TF
 from exact import DTYPES, check_linear
 
 import tritonnet.nn.functional as F
-from tritonnet.kernels import _common
+from tritonnet.kernels import tiles
 
 # name: size of input, weight, bias
 CASES = {
@@ -97,8 +97,8 @@ def test_other_dtypes_are_torchs(backend):
 @pytest.mark.parametrize("interpreted", [False, True])
 def test_each_program_has_a_share_of_a_split_product(interpreted, monkeypatch):
     """The kernels tell the compiler that a program's loop is never empty."""
-    monkeypatch.setattr(_common, "INTERPRETED", interpreted)
-    for tiles, K, block_k in itertools.product((1, 3, 40, 1000), (1, 63, 64, 99 * 64, 4097, 123457), (16, 64)):
-        splits, per_split = _common.split_product(tiles, K, block_k)
+    monkeypatch.setattr(tiles, "INTERPRETED", interpreted)
+    for count, K, block_k in itertools.product((1, 3, 40, 1000), (1, 63, 64, 99 * 64, 4097, 123457), (16, 64)):
+        splits, per_split = tiles.split_product(count, K, block_k)
         assert per_split % block_k == 0
-        assert (splits - 1) * per_split < K <= splits * per_split, (tiles, K, block_k)
+        assert (splits - 1) * per_split < K <= splits * per_split, (count, K, block_k)

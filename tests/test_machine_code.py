@@ -17,7 +17,7 @@ import tritonnet.kernels
 pytest.importorskip("tqdm")
 from bench import FORMATS, TARGETS
 from bench.machine_code import budgets, compile, report
-from tritonnet.kernels import _common
+from tritonnet.kernels import _common, tiles
 from tritonnet.kernels.linear_chain import fused as linear_chain
 
 
@@ -50,7 +50,7 @@ def test_machine_code(target):
         if not compile.has_tiles(target, format, brief=True):
             continue
         rows = _common.number_format(*FORMATS[format])
-        for tile in {*_common.SQUARE[rows], *_common.TALL[rows], *_common.POOLED[rows]}:
+        for tile in {*tiles.SQUARE[rows], *tiles.TALL[rows], *tiles.POOLED[rows]}:
             row = format, f"{tile.M}x{tile.N}x{tile.K}", tile.num_warps, tile.num_stages
             assert row in compiled_tiles, f"{target}: the row {row} of the tables of tiles has not been compiled"
         for tile in linear_chain.ROWS[rows]:

@@ -24,7 +24,8 @@ from triton.runtime.jit import JITFunction
 import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
 from tritonnet.kernels import _common, launchers, linear
 from tritonnet.kernels import shapes as kernel_shapes
-from tritonnet.kernels.conv2d import forward as conv2d
+from tritonnet.kernels import tiles as tile_tables
+from tritonnet.kernels.conv2d import patches
 from tritonnet.kernels.lenet import forward as lenet_forward
 from tritonnet.kernels.lenet import gradient as lenet_gradient
 from tritonnet.kernels.lenet import layout as lenet
@@ -236,23 +237,23 @@ def shapes(c):
 def tiles(c, format):
     """(name, call) that between them reach every row of every table of tiles."""
     rows = _common.number_format(*FORMATS[format])
-    for tile in _common.TALL[rows]:
+    for tile in tile_tables.TALL[rows]:
         # Just what the tile holds: the launchers choose it for these sizes and nothing wider.
-        for walk, k, channels in (("taps", 3, 64), ("short", 3, conv2d.SHORT_K), ("flat", 5, 3)):
-            if walk == "short" and tile.K <= conv2d.SHORT_K or walk == "flat" and tile.N > conv2d.NARROW_N:
+        for walk, k, channels in (("taps", 3, 64), ("short", 3, patches.SHORT_K), ("flat", 5, 3)):
+            if walk == "short" and tile.K <= patches.SHORT_K or walk == "flat" and tile.N > patches.NARROW_N:
                 continue  # the tile of another walk
             if walk == "flat" and format in ("float16", "float64"):
                 continue  # another walk has this tile, too, and "flat" is compiled for it in the formats of most use
             name = f"{walk}, {tile.M}x{tile.N}"
             yield name, lambda n=tile.N, k=k, channels=channels: c.conv_forward(channels, n, k)
             yield name, lambda n=tile.N, k=k, channels=channels: c.conv_input_grad(n, channels, k)
-    for tile in _common.POOLED[rows]:
+    for tile in tile_tables.POOLED[rows]:
         for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
             yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
-    for tile in _common.SQUARE[rows]:
+    for tile in tile_tables.SQUARE[rows]:
         for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
-            if walk == "flat" and tile.N > conv2d.NARROW_N:
+            if walk == "flat" and tile.N > patches.NARROW_N:
                 continue
             name = f"{walk}, {tile.M}x{tile.N}"
             yield name, lambda m=tile.M, k=k, channels=channels: c.conv_weight_grad(channels, m, k)

@@ -14,21 +14,10 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import (
-    INTERPRETED,
-    OPTIONS,
-    Window,
-    acc_type,
-    cdiv,
-    first_tap,
-    flat_block,
-    index_type,
-    power_of_2,
-    round_to,
-    split_product,
-)
+from .._common import INTERPRETED, OPTIONS, Window, acc_type, cdiv, first_tap, index_type, power_of_2, round_to
 from ..launching import planned
 from ..reduce import Partials
+from ..tiles import flat_block, split_product
 from .padding import PAD_MODES, source
 
 

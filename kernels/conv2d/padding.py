@@ -7,8 +7,9 @@ dx[n, c, ih, iw]     = sum over the ph, pw that copy (ih, iw) of dpadded[n, c, p
 import triton
 import triton.language as tl
 
-from .._common import OPTIONS, acc_type, cdiv, flat_block, index_type, round_to
+from .._common import OPTIONS, acc_type, cdiv, index_type, round_to
 from ..launching import planned
+from ..tiles import flat_block
 
 PAD_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
 

@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import POOLED, cdiv, index_type, product_types, round_to, strides
-from ..conv2d.forward import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for
+from .._common import cdiv, index_type, product_types, round_to, strides
 from ..conv2d.padding import PAD_MODES
+from ..conv2d.patches import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for
 from ..launching import planned
+from ..tiles import POOLED
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -10,7 +10,7 @@ import triton.language as tl
 from .. import shapes
 from .._common import INTERPRETED, OPTIONS, cdiv, index_type
 from ..launching import planned
-from .patch import PROGRAMS, block_of, cut
+from .blocks import PROGRAMS, block_of, cut
 
 
 @triton.jit

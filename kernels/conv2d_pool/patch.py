@@ -14,8 +14,6 @@ The product decides which of the four is largest before the bias and before roun
 through its zeros what is not finite in a patch reaches the whole block (0 * inf is NaN), as in Winograd's convolutions.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
@@ -23,101 +21,18 @@ from .. import shapes
 from .._common import (
     INTERPRETED,
     OPTIONS,
-    _block,
     cdiv,
-    flat_block,
     index_type,
     input_precision,
-    number_format,
     operand_type,
-    power_of_2,
     round_to,
 )
-from ..conv2d.forward import FLAT_BELOW, precision
 from ..conv2d.padding import source
-from ..launching import planned, remembered
-
-
-class Form(NamedTuple):
-    """How a fused convolution is cut into blocks of pooled pixels and of filters."""
-
-    product: bool  # on tensor cores, or else in lanes
-    side: int  # of a block of pooled pixels
-    patch: tuple  # (height, width) in pixels
-    channels: int  # of the result at a time
-    block_k: int  # of the product's sum
-
-
-# The product's other operand stays in shared memory: its elements and its columns at most.
-OPERAND_SIZE, COLUMNS = 2**14, 128
-# What a lane has registers for: the pixels of a patch, and sums.
-PIXELS, SUMS = 64, 32
-# Programs that keep a large GPU busy.
-PROGRAMS = 4 * 132
-
-
-def form_for(dtype, size, w_size, *geometry_ceil_mode):
-    """The Form that serves these arguments of the fused operator, or None where conv2d_pool does.
-
-    `size` is that of x. All four positions of a window count, so that each has to lie inside the convolution's result.
-    """
-    *geometry, ceil_mode = geometry_ceil_mode
-    if ceil_mode and _partial(size[2:], w_size[2:], *geometry[:3], *geometry[5:]):
-        return None
-    return _form(number_format(dtype, precision()), w_size, *geometry)
-
-
-@remembered
-def _partial(size, kernel, stride, padding, dilation, *window):
-    """Whether ceil_mode adds windows, which reach past the convolution's result."""
-    before = shapes.conv2d_size(size, kernel, stride, padding, dilation)
-    whole, every = (shapes.max_pool2d_size(before, *window, (1, 1), ceil_mode) for ceil_mode in (False, True))
-    return whole != every
-
-
-@remembered
-def _form(format, w_size, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, pool_padding):
-    OC, C, KH, KW = w_size
-    plain = groups == 1 and pad_mode == "zeros" and tuple(pool_kernel) == (2, 2) and not any(pool_padding)
-    if not plain or C >= FLAT_BELOW or format == "fp64":
-        return None
-    for side in (2, 1):
-        patch = tuple(
-            ((side - 1) * pool_stride[i] + 1) * stride[i] + dilation[i] * (k - 1) + 1 for i, k in enumerate((KH, KW))
-        )
-        pixels, sums = patch[0] * patch[1], 4 * side**2
-        if format == "ieee":
-            # Side by side pays where the patch is read once for all filters.
-            if pixels <= PIXELS and (side == 1 or C == 1):
-                return Form(False, side, patch, min(SUMS // sums, power_of_2(OC)), 1)
-        else:
-            block_k = 64 if 32 < C * pixels <= 64 else 32
-            length = cdiv(C * pixels, block_k) * block_k
-            channels = min(COLUMNS // sums, max(4, power_of_2(OC)))
-            # Side by side pays where one block of the sum and one of filters hold it all.
-            if length * sums * channels <= OPERAND_SIZE and (side == 1 or (length <= 64 and OC <= channels)):
-                return Form(True, side, patch, channels, block_k)
-    return None
-
-
-def cut(form, x, w_size, bias, y, stride, padding, pool_stride):
-    """(blocks of pooled pixels, the constants that both forms' kernels take)."""
-    (N, C, H, W), (OC, _, KH, KW), (QH, QW) = x.shape, w_size, y.shape[2:]
-    blocks = cdiv(QH, form.side), cdiv(QW, form.side)
-    steps = [form.side * pool_stride[i] * stride[i] for i in range(2)]
-    inside = not any(padding) and all(
-        (blocks[i] - 1) * steps[i] + form.patch[i] <= size for i, size in enumerate((H, W))
-    )
-    constants = dict(
-        H=H, W=W, QH=QH, QW=QW, C=C, OC=OC, KH=KH, KW=KW, STEP_H=steps[0], STEP_W=steps[1],
-        PH=padding[0], PW=padding[2], PATCH_H=form.patch[0], PATCH_W=form.patch[1],
-        SIDE=form.side, BLOCKS_H=blocks[0], BLOCKS_W=blocks[1],
-        HAS_BIAS=bias is not None, INSIDE=inside, BLOCK_OC=form.channels,
-    )  # fmt: skip
-    # Constant strides tell the compiler how wide loads and stores can be.
-    for t, name in ((x, "x"), (y, "y")):
-        constants |= {f"stride_{name}{dim}": stride for dim, stride in zip("nchw", t.stride())}
-    return N * blocks[0] * blocks[1], constants
+from ..conv2d.patches import precision
+from ..launching import planned
+from ..tiles import _block, flat_block
+from .blocks import PROGRAMS, block_of, cut
+from .chooser import COLUMNS
 
 
 @triton.jit
@@ -174,20 +89,6 @@ def place_filters_kernel(
     w_offs = oc * stride_wo + c * stride_wc + kh * stride_wh + kw * stride_ww
     w = tl.load(w_ptr + w_offs, mask=mask & stands & (k < C * PATCH_H * PATCH_W) & (oc < OC), other=0.0)
     tl.store(placed_ptr + offs, w, mask=mask)
-
-
-@triton.jit
-def block_of(offs_m, BLOCKS_H: tl.constexpr, BLOCKS_W: tl.constexpr, INDEX: tl.constexpr):
-    """(n, row, column) of the blocks of pooled pixels offs_m; unsigned division takes half the instructions."""
-    if INDEX == tl.int64:
-        m = offs_m.to(tl.uint64)
-    else:
-        m = offs_m.to(tl.uint32)
-    return (
-        (m // (BLOCKS_H * BLOCKS_W)).to(INDEX),
-        (m // BLOCKS_W % BLOCKS_H).to(INDEX),
-        (m % BLOCKS_W).to(INDEX),
-    )
 
 
 @triton.jit(do_not_specialize=["M"])

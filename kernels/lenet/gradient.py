@@ -8,8 +8,6 @@ Programs take roles by number: first those of the first convolution, then those 
 linears. Each keeps its sum in registers and writes it once.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,83 +15,26 @@ import triton.language as tl
 from .._common import (
     INTERPRETED,
     OPTIONS,
-    cached_for_architecture,
     compute_capability,
     index_type,
     operand_type,
-    round_to,
 )
-from ..conv2d.forward import next_block
-from ..conv2d_pool.gradient import one_hot
 from ..launching import launch
 from . import lanes as lenet_lanes
 from . import lanes_gradient as lenet_lanes_grad
-from .forward import load_patches
 from .layout import Splits
+from .products_gradient import first_convolution, linear, second_convolution
+from .tiles import gradient_tile
 
-
-class Tile(NamedTuple):
-    """Blocks of a number format: images that a turn of each role adds, and columns of its sum.
-
-    In the first role K1 is the depth of a window's product, and P1 how many images' one-hot rows are made at a time.
-    """
-
-    M1: int
-    K1: int
-    P1: int
-    M2: int
-    N2: int
-    M3: int
-    N3: int
-    num_warps: int
-
-
-# Read off machine code (no register spills) and not yet timed. Lanes take K1 patches a turn once M1 images are through.
-TILES = {
-    "bfloat16": Tile(128, 64, 32, 64, 256, 64, 64, 4),
-    "tf32": Tile(128, 32, 16, 32, 256, 32, 64, 4),
-    "ieee": Tile(32, 16, 16, 16, 64, 16, 64, 4),
-    "lanes": Tile(128, 128, 1, 128, 1, 16, 64, 4),
-}
-# For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
-SMALL_TILES = {**TILES, "bfloat16": Tile(64, 64, 64, 64, 128, 64, 64, 8), "tf32": Tile(64, 32, 32, 64, 128, 32, 64, 8)}
 # Programs of each role for a batch that fills the card: all take about as long, and two fit a multiprocessor.
 MOST = Splits(168, 74, 2)
 MOST_LANES = Splits(64, 4, 3, lanes=True)
 
 
-@cached_for_architecture
-def tile_for(form, images, geometry):
-    """The Tile for a batch of so many images."""
-    if not INTERPRETED:
-        tile = (TILES if compute_capability() in (0, 9, 10) else SMALL_TILES)[form]
-        if form == "lanes":
-            return tile
-        if compute_capability() == 10:
-            # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
-            tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
-        elif compute_capability() == 9:
-            if images <= 64:
-                # That many images fill no more rows.
-                tile = tile._replace(M1=64, P1=16)
-            elif geometry.padding:
-                # Registers that the conditions on padding take.
-                tile = tile._replace(P1=16)
-            if form == "tf32":
-                # Operands of 32 bits that pass through registers.
-                tile = tile._replace(M2=16, M3=16)
-        return tile
-    rows = min(2048, max(32, triton.next_power_of_2(images // 2)))
-    if form == "lanes":
-        windows = min(2048, triton.next_power_of_2(images * geometry.pooled[1] ** 2 // 2))
-        return Tile(rows, rows * 8, 1, windows, 1, rows, 128, 4)
-    return Tile(rows, 64, rows // 2, rows, 128 if form == "ieee" else 256, rows, 128, 4)
-
-
 def splits_for(format, images, geometry):
     """How many programs share each gradient: the fewest that take no longer than the most would, see Splits."""
     form = lenet_lanes.form(format)
-    tile, (Q1, Q2), lanes = tile_for(form, images, geometry), geometry.pooled, form == "lanes"
+    tile, (Q1, Q2), lanes = gradient_tile(form, images, geometry), geometry.pooled, form == "lanes"
     most = Splits(2, 2, 1) if INTERPRETED else MOST_LANES if lanes else MOST
     turns = (
         triton.cdiv(images, tile.M1) * (Q1 // 2) * (1 if lanes else triton.cdiv(Q1, 4)),
@@ -112,234 +53,6 @@ def parts(tile, geometry, lanes):
     if lanes:
         return 2, 24
     return geometry.channels, 1 if tile.N2 == 256 else triton.cdiv(288, tile.N2)
-
-
-@triton.jit
-def fold(scratch_ptr, elements):
-    """Of each weight the sum over the windows r of a square and the pixels q of a window, from scratch[elements] on."""
-    term = tl.arange(0, 16)
-    y, x = term // 8 * 2 + term // 2 % 2, term // 4 % 2 * 2 + term % 2
-    starts = (term // 2 % 2 * 64 + term // 4 * 16 + term % 2 * 8) * 64 + y * 8 + x
-    return tl.sum(tl.load(scratch_ptr + starts[:, None] + elements[None, :]), axis=0)
-
-
-@triton.jit
-def squares_of(z):
-    """(64, M) -> two (4, 8, M): the rows of each square of a pair, in which the squares take turns by eight rows."""
-    return tl.split(tl.permute(tl.reshape(z, (4, 2, 8, z.shape[1])), (0, 2, 3, 1)))
-
-
-@triton.jit
-def living(marked):
-    """The gradients that a code below 4, in their last three bits, gives a pixel; 0 for the others."""
-    return tl.where((marked & 7) < 4, (marked & -8).to(tl.float32, bitcast=True), 0.0)
-
-
-@triton.jit
-def of_images(z, k, M: tl.constexpr, P: tl.constexpr):
-    """(4, 8, M) -> (32, P): the kth P of M images, up to eight times P."""
-    for i in tl.static_range(3):
-        if M >> i > P:
-            first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, M >> i + 1)), (0, 1, 3, 2)))
-            z = first if k * P // (M >> i + 1) % 2 == 0 else second
-    return tl.reshape(z, (32, P))
-
-
-@triton.jit
-def pair_gradient(
-    dz_ptr, wd_ptr, mask, row, pair,
-    Q2: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """(64, BLOCK_M): the gradient of p1 at a pair of squares, a row for each of WD's, a column for each image."""
-    # Twelve windows of the second convolution reach the pair, at the edges fewer.
-    top, left = tl.maximum(row - 2, 0), tl.maximum(2 * pair - 2, 0)
-    height, width = tl.minimum(row + 1, Q2) - top, tl.minimum(2 * pair + 2, Q2) - left
-    n, i, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, BLOCK_K)
-    dz_offs, wd_offs = (n * (Q2 * Q2 * 64))[:, None] + k[None, :], (i * 64)[:, None] + k[None, :]
-    dp = tl.zeros((64, BLOCK_M), tl.float32)
-    start = tl.cast(0, tl.int32)
-    k0, h, w = start, start, start
-    for _ in tl.range(0, height * width * (64 // BLOCK_K), num_stages=2):
-        j = (row - top - h) * 4 + 2 * pair + 1 - left - w
-        dz_base, wd_base = dz_ptr + ((top + h) * Q2 + left + w) * 64 + k0, wd_ptr + j * (64 * 64) + k0
-        dz = tl.load(dz_base + dz_offs, mask=mask[:, None], other=0.0)
-        wd = tl.load(wd_base + wd_offs)
-        dp = tl.dot(wd.to(OPERAND), tl.trans(dz.to(OPERAND)), dp, input_precision=PRECISION)
-        k0, h, w = next_block(k0, h, w, 64, width, BLOCK_K)
-    return dp
-
-
-@triton.jit
-def first_convolution(
-    x_ptr, code_ptr, dz_ptr, wd_ptr, scratch_ptr, partial_ptr, channel, split, N,
-    splits, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
-    FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    # All images of a turn see the same pair of squares: addresses are one number an image and one a column.
-    SIDE: tl.constexpr = Q1 // 2
-    PAIRS: tl.constexpr = (SIDE + 1) // 2
-    IMAGE: tl.constexpr = C * (SIZE - 2 * FRAME) * (SIZE - 2 * FRAME)
-    # The code fits in the last three bits of a gradient: products in tf32 and bf16 do without them.
-    MARKED: tl.constexpr = PRECISION == "tf32"
-    rows, lanes = tl.arange(0, BLOCK_M), tl.arange(0, 64)
-    code_columns = lanes // 32 * (Q1 * 8) + lanes // 8 % 2 * 16 + lanes // 16 % 2 * 8 + lanes % 8
-    # The gradients become the next product's left side where they lie, in registers: of 32 bits in another order.
-    SWAPPED: tl.constexpr = MARKED and dz_ptr.dtype.element_ty == tl.float32
-    LAST: tl.constexpr = 3 if SWAPPED else 4
-    images = tl.arange(0, BLOCK_P)
-    if SWAPPED:
-        images = images // 8 * 8 + images % 4 * 2 + images // 4 % 2
-
-    # A row for each pixel of a window and each of a square's 32 lanes, a column for each pixel of a patch.
-    acc, acc_b = tl.zeros((128, 64), tl.float32), tl.zeros((32, 8), tl.float32)
-    for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), splits):
-        block = turn % (SIDE * PAIRS)
-        row, pair = block // PAIRS, block % PAIRS
-        n0 = tl.cast(turn // (SIDE * PAIRS) * BLOCK_M, INDEX)
-        mask = rows < N - n0
-
-        dz_base = dz_ptr + n0 * (Q2 * Q2 * 64)
-        dp = pair_gradient(dz_base, wd_ptr, mask, row, pair, Q2, OPERAND, PRECISION, BLOCK_M, BLOCK_K)
-        code_base = code_ptr + n0 * (Q1 * Q1 * 8) + row * (Q1 * 16) + pair * 32
-        exists = mask[:, None] & (2 * pair + lanes // 8 % 2 < SIDE)[None, :]
-        code = tl.load(code_base + (rows * (Q1 * Q1 * 8))[:, None] + code_columns[None, :], mask=exists, other=4)
-        code = tl.trans(code)
-        if MARKED:
-            left, right = squares_of((dp.to(tl.int32, bitcast=True) & -8) + code)
-            alive = living(left) + living(right)
-        else:
-            left, right = squares_of(dp)
-            code_left, code_right = squares_of(code)
-            alive = tl.where(code_left < 4, left, 0.0) + tl.where(code_right < 4, right, 0.0)
-        acc_b += tl.sum(tl.reshape(alive, (32, BLOCK_M // 8, 8)), axis=1)
-        for s in range(0, tl.minimum(2, SIDE - 2 * pair)):
-            square = tl.where(s == 0, left, right)
-            if not MARKED:
-                codes = tl.where(s == 0, code_left, code_right)
-            squares = tl.full((BLOCK_P,), row * SIDE + 2 * pair + s, tl.int32)
-            for k in tl.static_range(BLOCK_M // BLOCK_P):
-                if MARKED:
-                    bits = of_images(square, k, BLOCK_M, BLOCK_P)
-                    dy, position = (bits & -8).to(tl.float32, bitcast=True), bits & 7
-                else:
-                    dy = of_images(square, k, BLOCK_M, BLOCK_P)
-                    position = of_images(codes, k, BLOCK_M, BLOCK_P)
-                # In 64 bits the compiler sees that steps from row to row are constants, which loads add by themselves.
-                n = k * BLOCK_P + images
-                x = load_patches(
-                    x_ptr + n0 * IMAGE, n.to(tl.int64), squares, n < N - n0, channel * 64 + lanes,
-                    C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT,
-                )  # fmt: skip
-                dz1 = one_hot(round_to(dy, dz_ptr.dtype.element_ty).to(OPERAND), position, 4, 4)
-                dz1 = tl.reshape(dz1, (4, 8, BLOCK_P // 8, 4, 2, 2, 2))
-                dz1 = tl.reshape(tl.permute(dz1, (5, 0, 6, 1, 2, 7 - LAST, LAST)), (128, BLOCK_P))
-                acc = tl.dot(dz1, x.to(OPERAND), acc, input_precision=PRECISION)
-
-    scratch_ptr += (channel * splits + split) * (128 * 64)
-    partial_ptr += split * (C * 150 + 6)
-    tl.store(scratch_ptr + (tl.arange(0, 128) * 64)[:, None] + lanes[None, :], acc)
-    tl.debug_barrier()
-    i = tl.arange(0, 256)
-    oc, tap = tl.where(i < 150, i // 25, 0), i % 25
-    dw = fold(scratch_ptr, oc * 64 + tap // 5 * 8 + tap % 5)
-    tl.store(partial_ptr + oc * (25 * C) + channel * 25 + tap, dw, mask=i < 150)
-    if channel == 0:
-        db = tl.sum(tl.reshape(tl.sum(acc_b, axis=1), (4, 8)), axis=0)
-        filters = tl.arange(0, 8)
-        tl.store(partial_ptr + C * 150 + filters, db, mask=filters < 6)
-
-
-@triton.jit
-def load_again(ptrs, mask):
-    """In float32 what a product's operand has been loaded from, for a use beside the product.
-
-    An operand of a product in a pipelined loop has no other use: if it had, Triton would keep it in one buffer for all
-    turns, and on sm_90 the next turn's copy would overwrite it while the product still reads it (seen in triton 3.6.0,
-    3.7.1 and 3.9.0; bench/machine_code/ttgir.py looks for it). The other cache modifier keeps the two loads from being
-    merged.
-    """
-    return tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
-
-
-@triton.jit
-def second_convolution(
-    dz_ptr, p1_ptr, partial_ptr, part, split, N,
-    splits, Q1: tl.constexpr, Q2: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    # The four pixels of a window stay apart: what they share is added by the last launch. A row is an image here too.
-    WINDOWS: tl.constexpr = Q2 * Q2
-    REST: tl.constexpr = 288 - BLOCK_N if PARTS == 1 else 0
-    rows, lanes, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), part * BLOCK_N + tl.arange(0, BLOCK_N)
-    p_rows = (rows * (Q1 * Q1 * 8))[:, None]
-    acc, acc_b = tl.zeros((64, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, 64), tl.float32)
-    if REST > 0:
-        rest = BLOCK_N + tl.arange(0, REST)
-        acc_rest = tl.zeros((64, REST), tl.float32)
-    for turn in tl.range(split, tl.cdiv(N, BLOCK_M) * WINDOWS, splits, num_stages=2):
-        window = turn % WINDOWS
-        n0 = tl.cast(turn // WINDOWS * BLOCK_M, INDEX)
-        mask = rows < N - n0
-        dz_base = dz_ptr + n0 * (WINDOWS * 64) + window * 64
-        p_base = p1_ptr + n0 * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
-        dz_ptrs = dz_base + (rows * (WINDOWS * 64))[:, None] + lanes[None, :]
-        dz = tl.load(dz_ptrs, mask=mask[:, None], other=0.0)
-        offs = p_rows + (k // 48 * (Q1 * 8) + k % 48)[None, :]
-        p = tl.load(p_base + offs, mask=mask[:, None] & (k < 288)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc, input_precision=PRECISION)
-        if REST > 0:
-            offs = p_rows + (rest // 48 * (Q1 * 8) + rest % 48)[None, :]
-            p = tl.load(p_base + offs, mask=mask[:, None], other=0.0)
-            acc_rest = tl.dot(tl.trans(dz.to(OPERAND)), p.to(OPERAND), acc_rest, input_precision=PRECISION)
-        acc_b += load_again(dz_ptrs, mask[:, None] & (part == 0))
-
-    tl.store(partial_ptr + (lanes * 288)[:, None] + k[None, :], acc, mask=(k < 288)[None, :])
-    if REST > 0:
-        tl.store(partial_ptr + (lanes * 288)[:, None] + rest[None, :], acc_rest)
-    if part == 0:
-        tl.store(partial_ptr + 64 * 288 + lanes, tl.sum(acc_b, axis=0))
-
-
-@triton.jit
-def linear(
-    acts_ptr, grads_ptr, partial_ptr, tile, split, N,
-    splits, F: tl.constexpr, CP: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    # Tiles of 128 x BLOCK_N: those of fc1 along its features, those of fc2, and for 128 classes each those of fc3.
-    TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    HIDDEN: tl.constexpr = 128 // BLOCK_N
-    first, second = tile < TILES, tile < TILES + HIDDEN
-    block = tl.where(first | second, 0, (tile - TILES - HIDDEN) // HIDDEN)
-    n0 = tl.where(first, 0, tl.where(second, 128, 256 + block * 128))
-    within = tl.where(first, tile, (tile - TILES) % HIDDEN) * BLOCK_N
-    k0 = tl.where(first, 0, tl.where(second, F, F + 128)) + within
-    K = tl.where(first, F, 128)
-    start = tl.where(first, 0, tl.where(second, 128 * F, 128 * F + 128 * 128 + block * (128 * 128)))
-    rows, lanes_n, lanes_k = tl.arange(0, BLOCK_M), tl.arange(0, 128), tl.arange(0, BLOCK_N)
-    mask_n, mask_k = n0 + lanes_n < 256 + CP, within + lanes_k < K
-
-    acc = tl.zeros((128, BLOCK_N), tl.float32)
-    acc_b = tl.zeros((BLOCK_M, 128), tl.float32)
-    for m0 in tl.range(split * BLOCK_M, N, splits * BLOCK_M, num_stages=2):
-        n = tl.cast(m0, INDEX)
-        mask_m = rows < N - m0
-        offs = (rows * (256 + CP))[:, None] + (n0 + lanes_n)[None, :]
-        dy_ptrs, mask = grads_ptr + n * (256 + CP) + offs, mask_m[:, None] & mask_n[None, :]
-        dy = tl.load(dy_ptrs, mask=mask, other=0.0)
-        offs = (rows * (F + 256))[:, None] + (k0 + lanes_k)[None, :]
-        a = tl.load(acts_ptr + n * (F + 256) + offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        acc = tl.dot(tl.trans(dy.to(OPERAND)), a.to(OPERAND), acc, input_precision=PRECISION)
-        acc_b += load_again(dy_ptrs, mask & (within == 0))
-
-    offs = start + (lanes_n * K)[:, None] + (within + lanes_k)[None, :]
-    tl.store(partial_ptr + offs, acc, mask=mask_n[:, None] & mask_k[None, :])
-    if within == 0:
-        biases = 128 * F + 128 * 128 + CP * 128
-        tl.store(partial_ptr + biases + n0 + lanes_n, tl.sum(acc_b, axis=0), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["N", "splits1", "splits2", "splits3", "partial2", "partial3"])
@@ -405,7 +118,7 @@ def sums(geometry, splits, device):
 def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, partial):
     """Fills `partial` with the partial sums of all gradients of the images x, whose forward has filled `memory`."""
     N, lanes = x.shape[0], splits.lanes
-    tile = tile_for("lanes" if lanes else format, N, geometry)
+    tile = gradient_tile("lanes" if lanes else format, N, geometry)
     parts1, parts2 = parts(tile, geometry, lanes)
     hidden = 128 // tile.N3 * (1 + triton.cdiv(geometry.padded_classes, 128))
     tiles = triton.cdiv(geometry.features, tile.N3) + hidden

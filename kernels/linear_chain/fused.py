@@ -17,22 +17,11 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import (
-    INTERPRETED,
-    SQUARE,
-    Tile,
-    cdiv,
-    gemm_tile,
-    index_type,
-    number_format,
-    power_of_2,
-    product_types,
-    round_to,
-    split_product,
-)
+from .._common import INTERPRETED, cdiv, index_type, number_format, power_of_2, product_types, round_to
 from ..launching import planned, remembered
 from ..linear import precision, weight_grad_tile
 from ..reduce import Partials
+from ..tiles import SQUARE, Tile, gemm_tile, split_product
 
 # M rows a program; N features of the input a step of its gradient; K features a step of a product. Registers hold M
 # rows of two layers, and without matrix units K columns of both operands besides, so M and K are small.

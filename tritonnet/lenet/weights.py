@@ -12,7 +12,7 @@ from ..nn._plain import _HOOKS, global_hooks, is_plain
 from ..registration import watched
 
 if launchers is not None:
-    from ..kernels.conv2d.forward import precision as conv_precision
+    from ..kernels.conv2d.patches import precision as conv_precision
     from ..kernels.lenet import forward as lenet_forward
     from ..kernels.lenet import layout
     from ..kernels.lenet import pack as lenet_pack
