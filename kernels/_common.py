@@ -1,4 +1,4 @@
-"""What the kernel files share: number formats, tiles, index types, and the steps of a strided, dilated window."""
+"""What the kernel files share: number formats, index types, and which taps of a window reach a pixel."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 OPTIONS = {
     # Triton 3.10 turns fused multiply-add off by default; the kernels want it.
     "enable_fp_fusion": True,
-    # Outside debug mode the checks of integer overflow assert nothing, and take a third of a kernel's way to its IR.
+    # Outside debug mode the overflow checks have no effect, and they take a third of the time to build a kernel's IR.
     "sanitize_overflow": knobs.runtime.debug,
 }
 
@@ -31,27 +31,27 @@ _TRITON = {
 
 @functools.cache
 def _capability(device):
-    """Of the device with this number, which is the current one."""
+    """The major compute capability of the current device, whose number is `device`; 0 if it is not NVIDIA's."""
     target = driver.active.get_current_target()
     return target.arch // 10 if target.backend == "cuda" else 0
 
 
 def compute_capability():
-    """The major number of NVIDIA's architecture that kernels are compiled for, and 0 for another maker's.
+    """The major compute capability of the NVIDIA GPU that kernels are compiled for, 0 for any other target.
 
-    That of the current device: a machine may have cards of two kinds.
+    It is that of the current device, because a machine may have cards of two kinds.
     """
     return 0 if INTERPRETED else _capability(driver.active.get_current_device())
 
 
 def cached_for_architecture(function):
-    """`remembered` for a function of the compute capability too."""
+    """Decorator: `remembered` for a function that also depends on the compute capability."""
     cached = remembered(lambda _, *args: function(*args))
     return functools.wraps(function)(lambda *args: cached(compute_capability(), *args))
 
 
 def acc_type(dtype):
-    """The type that sums are kept in."""
+    """The type of the accumulators."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -61,16 +61,16 @@ def element_type(dtype):
 
 
 def operand_type(dtype):
-    """The type that products are taken in: the tensor's own, except for bfloat16 in the interpreter.
+    """The type of a product's operands: the tensor's own, except for bfloat16 in the interpreter.
 
-    Triton's interpreter multiplies the raw bits of a bfloat16, so there operands go up to float32 after the load.
+    Triton's interpreter multiplies the raw bits of bfloat16 values, so there operands are cast to float32 first.
     """
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else _TRITON[dtype]
 
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
-    """value as dtype, rounded to nearest even; the interpreter's own cast to bfloat16 truncates."""
+    """value as dtype, rounded to nearest even. The interpreter's own cast to bfloat16 truncates."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -81,7 +81,7 @@ def round_to(value, dtype: tl.constexpr):
 
 
 def cdiv(a, b):
-    """a / b rounded up. Triton's own is meant for kernels, and takes microseconds on the host."""
+    """a / b rounded up. Triton's own cdiv is made for kernels and takes microseconds on the host."""
     return -(-a // b)
 
 
@@ -91,8 +91,8 @@ def power_of_2(n):
 
 
 def index_type(*tensors):
-    """int64 where an offset into one of the tensors (or None) may not fit int32, and the faster int32 elsewhere."""
-    # Lanes past the end compute offsets too, so the limit leaves room for a tile.
+    """int64 if an offset into one of the tensors (or None) may not fit int32, otherwise the faster int32."""
+    # Masked elements past the end have offsets too, so the limit leaves room for a tile.
     limit = 2**31 - 2**20
     for t in tensors:
         if t is not None and max(t.numel(), sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) > limit:
@@ -103,18 +103,18 @@ def index_type(*tensors):
 def strides(t):
     """The strides of t in elements, 0 for a dimension of one element.
 
-    torch gives such a dimension any stride, a filter of one tap 1 for its height and width. Triton has 16 bytes loaded
-    at once only where it sees that 16 divides all strides but that of the elements side by side.
+    torch gives such a dimension an arbitrary stride, for example 1 for the height and width of a 1x1 filter. Triton
+    loads 16 bytes at once only if it can see that 16 divides every stride except that of contiguous elements.
     """
     return [stride if size > 1 else 0 for size, stride in zip(t.shape, t.stride())]
 
 
 def in_units(itemsize, *numbers):
-    """(each number over its unit, the units), for a kernel that multiplies them again.
+    """(each number divided by its unit, the units); the kernel multiplies them again.
 
-    Triton looks whether 16 divides an argument, and else knows nothing of it: of 1000 features, or of rows of so many,
-    it loads one after the other. The unit of a number that 16 does not divide is as many elements as 16 bytes hold,
-    if they divide it; of all others it is 1.
+    Triton specialises an argument on divisibility by 16 and otherwise assumes nothing: of 1000 features, or of rows of
+    1000, it would load single elements. The unit of a number that 16 does not divide is the number of elements in 16
+    bytes, if that divides it; all other units are 1.
     """
     vector = max(1, 16 // itemsize)
     units = tuple(vector if n % 16 and n % vector == 0 else 1 for n in numbers)
@@ -122,29 +122,29 @@ def in_units(itemsize, *numbers):
 
 
 def number_format(dtype, precision):
-    """The row of a table of tiles; precision, "tf32" or "ieee", counts for float32 only."""
+    """The row of a table of tiles; `precision`, "tf32" or "ieee", matters for float32 only."""
     return "fp64" if dtype == torch.float64 else precision if dtype == torch.float32 else "half"
 
 
 def input_precision(dtype, precision):
     """tl.dot's argument: `precision` for float32, and otherwise "ieee".
 
-    In other formats it means nothing, but Triton 3.7.1 gives products of float64 that are said to be in tf32 to the
-    matrix units of sm_100, which have no float64, and does not compile them.
+    In other formats it should have no effect, but Triton 3.7.1 sends float64 products marked tf32 to the matrix units
+    of sm_100, which have no float64, and fails to compile them.
     """
     return precision if dtype == torch.float32 else "ieee"
 
 
 def product_types(dtype, precision):
-    """The constants of a kernel with products: what operands are taken in, what sums are kept in, and how precisely."""
+    """The constants of a kernel with products: operand type, accumulator type and precision."""
     return dict(OPERAND=operand_type(dtype), ACC=acc_type(dtype), PRECISION=input_precision(dtype, precision))
 
 
 class Window(NamedTuple):
-    """How the taps k of a window reach a pixel i: k * dilation = i + pad - o * stride for an output position o.
+    """Which taps k of a window reach a pixel i: k * dilation = i + pad - o * stride for some output position o.
 
-    Source: the solutions k of that congruence modulo the stride are first, first + step, ..., where
-    first = (i + pad) / divisor * inverse modulo step, and there are none unless divisor divides i + pad.
+    The solutions k of that congruence modulo the stride are first, first + step, ..., where
+    first = (i + pad) / divisor * inverse modulo step. There are none unless divisor divides i + pad.
     """
 
     divisor: int
@@ -160,6 +160,6 @@ class Window(NamedTuple):
 
 @triton.jit
 def first_tap(shifted, DIVISOR: tl.constexpr, STEP: tl.constexpr, INVERSE: tl.constexpr, K: tl.constexpr):
-    """The first of K taps that reaches the pixel at `shifted` = i + pad; K itself where none does (see Window)."""
+    """The first of K taps that reaches the pixel at `shifted` = i + pad, or K if none does (see Window)."""
     tap = (shifted // DIVISOR) % STEP * INVERSE % STEP
     return tl.where((shifted % DIVISOR == 0) & (tap < K), tap, K)

@@ -46,7 +46,7 @@ def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
     input_grad = (_depthwise if _depthwise.serves(w.shape, groups) else _input_grad).input_grad
     if pad_mode == "zeros":
         return input_grad(dy, w, size, stride, padding, dilation, groups)
-    # The gradient of the padded image, as a convolution without padding gives it, folded up where pixels were copied.
+    # The gradient of the padded image is that of a convolution without padding; copied pixels add to their source.
     (N, C, H, W), (top, bottom, left, right) = size, padding
     dp = input_grad(dy, w, (N, C, H + top + bottom, W + left + right), stride, (0, 0, 0, 0), dilation, groups)
     return _padding.fold_padding(dp, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
@@ -95,7 +95,7 @@ linear_weight_grad = _linear.weight_grad
 
 
 def _chain(name, features, widths):
-    """The function `name` of all layers in one launch, or of one after the other."""
+    """The function `name` of the chain in one launch, or layer by layer."""
     if shapes.linear_chain_serves(features, widths):
         return getattr(_linear_chain, name)
     return functools.partial(getattr(layered, name), sys.modules[__name__])
@@ -121,4 +121,4 @@ def _modules():
 
 
 KERNELS = [kernel for module in _modules() for name, kernel in vars(module).items() if name.endswith("_kernel")]
-"""Every kernel that can be launched; the other jit functions are parts of these."""
+"""Every kernel that can be launched, of all files here; the other jit functions are inlined into these."""

@@ -1,9 +1,9 @@
-"""How kernels are launched: what a launch needs is worked out once for each kind of arguments, and kept.
+"""How kernels are launched: what a launch needs is computed once for each kind of arguments, and cached.
 
-For a small batch the host takes longer than the GPU: Triton to find the compiled kernel of forty arguments, and a
-launcher to work the arguments out. Both depend only on the tensors' shapes, strides, dtypes and alignment, on a few
-values and on the device. So a launcher is written in two parts: a plan, which is a pure function of those, and a
-function that allocates the results and passes the tensors on.
+For a small batch the host takes longer than the GPU: Triton looks up the compiled kernel by forty arguments, which a
+launcher has to compute first. Both depend only on the tensors' shapes, strides, dtypes and alignment, on a few values
+and on the device. So a launcher has two parts: a plan, which is a pure function of those, and a function that allocates
+the results and passes the tensors on.
 """
 
 import concurrent.futures
@@ -20,11 +20,11 @@ from triton.runtime._async_compile import FutureKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-# The kernels that `launch` has compiled and not launched, in this thread; None where it launches.
+# The kernels that `launch` has compiled instead of launching them, in this thread; None outside compiled_together().
 compiling = contextvars.ContextVar("compiling", default=None)
-# So many kinds of arguments are remembered, of a kernel or of a function: past that it starts again.
+# Entries of a cache, of a kernel or of a function; a full cache is cleared.
 MOST_KEPT = 4096
-# Triton compiles for this alignment of a pointer where it has it.
+# Triton specialises a kernel on pointers with this alignment in bytes.
 ALIGNMENT = 16
 ROCM = torch.version.hip is not None
 
@@ -33,11 +33,11 @@ _kept = []
 
 
 def settle(function):
-    """Has Triton hash a kernel's source after all that it calls, whatever was launched before.
+    """Compute the hash of a kernel's source after the hashes of all functions that it calls.
 
-    Up to 3.7.1 at least, Triton takes into a hash the constants that a called function uses only if that has been
-    hashed already. What a kernel is called in Triton's cache would depend on which others were launched earlier in the
-    process, and it would be compiled anew in another order. A function's hash is made once.
+    At least up to 3.7.1, Triton includes the constants that a called function uses only if that function has been
+    hashed before. A kernel's key in Triton's cache would then depend on what was launched earlier in the process, and
+    the kernel would be compiled again in another order. Triton computes the hash of a function once.
     """
     if not isinstance(function, JITFunction) or function.hash is not None:
         return
@@ -49,7 +49,7 @@ def settle(function):
 
 
 def launch(kernel, grid, *args, **options):
-    """Launches a kernel; inside compiled_together() it is compiled and not launched."""
+    """Launch a kernel; inside compiled_together() it is compiled and not launched."""
     settle(kernel)
     begun = compiling.get()
     if begun is not None:
@@ -60,12 +60,13 @@ def launch(kernel, grid, *args, **options):
 
 @contextlib.contextmanager
 def compiled_together():
-    """Inside, the kernels of `launch` are compiled side by side in threads; they are ready when the block ends.
+    """Context in which the kernels of `launch` are compiled in parallel threads; they are ready when it ends.
 
-    One that could not be compiled is compiled again when it is launched, and then says why. It may well compile alone:
-    where other threads run, Python 3.11's ast.parse now and then raises "AST constructor recursion depth mismatch".
+    A kernel that fails to compile is compiled again when it is launched, which raises its error. It may well succeed
+    then: with other threads running, Python 3.11's ast.parse sometimes raises "AST constructor recursion depth
+    mismatch".
     """
-    # An error here would leave Triton in this mode for good.
+    # Without ignore_errors an exception would leave Triton in this mode for good.
     together = triton.AsyncCompileMode
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads, together(threads, ignore_errors=True):
         begun = []
@@ -81,23 +82,23 @@ def compiled_together():
 
 
 def _has_failed(kernel):
-    """Whether Triton keeps an error in the place of a kernel, to be raised at each launch."""
+    """Whether Triton's cache holds an error for this kernel, which every launch would raise."""
     return isinstance(kernel, FutureKernel) and kernel.kernel is None
 
 
 def remembered(function):
-    """functools.cache that keeps a bounded number of results: of a pure function of sizes and other values."""
+    """functools.lru_cache for pure functions of sizes and other hashable values."""
     return functools.lru_cache(MOST_KEPT)(function)
 
 
 def forget():
-    """Launches are worked out anew from now on, as is needed when Triton's driver is exchanged for another."""
+    """Clear the cached launches, as is needed when Triton's driver is replaced."""
     for ready in _kept:
         ready.clear()
 
 
-def _nobody_looks(kernel):
-    """Whether a launch through Triton would do no more than launch: no hooks, no debugging, no stand-in."""
+def _unobserved(kernel):
+    """Whether a launch through Triton would do nothing but launch: no hooks, no debugging, no patched run."""
     runtime = knobs.runtime
     return (
         isinstance(kernel, JITFunction)  # and not interpreted
@@ -113,15 +114,15 @@ def _nobody_looks(kernel):
 
 
 def planned(kernel):
-    """Decorator: makes a plan a function that launches the kernel, called as launch(tensors, *values).
+    """Decorator: turns a plan into a function that launches the kernel, called as launch(tensors, *values).
 
     The plan is called as plan(*tensors, *values) and returns the grid, the arguments that follow the pointers, and the
-    constants and options. It has to be a pure function of the tensors' shapes, strides and dtypes, of the values, which
-    are hashable, and of the current device. The kernel's pointers are the tensors in their order; where one is None the
-    kernel does not follow its pointer, and gets the first tensor's.
+    constants and options. It must be a pure function of the tensors' shapes, strides and dtypes, of the values, which
+    are hashable, and of the current device. The kernel's pointers are the tensors in their order. A tensor may be None
+    if the kernel does not dereference its pointer; the first tensor's pointer is passed in its place.
 
-    A second call with tensors of the same kind, on the same device, launches the kernel that the first call has
-    compiled or found. While there are hooks, debugging or stand-ins, every launch goes through Triton.
+    A second call with tensors of the same kind on the same device launches the compiled kernel directly. With hooks,
+    debugging or a patched JITFunction.run, every launch goes through Triton.
     """
 
     def decorate(plan):
@@ -136,19 +137,19 @@ def planned(kernel):
         def keep(kind, tensors, compiled, grid, numbers, constants):
             names = kernel.arg_names[len(tensors) :]
             named = {**constants, **dict(zip(names, numbers))}
-            # Triton refuses a tensor of another device, and has to be asked again.
+            # Triton raises for tensors on different devices, so such a call must go through it every time.
             one_device = len({t.device for t in tensors if t is not None}) == 1
             if type(compiled) is CompiledKernel and one_device:
                 if len(ready) >= MOST_KEPT:
                     ready.clear()
                 rest = [named[name] for name in names]
-                # The kernel itself as well: Triton 3.9 unloads a kernel that nobody holds.
+                # The compiled kernel is kept too: Triton 3.9 unloads a kernel without references.
                 function, metadata = compiled.function, compiled.packed_metadata
                 ready[kind] = compiled.run, (*grid, 1, 1)[:3], function, metadata, rest, compiled
 
         @functools.wraps(plan)
         def launch_planned(tensors, *values):
-            if not _nobody_looks(kernel):
+            if not _unobserved(kernel):
                 in_full(tensors, values)
                 return
             active = driver.active
@@ -163,7 +164,7 @@ def planned(kernel):
                     pointers.append(pointer)
                     kind += t.shape, t.stride(), t.dtype, t.device, pointer % ALIGNMENT == 0
                     if ROCM:
-                        # Triton compiles for storages of less than 2 GiB there.
+                        # On ROCm Triton specialises on storages of less than 2 GiB.
                         kind.append(t.untyped_storage().nbytes() >= 2**31)
             kind = tuple(kind)
             found = ready.get(kind)

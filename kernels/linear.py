@@ -1,10 +1,10 @@
-"""The product of a fully connected layer; with it alone its own gradients can be written.
+"""The product of a fully connected layer; its input gradient is the same product with another matrix.
 
     y[m, n]  = bias[n] + sum over k of x[m, k] * w[n, k]
     dx       = linear(dy, w transposed)
     dw[n, k] = sum over m of dy[m, n] * x[m, k],    db[n] = sum over m of dy[m, n]
 
-Tensors may have any strides, so a transposed one costs nothing.
+Tensors may have any strides, so transposing costs nothing.
 """
 
 import torch
@@ -19,12 +19,12 @@ from .tiles import gemm_tile, gradient_tiles, split_product, square_tiles, wants
 
 
 def precision():
-    """What float32 products are taken in: torch's flag for matrix products, "ieee" unless the user changes it."""
+    """The precision of float32 products: torch's flag for matrix products, "ieee" unless the user changes it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def features_inner(t):
-    """t with its features side by side in memory, copied only if they are not."""
+    """t with contiguous features, copied only if needed."""
     return t if t.stride(1) == 1 else t.contiguous()
 
 
@@ -81,7 +81,7 @@ def _forward(x, w, bias, y, relu, precision):
 
 
 def forward(x, w, bias, relu=False):
-    """x (M, K), w (N, K), bias (N) or None -> y (M, N), of one floating dtype; with `relu` what is negative is 0."""
+    """x (M, K), w (N, K), bias (N) or None -> y (M, N), all of one floating dtype; `relu` clamps y at 0."""
     y = shapes.linear(x, w)
     if wants_k_inner(x.dtype, precision()):
         x, w = features_inner(x), features_inner(w)
@@ -101,9 +101,9 @@ def weight_grad_tile(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store what the rows from `first` to `last` add to one tile of dw and, by the first tile of a row, to db.
+    """Store the sum over the rows `first` to `last` for one tile of dw; the first tile of a row also stores db.
 
-    `partial` is how far from dw and db their partial sums lie.
+    `partial` is the offset of the partial sums from dw_ptr and db_ptr.
     """
     # The product (N, M) x (M, K): BLOCK_M tiles N, BLOCK_N tiles K, and BLOCK_K walks this program's share of M.
     offs_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -112,7 +112,7 @@ def weight_grad_tile(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if OPERAND.primitive_bitwidth == 16:
-        # Without it triton 3.6.0 waits for each product before it goes on; see split_product.
+        # Otherwise triton 3.6.0 waits for each product before the next; split_product gives no program an empty share.
         tl.assume(first < last)
     for m0 in range(first, last, BLOCK_K):
         offs_m = m0 + tl.arange(0, BLOCK_K).to(INDEX)
@@ -126,7 +126,7 @@ def weight_grad_tile(
     w_offs = partial + (offs_n * stride_wn)[:, None] + (offs_k * stride_wk)[None, :]
     tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
 
-    # A loop of its own, by one column of programs: inside the product's it would hold up the matrix unit.
+    # A separate loop, in one column of programs: inside the product's loop it would stall the matrix unit.
     if HAS_BIAS:
         if pid_k == 0:
             acc_b = tl.zeros((BLOCK_M, BLOCK_K), ACC)
@@ -155,7 +155,7 @@ def linear_weight_grad_kernel(
     stride_xm, stride_xk, stride_wn = stride_xm * UNITS[4], stride_xk * UNITS[5], stride_wn * UNITS[6]
 
     pid = tl.program_id(0).to(INDEX)
-    # A layer of zero features still has a bias: it takes one tile of weights, all masked.
+    # A layer with zero input features still has a bias, which one fully masked tile computes.
     tiles_k, tiles_n = tl.maximum(tl.cdiv(K, BLOCK_N), 1), tl.cdiv(N, BLOCK_M)
     split = pid // tiles_k // tiles_n
     first = split * per_split
@@ -170,7 +170,7 @@ def linear_weight_grad_kernel(
 
 @cached_for_architecture
 def _split(M, N, K, dtype, precision):
-    """(Tile, tiles of dw, programs that share each of them, rows of dy and x for each of these)."""
+    """(Tile, tiles of dw, programs for each tile, rows of dy and x for each program)."""
     tile = gemm_tile(gradient_tiles(), N, K, M, dtype, precision)
     tiles = cdiv(N, tile.M) * max(1, cdiv(K, tile.N))
     return tile, tiles, *split_product(tiles, M, tile.K, tile.M * tile.N)
@@ -190,7 +190,7 @@ def _weight_grad(dy, x, dw_ptr, db_ptr, strides, stride_split, with_bias, precis
 
 
 def weight_grad(dy, x, with_bias):
-    """dy (M, N), x (M, K) -> dw (N, K) and db (N), empty unless asked for."""
+    """dy (M, N), x (M, K) -> dw (N, K) and db (N), empty without `with_bias`."""
     dw, db = shapes.linear_weight_grad(dy, x, with_bias)
     (M, N), K = dy.shape, x.shape[1]
     if N == 0:

@@ -1,15 +1,15 @@
-"""Max-pooling that remembers where each maximum was in one small code a window, and a backward that gathers by it.
+"""Max-pooling that stores the position of each maximum as a small code per window, for a backward that gathers.
 
     y[n, c, oh, ow]    = max over kh, kw of x[n, c, ih, iw],    code[n, c, oh, ow] = kh * KW + kw of that maximum
-    scatter: dx[n, c, ih, iw] = sum over windows (oh, ow) whose code names (ih, iw) of dy[n, c, oh, ow]
-    gather:  t[n, c, oh, ow]  = x[n, c, ih, iw] at the pixel that the code names
+    scatter: dx[n, c, ih, iw] = sum over windows (oh, ow) whose code points to (ih, iw) of dy[n, c, oh, ow]
+    gather:  t[n, c, oh, ow]  = x[n, c, ih, iw] at the pixel that the code points to
     indices: the code as torch's flat index ih * W + iw
 
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 
-The maximum is torch's: a NaN wins, of several NaNs the last, of equal values the first, and a window of -inf names
-its first pixel inside the image. Scatter and gather are each other's transpose, so each is the other's gradient; a
-code of KH * KW names no pixel, and what is gathered by it is 0.
+The maximum follows torch's rules: a NaN wins, the last of several; the first of equal values wins; the code of a window
+of -inf is its first pixel inside the image. Scatter and gather are each other's transpose, so each is the other's
+gradient. A code of KH * KW points to no pixel, and gathers 0.
 """
 
 import triton
@@ -23,7 +23,7 @@ from .tiles import flat_block
 
 @triton.jit
 def position(offs, C, H, W, CHANNELS_LAST: tl.constexpr):
-    """(n, c, h, w) of the elements `offs`, counted in memory order."""
+    """(n, c, h, w) of the elements at `offs` in memory order."""
     if CHANNELS_LAST:
         return offs // C // W // H, offs % C, offs // C // W % H, offs // C % W
     else:
@@ -32,12 +32,12 @@ def position(offs, C, H, W, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def first_inside(start, D: tl.constexpr):
-    """The first tap k for which start + k * D is not negative."""
+    """The first tap k with start + k * D >= 0."""
     return tl.where(start < 0, (D - 1 - start) // D, 0)
 
 
 def _over(out, *numbers, **constants):
-    """A plan over every element of `out`, which is dense, in its memory order."""
+    """The plan of a launch over every element of the dense tensor `out`, in memory order."""
     block = flat_block(out.numel(), 512)
     return (
         (cdiv(out.numel(), block),),
@@ -92,7 +92,7 @@ def _forward(x, y, code, *window):
 
 
 def forward(x, kernel, stride, padding, dilation, ceil_mode):
-    """x (N, C, H, W) -> y and code (N, C, OH, OW), the code in the narrowest integer type that holds KH * KW."""
+    """x (N, C, H, W) -> y and code (N, C, OH, OW), the code in the narrowest integer type that holds KH * KW - 1."""
     y, code = shapes.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     if y.numel() > 0:
         _forward((x, y, code), kernel, stride, padding, dilation)
@@ -117,7 +117,7 @@ def max_pool2d_scatter_kernel(
     dy_ptrs = dy_ptr + n * stride_yn + c * stride_yc
     code_ptrs = code_ptr + n * stride_cn + c * stride_cc
 
-    # Each pixel asks the few windows that cover it, one for every STEP-th tap, whether it was their maximum.
+    # A pixel adds the gradient of each window that covers it, one for every STEP-th tap, whose code points to it.
     kh0 = first_tap(ih + PH, DIVISOR_H, STEP_H, INVERSE_H, KH)
     kw0 = first_tap(iw + PW, DIVISOR_W, STEP_W, INVERSE_W, KW)
     acc = tl.zeros((BLOCK,), ACC)
@@ -190,7 +190,7 @@ def _launch_gather(x, code, t, width, indices, *window):
 
 
 def gather(x, code, kernel, stride, padding, dilation):
-    """x (N, C, H, W), code (N, C, OH, OW) -> the elements of x that the code names, (N, C, OH, OW)."""
+    """x (N, C, H, W), code (N, C, OH, OW) -> the elements of x that the code points to, (N, C, OH, OW)."""
     t = shapes.max_pool2d_gather(x, code)
     if t.numel() > 0:
         _launch_gather((x, code, t), x.shape[3], False, kernel, stride, padding, dilation)

@@ -1,4 +1,4 @@
-"""Adds the partial sums of a split product in a fixed order, so that every run gives the same bits.
+"""Add the partial sums of a split product in a fixed order, so that every run gives the same bits.
 
 dw[i] = sum over s of partial[s, i],    db[j] = sum over s of partial[s, numel(dw) + j]
 """
@@ -44,7 +44,7 @@ def _add_up(partial, dw, db, splits):
 
 
 class Partials:
-    """Where the programs of a split product write: the results themselves if there is one split, else a buffer."""
+    """Where the programs of a split product write: a buffer, or the results themselves if there is only one split."""
 
     def __init__(self, splits, dw, db, acc_dtype):
         self.dw, self.db, self.splits = dw, db, splits
@@ -53,13 +53,13 @@ class Partials:
 
     @property
     def pointers(self):
-        """(weight, bias, elements from one split to the next); a split has the memory order of dw, then of db."""
+        """(weight, bias, elements from one split to the next); a split holds dw in its memory order, then db."""
         if self.buffer is None:
             return self.dw, self.db, 0
         return self.buffer, self.buffer[self.dw.numel() :], self.row
 
     def add_up(self):
-        """dw and db, complete."""
+        """The complete dw and db."""
         if self.buffer is not None and self.row > 0:
             _add_up((self.buffer, self.dw, self.db), self.splits)
         return self.dw, self.db

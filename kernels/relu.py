@@ -1,4 +1,4 @@
-"""The rectifier.
+"""Relu.
 
 y  = 0 where x < 0, else x          (so NaN stays NaN and -0.0 stays -0.0, as in torch)
 dx = 0 where y <= 0, else dy
@@ -15,7 +15,7 @@ from .tiles import flat_block
 
 
 def _plan(*tensors):
-    """Of a launch over the elements of dense tensors that share one memory order."""
+    """The plan of a launch over the elements of dense tensors with the same strides."""
     out = tensors[-1]
     block = flat_block(out.numel(), 1024)
     constants = {"INDEX": index_type(out), "ACC": acc_type(out.dtype), "BLOCK": block, "num_warps": 4, **OPTIONS}
@@ -23,14 +23,14 @@ def _plan(*tensors):
 
 
 def _launched(launch, *tensors):
-    """The last of the tensors, which the launch fills."""
+    """The last of the tensors, after the launch has filled it."""
     if tensors[-1].numel() > 0:
         launch(tensors)
     return tensors[-1]
 
 
 def _laid_out_as(out, t):
-    """t itself if it is laid out as the dense tensor `out`, else a copy that is."""
+    """t if it has the strides of the dense tensor `out`, else a copy that has them."""
     return t if t.stride() == out.stride() else torch.empty_like(out).copy_(t)
 
 
@@ -49,14 +49,14 @@ _relu = planned(relu_kernel)(_plan)
 
 
 def forward(x):
-    """x -> y, of x's shape and, where x is dense, its layout."""
+    """x -> y, with x's shape and, if x is dense, its strides."""
     y = shapes.relu(x)
     return _launched(_relu, x if x.stride() == y.stride() else y.copy_(x), y)
 
 
 def forward_(x):
-    """Overwrite x by y."""
-    # empty_like keeps the strides of a dense tensor and of no other.
+    """Overwrite x with y."""
+    # empty_like keeps the strides of dense tensors only.
     if torch.empty_like(x, device="meta").stride() == x.stride():
         _launched(_relu, x, x)
     else:
@@ -79,6 +79,6 @@ _relu_grad = planned(relu_grad_kernel)(_plan)
 
 
 def grad(dy, y):
-    """dy, y -> dx, of y's shape and layout."""
+    """dy, y -> dx, with y's shape and strides."""
     dx = shapes.relu(y)
     return _launched(_relu_grad, _laid_out_as(dx, dy), _laid_out_as(dx, y), dx)

@@ -1,4 +1,4 @@
-"""Sizes and memory layouts of every result, in plain torch: the kernels, the reference and fake tensors all ask here.
+"""Sizes and memory layouts of every result, in plain torch, for the kernels, the reference and fake tensors.
 
 Images are (N, C, H, W), filters (OC, C / groups, KH, KW). Pairs are (height, width); `padding` of a convolution is
 (top, bottom, left, right). The functions return uninitialised tensors.
@@ -8,18 +8,18 @@ import torch
 
 
 def is_channels_last(t):
-    """Whether torch would hand on this 4-D tensor's layout as channels_last (c10's rule, which also takes views)."""
+    """Whether torch would propagate this tensor's layout as channels_last (c10's rule, which also accepts views)."""
     if t.dim() != 4:
         return False
     size, strides = t.shape, t.stride()
-    # What is not at all in that order, as most tensors, is told at once.
+    # Most tensors are not channels_last and are rejected here.
     if strides[1] == 0 or strides[1] > strides[3]:
         return False
     least = 0
     for dim in (1, 3, 2, 0):
         if size[dim] == 0 or strides[dim] < least:
             return False
-        # One channel and one pixel leave the order open; torch calls such a tensor contiguous.
+        # With one channel and one pixel the order is ambiguous; torch calls such a tensor contiguous.
         if dim == 0 and least == strides[1]:
             return False
         least = strides[dim] * (size[dim] if size[dim] > 1 else 1)
@@ -27,7 +27,7 @@ def is_channels_last(t):
 
 
 def memory_format(*tensors):
-    """The layout of a result: channels_last as soon as one of the tensors it is made from is."""
+    """The layout of a result: channels_last if one of its input tensors is."""
     for t in tensors:
         if is_channels_last(t):
             return torch.channels_last
@@ -57,7 +57,7 @@ def conv2d_input_grad(dy, w, size):
 
 
 def conv2d_weight_grad(dy, x, size, with_bias):
-    """The gradients of weight and bias; the second is empty where it is not asked for."""
+    """The gradients of weight and bias; that of the bias is empty without `with_bias`."""
     return _empty(dy, size, dy, x), dy.new_empty(size[0] if with_bias else 0)
 
 
@@ -79,7 +79,7 @@ def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
 
 
 def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
-    """The values, and the code of each window: the position of its maximum, kh * KW + kw, in the narrowest type."""
+    """The values, and the code of each window: the position kh * KW + kw of its maximum, in the narrowest type."""
     size = (*x.shape[:2], *max_pool2d_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode))
     return _empty(x, size, x), _empty(x, size, x, dtype=_code_type(kernel[0] * kernel[1] - 1))
 
@@ -90,7 +90,7 @@ def _code_type(largest):
 
 
 def conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding, ceil_mode):
-    """The values, and the code of each window as in max_pool2d, or KH * KW where the rectifier let nothing through."""
+    """The values, and the code of each window as in max_pool2d, or KH * KW where no value is above 0."""
     size = conv2d_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
     size = max_pool2d_size(size, pool_kernel, pool_stride, pool_padding, (1, 1), ceil_mode)
     y = _empty(x, (x.shape[0], w.shape[0], *size), x, w)
@@ -102,7 +102,7 @@ def conv2d_relu_max_pool2d_input_grad(dy, code, w, size):
 
 
 def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, with_bias):
-    """As in conv2d_weight_grad; like the image before pooling, whose layout is the code's, are the gradients."""
+    """As in conv2d_weight_grad, with the layout of the code, which is that of the image before pooling."""
     return _empty(dy, size, code, x), dy.new_empty(size[0] if with_bias else 0)
 
 
@@ -133,7 +133,7 @@ def linear_weight_grad(dy, x, with_bias):
 
 
 def cross_entropy(x, reduction):
-    """The loss, one or one a row, and its gradient; x is (N, C)."""
+    """The loss, a scalar or one for each row, and its gradient; x is (N, C)."""
     return x.new_empty(x.shape[:1] if reduction == "none" else ()), x.new_empty(x.shape)
 
 
@@ -141,33 +141,33 @@ def cross_entropy_grad(grad):
     return grad.new_empty(grad.shape)
 
 
-# What a chain of linears in one launch takes: registers hold a block of rows of two layers at once.
+# The limits of a chain of linears in one launch, whose registers hold a block of rows of two layers at once.
 MOST_LAYERS, MOST_WIDTH = 4, 128
 
 
 def linear_chain_serves(features, widths):
-    """Whether layers of these widths, over so many features, run in one launch rather than one after the other."""
+    """Whether layers of these widths, on inputs of so many features, run in one launch."""
     return features > 0 and 2 <= len(widths) <= MOST_LAYERS and all(0 < n <= MOST_WIDTH for n in widths)
 
 
 def widths(weights):
-    """The widths of the layers of a chain, whose weights are (..., N, K), or None for layers that lack."""
+    """The widths of a chain's layers, whose weights are (..., N, K); None stands for a missing layer."""
     return [w.shape[-2] for w in weights if w is not None]
 
 
 def linear_chain(x, weights, keep):
-    """The result, and what the rectifiers in between give, side by side; x is (M, K)."""
+    """The result, and the hidden layers' results concatenated; x is (M, K)."""
     *hidden, N = widths(weights)
     return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], sum(hidden) if keep else 0)
 
 
 def linear_chain_input_grad(dy, hidden, weights, needs_dx):
-    """The gradients of x, without columns unless it is asked for, and of what the rectifiers in between are given."""
+    """The gradients of x, without columns unless `needs_dx`, and of the hidden layers before their relu."""
     return dy.new_empty(dy.shape[0], weights[0].shape[1] if needs_dx else 0), dy.new_empty(hidden.shape)
 
 
 def linear_chain_weight_grad(dy, x, hidden_widths, with_bias):
-    """The gradients of all weights, one after the other, and of all biases, empty where they are not asked for."""
+    """The gradients of all weights, flat and concatenated, and of all biases, empty without `with_bias`."""
     every = [*hidden_widths, dy.shape[1]]
     numel = sum(n * k for n, k in zip(every, [x.shape[1], *every]))
     return dy.new_empty(numel), dy.new_empty(sum(every) if with_bias else 0)

@@ -1,6 +1,7 @@
-"""Which tile computes a product, and how many programs share its sum: one table for each kind of product, one chooser.
+"""Which tile computes a matrix product, and how many programs share its sum.
 
-Both are functions of shapes, dtypes and the kind of card alone, so that sums repeat on every card of a kind.
+There is one table for each kind of product, and `gemm_tile` chooses a row. Both results depend only on shapes, dtypes
+and the architecture, so that sums have the same bits on every card of a kind.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from ._common import INTERPRETED, OPTIONS, cdiv, compute_capability, number_form
 
 
 class Tile(NamedTuple):
-    """The block that one program computes, and the launch options that go with it."""
+    """The block that one program computes, and its launch options."""
 
     M: int
     N: int
@@ -29,17 +30,17 @@ class Tile(NamedTuple):
 
 
 def wants_k_inner(dtype, precision):
-    """Whether a product's operands should have the summed index side by side in memory, also at the cost of a copy.
+    """Whether a product's operands should be contiguous along the summed index, even at the cost of a copy.
 
-    The matrix units of sm_90 read tf32 in that order alone, where Triton reorders other operands 4 bytes at a time: on
-    an H200 that took up to five times as long as the product.
+    The matrix units of sm_90 read tf32 operands in that order only. Triton reorders other operands 4 bytes at a time,
+    which on an H200 took up to five times as long as the product.
     """
     return dtype == torch.float32 and precision == "tf32" and compute_capability() == 9
 
 
-# Programs of 128 x 128 that an H100 or H200 runs at once.
+# Programs with a 128 x 128 tile that an H100 or H200 runs at once.
 RESIDENT = 2 * 132
-# Tiles by number format, from the widest down. Those of float32 and float64 are read off machine code (no register
+# Tiles by number format, the widest first. Those of float32 and float64 were chosen from machine code (no register
 # spills); the others were timed on an H200, see bench/results/products-nvidia-h200.md. Every row is compiled for every
 # architecture by bench.machine_code, so each has to be worth it.
 SQUARE = {
@@ -48,19 +49,19 @@ SQUARE = {
     "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 16, 4, 3)),
     "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
 }
-# For rows side by side in memory on sm_90: in tf32 four warps were faster than eight.
+# For operands that are contiguous along the summed index on sm_90: in tf32 four warps were faster than eight.
 HOPPER_SQUARE = {**SQUARE, "tf32": (Tile(128, 128, 32, 4, 3), *SQUARE["tf32"][1:])}
-# For the weight's gradient on sm_90, whose operands both have the summed index far apart. In tf32 four warps on 64 rows
-# would be given to the units that do not read such operands; those that two warps get take 0.3 to 0.5 of the time.
+# For the weight gradient on sm_90, where neither operand is contiguous along the summed index. In tf32 four warps on 64
+# rows would get wgmma, which cannot read such operands; two warps get mma, which takes 0.3 to 0.5 of the time.
 GRADIENT = {**SQUARE, "tf32": (Tile(64, 128, 32, 2, 3), Tile(64, 64, 32, 2, 3), Tile(32, 32, 32, 4, 3))}
-# For products of many more rows than columns, as the pixels of a batch are.
+# For products with many more rows than columns, such as the pixels of a batch.
 TALL = {
     "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 4, 3)),
     "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 32, 32, 4, 3)),
     "ieee": (Tile(128, 64, 16, 8, 2), Tile(64, 32, 16, 4, 3)),
     "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
 }
-# For as many rows, where the best so far and its position take as many registers as the products.
+# The same with pooling, where the maximum so far and its position take as many registers as the accumulator.
 POOLED = {
     "half": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3)),
     "tf32": (Tile(64, 64, 32, 8, 3),),
@@ -75,23 +76,24 @@ def square_tiles():
 
 
 def gradient_tiles():
-    """The table of tiles for a weight's gradient."""
+    """The table of tiles for a weight gradient."""
     return GRADIENT if compute_capability() == 9 else SQUARE
 
 
-def _block(size, least, most):
-    """The power of two at or above `size`, within bounds."""
+def clamped_power(size, least, most):
+    """The power of two at or above `size`, clamped to [least, most]."""
     return min(most, max(least, power_of_2(size)))
 
 
 def gemm_tile(table, M, N, K, dtype, precision, halve=True):
-    """The tile of a table for an (M, K) x (K, N) product: the widest that it fills over half of.
+    """The tile for an (M, K) x (K, N) product: the widest of the table that the product fills more than half of.
 
-    On sm_90 one of half as many rows, if `halve`, where there are too few for every multiprocessor to have two.
+    On sm_90, if `halve`, the tile has half as many rows when there are too few tiles for two on every multiprocessor.
     """
     if INTERPRETED:
-        # The interpreter's time goes by the operation, whatever its size: few tiles, yet more than one.
-        return Tile(_block(M // 3, 32, 4096), _block(N // 2, 16, 128), _block(K // 4, 32, 256), 4, 1)
+        # The interpreter takes as long for a small operation as for a large one: few tiles, yet more than one.
+        m, n, k = clamped_power(M // 3, 32, 4096), clamped_power(N // 2, 16, 128), clamped_power(K // 4, 32, 256)
+        return Tile(m, n, k, num_warps=4, num_stages=1)
     tiles, square = table[number_format(dtype, precision)], table is not TALL and table is not POOLED
     tile = next((t for t in tiles if N > t.N // 2 and (M > t.M // 2 or not square)), tiles[-1])
     if tile[:2] == (128, 128) and table is not GRADIENT and compute_capability() == 9:
@@ -101,14 +103,14 @@ def gemm_tile(table, M, N, K, dtype, precision, halve=True):
 
 
 def flat_block(numel, block):
-    """The block of a kernel that walks `numel` elements: `block`, or what suits the interpreter."""
-    return _block(numel // 3, 256, 2**16) if INTERPRETED else block
+    """The block size of an elementwise kernel over `numel` elements: `block`, or a size that suits the interpreter."""
+    return clamped_power(numel // 3, 256, 2**16) if INTERPRETED else block
 
 
 def split_count(tiles, K, block_k):
-    """How many programs share the K products of one tile: enough to fill a large GPU, a function of shapes alone.
+    """How many programs share the K products of one tile, so that a large GPU is filled.
 
-    Asking the device would give sums that differ from card to card.
+    It depends on shapes alone: asking the device would give sums that differ from card to card.
     """
     programs, least = (2, 1) if INTERPRETED else (512, 4)
     return max(1, min(programs // max(tiles, 1), K // (least * block_k)))
@@ -117,9 +119,9 @@ def split_count(tiles, K, block_k):
 def split_product(tiles, K, block_k, elements=128 * 128):
     """(programs that share the K > 0 products of a tile of `elements`, products of each but the last); none is idle.
 
-    The number of least time by a model, in steps of block_k products: a program takes its share of them in as many
-    turns as the H200 needs for all programs, and partial sums are written and read at 3 TB/s, where a multiprocessor
-    does 3 TFLOP/s.
+    The number of programs minimises a model of the time in steps of block_k products: the steps of one program times
+    the waves that an H200 needs for all programs, plus the traffic of the partial sums at 3 TB/s against 3 TFLOP/s for
+    each multiprocessor.
     """
     if INTERPRETED:
         splits = split_count(tiles, K, block_k)

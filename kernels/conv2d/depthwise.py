@@ -1,4 +1,4 @@
-"""Depthwise convolution, one input channel a group: too few products a channel for a matrix unit, so plain sums.
+"""Depthwise convolution, one input channel per group: too few products per channel for matrix units, so plain sums.
 
     y[n, oc, oh, ow] = bias[oc] + sum over kh, kw of x[n, oc / MULT, ih, iw] * w[oc, 0, kh, kw]
     dx[n, c, ih, iw] = sum over m, kh, kw, oh, ow that reach (ih, iw) of dy[n, c * MULT + m, oh, ow] * w[.., 0, kh, kw]
@@ -6,7 +6,7 @@
 
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW, and MULT filters for each channel
 
-A tile is BLOCK_P pixels by BLOCK_C channels, long in whichever of the two lies side by side in memory.
+A tile is BLOCK_P pixels by BLOCK_C channels, long in the dimension that is contiguous.
 """
 
 import torch
@@ -92,7 +92,7 @@ def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
 
 
 def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
-    """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype."""
+    """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), all of one floating dtype."""
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() > 0:
         _forward((x, w, bias, y), stride, padding, dilation, pad_mode, relu)
@@ -121,7 +121,7 @@ def depthwise_input_grad_kernel(
     ih = p // W % H
     n = p // W // H
 
-    # Of a pixel's taps only every STEP-th reaches it, so the loops make as many turns as a pixel has windows.
+    # Only every STEP-th tap reaches a pixel, so the loops have one iteration for each window of the pixel.
     kh0 = first_tap(ih + PH, DIVISOR_H, STEP_H, INVERSE_H, KH)
     kw0 = first_tap(iw + PW, DIVISOR_W, STEP_W, INVERSE_W, KW)
     acc = tl.zeros((BLOCK_P, BLOCK_C), ACC)
@@ -217,7 +217,7 @@ def depthwise_weight_grad_kernel(
 
 
 def _split(dy, x, size):
-    """(BLOCK_P, BLOCK_C, tiles of dw, programs that share each of them, pixels for each of these)."""
+    """(BLOCK_P, BLOCK_C, tiles of dw, programs for each tile, pixels for each program)."""
     (N, OC, OH, OW), (KH, KW) = dy.shape, size[2:]
     block_p, block_c = _blocks(N * OH * OW, OC, dy, x)
     tiles = cdiv(OC, block_c) * KH * KW
@@ -241,7 +241,7 @@ def _weight_grad(
 
 
 def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
-    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, 1, KH, KW) and db (OC), empty unless asked for."""
+    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, 1, KH, KW) and db (OC), empty without `with_bias`."""
     dw, db = shapes.conv2d_weight_grad(dy, x, size, with_bias)
     if dw.numel() == 0:
         return dw, db

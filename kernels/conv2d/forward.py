@@ -1,20 +1,16 @@
-"""Convolution as an implicit matrix product: patches are gathered into tiles as the product needs them, never copied.
+"""Convolution as an implicit matrix product: patches are gathered into tiles as the product needs them.
 
     y[n, oc, oh, ow]  = bias[oc] + sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw]
     dx[n, c, ih, iw]  = sum over oc, kh, kw, oh, ow that reach (ih, iw) of dy[n, oc, oh, ow] * w[oc, c, kh, kw]
     dw[oc, c, kh, kw] = sum over n, oh, ow of dy[n, oc, oh, ow] * x[n, c, ih, iw],    db[oc] = sum of dy
-    and behind a rectifier both without the dy whose y <= 0
+    and after a relu both without the dy where y <= 0
 
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 
-C and OC count the channels of one group. Tensors may have any strides. K, the summed index of the product, is walked
-in one of two ways: FLAT, where few channels make one flat index of channels and taps, each lane working out its own;
-otherwise tap by tap, a block of channels at a time, so that address and mask are worked out once a pixel. That walk
-wants the channels side by side in memory, and tensors that have them otherwise are copied first: gathered one element
-at a time they would keep the matrix unit waiting for several times as long as the copy takes.
+C and OC count the channels of one group. Tensors may have any strides. The gradients are in input_grad.py and
+weight_grad.py; patches.py has the loop over the summed index.
 
-Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759); the split of the input
-gradient by output phase is the usual one of transposed convolutions (Shi et al. 2016, https://arxiv.org/abs/1609.07009).
+Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759).
 """
 
 import triton
@@ -25,7 +21,7 @@ from .._common import cdiv, in_units, index_type, product_types, round_to, strid
 from ..launching import planned
 from ..tiles import TALL
 from .padding import PAD_MODES
-from .patches import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for
+from .patches import FLAT_BELOW, SHORT_K, add_patches, channels_inner, in_elements, precision, tile_for, tile_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -42,22 +38,12 @@ def conv2d_forward_kernel(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    stride_xn, stride_xc = stride_xn * UNITS[0], stride_xc * UNITS[1]
-    stride_xh, stride_xw = stride_xh * UNITS[2], stride_xw * UNITS[3]
-    stride_wo, stride_wc = stride_wo * UNITS[4], stride_wc * UNITS[5]
-    stride_wh, stride_ww = stride_wh * UNITS[6], stride_ww * UNITS[7]
-    stride_yn, stride_yc = stride_yn * UNITS[8], stride_yc * UNITS[9]
-    stride_yh, stride_yw = stride_yh * UNITS[10], stride_yw * UNITS[11]
+    stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 0)
+    stride_wo, stride_wc, stride_wh, stride_ww = in_elements((stride_wo, stride_wc, stride_wh, stride_ww), UNITS, 4)
+    stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 8)
 
     # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
-    pid = tl.program_id(0).to(INDEX)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(OC, BLOCK_N)
-    pid_n = pid % tiles_n
-    pid_m = pid // tiles_n % tiles_m
-    group = pid // tiles_n // tiles_m
-
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m, offs_n, group = tile_of(tl.program_id(0).to(INDEX), M, OC, BLOCK_M, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < OC
     ow = offs_m % OW
     oh = offs_m // OW % OH
@@ -91,7 +77,7 @@ def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, p
     M, OC, flat = N * OH * OW, OC // groups, C < FLAT_BELOW
     index = index_type(x, w, bias, y)
     K, inner = C * KH * KW if flat else C, y.stride(1) == 1
-    # Where results go to addresses of their own each, four warps on 64 rows spill registers.
+    # If each result has an address of its own, four warps on 64 rows spill registers.
     tile = tile_for(TALL, M, OC, K, x.dtype, precision, index, C <= SHORT_K, flat, halve=inner)
     steps, units = in_units(x.itemsize, *strides(x), *strides(w), *strides(y))
     numbers = M, H, W, OH, OW, *steps[:8], 0 if bias is None else bias.stride(0), *steps[8:]
@@ -105,9 +91,9 @@ def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, p
 
 
 def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
-    """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), of one floating dtype.
+    """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), all of one floating dtype.
 
-    With `relu` what is negative becomes 0.
+    `relu` clamps y at 0.
     """
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() == 0:

@@ -1,4 +1,16 @@
-"""The input gradient of a convolution."""
+"""The input gradient of a convolution, for any stride: one matrix product for each phase of the stride.
+
+    dx[n, c, ih, iw] = sum over oc, kh, kw, oh, ow that reach (ih, iw) of dy[n, oc, oh, ow] * w[oc, c, kh, kw]
+
+    with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
+
+Pixels with the same (ih + PH) % SH and (iw + PW) % SW, a phase, are reached by the same taps: every STEP-th from a
+first one. Within a phase the gradient is a convolution of stride 1, so that no products with inserted zeros are
+computed. C and OC count the channels of one group.
+
+Source: the split by phase is the usual one of transposed convolutions (Shi et al. 2016,
+https://arxiv.org/abs/1609.07009).
+"""
 
 import triton
 import triton.language as tl
@@ -8,7 +20,7 @@ from .._common import Window, cdiv, first_tap, in_units, index_type, product_typ
 from ..launching import planned
 from ..tiles import TALL, wants_k_inner
 from .padding import source
-from .patches import FLAT_BELOW, SHORT_K, channels_inner, next_block, precision, tile_for
+from .patches import FLAT_BELOW, SHORT_K, channels_inner, in_elements, next_block, precision, tile_for, tile_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -26,21 +38,12 @@ def conv2d_input_grad_kernel(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    stride_yn, stride_yc = stride_yn * UNITS[0], stride_yc * UNITS[1]
-    stride_yh, stride_yw = stride_yh * UNITS[2], stride_yw * UNITS[3]
-    stride_wo, stride_wc = stride_wo * UNITS[4], stride_wc * UNITS[5]
-    stride_wh, stride_ww = stride_wh * UNITS[6], stride_ww * UNITS[7]
-    stride_xn, stride_xc = stride_xn * UNITS[8], stride_xc * UNITS[9]
-    stride_xh, stride_xw = stride_xh * UNITS[10], stride_xw * UNITS[11]
+    stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 0)
+    stride_wo, stride_wc, stride_wh, stride_ww = in_elements((stride_wo, stride_wc, stride_wh, stride_ww), UNITS, 4)
+    stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 8)
 
-    # Pixels whose (ih + PH) % SH and (iw + PW) % SW agree, a phase, are reached by the same taps: every STEP-th from
-    # the first. For one phase it is a convolution of stride 1, with no products by inserted zeros.
-    # GEMM of a phase: M = N * QH * QW, N = C, K = OC * taps, where QH * QW pixels are the most that a phase has.
-    pid = tl.program_id(0).to(INDEX)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_N)
-    pid_n = pid % tiles_n
-    pid_m = pid // tiles_n % tiles_m
-    rest = pid // tiles_n // tiles_m
+    # GEMM of a phase: M = N * QH * QW, N = C, K = OC * taps, where QH * QW is the largest number of pixels in a phase
+    offs_m, offs_n, rest = tile_of(tl.program_id(0).to(INDEX), M, C, BLOCK_M, BLOCK_N)
     phase_w = rest % SW
     phase_h = rest // SW % SH
     group = rest // SW // SH
@@ -49,15 +52,13 @@ def conv2d_input_grad_kernel(
     kw0 = first_tap(phase_w, DIVISOR_W, STEP_W, INVERSE_W, KW)
     taps_h, taps_w = tl.cdiv(KH - kh0, STEP_H), tl.cdiv(KW - kw0, STEP_W)
 
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(INDEX)
     QH, QW = tl.cdiv(H, SH), tl.cdiv(W, SW)
     ih = offs_m // QW % QH * SH + (phase_h + SH - PH % SH) % SH
     iw = offs_m % QW * SW + (phase_w + SW - PW % SW) % SW
     n = offs_m // QW // QH
     mask_m, mask_n = (offs_m < M) & (ih < H) & (iw < W), offs_n < C
-    # The output position that the first tap comes from; each further tap lies DILATION / DIVISOR before it.
+    # The output position of the first tap; that of each further tap is DILATION / DIVISOR less.
     oh0, ow0 = (ih + PH - kh0 * DH) // SH, (iw + PW - kw0 * DW) // SW
 
     dy_ptr += group * OC * stride_yc

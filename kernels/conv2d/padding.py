@@ -1,4 +1,4 @@
-"""The padding of a convolution, read in place: where each coordinate of the padded image comes from, and the way back.
+"""The padding of a convolution, read in place: the source of each padded coordinate, and the gradient of the copies.
 
 padded[n, c, ph, pw] = x[n, c, source(ph), source(pw)], or 0 outside in the mode "zeros"
 dx[n, c, ih, iw]     = sum over the ph, pw that copy (ih, iw) of dpadded[n, c, ph, pw]
@@ -16,7 +16,7 @@ PAD_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
 
 @triton.jit
 def source(i, size, PAD_MODE: tl.constexpr):
-    """Where the coordinate i of the padded image is read from, and whether it is read at all."""
+    """The source of coordinate i of the padded image, and whether it has one (otherwise it is 0)."""
     if PAD_MODE == 0:  # zeros
         return i, (i >= 0) & (i < size)
     elif PAD_MODE == 1:  # reflect
@@ -45,7 +45,7 @@ def fold_padding_kernel(
     c = offs // W // H % C
     n = offs // W // H // C
 
-    # Row 0 of the loops is the pixel itself; the others are the padding's rows, taken where they copy this pixel.
+    # Iteration 0 is the pixel itself; the others are rows (columns) of the padding, masked to those that copy it.
     acc = tl.zeros((BLOCK,), ACC)
     for row in range(0, 1 + TOP + BOTTOM):
         ph = tl.where(row == 0, ih, tl.where(row <= TOP, row - 1 - TOP, H + row - 1 - TOP))
@@ -70,7 +70,7 @@ def _fold(dp, dx, padding, pad_mode):
 
 
 def fold_padding(dp, dx, padding, pad_mode):
-    """dp (N, C, H + top + bottom, W + left + right), the padded image's gradient -> dx (N, C, H, W), the image's."""
+    """dp (N, C, H + top + bottom, W + left + right), gradient of the padded image -> dx (N, C, H, W), of the image."""
     if dx.numel() > 0:
         _fold((dp, dx), padding, pad_mode)
     return dx

@@ -1,4 +1,10 @@
-"""How an implicit matrix product walks the patches of an image."""
+"""What the three kernels of a convolution share: the loop over the patches of an image, formats, and the tile.
+
+K, the summed index of the product, is walked in one of two ways. FLAT, for few channels: one index over channels and
+taps, so that each element computes its own address and mask. Otherwise tap by tap, a block of channels at a time, so
+that address and mask are computed once for a pixel. This walk needs contiguous channels, and other tensors are copied
+first: gathering single elements would stall the matrix units for several times as long as the copy takes.
+"""
 
 import torch
 import triton
@@ -7,38 +13,60 @@ import triton.language as tl
 from ..tiles import gemm_tile
 from .padding import source
 
-# Below this many channels a tap alone does not fill the shortest K that tl.dot takes.
+# With fewer channels a single tap does not fill the shortest K that tl.dot accepts.
 FLAT_BELOW = 16
-# A short walk, of few channels, does not fill longer blocks of K.
+# So few channels do not fill longer blocks of K.
 SHORT_K = 32
-# Where lanes keep addresses of their own, wider tiles spill registers.
+# Where each element has an address of its own, wider tiles spill registers.
 NARROW_N = 64
 
 
 def tile_for(table, M, N, K, dtype, precision, index, short, narrow, halve=True):
+    """The tile for a convolution's (M, K) x (K, N) product; see tiles.gemm_tile for `table` and `halve`.
+
+    `short` limits its K for few channels, `narrow` its N where each element has an address of its own.
+    """
     tile = gemm_tile(table, M, min(N, NARROW_N) if narrow else N, K, dtype, precision, halve)
     if short:
         tile = tile._replace(K=min(tile.K, SHORT_K))
-    # Addresses of 64 bits take twice the registers.
+    # 64-bit addresses take twice the registers.
     return tile._replace(num_warps=8) if index == tl.int64 else tile
 
 
 def channels_inner(t):
-    """t with its channels side by side in memory, copied only if they are not."""
+    """t with contiguous channels, copied only if needed."""
     return t if t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
 
 
 def precision():
-    """What float32 products are taken in: torch's flag for convolutions, "tf32" unless the user changes it.
+    """The precision of float32 products: torch's flag for convolutions, "tf32" unless the user changes it.
 
-    Nothing rounds operands to tf32: the matrix units cut them off to 10 bits behind the point.
+    Operands are not rounded to tf32: the matrix units truncate them to 10 mantissa bits.
     """
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit
+def in_elements(steps, UNITS: tl.constexpr, FIRST: tl.constexpr):
+    """Four strides in elements from strides in units (see _common.in_units), which begin at UNITS[FIRST]."""
+    return (
+        steps[0] * UNITS[FIRST], steps[1] * UNITS[FIRST + 1],
+        steps[2] * UNITS[FIRST + 2], steps[3] * UNITS[FIRST + 3],
+    )  # fmt: skip
+
+
+@triton.jit
+def tile_of(pid, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The rows and columns of a program's tile, columns varying fastest, and the index among products of this size."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    offs_m = pid // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    return offs_m, offs_n, pid // tiles_n // tiles_m
+
+
+@triton.jit
 def next_block(c, kh, kw, C, KW, BLOCK: tl.constexpr):
-    """One block of channels on, then one tap on: counters in the place of a division in the inner loop."""
+    """Advance by one block of channels, then to the next tap; counters avoid divisions in the inner loop."""
     c += BLOCK
     wrap = c >= C
     c = tl.where(wrap, 0, c)
@@ -57,7 +85,7 @@ def add_patches(
     PAD_MODE: tl.constexpr, FLAT: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc and the products of the patches whose first pixels are (ih0, iw0), one a row, with the filters."""
+    """acc plus the product of patches, one a row with its first pixel at (ih0, iw0), and filters."""
     offs_k = tl.arange(0, BLOCK_K).to(INDEX)
     if FLAT:
         for k0 in range(0, C * KH * KW, BLOCK_K):

@@ -1,4 +1,12 @@
-"""The weight gradient of a convolution."""
+"""The weight and bias gradients of a convolution as a matrix product over all pixels, split between programs.
+
+    dw[oc, c, kh, kw] = sum over n, oh, ow of dy[n, oc, oh, ow] * x[n, c, ih, iw],    db[oc] = sum of dy
+    and after a relu both without the dy where y <= 0
+
+    with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
+
+C and OC count the channels of one group. The programs of a split write partial sums, which reduce.py adds up.
+"""
 
 import math
 
@@ -12,9 +20,9 @@ from ..launching import planned
 from ..reduce import Partials
 from ..tiles import SQUARE, gradient_tiles, split_product, wants_k_inner
 from .padding import PAD_MODES, source
-from .patches import FLAT_BELOW, channels_inner, precision, tile_for
+from .patches import FLAT_BELOW, channels_inner, in_elements, precision, tile_for
 
-# As many columns of a weight's gradient as C * KH * KW are one tile, of the narrowest that SQUARE has.
+# The most columns, C * KH * KW, that fit one tile of the weight gradient: the width of SQUARE's narrowest.
 ONE_TILE = 32
 
 
@@ -33,10 +41,8 @@ def conv2d_weight_grad_kernel(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    stride_yn, stride_yc = stride_yn * UNITS[0], stride_yc * UNITS[1]
-    stride_yh, stride_yw = stride_yh * UNITS[2], stride_yw * UNITS[3]
-    stride_xn, stride_xc = stride_xn * UNITS[4], stride_xc * UNITS[5]
-    stride_xh, stride_xw = stride_xh * UNITS[6], stride_xw * UNITS[7]
+    stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 0)
+    stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 4)
 
     # GEMM: M = OC, N = C * KH * KW, K = N * OH * OW, of which each program takes per_split pixels
     pid = tl.program_id(0).to(INDEX)
@@ -69,7 +75,7 @@ def conv2d_weight_grad_kernel(
     first = split * per_split
     last = tl.minimum(first + per_split, K)
     if OPERAND.primitive_bitwidth == 16:
-        # Without it triton 3.6.0 waits for each product before it goes on; see split_product.
+        # Otherwise triton 3.6.0 waits for each product before the next; split_product gives no program an empty share.
         tl.assume(first < last)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + offs_k
@@ -92,7 +98,7 @@ def conv2d_weight_grad_kernel(
     w_offs = (offs_m * stride_wo)[:, None] + c[None, :] * stride_wc + kh * stride_wh + kw * stride_ww
     tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
-    # A loop of its own, by one column of programs: inside the product's it would hold up the matrix unit.
+    # A separate loop, in one column of programs: inside the product's loop it would stall the matrix unit.
     if HAS_BIAS:
         if pid_n == 0:
             acc_b = tl.zeros((BLOCK_M, BLOCK_K), ACC)
@@ -112,10 +118,10 @@ def conv2d_weight_grad_kernel(
 
 @cached_for_architecture
 def _split(K, size, groups, dtype, precision, index):
-    """(Tile, tiles of dw, programs that share each of them, pixels for each of these)."""
+    """(Tile, tiles of dw, programs for each tile, pixels for each program)."""
     OC, C, KH, KW = size
     OC, flat = OC // groups, C < FLAT_BELOW
-    # Two warps have registers for no addresses beside 64 x 64 sums, nor for those of a flat index.
+    # Two warps have no registers for addresses beside 64 x 64 sums, nor for the addresses of a flat index.
     table, narrow = SQUARE if flat else gradient_tiles(), flat or wants_k_inner(dtype, precision)
     tile = tile_for(table, OC, C * KH * KW if flat else C, K, dtype, precision, index, flat, narrow)
     tiles_n = cdiv(C * KH * KW, tile.N) if flat else KH * KW * cdiv(C, tile.N)
@@ -124,13 +130,13 @@ def _split(K, size, groups, dtype, precision, index):
 
 
 def masks(size):
-    """Whether weight_grad masks dy by y itself, for weights of `size`, where nothing else reads a masked dy.
+    """Whether weight_grad applies the mask y > 0 itself, for weights of `size`, if nothing else needs a masked dy.
 
-    relu_grad reads dy and y and writes a copy, which is read again: 4 times the bytes of y. A program that has all
-    columns, C * KH * KW, reads dy and y: 2 times. Where there are more, each tile of them reads both again and takes
-    them through registers: by bench/machine_code/bounds.py such products of 128 x 128 take 1.2 to 1.4 times as long.
-    And on sm_90 the registers of 64 masked rows or more are overwritten by the next turn while wgmma reads them
-    (bench/machine_code/ttgir.py). One tile of columns has 32 rows, too few for wgmma.
+    relu_grad reads dy and y and writes a copy, which is read again: 4 times the bytes of y. A program with all columns,
+    C * KH * KW, reads dy and y: 2 times. With more columns each tile reads both again and masks in registers: by
+    bench/machine_code/bounds.py such 128 x 128 products take 1.2 to 1.4 times as long. And on sm_90 the registers of
+    64 or more masked rows are overwritten by the next iteration while wgmma reads them (bench/machine_code/ttgir.py).
+    A single tile of columns has 32 rows, too few for wgmma.
     """
     return math.prod(size[1:]) <= ONE_TILE
 
@@ -156,9 +162,9 @@ def _weight_grad(
 
 
 def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias, y=None):
-    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW), and db (OC), empty unless wanted.
+    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW), db (OC), empty without `with_bias`.
 
-    With y, what the rectifier behind the convolution gave, dy counts where y is above 0; of weights that `masks` names.
+    y is the result of a relu after the convolution: dy counts only where y > 0. It is for sizes with masks(size).
     """
     dw, db = shapes.conv2d_weight_grad(dy if y is None else y, x, size, with_bias)
     if dw.numel() == 0:
@@ -172,7 +178,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         layout = shapes.memory_format(y)
         dy, y = dy.contiguous(memory_format=layout), y.contiguous(memory_format=layout)
     size, products = tuple(size), precision()
-    # As many programs, whether offsets into the buffer of their sums need 64 bits or not.
+    # The number of programs does not depend on the index type, which the buffer of partial sums may change.
     splits = _split(N * OH * OW, size, groups, dy.dtype, products, tl.int32)[2]
     partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
     dw_ptr, db_ptr, stride_split = partials.pointers

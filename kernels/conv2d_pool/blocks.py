@@ -1,4 +1,4 @@
-"""Blocks of pooled pixels that share a patch of the image: what the two forwards for few channels have in common."""
+"""Blocks of pooled pixels that share a patch of the image, for the two forwards for few channels; see patch.py."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ PROGRAMS = 4 * 132
 
 
 def cut(form, x, w_size, bias, y, stride, padding, pool_stride):
-    """(blocks of pooled pixels, the constants that both forms' kernels take)."""
+    """(number of blocks of pooled pixels, constants of both kernels)."""
     (N, C, H, W), (OC, _, KH, KW), (QH, QW) = x.shape, w_size, y.shape[2:]
     blocks = cdiv(QH, form.side), cdiv(QW, form.side)
     steps = [form.side * pool_stride[i] * stride[i] for i in range(2)]
@@ -23,7 +23,7 @@ def cut(form, x, w_size, bias, y, stride, padding, pool_stride):
         SIDE=form.side, BLOCKS_H=blocks[0], BLOCKS_W=blocks[1],
         HAS_BIAS=bias is not None, INSIDE=inside, BLOCK_OC=form.channels,
     )  # fmt: skip
-    # Constant strides tell the compiler how wide loads and stores can be.
+    # With constant strides the compiler knows how wide loads and stores can be.
     for t, name in ((x, "x"), (y, "y")):
         constants |= {f"stride_{name}{dim}": stride for dim, stride in zip("nchw", t.stride())}
     return N * blocks[0] * blocks[1], constants
@@ -31,7 +31,7 @@ def cut(form, x, w_size, bias, y, stride, padding, pool_stride):
 
 @triton.jit
 def block_of(offs_m, BLOCKS_H: tl.constexpr, BLOCKS_W: tl.constexpr, INDEX: tl.constexpr):
-    """(n, row, column) of the blocks of pooled pixels offs_m; unsigned division takes half the instructions."""
+    """(n, row, column) of the blocks of pooled pixels offs_m. Unsigned division takes half the instructions."""
     if INDEX == tl.int64:
         m = offs_m.to(tl.uint64)
     else:
@@ -41,3 +41,16 @@ def block_of(offs_m, BLOCKS_H: tl.constexpr, BLOCKS_W: tl.constexpr, INDEX: tl.c
         (m // BLOCKS_W % BLOCKS_H).to(INDEX),
         (m % BLOCKS_W).to(INDEX),
     )
+
+
+@triton.jit
+def locate(
+    offs_m,
+    stride_xn: tl.constexpr, stride_xh: tl.constexpr, stride_xw: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    BLOCKS_H: tl.constexpr, BLOCKS_W: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Of the blocks offs_m: n, row and column, the first pixel (ih0, iw0) of their patches, and its offset in x."""
+    n, row, col = block_of(offs_m, BLOCKS_H, BLOCKS_W, INDEX)
+    ih0, iw0 = row * STEP_H - PH, col * STEP_W - PW
+    return n, row, col, ih0, iw0, n * stride_xn + ih0 * stride_xh + iw0 * stride_xw

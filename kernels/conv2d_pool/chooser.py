@@ -1,4 +1,4 @@
-"""Which of the fused kernels serves a convolution, its rectifier and its pooling, and their gradients."""
+"""Which kernel serves a convolution with relu and max-pooling, and which serves its gradients."""
 
 from typing import NamedTuple
 
@@ -9,25 +9,26 @@ from ..launching import remembered
 
 
 class Form(NamedTuple):
-    """How a fused convolution is cut into blocks of pooled pixels and of filters."""
+    """How a fused convolution with few channels is divided into blocks of pooled pixels and of filters."""
 
-    product: bool  # on tensor cores, or else in lanes
+    product: bool  # on matrix units (patch.py), or by FMA in registers (lanes.py)
     side: int  # of a block of pooled pixels
     patch: tuple  # (height, width) in pixels
-    channels: int  # of the result at a time
-    block_k: int  # of the product's sum
+    channels: int  # of the result, at a time
+    block_k: int  # of the product
 
 
-# The product's other operand stays in shared memory: its elements and its columns at most.
+# Limits of the product's right operand, which stays in shared memory: elements and columns.
 OPERAND_SIZE, COLUMNS = 2**14, 128
-# What a lane has registers for: the pixels of a patch, and sums.
+# Limits of what a thread keeps in registers: the pixels of a patch, and sums.
 PIXELS, SUMS = 64, 32
 
 
 def form_for(dtype, size, w_size, *geometry_ceil_mode):
-    """The Form that serves these arguments of the fused operator, or None where conv2d_pool does.
+    """The Form that serves these arguments of the fused operator, or None if general.py does.
 
-    `size` is that of x. All four positions of a window count, so that each has to lie inside the convolution's result.
+    `size` is that of x. These kernels compare all four pixels of a window, so no window may reach past the
+    convolution's result.
     """
     *geometry, ceil_mode = geometry_ceil_mode
     if ceil_mode and _partial(size[2:], w_size[2:], *geometry[:3], *geometry[5:]):
@@ -37,7 +38,7 @@ def form_for(dtype, size, w_size, *geometry_ceil_mode):
 
 @remembered
 def _partial(size, kernel, stride, padding, dilation, *window):
-    """Whether ceil_mode adds windows, which reach past the convolution's result."""
+    """Whether ceil_mode adds windows that reach past the convolution's result."""
     before = shapes.conv2d_size(size, kernel, stride, padding, dilation)
     whole, every = (shapes.max_pool2d_size(before, *window, (1, 1), ceil_mode) for ceil_mode in (False, True))
     return whole != every
@@ -55,30 +56,30 @@ def _form(format, w_size, stride, padding, dilation, groups, pad_mode, pool_kern
         )
         pixels, sums = patch[0] * patch[1], 4 * side**2
         if format == "ieee":
-            # Side by side pays where the patch is read once for all filters.
+            # Four windows a patch pay off if the patch is read once for all filters.
             if pixels <= PIXELS and (side == 1 or C == 1):
                 return Form(False, side, patch, min(SUMS // sums, power_of_2(OC)), 1)
         else:
             block_k = 64 if 32 < C * pixels <= 64 else 32
             length = cdiv(C * pixels, block_k) * block_k
             channels = min(COLUMNS // sums, max(4, power_of_2(OC)))
-            # Side by side pays where one block of the sum and one of filters hold it all.
+            # Four windows a patch pay off if one block of K and one of filters cover everything.
             if length * sums * channels <= OPERAND_SIZE and (side == 1 or (length <= 64 and OC <= channels)):
                 return Form(True, side, patch, channels, block_k)
     return None
 
 
-# The most positions of a window, pixels times channels that one window sees, and pixels times channels of a block.
+# Limits of the fused gradients: pixels of a window, pixels times channels under one window, and of one block of dx.
 MOST_POSITIONS, MOST_PATCH, MOST_BLOCK = 4, 256, 64
-# Rows are images: fewer than this many leave most rows empty, which costs little only if each is small.
+# A row of the products is an image: smaller batches leave most rows empty, which costs little for small images only.
 MANY_IMAGES, FEW_WINDOWS = 32, 1024
 
 
 def gradients_are_fused(dy, w_size, *geometry):
-    """Whether these kernels are for the gradients of such a convolution; w_size is (OC, C, KH, KW).
+    """Whether input_grad.py and weight_grad.py serve the gradients of such a convolution; w_size is (OC, C, KH, KW).
 
-    Not in full float32: for sm_100 triton 3.7.1 takes products in tf32, whatever precision they ask for, if an operand
-    depends on what was loaded as bytes, and the code is.
+    Full float32 is excluded: for sm_100 triton 3.7.1 computes a product in tf32, whatever its precision, if an operand
+    depends on values loaded as bytes, as the code is.
     """
     return _gradients_are_fused(number_format(dy.dtype, precision()), dy.shape, tuple(w_size), *geometry)
 
@@ -104,5 +105,5 @@ def _gradients_are_fused(
 
 
 def patch_size(R, K, S, D, W, T):
-    """How many pixels, along one dimension, R pooled pixels side by side are made from."""
+    """How many pixels, along one dimension, R adjacent pooled pixels depend on."""
     return ((R - 1) * T + W - 1) * S + (K - 1) * D + 1

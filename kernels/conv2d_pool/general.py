@@ -1,17 +1,17 @@
-"""Convolution, rectifier and max-pooling in one kernel: what the convolution gives is never written to memory.
+"""Convolution, relu and max-pooling in one kernel for any geometry; the result of the convolution stays in registers.
 
     z[n, oc, oh, ow]   = bias[oc] + sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw]
     y[n, oc, qh, qw]   = max(0, max over the window of z)
     code[n, oc, qh, qw] = the position of that maximum in the window, or WH * WW where it is not above 0
-    dz = dy where the code names a pixel, else 0; dx, dw and db are the convolution's, of dz
+    dz = dy at the pixel that the code points to, else 0; dx, dw and db are those of the convolution for dz
 
-with ih, iw as in conv2d, and oh = qh * TH - UH + position / WW, ow = qw * TW - UW + position % WW
+with ih, iw as in conv2d/forward.py, and oh = qh * TH - UH + position / WW, ow = qw * TW - UW + position % WW
 
-What of a window lies outside z counts for nothing. With ceil_mode a last, partial window may reach past the end of z,
-which is no more than another QH and QW: they are the result's.
+The part of a window outside z is ignored. With ceil_mode a last, partial window may reach past the end of z, which only
+changes QH and QW, the size of the result.
 
 C and OC count the channels of one group. z is rounded to its number format before it is compared, so that result and
-code are those of the three operators one after the other, to the bit; the rules for NaN and ties are max_pool2d's.
+code have the same bits as the three operators one after the other; the rules for NaN and ties are max_pool2d's.
 """
 
 import triton
@@ -20,7 +20,7 @@ import triton.language as tl
 from .. import shapes
 from .._common import cdiv, index_type, product_types, round_to, strides
 from ..conv2d.padding import PAD_MODES
-from ..conv2d.patches import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for
+from ..conv2d.patches import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for, tile_of
 from ..launching import planned
 from ..tiles import POOLED
 
@@ -41,14 +41,7 @@ def conv2d_relu_max_pool2d_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # For each position of the window a GEMM: M = N * QH * QW windows, N = OC, K = C * KH * KW
-    pid = tl.program_id(0).to(INDEX)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(OC, BLOCK_N)
-    pid_n = pid % tiles_n
-    pid_m = pid // tiles_n % tiles_m
-    group = pid // tiles_n // tiles_m
-
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m, offs_n, group = tile_of(tl.program_id(0).to(INDEX), M, OC, BLOCK_M, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < OC
     qw = offs_m % QW
     qh = offs_m // QW % QH

@@ -1,4 +1,4 @@
-"""The input gradient of the fused kernel."""
+"""The input gradient of the fused kernel for few channels, a matrix product for each block; see one_hot.py."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ def filters_for_blocks_kernel(
     POSITIONS: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_OC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # f[pooled pixel in reach of a block, block of filters, pixel and channel of the block, filter and position]
+    # f[pooled pixel that reaches the block, block of filters, pixel and channel of the block, filter and position]
     offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     blocks_oc: tl.constexpr = (OC + BLOCK_OC - 1) // BLOCK_OC
     position = offs % POSITIONS
@@ -58,8 +58,8 @@ def conv2d_relu_max_pool2d_input_grad_kernel(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OC: tl.constexpr,
 ):  # fmt: skip
-    # A GEMM for each block of BH x BW pixels: M = N images, N = C * BH * BW, K = OC * COUNT * pooled pixels in reach.
-    # The blocks lie STEP pooled pixels apart, so that to all of them the filters look the same.
+    # A GEMM for each block of BH x BW pixels: M = N images, N = C * BH * BW, K = OC * COUNT * pooled pixels around it.
+    # Blocks are STEP pooled pixels apart, so that the same arrangement of the filters serves all of them.
     pid = tl.program_id(0).to(INDEX)
     blocks_h: tl.constexpr = (H + BH - 1) // BH
     blocks_w: tl.constexpr = (W + BW - 1) // BW
@@ -67,7 +67,7 @@ def conv2d_relu_max_pool2d_input_grad_kernel(
     bw = pid % blocks_w
     bh = pid // blocks_w % blocks_h
     n0 = pid // blocks_w // blocks_h * BLOCK_M
-    # Of the pooled pixels in reach those that there are: dh, dw count from the first of them.
+    # The pooled pixels that reach the block and exist: dh, dw count from the first of them.
     qh0, qw0 = bh * STEP_H + LOW_H, bw * STEP_W + LOW_W
     first_h, first_w = tl.maximum(-qh0, 0), tl.maximum(-qw0, 0)
     rows = tl.maximum(tl.minimum(QH - qh0, REACH_H) - first_h, 0)
@@ -105,13 +105,13 @@ def conv2d_relu_max_pool2d_input_grad_kernel(
 
 
 def _reach(B, K, S, P, D, W, T, U):
-    """(first, count) of the pooled pixels, along one dimension, that B pixels from the first on had a part in."""
+    """(first, count) of the pooled pixels, along one dimension, that depend on the first B pixels."""
     first = -((U - W + 1 - (P - (K - 1) * D) // -S) // -T)
     return first, ((B - 1 + P) // S + U) // T - first + 1
 
 
 class _Blocks(NamedTuple):
-    """How the input's gradient is cut into blocks of BH x BW pixels, and which pooled pixels each is made of."""
+    """How the input gradient is divided into blocks of BH x BW pixels, and which pooled pixels reach a block."""
 
     BH: int
     BW: int
@@ -138,7 +138,7 @@ BLOCK_OC = 16
 
 
 def _constants(blocks, C, OC, channels_last):
-    """What both kernels of the input's gradient are compiled for."""
+    """The constants that both kernels of this file share."""
     return {
         "C": C, "OC": OC, "BH": blocks.BH, "BW": blocks.BW, "LOW_H": blocks.LOW_H, "LOW_W": blocks.LOW_W,
         "REACH_W": blocks.REACH_W, "POSITIONS": power_of_2(blocks.COUNT), "CHANNELS_LAST": channels_last,
@@ -160,7 +160,7 @@ def _filters(w, f, blocks, channels_last, stride, padding, dilation, pool_kernel
 @planned(conv2d_relu_max_pool2d_input_grad_kernel)
 def _input_grad(dy, code, f, dx, blocks, channels_last, stride, pool_stride, precision):
     (N, C, H, W), (_, OC, QH, QW) = dx.shape, dy.shape
-    # One stage: with more the compiler has every product wait for the one before.
+    # One stage: with more, the compiler makes every product wait for the one before.
     block_m = 64 if N <= 64 else 128
     return (cdiv(H, blocks.BH) * cdiv(W, blocks.BW) * cdiv(N, block_m),), (N,), dict(
         H=H, W=W, QH=QH, QW=QW, **strides_of("y", dy), **strides_of("c", code), **strides_of("x", dx),

@@ -1,7 +1,7 @@
-"""conv2d_pool for few channels in full float32: a patch of the image a lane, multiplied and added in its registers.
+"""The fused forward for few channels in full float32: FMA on a patch of the image in each thread's registers.
 
-The formula is that of patch.py, and so are the blocks of pooled pixels that share a patch. Sums start from the bias,
-every product is exact before it is added, and maximum and code follow torch's rules to the last NaN.
+The formula and the blocks of pooled pixels that share a patch are those of patch.py. Sums start from the bias, FMA adds
+unrounded products, and maximum and code follow torch's rules for NaN and ties exactly.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from .. import shapes
 from .._common import INTERPRETED, OPTIONS, cdiv, index_type
 from ..launching import planned
-from .blocks import PROGRAMS, block_of, cut
+from .blocks import PROGRAMS, cut, locate
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def load_patch(
     stride_xh: tl.constexpr, stride_xw: tl.constexpr,
     PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """The pixels of one channel's patches as a tuple, row by row, each a vector over the lanes."""
+    """The pixels of one channel's patches as a tuple, row by row, each a vector over the threads' patches."""
     pixels = ()
     for ph in tl.static_range(PATCH_H):
         row = x_ptr + x_offs + ph * stride_xh
@@ -42,7 +42,7 @@ def load_patch(
 
 @triton.jit
 def window_at(pixels, AT: tl.constexpr, DOWN: tl.constexpr, RIGHT: tl.constexpr):
-    """(lanes, column, row): four pixels that lie DOWN and RIGHT apart in a tuple, the first at AT."""
+    """(patches, column, row): four pixels that are DOWN and RIGHT apart in the tuple, the first at AT."""
     upper = tl.join(pixels[AT], pixels[AT + RIGHT])
     return tl.join(upper, tl.join(pixels[AT + DOWN], pixels[AT + DOWN + RIGHT]))
 
@@ -53,9 +53,9 @@ def windows_of(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, PATCH_W: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """What each tap meets in each of SIDE x SIDE windows, a tuple over (kh, kw, rh, rw).
+    """The pixels that each tap multiplies in each of SIDE x SIDE windows, a tuple over (kh, kw, rh, rw).
 
-    A window's four pixels go through the compiler as one: its time grows with the square of a program's length.
+    The four pixels of a window are one tensor, because compile time grows with the square of the number of operations.
     """
     windows = ()
     for tap in tl.static_range(KH * KW):
@@ -75,7 +75,7 @@ def add_products(
     sums, windows, w_ptr, w_offs,
     stride_wh: tl.constexpr, stride_ww: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """sums, one for each window, and one channel's products with one filter."""
+    """sums, one for each window, plus the products of one channel with one filter."""
     for tap in tl.static_range(KH * KW):
         w = tl.load(w_ptr + (w_offs + (tap // KW * stride_wh + tap % KW * stride_ww)))
         added = ()
@@ -87,13 +87,13 @@ def add_products(
 
 @triton.jit
 def filter_at(oc, OC: tl.constexpr, BLOCK_OC: tl.constexpr):
-    """oc, or the last filter again where the turns do not come out even."""
+    """oc, or the last filter again if BLOCK_OC does not divide OC."""
     return oc if OC % BLOCK_OC == 0 else tl.minimum(oc, OC - 1)
 
 
 @triton.jit
 def largest_of_four(sums):
-    """(..., column, row) of windows -> the rectified maximum of each by torch's rules, and its code."""
+    """(..., column, row) of windows -> relu of the maximum of each by torch's rules, and its code."""
     upper, lower = tl.split(sums)
     z0, z1 = tl.split(upper)
     z2, z3 = tl.split(lower)
@@ -107,7 +107,7 @@ def largest_of_four(sums):
 
 @triton.jit
 def side_by_side(left, right):
-    """(lanes, 2, column, row) of two windows."""
+    """(patches, 2, column, row) of two windows."""
     return tl.permute(tl.join(left, right), (0, 3, 1, 2))
 
 
@@ -128,14 +128,14 @@ def conv2d_relu_max_pool2d_lanes_kernel(
     INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_OC: tl.constexpr,
 ):  # fmt: skip
-    # One patch a lane, BLOCK_OC filters a turn of the outer loop, one channel of theirs a turn of the inner one.
+    # One patch an element; the outer loop takes BLOCK_OC filters, the inner loop one of their channels.
     programs: tl.constexpr = ((OC + BLOCK_OC - 1) // BLOCK_OC + TURNS - 1) // TURNS
     offs_m = (tl.program_id(0) // programs).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = offs_m < M
-    # Lanes past the end repeat the last patch, so that no load has to be masked for them.
-    n, row, col = block_of(tl.minimum(offs_m, M - 1), BLOCKS_H, BLOCKS_W, INDEX)
-    ih0, iw0 = row * STEP_H - PH, col * STEP_W - PW
-    x_offs = n * stride_xn + ih0 * stride_xh + iw0 * stride_xw
+    # Elements past the end repeat the last patch, so that their loads need no mask.
+    n, row, col, ih0, iw0, x_offs = locate(
+        tl.minimum(offs_m, M - 1), stride_xn, stride_xh, stride_xw, STEP_H, STEP_W, PH, PW, BLOCKS_H, BLOCKS_W, INDEX
+    )
     y_offs = n * stride_yn + row * SIDE * stride_yh + col * SIDE * stride_yw
 
     if C == 1:
@@ -154,7 +154,7 @@ def conv2d_relu_max_pool2d_lanes_kernel(
 
         for c in range(C):
             if C > 1:
-                # The channel moves the scalar pointer, as AMD's passes take minutes over vectors of pointers that move.
+                # Advance the scalar pointer: AMD's compiler passes take minutes for vectors of changing pointers.
                 c_ptr = x_ptr + tl.cast(c, INDEX) * stride_xc
                 pixels = load_patch(c_ptr, x_offs, ih0, iw0, mask, H, W, stride_xh, stride_xw, PATCH_H, PATCH_W, INSIDE)
                 windows = windows_of(pixels, KH, KW, SH, SW, DH, DW, TH, TW, PATCH_W, SIDE)
@@ -192,8 +192,8 @@ def conv2d_relu_max_pool2d_lanes_kernel(
 def _forward(x, w, bias, y, code, form, stride, padding, dilation, pool_stride):
     M, constants = cut(form, x, w.shape, bias, y, stride, padding, pool_stride)
     constants |= {f"stride_w{dim}": stride for dim, stride in zip("ochw", w.stride())}
-    # Where that leaves programs for half of a large GPU, two patches a lane share the loads of the filters, and all
-    # filters those of the patch.
+    # If that still fills half of a large GPU, each thread has two patches, which share the loads of the filters, and a
+    # program takes all filters, which share the loads of the patches.
     many = M >= 256 * PROGRAMS // 8
     block_m = 256 if many or INTERPRETED else 64
     tiles, chunks = cdiv(M, block_m), cdiv(w.shape[0], form.channels)
@@ -206,7 +206,7 @@ def _forward(x, w, bias, y, code, form, stride, padding, dilation, pool_stride):
 
 
 def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, *rest):
-    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form for lanes."""
+    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), no `product` in `form`."""
     y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, *rest)
     if y.numel() > 0:
         _forward((x, w, bias, y, code), form, stride, padding, dilation, pool_stride)

@@ -1,14 +1,15 @@
-"""The gradients of conv2d_pool's kernel for few channels, straight from the pooled gradient and the code.
+"""The gradients of the fused kernel for few channels, directly from the pooled gradient and the code.
 
-    dz[n, oc, oh, ow] = dy[n, oc, qh, qw] where the code names the pixel (oh, ow), else 0; it is never written to memory
+    dz[n, oc, oh, ow] = dy[n, oc, qh, qw] where the code points to (oh, ow), else 0; it is never written to memory
     dw[oc, c, kh, kw] = sum over n, oh, ow of dz[n, oc, oh, ow] * x[n, c, ih, iw],    db[oc] = sum of dz
     dx[n, c, ih, iw]  = sum over oc, kh, kw, oh, ow that reach (ih, iw) of dz[n, oc, oh, ow] * w[oc, c, kh, kw]
 
-    with ih, iw as in conv2d, and oh = qh * TH - UH + position / WW, ow = qw * TW - UW + position % WW
+    with ih, iw as in conv2d/forward.py, and oh = qh * TH - UH + position / WW, ow = qw * TW - UW + position % WW
 
-Both products take dz as a one-hot row for each pooled pixel, dy at the position of its window that the code names, made
-in registers. A row of the products is an image and all its rows see the same pixels, so that addresses are one number a
-row and one a column. Geometry and strides are part of the program: what is left of the addresses is worked out once.
+Both matrix products read dz as one-hot groups made in registers: for each pooled pixel one column for each position of
+its window, with dy at the position of the code. A row of the products is an image, and all rows read the same pixels,
+so that an address is the sum of one number a row and one number a column. Geometry and strides are constants of the
+kernel, so that addresses cost little.
 """
 
 import triton
@@ -21,7 +22,7 @@ def strides_of(letter, t):
 
 @triton.jit
 def one_hot(dy, code, COUNT: tl.constexpr, POSITIONS: tl.constexpr):
-    """(M, N) -> (M, N * POSITIONS): each element of dy at that of COUNT positions that the code names, among zeros."""
+    """(M, N) -> (M, N * POSITIONS): each element of dy at the one of COUNT positions that its code names, else 0."""
     columns: tl.constexpr = dy.shape[1] * POSITIONS
     if POSITIONS > 1:
         dy, code = tl.join(dy, dy), tl.join(code, code)
@@ -36,7 +37,7 @@ def one_hot(dy, code, COUNT: tl.constexpr, POSITIONS: tl.constexpr):
 
 @triton.jit
 def pixel(j, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """(c, h, w) of the elements j of H x W pixels, counted in memory order."""
+    """(c, h, w) of the elements j of H x W pixels in memory order."""
     if CHANNELS_LAST:
         return j % C, j // C // W, j // C % W
     else:

@@ -1,17 +1,17 @@
-"""conv2d_pool for few channels: all positions of a 2x2 window, and windows side by side, share one patch of the image.
+"""The fused forward for few channels on matrix units: a block of 2x2 windows shares one patch of the image.
 
-A patch is what a block of SIDE x SIDE pooled pixels is made from: PATCH_H x PATCH_W pixels of each channel, read once,
-in runs that lie side by side in memory. With (rh, rw) a pooled pixel of the block, (ah, aw) a position of its window
+A patch holds what a block of SIDE x SIDE pooled pixels depends on: PATCH_H x PATCH_W pixels of each channel, read once,
+in contiguous runs. With (rh, rw) a pooled pixel of the block and (ah, aw) a position of its window
 
     z[block, position, r, oc] = bias[oc] + sum over c, ph, pw of patch[block, c, ph, pw] * w[oc, c, kh, kw]
     ph = (rh * TH + ah) * SH + kh * DH,    pw = (rw * TW + aw) * SW + kw * DW
 
-and y and code follow from z as in conv2d_pool. Here it is a matrix product for tensor cores, a patch a row: its other
-operand, made by a small kernel, holds the filters at all the places where they stand in the patch, and zeros. For full
-float32 lanes.py has a patch a lane.
+and y and code follow from z as in general.py. This is a matrix product with one patch a row. Its right operand, made by
+a small kernel, holds each filter at all of its positions in the patch, and zeros elsewhere. For full float32 there is
+lanes.py.
 
-The product decides which of the four is largest before the bias and before rounding to the result's number format, and
-through its zeros what is not finite in a patch reaches the whole block (0 * inf is NaN), as in Winograd's convolutions.
+The maximum of the four is chosen before the bias is added and before rounding to the result's number format. Because of
+the zeros, a value in a patch that is not finite reaches the whole block (0 * inf is NaN), as in Winograd convolutions.
 """
 
 import triton
@@ -30,8 +30,8 @@ from .._common import (
 from ..conv2d.padding import source
 from ..conv2d.patches import precision
 from ..launching import planned
-from ..tiles import _block, flat_block
-from .blocks import PROGRAMS, block_of, cut
+from ..tiles import clamped_power, flat_block
+from .blocks import PROGRAMS, cut, locate
 from .chooser import COLUMNS
 
 
@@ -41,7 +41,7 @@ def pixel_of(
     C: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     stride_xc: tl.constexpr, stride_xh: tl.constexpr, stride_xw: tl.constexpr,
 ):  # fmt: skip
-    """(c, ph, pw) of the elements k of a patch, counted as they lie in memory, and their offsets."""
+    """(c, ph, pw) of the elements k of a patch in memory order, and their offsets."""
     if stride_xc < stride_xw:
         c, ph, pw = k % C, k // (C * PATCH_W), k // C % PATCH_W
         if stride_xw == C * stride_xc:
@@ -53,7 +53,7 @@ def pixel_of(
 
 @triton.jit
 def column_of(n, SIDE: tl.constexpr, BLOCK_OC: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """(rh, rw, oc) of the columns n of one position, in the order in which the result lies in memory."""
+    """(rh, rw, oc) of the columns n of one position, in the memory order of the result."""
     if CHANNELS_LAST:
         return n // (SIDE * BLOCK_OC), n // BLOCK_OC % SIDE, n % BLOCK_OC
     else:
@@ -129,9 +129,9 @@ def conv2d_relu_max_pool2d_product_kernel(
     for tile in range(pid, tl.cdiv(M, BLOCK_M), programs):
         offs_m = tl.cast(tile, INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        n, row, col = block_of(offs_m, BLOCKS_H, BLOCKS_W, INDEX)
-        ih0, iw0 = row * STEP_H - PH, col * STEP_W - PW
-        x_rows = n * stride_xn + ih0 * stride_xh + iw0 * stride_xw
+        n, row, col, ih0, iw0, x_rows = locate(
+            offs_m, stride_xn, stride_xh, stride_xw, STEP_H, STEP_W, PH, PW, BLOCKS_H, BLOCKS_W, INDEX
+        )
 
         z = tl.zeros((BLOCK_M, 4 * columns), tl.float32)
         for k0 in tl.static_range(0, LENGTH, BLOCK_K):
@@ -147,7 +147,7 @@ def conv2d_relu_max_pool2d_product_kernel(
             x = tl.load(x_ptr + x_rows[:, None] + k_offs[None, :], mask=mask, other=0.0)
             z = tl.dot(x.to(OPERAND), filters[k0 // BLOCK_K], z, input_precision=PRECISION)
 
-        # The positions of the window side by side: the largest of four, and the first that is as large.
+        # The maximum over the four positions of a window, and the first position that has it.
         z = tl.permute(tl.reshape(z, (BLOCK_M, 2, 2, columns)), (0, 3, 1, 2))
         z_left, z_right = tl.split(z)
         z0, z2 = tl.split(z_left)
@@ -170,7 +170,7 @@ def conv2d_relu_max_pool2d_product_kernel(
 
 
 def _placed_size(form, w_size):
-    """Of the product's other operand: (chunks of filters, columns, elements of a patch)."""
+    """The size of the product's right operand: (chunks of filters, columns, elements of a patch)."""
     OC, C, _, _ = w_size
     length = cdiv(C * form.patch[0] * form.patch[1], form.block_k) * form.block_k
     return cdiv(OC, form.channels), 4 * form.side**2 * form.channels, length
@@ -193,9 +193,9 @@ def _place_filters(w, placed, x_strides, channels_last, form, stride, dilation, 
 def _product(x, placed, bias, y, code, w_size, channels_last, form, stride, padding, pool_stride, precision):
     M, constants = cut(form, x, w_size, bias, y, stride, padding, pool_stride)
     chunks, columns, length = placed.shape
-    block_m = _block(M // 5, 32, 4096) if INTERPRETED else 64
+    block_m = clamped_power(M // 5, 32, 4096) if INTERPRETED else 64
     tiles = cdiv(M, block_m)
-    # Programs that walk several tiles load the filters once; a batch with few tiles has one program for each.
+    # A program loads the filters once for all of its tiles; a batch with few tiles has one program for each.
     busy = cdiv(tiles, 2) if INTERPRETED else max(PROGRAMS // 4, min(PROGRAMS, tiles // 3)) // chunks
     return (max(1, min(tiles, busy)) * chunks,), (M, 0 if bias is None else bias.stride(0)), dict(
         CHANNELS_LAST=channels_last, LENGTH=length, OPERAND=operand_type(x.dtype),
@@ -207,7 +207,7 @@ def _product(x, placed, bias, y, code, w_size, channels_last, form, stride, padd
 
 
 def forward(form, x, w, bias, stride, padding, dilation, groups, pad_mode, pool_kernel, pool_stride, *rest):
-    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), by a Form with a product."""
+    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y and code (N, OC, QH, QW), for a Form with `product`."""
     y, code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, *rest)
     if y.numel() == 0:
         return y, code

@@ -1,4 +1,4 @@
-"""The weight gradient of the fused kernel."""
+"""The weight and bias gradients of the fused kernel for few channels, split between programs; see one_hot.py."""
 
 import torch
 import triton
@@ -13,8 +13,8 @@ from ..tiles import split_count
 from .chooser import patch_size
 from .one_hot import one_hot, pixel, strides_of
 
-# Images in a turn of the weight gradient, and filters of one of its programs by the pooled pixels of a row: read off
-# machine code (no register spills on any target) and not yet timed.
+# Images in an iteration, and filters of a program by its number of pooled pixels: chosen from machine code (no register
+# spills on any target) and not yet timed.
 IMAGES, FILTERS = 32, {1: 16, 4: 8}
 
 
@@ -35,9 +35,9 @@ def conv2d_relu_max_pool2d_weight_grad_kernel(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    # GEMM: M = OC * RH * RW * WH * WW, a row of z's pixels under RH x RW pooled ones for each filter; N = C * PATCH_H *
-    # PATCH_W, the pixels that they are made from; K = images times blocks of pooled pixels, of which a program takes
-    # per_split turns of BLOCK_K images at one block. At the end each row holds dw at a shift of its own.
+    # GEMM: M = OC * RH * RW * WH * WW, a row for each filter and each pixel of z under RH x RW pooled pixels; N = C *
+    # PATCH_H * PATCH_W, the pixels that these depend on; K = images times blocks of pooled pixels, of which a program
+    # takes per_split iterations of BLOCK_K images at one block. At the end each row holds dw at a shift of its own.
     R: tl.constexpr = RH * RW
     M: tl.constexpr = BLOCK_OC * R * POSITIONS
     BH: tl.constexpr = (QH + RH - 1) // RH
@@ -57,7 +57,7 @@ def conv2d_relu_max_pool2d_weight_grad_kernel(
     c, ph, pw = pixel(j, C, PATCH_H, PATCH_W, CHANNELS_LAST)
     mask_j = j < C * PATCH_H * PATCH_W
     if CHANNELS_LAST:
-        # The pixels of a row lie side by side, which the compiler sees in this form only.
+        # The pixels of a row are contiguous, which the compiler sees in this form only.
         x_cols = ph * stride_xh + j % (PATCH_W * C)
     else:
         x_cols = c * stride_xc + ph * stride_xh + pw * stride_xw
@@ -96,7 +96,7 @@ def conv2d_relu_max_pool2d_weight_grad_kernel(
             acc_b += tl.where(code < WH * WW, dy.to(tl.float32), 0.0)
         bw, tile, bh = next_block(bw, tile, bh, BW, BH, 1)
 
-    # One row for each pooled pixel and position, oc and tap in it: the sum goes over rows, which one lane holds.
+    # Gather (pooled pixel and position, oc and tap) and add up the first dimension, which lies within a thread.
     i = tl.arange(0, M * BLOCK_T)
     row, oc, t = i // BLOCK_T // BLOCK_OC, i // BLOCK_T % BLOCK_OC, i % BLOCK_T
     position, r = row % POSITIONS, row // POSITIONS
@@ -124,17 +124,17 @@ def conv2d_relu_max_pool2d_weight_grad_kernel(
 
 @remembered
 def _split(size, w_size, pool_kernel, pool_stride, stride, dilation):
-    """(pooled pixels a row along each dimension, patch of a row, turns, turns of a program, programs for a tile)."""
+    """(pooled pixels of a block along each dimension, patch, iterations, those of a program, programs for a tile)."""
     (N, OC, QH, QW), (_, C, KH, KW) = size, w_size
     (SH, SW), (DH, DW), (WH, WW), (TH, TW) = stride, dilation, pool_kernel, pool_stride
 
     def patch(R):
         return patch_size(R, KH, SH, DH, WH, TH), patch_size(R, KW, SW, DW, WW, TW)
 
-    # Where a patch is small, one of four pooled pixels is hardly larger.
+    # If a patch is small, that of four pooled pixels is hardly larger.
     R = 2 if C * patch(2)[0] * patch(2)[1] <= 64 and QH > 1 and QW > 1 else 1
     tiles, turns = cdiv(OC, FILTERS[R * R]), cdiv(N, IMAGES) * cdiv(QH, R) * cdiv(QW, R)
-    # Six turns or more to a program: at its end it takes about as long as over three of them.
+    # At least six iterations a program: its end takes about as long as three of them.
     per_split = max(1, cdiv(turns, split_count(tiles, 2 * turns, 3)))
     return R, patch(R), turns, per_split, max(1, cdiv(turns, per_split))
 
@@ -151,7 +151,7 @@ def _weight_grad(
     BH, BW, block_oc = cdiv(QH, R), cdiv(QW, R), FILTERS[R * R]
     first_h, first_w = -UH * SH - PH, -UW * SW - PW
     last_h, last_w = (BH - 1) * R * TH * SH + first_h + PATCH_H, (BW - 1) * R * TW * SW + first_w + PATCH_W
-    # The gradients are multiplied out of registers. On sm_90 a pipelined loop writes them for the next turn while a
+    # The gradients are an operand in registers. On sm_90 a pipelined loop writes them for the next iteration while a
     # product may still read them (https://github.com/triton-lang/triton/issues/9433; bench/machine_code/ttgir.py looks
     # for it).
     num_stages = 1 if compute_capability() == 9 else 2
@@ -172,7 +172,7 @@ def _weight_grad(
 
 
 def weight_grad(dy, code, x, size, stride, padding, dilation, pool_kernel, pool_stride, pool_padding, with_bias):
-    """dy and code (N, OC, QH, QW), x (N, C, H, W) -> dw of `size` (OC, C, KH, KW), and db (OC), empty unless wanted."""
+    """dy, code (N, OC, QH, QW), x (N, C, H, W) -> dw of `size` (OC, C, KH, KW), db (OC), empty without `with_bias`."""
     dw, db = shapes.conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, with_bias)
     if dw.numel() == 0:
         return dw, db

@@ -1,18 +1,17 @@
-"""Cross-entropy of class indices, and its gradient by the logits, in one pass over the rows.
+"""Cross-entropy of class indices, and its gradient with respect to the logits, in one pass over the rows.
 
     lse[n]     = log of the sum over c of exp(x[n, c])
     loss[n]    = (1 - SMOOTHING) * w[t] * (lse[n] - x[n, t]) + SMOOTHING / C * sum over c of w[c] * (lse[n] - x[n, c])
     grad[n, c] = (1 - SMOOTHING) * w[t] * (p[n, c] - [c = t]) + SMOOTHING / C * (p[n, c] * sum of w - w[c])
-    dx[n, c]   = dloss * grad[n, c], or dloss[n] of a loss for each row, and 0 for rows whose target is ignore_index
 
-with t = target[n] and p = exp(x - lse); loss and grad are 0 for rows whose target is ignore_index. Their sum is divided
-by the sum of w[t] for a mean. A target that is no class gives NaN on a GPU and an IndexError in the interpreter, as
-waiting for it would take a GPU's time. Factors are multiplied in the order in which torch's autograd does, for the same
-infinities and NaNs. Source: torch.nn.functional.cross_entropy.
+with t = target[n] and p = exp(x - lse); loss and grad are 0 for rows whose target is ignore_index. For a mean both are
+divided by the sum of w[t]. A target that is not a class gives NaN on a GPU, where raising would need a synchronisation,
+and an IndexError in the interpreter. Factors are multiplied in the order of torch's autograd, for the same infinities
+and NaNs. Source: torch.nn.functional.cross_entropy.
 
-For a mean every program adds up the weights of all rows by itself, while its first logits are on their way: targets are
-few bytes, and waiting for one another would take a second launch. The loss of a large batch is the sum, in a fixed
-order, of what its programs leave behind.
+For a mean every program adds up the weights of all rows itself, while its first logits are loading: targets are few
+bytes, and sharing the sum would take a second launch. The loss of a large batch is the sum, in a fixed order, of
+the partial losses of its programs.
 """
 
 import math
@@ -31,7 +30,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 @triton.jit
 def weight_of(weight_ptr, target, kept, stride_w, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
-    """The weight of each target's class, 0 where it is not kept."""
+    """The weight of each target's class, 0 where `kept` is false."""
     if HAS_WEIGHT:
         return tl.load(weight_ptr + target * stride_w, mask=kept, other=0.0).to(ACC)
     else:
@@ -45,11 +44,11 @@ def sum_of_targets(
     C: tl.constexpr, HAS_WEIGHT: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sum of the weights of all targets."""
-    # Without weights they are counted, which is exact.
+    # Without weights the targets are counted in integers, which is exact.
     SUM: tl.constexpr = ACC if HAS_WEIGHT else INDEX
     sums = tl.zeros((BLOCK,), SUM)
     lanes = tl.arange(0, BLOCK).to(INDEX)
-    # Whole blocks have no mask, which would keep a thread from loading two targets at once.
+    # Full blocks have no mask, which would prevent a thread from loading two targets at once.
     whole = N // BLOCK * BLOCK
     for n0 in range(0, whole, BLOCK):
         target = tl.load(target_ptr + (n0 + lanes) * stride_t).to(tl.int64)
@@ -65,30 +64,30 @@ def sum_of_targets(
 
 @triton.jit
 def load_rows(x_ptr, n, last, stride_n, c, stride_xc, C: tl.constexpr):
-    """Logits of the rows n and the classes c of each, -inf outside the rows before `last` and the classes."""
+    """The logits of rows n and classes c, -inf for rows from `last` on and for classes from C on."""
     mask = (n < last)[:, None] & (c < C)
     return tl.load(x_ptr + (n * stride_n)[:, None] + c * stride_xc, mask=mask, other=float("-inf"))
 
 
 @triton.jit
 def finite(largest):
-    """What exponents are taken relative to: the largest of them, or 0 where there is none."""
+    """The base that is subtracted from exponents: the largest of them, or 0 if that is -inf."""
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit
 def along_rows(values):
-    """Values of BLOCK_N rows as (1, BLOCK_N, 1).
+    """Values of BLOCK_N rows as (1, BLOCK_N, 1), in the layout of sums over rows.
 
-    In the layout that sums over rows have. By [None, :, None] there are two layouts of each value: Triton moves it from
-    one to the other, and 3.6.0 and 3.7.1 do not compile some of that ("operand does not dominate this use").
+    Indexing with [None, :, None] gives each value two layouts. Triton converts between them, and 3.6.0 and 3.7.1 fail
+    to compile some of that ("operand does not dominate this use").
     """
     return tl.expand_dims(tl.expand_dims(values, 1), 0)
 
 
 @triton.jit
 def max_of_rows(x):
-    """Of (RUNS, BLOCK_N, RUN): a thread's own first."""
+    """The maximum of each row of (RUNS, BLOCK_N, RUN); a thread reduces its own elements first."""
     return tl.max(tl.max(x, axis=0), axis=1)
 
 
@@ -105,7 +104,7 @@ def sum_of_exponentials(
 ):  # fmt: skip
     """(base, sum over c of exp(x[n, c] - base)) of rows wider than a block (Milakov and Gimelshein 2018).
 
-    Each thread has sums of its own, relative to the largest that it has seen, so that threads meet once a row.
+    Each thread keeps its own sum, relative to the largest value it has seen, so that threads synchronise once a row.
     """
     largest = tl.full((WARPS, BLOCK_N, RUN), float("-inf"), ACC)
     sums = tl.zeros((WARPS, BLOCK_N, RUN), ACC)
@@ -132,16 +131,16 @@ def cross_entropy_kernel(
     first = tl.program_id(0).to(INDEX) * rows
     last = tl.minimum(first + rows, N)
     lanes_n = tl.arange(0, BLOCK_N).to(INDEX)
-    # A block's logits are loaded as (RUNS * BLOCK_N, RUN) and seen as (RUNS, BLOCK_N, RUN): runs of classes as wide as
-    # a warp. Triton deals the first dimension out to warps, so that a row is one warp's where a block has as many rows
-    # as warps, and its sums need no shared memory. Of few classes runs are of one, so that a row is one thread's.
+    # The logits of a block are loaded as (RUNS * BLOCK_N, RUN) and reshaped to (RUNS, BLOCK_N, RUN): runs of classes as
+    # wide as a warp. Triton distributes the first dimension over warps, so that with as many rows as warps each row
+    # belongs to one warp, and its sums need no shared memory. For few classes RUN is 1: each row belongs to one thread.
     RUNS: tl.constexpr = BLOCK_C // RUN
     flat, lanes = tl.arange(0, RUNS * BLOCK_N).to(INDEX), tl.arange(0, RUN).to(INDEX)
     flat_n, flat_c = flat % BLOCK_N, (flat // BLOCK_N * RUN)[:, None] + lanes[None, :]
     lanes_c = (tl.arange(0, RUNS).to(INDEX) * RUN)[:, None, None] + lanes[None, None, :]
     stride_n = stride_xn * UNIT_XN
 
-    # Rows that fit a block are loaded one turn ahead, the first before the targets are added up.
+    # Rows that fit a block are loaded one iteration ahead, the first ones before the targets are added up.
     ONE_BLOCK: tl.constexpr = C <= BLOCK_C
     if ONE_BLOCK:
         x_ahead = load_rows(x_ptr, first + flat_n, last, stride_n, flat_c, stride_xc, C)
@@ -153,14 +152,14 @@ def cross_entropy_kernel(
         )
     SMOOTH: tl.constexpr = SMOOTHING / C
     if SMOOTHING > 0:
-        # Each weight is scaled before they are added up: by a scale of infinity a class without weight is NaN.
+        # Each weight is scaled before the sum, so that a class of weight 0 gives NaN if the scale is infinite.
         share = SMOOTH * scale
         sums = tl.zeros((RUNS, 1, RUN), ACC)
         for c0 in range(0, C, BLOCK_C):
             c = c0 + lanes_c
             sums += tl.where(c < C, share * weight_of(weight_ptr, c, c < C, stride_w, HAS_WEIGHT, ACC), 0.0)
         share_of_all = sum_of_rows(sums)
-        # A sum of its own: where no target has a weight, the mean of their losses is 0 / 0, and that of all is not.
+        # A separate sum: if no target has a weight, the mean of the targets' losses is 0 / 0, and this one is not.
         total_smooth = tl.zeros((BLOCK_N,), ACC)
 
     total = tl.zeros((BLOCK_N,), ACC)
@@ -187,8 +186,8 @@ def cross_entropy_kernel(
         lse = base + tl.log(sum_exp)
         loss = (1 - SMOOTHING) * w_target * (lse - x_target)
 
-        # A row that counts for nothing has zeros, whatever its logits are, and where a mean over no rows has a scale of
-        # infinity; one whose target is no class has NaN.
+        # An ignored row gets zeros, whatever its logits are and even if the scale of an empty mean is infinite; a row
+        # whose target is not a class gets NaN.
         factor = tl.where(valid, (1 - SMOOTHING) * w_target * scale, float("nan"))
         factor = tl.where(kept, factor, 0.0)
         slope, class_of = factor, target.to(tl.int32)
@@ -204,11 +203,11 @@ def cross_entropy_kernel(
             e = tl.where(along_rows(kept), tl.exp(x - along_rows(base)), 0.0)
             gain = tl.where(c == along_rows(class_of), along_rows(factor), 0.0)
             if SMOOTHING > 0:
-                # Of each row anew, from L1: one for all rows would have to be passed on through shared memory.
+                # Loaded for each row, from L1: one copy for all rows would go through shared memory.
                 w = weight_of(weight_ptr, c0 + flat_c, c0 + flat_c < C, stride_w, HAS_WEIGHT, ACC)
                 w = tl.reshape(w, (RUNS, BLOCK_N, RUN))
                 gain += tl.where(along_rows(kept), share * w, 0.0)
-                # Of differences, as a difference of sums would lose digits that they agree in.
+                # A sum of differences: a difference of sums would cancel digits.
                 each = tl.where(along_rows(mask_n) & (c < C), w * (along_rows(lse) - x), 0.0)
                 smooth += SMOOTH * sum_of_rows(each)
             grad = e * along_rows(slope) - gain
@@ -232,20 +231,20 @@ def cross_entropy_kernel(
         tl.store(loss_ptr + tl.program_id(0), round_to(loss, loss_ptr.dtype.element_ty))
 
 
-# Two for each multiprocessor of an H200, nearly, and one more program loads at once what they leave behind.
+# Almost two for each multiprocessor of an H200; one further program loads all of their partial losses at once.
 MOST_PROGRAMS = 256
-# Bytes of a block of logits: two programs have 32 KB on their way to each multiprocessor, and the registers for them.
+# Bytes of a block of logits: two programs have 32 KB in flight on each multiprocessor, and the registers for them.
 TILE = 2**14
-# Logits of a block where they may come one by one, which takes more registers, or where a row is wider than a block.
+# Logits of a block if they may be loaded one by one, which takes more registers, or if a row is wider than a block.
 SMALL = 4096
-# So few classes may come one by one, and have twice as many warps: one program may take all the rows.
+# Up to so many classes logits may be loaded one by one; a program has twice as many warps, as it may take all rows.
 FEW = 256
-# Of so few a thread has a whole row: what is computed once a row would else take longer than the logits.
+# Up to so many classes a thread has a whole row: otherwise the work once a row would take longer than the logits.
 FEWEST = 16
 
 
 def _warps(block_c, dtype):
-    """Of a program; float64 needs the registers of fewer."""
+    """The warps of a program; float64 needs more registers for each."""
     return 16 if block_c <= FEW and dtype != torch.float64 else 8
 
 
@@ -260,11 +259,11 @@ def _blocks(N, C, dtype, reduction):
     block_n = 32 * _warps(block_c, dtype) if C <= FEWEST else tile // block_c
     tiles, most = cdiv(N, block_n), MOST_PROGRAMS
     if reduction == "mean":
-        # P programs ask L2 for P * N targets, N * P / 200 cycles if it gives so many a cycle, and each has N / P rows,
-        # N * BLOCK_C / (4 * P) cycles if a logit takes 32 instructions of 128 lanes. Together that is least for
-        # P = sqrt(50 * BLOCK_C), here up to the power of 2: 32 programs for 10 classes, all of them for 1000.
+        # P programs load P * N targets from L2, which takes N * P / 200 cycles at 200 targets a cycle. Each has N / P
+        # rows, which take N * BLOCK_C / (4 * P) cycles at 32 instructions a logit and 128 threads a cycle. The sum is
+        # least for P = sqrt(50 * BLOCK_C), rounded up to a power of 2: 32 programs for 10 classes, all for 1000.
         most = min(most, power_of_2(math.isqrt(50 * block_c)))
-    # A few blocks one program takes sooner than a second launch adds up what several have left.
+    # For a few blocks one program is faster than several and a second launch that adds up their losses.
     programs = 1 if N * block_c <= 4 * SMALL and reduction != "none" else min(tiles, most)
     return cdiv(tiles, programs) * block_n, block_n, block_c, 2048
 
@@ -275,7 +274,7 @@ def _forward(x, target, weight, loss, grad, smoothing, reduction, ignore_index):
     rows, block_n, block_c, block_t = _blocks(N, C, x.dtype, reduction)
     step, stride_xc = strides(x)
     (stride_xn,), (unit,) = in_units(x.itemsize, step)
-    # Of a warp: 16 bytes a thread where rows side by side allow that; whatever the strides are, for the same sums.
+    # A run is a warp's: 16 bytes a thread if contiguous rows allow that. Strides do not matter, for the same sums.
     vector = 1 if C % (16 // x.itemsize) else 16 // x.itemsize
     run = 1 if C <= FEWEST and not INTERPRETED else min(32 * vector, block_c)
     warps = _warps(block_c, x.dtype)
@@ -307,7 +306,7 @@ def forward(x, target, weight, reduction, ignore_index, smoothing):
     """x (N, C), target (N) of integers, weight (C) or None -> loss, (N) or (), and its gradient (N, C).
 
     Raises:
-        IndexError: in the interpreter, a target that is no class.
+        IndexError: in the interpreter, for a target that is not a class.
     """
     if INTERPRETED:
         targets.check(target, x.shape[1], ignore_index)

@@ -1,4 +1,7 @@
-"""The gradient of a loss by the logits, from the gradient that the forward pass has left behind: see forward.py."""
+"""The gradient with respect to the logits, from the one that the forward pass has stored (see forward.py).
+
+dx[n, c] = dloss * grad[n, c], or dloss[n] * grad[n, c] for a loss a row, and 0 for rows whose target is ignore_index
+"""
 
 import triton
 import triton.language as tl
@@ -17,17 +20,17 @@ def cross_entropy_grad_kernel(
     UNIT_NUMEL: tl.constexpr, UNIT_GN: tl.constexpr, C: tl.constexpr, DENSE: tl.constexpr, PER_ROW: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    # A block is runs of elements of one row each, as wide as an access, so that a thread asks for one target a run.
+    # A block consists of runs within one row, as wide as a memory access, so that a thread loads one target a run.
     runs = tl.program_id(0).to(INDEX) * BLOCK + (tl.arange(0, BLOCK // RUN) * RUN)[:, None]
     lanes = tl.arange(0, RUN)[None, :]
     n, offs = runs // C, runs + lanes
     mask_n, mask = runs < numel * UNIT_NUMEL, offs < numel * UNIT_NUMEL
 
-    # Ignored rows are read too: to wait for targets first would leave less on its way from memory.
+    # Ignored rows are loaded too: waiting for the targets first would leave fewer loads in flight.
     if DENSE:
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(ACC)
     else:
-        # Of offs % C Triton does not know that its elements lie side by side.
+        # For offs % C Triton would not know that its elements are contiguous.
         places = n * (stride_gn * UNIT_GN) + (offs - n * C) * stride_gc
         grad = tl.load(grad_ptr + places, mask=mask, other=0.0).to(ACC)
     target = tl.load(target_ptr + n * stride_t, mask=mask_n, other=0).to(tl.int64)
@@ -35,7 +38,7 @@ def cross_entropy_grad_kernel(
         dloss = tl.load(dloss_ptr + n * stride_dloss, mask=mask_n, other=0.0).to(ACC)
     else:
         dloss = tl.load(dloss_ptr).to(ACC)
-    # Not by a factor of 0: what is made of the loss may have divided by a count of 0.
+    # A select and not a factor of 0: dloss may be infinite or NaN, after a division by a count of 0.
     dx = tl.where(target != ignore_index, dloss * grad, 0.0)
 
     tl.store(dx_ptr + offs, round_to(dx, dx_ptr.dtype.element_ty), mask=mask)

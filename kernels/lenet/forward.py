@@ -4,11 +4,11 @@
     loss = sum over the images with a target of lse(y) - y[target],   dy = exp(y - lse) - [class = target]
     dh2 = fc3^T(dy) where h2 > 0,  dh1 = fc2^T(dh2) where h1 > 0,  dz = fc1^T(dh1) at the pixel of p2's code
 
-A program takes BLOCK_I images through all layers, BLOCK_S at a time through the convolutions. What one layer leaves in
-memory is read by the next after a barrier, out of the caches. Rows and columns of all products stand in the orders of
-lane_order.py, so that images, activations and results do not pass through shared memory. Gradients are of the sum of
-the losses: the last launch divides by the number of targets, once it knows it. See layout.py for the layouts. Ties: the
-first of equal pixels wins; NaN wins over all.
+A program takes BLOCK_I images through all layers, BLOCK_S at a time through the convolutions. Each layer stores its
+result, and the next one reads it after a barrier, from the caches. Operands are permuted as lane_order.py explains, so
+that images, activations and results need no shared memory. Gradients are those of the sum of the losses; the last
+launch divides by the number of targets, which is known only then. layout.py has the layouts. Of equal pixels the first
+one wins, and NaN wins over all.
 """
 
 import functools
@@ -57,10 +57,10 @@ def lenet_forward_kernel(
         first = keep_filters(packed_ptr, columns_of_lanes(128, WIDE, 2), 128, C * 64, BLOCK_K1, 4, OPERAND)
     if KEPT > 1:
         second = keep_filters(packed_ptr + W2, columns_of_lanes(64, 4, 2), 64, 288, BLOCK_K2, WIDE, OPERAND)
-    # In training every image keeps its activations; otherwise a program uses its own again and again.
+    # In training every image has its own activations; otherwise a program reuses one buffer.
     for group in range(pid, pid + 1 if TRAIN else tl.cdiv(N, BLOCK_I), 1 if TRAIN else tl.num_programs(0)):
         i0, s0 = group * BLOCK_I, (group if TRAIN else pid) * BLOCK_I
-        # The convolutions of some of the images at a time: the first's result stays in the caches for the second.
+        # Convolve BLOCK_S images at a time, so that the first result stays in the caches for the second convolution.
         for j0 in range(0, BLOCK_I, BLOCK_S):
             p0 = i0 + j0 if TRAIN else pid * BLOCK_S
             if LANES:
@@ -87,7 +87,7 @@ def lenet_forward_kernel(
                 )  # fmt: skip
             tl.debug_barrier()
 
-        # The matrix units take sixteen rows at the least, and lanes are good for eight.
+        # Matrix units need at least sixteen rows, and an FMA tile at least eight.
         rows = rows_of_lanes(BLOCK_R)[None, :, None, None]
         acts_rows, grads_rows = (s0 + rows) * (F + 256), (i0 + rows) * (256 + CP)
         mask = (rows < BLOCK_I) & (i0 + rows < N)
@@ -141,7 +141,7 @@ def lenet_forward_kernel(
 
 
 class Pixels(NamedTuple):
-    """How images become what the first convolution reads: bytes p as p * scale + shift, in a frame of black pixels."""
+    """How images are read: a byte p becomes p * scale + shift, and `frame` black pixels surround the image."""
 
     frame: int = 0
     scale: float = 1.0
@@ -149,14 +149,14 @@ class Pixels(NamedTuple):
 
 
 def _pooled_size(form, geometry):
-    """Of an image after the first pooling, as the kernels keep it."""
+    """The shape of an image after the first pooling, as the kernels store it."""
     Q1, _ = geometry.pooled
     return (6, Q1, Q1) if form == "lanes" else (Q1, Q1, 8)
 
 
 @cached_for_architecture
 def _inference_sizes(N, geometry, form, device):
-    """(name, size) of the tensors of a launch for inference; its programs use them again and again."""
+    """(name, size) of the tensors of a launch for inference, whose programs reuse them."""
     block, tile = forward_tile(form, N, geometry, False)
     programs = inference_programs(N, block, tile, torch.device(device))
     # The last program may have fewer images than the others.
@@ -166,7 +166,7 @@ def _inference_sizes(N, geometry, form, device):
 
 
 def activations(N, geometry, format, device, train):
-    """The tensors that the launches leave to each other for N images: p1, code1, acts, code2, grads, dz, loss."""
+    """The tensors by which the launches pass results on, for N images: p1, code1, acts, code2, grads, dz, loss, ..."""
     form, dtype = lenet_lanes.form(format), torch.bfloat16 if format == "bfloat16" else torch.float32
     if not train:
         sizes = _inference_sizes(N, geometry, form, device)
@@ -192,14 +192,14 @@ def activations(N, geometry, format, device, train):
 
 
 def inference_programs(N, block, tile, device):
-    """As many as run at once, so that the activations that they use again and again stay in the caches."""
+    """The number of programs that run at once, so that the activations that they reuse stay in the caches."""
     groups = cdiv(N, block)
     return min(groups, 3) if INTERPRETED else min(groups, multiprocessors(device) * 8 // tile.num_warps)
 
 
 @functools.cache
 def multiprocessors(device):
-    """How many a GPU has, each with registers for eight warps; those of an H200 in the place of another device."""
+    """The multiprocessors of a GPU, each with registers for eight warps; an H200's number for any other device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -228,9 +228,9 @@ def _forward(
 
 
 def forward(x, target, plain, packed, geometry, format, pixels, memory, logits, ignore_index=-100):
-    """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes); with a target all of `memory` is filled."""
+    """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes). With a target all of `memory` is filled."""
     p1, acts = memory["p1"], memory["acts"]
-    # Pointers that inference never follows are not there.
+    # Inference does not have these tensors, and never dereferences their pointers.
     names = "code2", "grads", "dz", "dz_columns", "code2_columns", "loss"
     code2, grads, dz, dz_columns, code2_columns, loss = map(memory.get, names)
     tensors = x, target, plain, packed, p1, memory.get("code1"), acts, code2, logits, grads, dz, dz_columns

@@ -1,11 +1,11 @@
-"""Every weight and bias gradient of LeNet in one launch, each program a partial sum of one of them.
+"""Every weight and bias gradient of LeNet in one launch; each program computes a partial sum of one of them.
 
     dconv1[oc, c, kh, kw] = sum over images and pixels of dx1 x,  dx1 = the gradient of p1 at the pixel of its code
     dconv2[oc, c, kh, kw] = sum over images and pixels of dz p1,  dfc = grads^T acts
     gradient of p1 = WD dz^T, for 2 x 4 of its pixels as rows and images as columns    (see layout.py for the layouts)
 
-Programs take roles by number: first those of the first convolution, then those of the second, then tiles of the
-linears. Each keeps its sum in registers and writes it once.
+A program's number decides its role: first convolution, second convolution, or a tile of the linear layers. It keeps its
+sum in registers and writes it once.
 """
 
 import torch
@@ -26,13 +26,13 @@ from .layout import Splits
 from .products_gradient import first_convolution, linear, second_convolution
 from .tiles import gradient_tile
 
-# Programs of each role for a batch that fills the card: all take about as long, and two fit a multiprocessor.
+# The most programs of each role: all take about as long, and two fit on a multiprocessor.
 MOST = Splits(168, 74, 2)
 MOST_LANES = Splits(64, 4, 3, lanes=True)
 
 
 def splits_for(format, images, geometry):
-    """How many programs share each gradient: the fewest that take no longer than the most would, see Splits."""
+    """How many programs share each gradient: the fewest that take no longer than the maximum would, see Splits."""
     form = lenet_lanes.form(format)
     tile, (Q1, Q2), lanes = gradient_tile(form, images, geometry), geometry.pooled, form == "lanes"
     most = Splits(2, 2, 1) if INTERPRETED else MOST_LANES if lanes else MOST
@@ -47,8 +47,8 @@ def splits_for(format, images, geometry):
 def parts(tile, geometry, lanes):
     """How many programs share a split of the first convolution's gradient, and of the second's.
 
-    Of products the channels of the images, and the columns of the sum: the last 32 of 288 go with the first 256. Of
-    lanes halves of the filters, and the channels of quarters of them.
+    On matrix units each takes one channel of the images, or a block of columns of the sum (one program takes 256 and
+    the last 32 of 288). With `lanes` each takes half of the filters, or one channel of a quarter of them.
     """
     if lanes:
         return 2, 24
@@ -70,7 +70,7 @@ def lenet_gradient_kernel(
     BLOCK_M2: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_M3: tl.constexpr, BLOCK_N3: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    # A split's row of sums has a multiple of four.
+    # The number of sums in a split is a multiple of four.
     partial2_ptr = partial_ptr + tl.multiple_of(partial2, 4)
     partial3_ptr = partial_ptr + tl.multiple_of(partial3, 4)
     if pid < splits1 * PARTS1:
@@ -110,13 +110,13 @@ def lenet_gradient_kernel(
 
 
 def sums(geometry, splits, device):
-    """The tensors of a launch's sums: those of the first convolution before they are folded, and the partial ones."""
+    """The workspace of the first convolution's sums before they are folded, and the tensor of the partial sums."""
     sizes = 0 if splits.lanes else splits.conv1 * geometry.channels * 64 * 128, splits.partials(geometry)[-1]
     return [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
 
 
 def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, partial):
-    """Fills `partial` with the partial sums of all gradients of the images x, whose forward has filled `memory`."""
+    """Fill `partial` with the partial sums of all gradients for the images x, whose forward has filled `memory`."""
     N, lanes = x.shape[0], splits.lanes
     tile = gradient_tile("lanes" if lanes else format, N, geometry)
     parts1, parts2 = parts(tile, geometry, lanes)
@@ -124,7 +124,7 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
     tiles = triton.cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
     dz, code2 = memory["dz"], memory["code2"]
-    # Else the assembler spills a few registers to have three programs on a multiprocessor.
+    # Otherwise the assembler spills a few registers to fit three programs on a multiprocessor.
     spill = lanes and geometry.channels > 1 and not INTERPRETED and compute_capability() == 10
     registers = {"maxnreg": 255} if spill else {}
     launch(

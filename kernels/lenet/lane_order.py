@@ -1,12 +1,12 @@
-"""The orders in which LeNet's products take their rows and columns, so that nothing moves between a warp's lanes.
+"""The order of rows and columns in LeNet's products, by which operands and results need no shared memory.
 
-Of sixteen rows of a product that are a warp's, each group of four lanes holds one of the first eight and one of the
-others. Of a row of the left operand, lane t has the 32-bit words t, t + 4, t + 8, ...; of a row of the result it has
-the columns 2t, 2t + 1, 2t + 8, 2t + 9, ... But lanes load and store best VECTOR elements, 16 bytes, side by side.
-A sum may take its terms in any order, and a result's columns may stand in any, as long as both operands agree: here
-they are in the order in which lanes have loaded them or will store them. Operands then go from memory to the matrix
-units, and results to memory, without the way through shared memory. So it is where the compiler gives each warp sixteen
-rows, on sm_80 and sm_90 with BLOCK_M = 16 * num_warps; elsewhere it moves them, and the numbers are the same.
+In a matrix unit's layout a warp has sixteen rows, and each group of four lanes holds one of the first eight and one of
+the last eight. In a row of the left operand, lane t holds the 32-bit words t, t + 4, t + 8, ...; in a row of the result
+it holds the columns 2t, 2t + 1, 2t + 8, 2t + 9, ... Loads and stores are fastest if each lane has VECTOR contiguous
+elements, 16 bytes. Because the terms of a sum and the columns of a result may be permuted, as long as both operands
+agree, operands are permuted here into the order in which lanes load or store them. They then go from memory to the
+matrix units, and results to memory, without a conversion in shared memory. This holds if the compiler gives each warp
+sixteen rows: on sm_80 and sm_90 with BLOCK_M = 16 * num_warps. Elsewhere it converts, with the same results.
 
 Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "Register Fragments for wgmma.mma_async.m64nNk16".
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def rows_of_lanes(BLOCK_M: tl.constexpr):
-    """The rows of a product in the order in which lanes load and store them."""
+    """The order of a product's rows in which lanes load and store them."""
     i = tl.arange(0, BLOCK_M)
     if BLOCK_M < 16:
         return i
@@ -26,7 +26,7 @@ def rows_of_lanes(BLOCK_M: tl.constexpr):
 
 @triton.jit
 def columns_of_lanes(K: tl.constexpr, VECTOR: tl.constexpr, PAIR: tl.constexpr):
-    """The columns of memory in the order in which a product has them; PAIR is 2 for results."""
+    """The columns in memory, in the order of the product; PAIR is 2 for results."""
     k = tl.arange(0, K)
     within = k // PAIR % 4 * VECTOR + k // (4 * PAIR) % (VECTOR // PAIR) * PAIR + k % PAIR
     return k // (4 * VECTOR) * (4 * VECTOR) + within
@@ -34,7 +34,7 @@ def columns_of_lanes(K: tl.constexpr, VECTOR: tl.constexpr, PAIR: tl.constexpr):
 
 @triton.jit
 def vectors(K: tl.constexpr, VECTOR: tl.constexpr):
-    """(K / (4 * VECTOR), 1, 4, VECTOR): the columns of memory, VECTOR to a lane."""
+    """(K / (4 * VECTOR), 1, 4, VECTOR): the columns in memory, VECTOR for each lane."""
     blocks, lanes, elements = tl.arange(0, K // (4 * VECTOR)), tl.arange(0, 4), tl.arange(0, VECTOR)
     columns = blocks[:, None, None] * (4 * VECTOR) + (lanes[:, None] * VECTOR + elements[None, :])[None, :, :]
     return columns[:, None, :, :]
@@ -42,9 +42,9 @@ def vectors(K: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def to_operand(x, PAIR: tl.constexpr):
-    """(K / (4 * VECTOR), BLOCK_M, 4, VECTOR), the rows of rows_of_lanes by `vectors` -> (BLOCK_M, K).
+    """(K / (4 * VECTOR), BLOCK_M, 4, VECTOR), loaded at rows_of_lanes and `vectors` -> (BLOCK_M, K).
 
-    Its rows are in order, its columns those of columns_of_lanes(K, VECTOR, PAIR); PAIR elements are 32 bits.
+    Its rows are in order, its columns are columns_of_lanes(K, VECTOR, PAIR); PAIR elements are 32 bits.
     """
     J: tl.constexpr = x.shape[0]
     BLOCK_M: tl.constexpr = x.shape[1]
@@ -56,7 +56,7 @@ def to_operand(x, PAIR: tl.constexpr):
 
 @triton.jit
 def from_result(y, VECTOR: tl.constexpr):
-    """(BLOCK_M, K), columns those of columns_of_lanes(K, VECTOR, 2) -> (K / (4 * VECTOR), BLOCK_M, 4, VECTOR)."""
+    """(BLOCK_M, K) with the columns columns_of_lanes(K, VECTOR, 2) -> (K / (4 * VECTOR), BLOCK_M, 4, VECTOR)."""
     BLOCK_M: tl.constexpr = y.shape[0]
     J: tl.constexpr = y.shape[1] // (4 * VECTOR)
     HALVES: tl.constexpr = min(2, BLOCK_M // 8)
@@ -82,5 +82,5 @@ def load_transposed(
     BLOCK_N: tl.constexpr = offs_n.shape[0]
     w = tl.load(w_ptr + (offs_n * STRIDE)[None, :, None, None] + (k0 + vectors(K, VECTOR))).to(OPERAND)
     w = tl.reshape(w, (K // (4 * VECTOR), BLOCK_N, 4, VECTOR // PAIR, PAIR))
-    # As one permutation: triton 3.6.0 does not compile a transposition after the reshape for 64 rows and more.
+    # One permutation, because triton 3.6.0 does not compile a transposition after the reshape for 64 rows or more.
     return tl.reshape(tl.permute(w, (0, 3, 2, 4, 1)), (K, BLOCK_N))

@@ -1,7 +1,7 @@
-"""LeNet's two convolutions in full float32: a patch of pixels a lane, multiplied and added in its registers.
+"""LeNet's two convolutions in full float32: FMA on a patch of pixels in each thread's registers.
 
-The formulas are lenet_forward's. Filters come from the plain buffer, a number at a time for all lanes. p1 and its code
-lie channel by channel, so that patches side by side are read side by side.
+The formulas are those of forward.py. Filters are read from the plain buffer, one value at a time for all threads. p1
+and its code are stored channel by channel, so that adjacent threads read adjacent patches.
 """
 
 import triton
@@ -12,9 +12,9 @@ from ..conv2d_pool.lanes import add_products, largest_of_four, load_patch, side_
 
 
 def form(format):
-    """The row of the tables of tiles: "lanes" for what the kernels of this file and its sibling take, or the format.
+    """The row of the tables of tiles: "lanes" if this file and lanes_gradient.py serve the format, else `format`.
 
-    The matrix units of AMD's cards take products of full float32; in the interpreter products take far fewer steps.
+    AMD's matrix units support full float32, and in the interpreter matrix products take far fewer steps.
     """
     if format != "ieee" or INTERPRETED:
         return format
@@ -27,7 +27,7 @@ def load_square(
     ROWS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One channel's 8 x 8 pixels that feed a square of four windows, row by row, as a tuple; see load_patches."""
+    """One channel's 8 x 8 pixels under a square of four windows as a tuple, row by row; see products.load_pixels."""
     SIDE: tl.constexpr = SIZE - 2 * FRAME
     top, left = square // (Q1 // 2) * 4 - PAD + first, square % (Q1 // 2) * 4 - PAD
     offs = image * (C * SIDE * SIDE) + (top - FRAME) * SIDE + left - FRAME
@@ -37,7 +37,7 @@ def load_square(
     else:
         pixels = ()
         for i in tl.static_range(0, 8 * ROWS, 2):
-            # Pairs, which edges do not part where the frame and the padding are even.
+            # Pairs: with an even frame and padding no pair crosses an edge.
             ih = (top + i // 8)[:, None]
             iw = (left + i % 8)[:, None] + tl.arange(0, 2)[None, :]
             inside = (ih >= FRAME) & (ih < SIZE - FRAME) & (iw >= FRAME) & (iw < SIZE - FRAME)
@@ -47,7 +47,7 @@ def load_square(
         scaled = ()
         for i in tl.static_range(8 * ROWS):
             x = pixels[i].to(tl.float32) * SCALE + SHIFT
-            # Only where the convolution pads is there anything outside the frame.
+            # There are pixels outside the frame only if the convolution pads.
             if PAD > 0:
                 ih, iw = top + i // 8, left + i % 8
                 x = tl.where((ih >= 0) & (ih < SIZE) & (iw >= 0) & (iw < SIZE), x, 0.0)
@@ -63,12 +63,12 @@ def first_convolution(
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     SQUARES: tl.constexpr = (Q1 // 2) * (Q1 // 2)
-    # Several channels share their loads between the sums of two filters.
+    # With several channels two filters share the loads of the pixels.
     FILTERS: tl.constexpr = 1 if C == 1 else 2
     for m0 in range(0, BLOCK_I * SQUARES, BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         mask = (offs_m < BLOCK_I * SQUARES) & (i0 + offs_m // SQUARES < N)
-        # Lanes past the end repeat a patch, so that no load has to be masked for them.
+        # Elements past the end repeat a patch, so that their loads need no mask.
         image = tl.minimum(offs_m // SQUARES, tl.minimum(BLOCK_I, N - i0) - 1)
         square = offs_m % SQUARES
         p_offs = (s0 + image) * (6 * Q1 * Q1) + square // (Q1 // 2) * (2 * Q1) + square % (Q1 // 2) * 2
@@ -102,7 +102,7 @@ def first_convolution(
 
 @triton.jit
 def four_columns(v):
-    """(lanes, 4) of a tuple of four vectors over the lanes."""
+    """(BLOCK_M, 4) of a tuple of four vectors."""
     four = tl.join(tl.join(v[0], v[2]), tl.join(v[1], v[3]))
     return tl.reshape(four, (four.shape[0], 4))
 
@@ -125,7 +125,7 @@ def second_convolution(
                 bias = tl.zeros((BLOCK_M, 2, 2), tl.float32) + tl.load(bias_ptr + first + o)
                 sums = sums + (bias,)
             for c in range(6):
-                # The channel moves the scalar pointer, as AMD's passes take minutes over vectors of pointers that move.
+                # Advance the scalar pointer: AMD's compiler passes take minutes for vectors of changing pointers.
                 pixels = load_patch(p1_ptr + c * (Q1 * Q1), p_offs, 0, 0, mask, Q1, Q1, Q1, 1, 6, 6, True)
                 windows = windows_of(pixels, 5, 5, 1, 1, 1, 1, 2, 2, 6, 1)
                 added = ()
@@ -133,7 +133,7 @@ def second_convolution(
                     w_offs = (first + o) * 150 + c * 25
                     added = added + add_products((sums[o],), windows, w_ptr, w_offs, 5, 1, 5, 5, 1)
                 sums = added
-            # As with the windows of add_products, the four filters' go through the compiler as one.
+            # The four filters are one tensor for the compiler's sake, as are the windows in windows_of.
             of_four = tl.permute(tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3])), (0, 3, 4, 1, 2))
             y, code = largest_of_four(tl.reshape(of_four, (BLOCK_M, 4, 2, 2)))
             lanes = first + tl.arange(0, 4)

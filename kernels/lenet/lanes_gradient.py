@@ -1,11 +1,11 @@
-"""The gradients of LeNet's two convolutions in full float32: products and sums in the registers of lanes.
+"""The gradients of LeNet's two convolutions in full float32: FMA on values in each thread's registers.
 
     dconv2[oc, c, kh, kw] = sum over images and windows of dz p1 at the pixel of the window's code
     dp1[c, y, x]          = sum over oc and taps of dz conv2
     dconv1[oc, c, kh, kw] = sum over images and windows of dp1 x at the pixel of the window's code
 
-dz is the gradient of p2. It and its code lie image by image and once more, as columns, feature by feature for 32 images
-at a time, so that lanes that are images read side by side; the rest lies as lenet_lanes leaves it.
+dz is the gradient of p2. It and its code are stored image by image and once more as columns, feature by feature for 32
+images at a time, so that threads with one image each read contiguously; the rest has the layout of lanes.py.
 """
 
 import triton
@@ -26,7 +26,7 @@ def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def sum_lanes(v, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """(WIDTH * COUNT): the sums over the lanes of a tuple of COUNT tensors (lanes, WIDTH), both powers of two."""
+    """(WIDTH * COUNT): the sums over the first dimension of COUNT tensors (BLOCK, WIDTH); both are powers of two."""
     for level in tl.static_range(COUNT.bit_length() - 1):
         joined = ()
         for i in tl.static_range(COUNT >> (level + 1)):
@@ -37,7 +37,7 @@ def sum_lanes(v, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def of_pixels(dz, code):
-    """The gradients of a window's four pixels, of which one has all there is."""
+    """The gradients of a window's four pixels: dz at the pixel of the code, 0 elsewhere."""
     z = ()
     for q in tl.static_range(4):
         z = z + (tl.where(code == q, dz, 0.0),)
@@ -49,14 +49,14 @@ def second_convolution(
     dz_ptr, code_ptr, p1_ptr, partial_ptr, part, split, N,
     splits, Q1: tl.constexpr, Q2: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    # A lane is a window, a program adds up one channel of four filters.
+    # An element is a window; a program adds up one channel of four filters.
     WINDOWS: tl.constexpr = Q2 * Q2
     channel, first = part % 6, part // 6 * 4
     sums, sum_b = zeros(25, BLOCK_M, 4), tl.zeros((BLOCK_M, 4), tl.float32)
     for m0 in range(split * BLOCK_M, N * WINDOWS, splits * BLOCK_M):
         offs_m = m0 + tl.arange(0, BLOCK_M)
         mask = offs_m < N * WINDOWS
-        # Lanes past the end repeat the last patch, and add nothing.
+        # Elements past the end repeat the last patch, and add 0.
         image = (tl.minimum(offs_m, N * WINDOWS - 1) // WINDOWS).to(INDEX)
         window = offs_m % WINDOWS
         p_offs = image * (6 * Q1 * Q1) + window // Q2 * (2 * Q1) + window % Q2 * 2
@@ -64,7 +64,7 @@ def second_convolution(
         offs = (offs_m.to(INDEX) * 16 + first)[:, None] + tl.arange(0, 4)[None, :]
         dz = tl.load(dz_ptr + offs, mask=mask[:, None], other=0.0)
         code = tl.load(code_ptr + offs, mask=mask[:, None], other=4)
-        # The four filters go through the compiler as one, as the windows of conv2d_pool/lanes.py.
+        # The four filters are one tensor for the compiler's sake, as are the windows in conv2d_pool/lanes.py.
         sum_b += tl.where(code < 4, dz, 0.0)
         z = of_pixels(dz, code)
         for q in tl.static_range(4):
@@ -83,9 +83,9 @@ def second_convolution(
 
 @triton.jit
 def add_row(sums, z, w_ptr, ROW: tl.constexpr, QY: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr):
-    """sums, of two rows of three channels of dp1: to row ROW is added what row QY of a row of windows sends it.
+    """sums, of two rows of three channels of dp1, plus the contribution of pixel row QY of a row of windows to row ROW.
 
-    z has the gradients of the windows, four each; w a row of five taps as W2 has it, see layout.py.
+    z has the gradients of the windows, four for each; w_ptr a row of five taps in the layout of W2, see layout.py.
     """
     added = ()
     for c in tl.static_range(3):
@@ -106,7 +106,7 @@ def input_gradient(
     dz_ptr, code_ptr, w_ptr, dp_ptr, image, row, mask,
     Q1: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Three channels of a pair of rows of p1's gradient, each lane of its own image."""
+    """Three channels of a pair of rows of p1's gradient; an element is an image."""
     sums = zeros(6 * Q1, BLOCK_M, 1)
     offs = image // 32 * (32 * F) + image % 32
     # The windows of row `above` are `below` pairs of rows further up.
@@ -119,7 +119,7 @@ def input_gradient(
                 dz = tl.load(dz_ptr + place + offs, mask=mask, other=0.0)
                 code = tl.load(code_ptr + place + offs, mask=mask, other=4)
                 z = z + of_pixels(dz, code)
-            # Row ry of the pair and row qy of the windows meet in row 2 * below + ry - qy of the taps.
+            # Row ry of the pair and pixel row qy of the windows use row 2 * below + ry - qy of the taps.
             row_ptr = w_ptr + oc + below * (2 * 48 * 64)
             sums = add_row(add_row(sums, z, row_ptr, 0, 0, Q1, Q2), z, row_ptr, 1, 1, Q1, Q2)
             if below < 2:
@@ -136,7 +136,7 @@ def input_gradient(
 
 @triton.jit
 def add_taps(fours, fifths, z, rows, pixels, LEFT: tl.constexpr):
-    """The sums of 5 rows of taps, of four and of the fifth, and what the window LEFT pixels into a patch adds."""
+    """The sums of 5 rows of taps, four taps and the fifth apart, plus those of the window LEFT pixels into a patch."""
     for q in tl.static_range(4):
         added, added_fifths = (), ()
         for kh in tl.static_range(5):
@@ -150,9 +150,9 @@ def add_taps(fours, fifths, z, rows, pixels, LEFT: tl.constexpr):
 
 @triton.jit
 def add_windows(sums, pixels, dp_ptr, code_ptr, offs, mask, Q1: tl.constexpr):
-    """sums, of three filters: 5 rows of four taps, their fifths, biases; and what two windows of dp1 add to them.
+    """sums, of three filters (5 rows of four taps, their fifth taps, biases), plus those of two windows of dp1.
 
-    The windows are side by side and their patch has 6 x 8 pixels. Four taps go through the compiler as one.
+    The windows are adjacent, and their patch has 6 x 8 pixels. Four taps are one tensor for the compiler's sake.
     """
     rows, fours, fifths, biases = (), (), (), ()
     for i in tl.static_range(24):
@@ -179,8 +179,8 @@ def first_convolution(
     F: tl.constexpr, FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # A program has three filters. For the gradient of p1 a lane is an image, and all lanes see the same pair of rows:
-    # none waits for windows that do not reach its own. Then a lane is a square of the pair.
+    # A program has three filters. For the gradient of p1 an element is an image, and all elements have the same pair of
+    # rows, so that no thread idles while others have more windows. After that an element is a square of the pair.
     SIDE: tl.constexpr = Q1 // 2
     turns = tl.cdiv(N, BLOCK_M) * SIDE
     dp_ptr, code1_ptr = dp_ptr + part * (3 * Q1 * Q1), code1_ptr + part * (3 * Q1 * Q1)
@@ -197,14 +197,14 @@ def first_convolution(
                 k = k0 + tl.arange(0, BLOCK_K)
                 image, column = turn // SIDE * BLOCK_M + (k // SIDE).to(INDEX), k % SIDE
                 mask = (k < BLOCK_M * SIDE) & (image < N)
-                # Lanes past the end repeat a patch, and add nothing.
+                # Elements past the end repeat a patch, and add 0.
                 image = tl.minimum(image, N - 1)
                 square = turn % SIDE * SIDE + column
                 offs = image * (6 * Q1 * Q1) + turn % SIDE * (2 * Q1) + column * 2
                 for ry in range(2):
                     x = load_square(x_ptr, image, square, channel, 2 * ry, 6, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT)
                     sums = add_windows(sums, x, dp_ptr, code1_ptr, offs + ry * Q1, mask, Q1)
-        # Row n of the taps is row n % 5 of filter n // 5; behind them are the biases.
+        # Row n of the taps is row n % 5 of filter n // 5; the biases follow them.
         i = tl.arange(0, 64)
         n, kw = i % 16, i // 16
         to = (part * 3 + n // 5) * (25 * C) + channel * 25 + n % 5 * 5 + kw

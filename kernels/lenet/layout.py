@@ -1,34 +1,34 @@
-"""How LeNet lies in memory for its launches: parameters, their packed copies, activations and partial sums.
+"""The memory layout of LeNet's launches: parameters, packed weights, activations and partial sums.
 
-Parameters, and in training their gradients and the optimiser's state, stay in the tensors that torch has them in: the
-kernels find them by a table of addresses. Whatever has written to a weight, each forward begins with packing them all.
+Parameters, and in training their gradients and the optimiser's state, stay in torch's own tensors; the kernels find
+them through a table of addresses. Each forward packs all weights first, so that it sees every change made to them.
 With C channels, S = SIZE + 2 * PAD pixels, Q1 = (S - 4) / 2, Q2 = (Q1 - 4) / 2 and F = 16 * Q2 * Q2 features:
 
     places   (10, PLACES) int64, a row for each parameter: its address and strides, and the addresses of its gradient,
-             of the optimiser's moments and of the number of its updates
+             of the optimiser's moments and of its update count
     plain    the filters of both convolutions and all biases in float32
-    packed   the weights as the products read them, in the number format of the products:
+    packed   the weights in the layout and the number format of the products:
       W1[c * 64 + dy * 8 + dx, q * 32 + r * 8 + oc] = conv1[oc, c, dy - 2 * ry - qy, dx - 2 * rx - qx]
       W2[dy * 48 + dx * 8 + c, q * 16 + oc]         = conv2[oc, c, dy - qy, dx - qx]
       WD[j * 64 + r * 16 + s * 8 + c, q * 16 + oc]  = conv2[oc, c, 2 * jy + ry - qy, 2 * (jx + s - 1) + rx - qx]
       W3[p * 16 + oc, n] = fc1[n, oc * Q2 * Q2 + p],  W4[k, n] = fc2[n, k],  W5[k, n] = fc3[n, k]
 
-The four pixels q = 2 * qy + qx of a pooling window are columns of one product, so that one patch of pixels is read for
-all of them; in the first convolution the four windows r = 2 * ry + rx of a square are too. Entries that no weight
-reaches are 0 and stay so. WD is for the gradient of the second convolution's input, by pairs of squares s side by side,
-each of 2 x 2 pixels r: j = 4 * jy + jx counts the windows that reach a pair, from the last to the first.
+The four pixels q = 2 * qy + qx of a pooling window are columns of one product, so that they share one patch of pixels;
+in the first convolution so do the four windows r = 2 * ry + rx of a square. Entries without a weight are 0. WD is for
+the gradient of the second convolution's input, computed for pairs of adjacent squares s, each of 2 x 2 pixels r;
+j = 4 * jy + jx counts the windows that reach a pair, from the last to the first.
 
     p1   (N, Q1, Q1, 8)         pooled result of the first convolution, two channels of padding
     acts (N, F + 256)           p2, pixels before channels; the results of fc1 and fc2, padded to 128 each
     dz   (N, Q2, Q2, 4, 16)     the gradient of the second convolution's result: that of p2 at the pixel of its code
-    grads (N, 256 + CP)         of the results of fc1, fc2 and fc3, the classes padded to CP
+    grads (N, 256 + CP)         gradients of the results of fc1, fc2 and fc3, the classes padded to CP
     code1, code2                which pixel of its window was the largest, and 4 where it was not above 0
 
-Full float32 on NVIDIA's cards, see lanes.py, has instead
+In full float32 on NVIDIA's cards (see lanes.py) they are instead
 
-    p1, code1, dp1 (N, 6, Q1, Q1)   dp1 is p1's gradient, a place to work for the second launch
-    dz   (N, F)                     the gradient of p2; code2 says of which pixel
-    dz_columns, code2_columns (ceil(N / 32), F, 32)   the same once more, images innermost
+    p1, code1, dp1 (N, 6, Q1, Q1)   dp1 is p1's gradient, workspace of the third launch
+    dz   (N, F)                     the gradient of p2; code2 has the pixel
+    dz_columns, code2_columns (ceil(N / 32), F, 32)   copies of both with images innermost
 """
 
 import functools
@@ -40,20 +40,20 @@ import triton
 
 from .._common import INTERPRETED
 
-# Elements of a parameter that one program updates; the interpreter's time goes by the program.
+# Elements of a parameter that one program updates; the interpreter's time grows with the number of programs.
 BLOCK = 16384 if INTERPRETED else 128
-# Columns of the table that says which programs update a parameter and where the partial sums of its gradient lie.
+# Columns of the table of which programs update a parameter, and where the partial sums of its gradient are.
 COLUMNS = 16
-# Columns of the table of addresses: the parameter's, its four strides, its gradient's, three moments', its step's.
+# Columns of the table of addresses: of the parameter, its four strides, of its gradient, three moments and step count.
 WEIGHT, STRIDES, GRADIENT, MOMENTS, STEP = 0, 1, 5, 6, 9
 PLACES = 10
-# Bits of the number of an update, and columns of the optimiser's numbers for each parameter.
+# Bits of an update count, and columns of the optimiser's hyperparameters for each parameter.
 BITS = 32
 NUMBERS = 8 + 2 * BITS
 
 
 def _remembered(method):
-    """A property that is worked out once for equal owners."""
+    """A property that is computed once for equal owners."""
     return property(functools.cache(method))
 
 
@@ -85,7 +85,7 @@ class Geometry(NamedTuple):
 
     @_remembered
     def shapes(self):
-        """Of the parameters, in the order of the module's."""
+        """The shapes of the parameters, in the module's order."""
         C, F = self.channels, self.features
         weights = (6, C, 5, 5), (16, 6, 5, 5), (120, F), (84, 120), (self.classes, 84)
         return [shape for weight in weights for shape in (weight, weight[:1])]
@@ -104,7 +104,7 @@ class Geometry(NamedTuple):
     @_remembered
     def packed(self):
         """Where W1, W2, WD, W3, W4 and W5 begin in the packed buffer, and the buffer's size."""
-        # Whole blocks of features: those past the last have weight 0.
+        # Features are padded to whole blocks with weight 0.
         features = triton.cdiv(self.features, 128) * 128
         rows = (64 * self.channels, 128), (288, 64), (768, 64), (features, 128), (128, 128), (128, self.padded_classes)
         return _starts([math.prod(shape) for shape in rows])
@@ -116,7 +116,7 @@ class Geometry(NamedTuple):
 
     @_remembered
     def constants(self):
-        """What the kernels are compiled for."""
+        """The constants of the kernels."""
         Q1, Q2 = self.pooled
         return {
             "C": self.channels, "SIZE": self.size, "PAD": self.padding, "Q1": Q1, "Q2": Q2, "F": self.features,
@@ -131,17 +131,17 @@ def _starts(sizes):
 class Splits(NamedTuple):
     """How many programs share the gradients of the first convolution, of the second, and of each tile of the linears.
 
-    A function of the shapes and of the card's kind of matrix units: sums repeat on every card of a kind, however large.
+    It depends on the shapes and the architecture alone, so that sums have the same bits on every card of a kind.
     """
 
     conv1: int
     conv2: int
     linear: int
-    # Whether by lenet_lanes_grad, which adds up the pixels of a window at once.
+    # Whether lanes_gradient.py computes them, which adds the pixels of a window at once.
     lanes: bool = False
 
     def partials(self, geometry):
-        """Where the partial sums of each begin, and the size of all."""
+        """The offsets of the partial sums of each, and the total size."""
         rows = 150 * geometry.channels + 6, 16 * 150 + 16 if self.lanes else 64 * 288 + 64, geometry.row[-1]
         return _starts([splits * row for splits, row in zip(self, rows)])
 
@@ -160,7 +160,7 @@ def _rows(geometry, splits):
         terms = (4, 2 * 16 * 288 + 48, 16 * 288 + 8), (4, 32, 16)
 
     def biased(splits, row, weight, bias, radices, steps, terms=one, bias_terms=one):
-        """The rows of a weight and of its bias, whose sums start at `weight` and `bias` and go on after `row`."""
+        """The rows of a weight and of its bias, whose sums start at `weight` and `bias` and repeat every `row`."""
         yield *radices, weight, row, splits, *steps, *terms
         yield 1, 1, 1, bias, row, splits, 1, 0, 0, 0, *bias_terms
 
@@ -176,26 +176,26 @@ def _rows(geometry, splits):
 
 
 def table(geometry, splits, device):
-    """int32 (16, COLUMNS), a row for each parameter: which programs update it, and where its gradient's sums lie.
+    """int32 (16, COLUMNS), a row for each parameter: which programs update it, and where its gradient's sums are.
 
-    A parameter's element has the digits (a, b, c, d) in the radices (-, D1, D2, D3). Columns: first program, elements,
-    D1, D2, D3; the partial sums' start, step from split to split and number of splits; their steps by a, b, c, d; the
-    number of terms that a split holds for an element, and their steps by the two bits of a term's number.
+    An element of a parameter has the indices (a, b, c, d) in the mixed radices (-, D1, D2, D3). Columns: first program,
+    elements, D1, D2, D3; the partial sums' start, stride between splits and number of splits; their strides along a, b,
+    c, d; the number of terms that a split holds for an element, and their strides for the two bits of a term's index.
     """
-    # No program belongs to the rows past the parameters.
+    # The rows after the parameters start after every program.
     rows = [*_rows(geometry, splits), *[(2**30,)] * 6]
     rows = [[*row, *[0] * (COLUMNS - len(row))] for row in rows]
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def address(tensor):
-    """Where a tensor lies, as an int64: addresses are unsigned, and on some GPUs above 2^63."""
+    """A tensor's address as an int64: addresses are unsigned, and on some GPUs at or above 2^63."""
     number = tensor.data_ptr()
     return number - (number >> 63 << 64)
 
 
 def place(parameter, gradient=None, moments=(), step=None):
-    """A row of the table of addresses: what a launch does not use may be left out."""
+    """A row of the table of addresses; what a launch does not use may be omitted."""
     strides = parameter.stride()
     others = [gradient, *moments, *[None] * (3 - len(moments)), step]
     addresses = [0 if tensor is None else address(tensor) for tensor in others]

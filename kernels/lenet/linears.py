@@ -1,9 +1,9 @@
-"""LeNet's linear layers within a launch: forward, loss, and the gradients down to the second convolution's result.
+"""LeNet's linear layers inside the second launch: forward, loss, and the gradients of their inputs.
 
     h = relu(a w + bias),   loss = lse(y) - y[target],   dy = exp(y - lse) - [class = target],   dh = dy w^T where h > 0
 
-An image is a row. Layers are functions of the kernel in forward.py, which puts a barrier between them; rows and
-columns stand in the orders of lane_order.py.
+An image is a row. The kernel in forward.py calls a function for each layer, with a barrier between them. Operands are
+permuted as lane_order.py explains.
 """
 
 import triton
@@ -15,7 +15,7 @@ from .lane_order import columns_of_lanes, from_result, load_transposed, load_wei
 
 @triton.jit
 def load_rows(ptr, rows, mask_m, k0, K: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr):
-    """(BLOCK_K / (4 * VECTOR), BLOCK_R, 4, VECTOR): columns k0 to k0 + BLOCK_K of the rows, 0 from the Kth on."""
+    """(BLOCK_K / (4 * VECTOR), BLOCK_R, 4, VECTOR): columns k0 to k0 + BLOCK_K of the rows, 0 from column K on."""
     k = k0 + vectors(BLOCK_K, VECTOR)
     mask = mask_m if K % BLOCK_K == 0 else mask_m & (k < K)
     return tl.load(ptr + rows + k, mask=mask, other=0.0)
@@ -26,7 +26,7 @@ def add_product(
     acc, a_ptr, rows, mask_m, w_ptr, offs_n,
     K: tl.constexpr, STRIDE_K: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + a w: a (BLOCK_R, K) of rows one after the other, w (K, BLOCK_N) complete to whole blocks of K."""
+    """acc + a w: a (BLOCK_R, K) with contiguous rows, w (K, BLOCK_N) padded to whole blocks of K."""
     VECTOR: tl.constexpr = min(128 // a_ptr.dtype.element_ty.primitive_bitwidth, BLOCK_K // 4)
     PAIR: tl.constexpr = 32 // OPERAND.primitive_bitwidth
     for k0 in range(0, K, BLOCK_K):
@@ -41,7 +41,7 @@ def hidden_layer(
     acts_ptr, rows, mask_m, packed_ptr, bias_ptr, K: tl.constexpr, N: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """max(0, acts w + bias), of 128 columns from the Kth on, N of them not padding."""
+    """Store max(0, acts w + bias) in 128 columns from column K on, N of which are not padding."""
     offs_n = tl.arange(0, 128)
     acc = tl.zeros((BLOCK_R, 128), tl.float32)
     acc = add_product(acc, acts_ptr, rows, mask_m, packed_ptr, offs_n, K, 128, OPERAND, PRECISION, BLOCK_K)
@@ -55,7 +55,7 @@ def add_transposed_product(
     acc, a_ptr, rows, mask_m, w_ptr, offs_n,
     K: tl.constexpr, VECTOR: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + a w^T: a (BLOCK_R, K) of rows, w (BLOCK_N, K) the rows offs_n of K columns each."""
+    """acc + a w^T: a (BLOCK_R, K), w (BLOCK_N, K) the rows offs_n of w_ptr."""
     for k0 in range(0, K, BLOCK_K):
         a = load_rows(a_ptr, rows, mask_m, k0, K, BLOCK_K, VECTOR).to(OPERAND)
         w = load_transposed(w_ptr, offs_n, k0, K, BLOCK_K, VECTOR, OPERAND)
@@ -69,7 +69,7 @@ def hidden_gradient(
     K: tl.constexpr, ACTS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at column TO of grads: that at FROM through the weights, where the layer's result is above 0."""
+    """Store at column TO of grads the gradient at FROM times the weights, where the layer's result is above 0."""
     MOST: tl.constexpr = 128 // grads_ptr.dtype.element_ty.primitive_bitwidth
     dh = add_transposed_product(
         tl.zeros((BLOCK_R, 128), tl.float32), grads_ptr + FROM, grads_rows, mask_m,
@@ -86,9 +86,9 @@ def features_gradient(
     LANES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the second convolution's result: that of fc1's through its weights, at the pixel of the code."""
+    """Store the gradient of the second convolution's result: fc1's times its weights, at the pixel of the code."""
     VECTOR: tl.constexpr = 128 // grads_ptr.dtype.element_ty.primitive_bitwidth
-    # Full float32 has no registers for all of dh.
+    # In full float32 there are no registers for all of dh.
     WHOLE: tl.constexpr = PRECISION != "ieee"
     if WHOLE:
         dh = load_rows(grads_ptr, grads_rows, mask_m, 0, 128, 128, VECTOR).to(OPERAND)
@@ -122,8 +122,8 @@ def loss_and_gradient(
     logits_ptr, target_ptr, grads_ptr, grads_rows, n, mask_m, ignore_index,
     CLASSES: tl.constexpr, CP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(loss of each row, whether it has a target); the gradient of the logits goes to column 256 of grads."""
-    # The largest so far, and the sum of exponentials relative to it (Milakov and Gimelshein 2018).
+    """(loss of each row, whether it has a target); stores the gradient of the logits from column 256 of grads on."""
+    # The maximum so far, and the sum of exponentials relative to it (Milakov and Gimelshein 2018).
     largest, sum_exp = tl.full((BLOCK_R,), float("-inf"), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
     for c0 in range(0, CP, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)

@@ -1,9 +1,9 @@
-"""The launch in front of each forward of LeNet: its weights, as they are now, in the layouts that products read.
+"""The first launch of each LeNet forward: it packs the current weights into the layouts that the products read.
 
-It runs every time. Whether anybody has written to a weight cannot be told from outside: writes through `.data`, numpy
-or another process leave no trace. Weights are read where the parameters lie, by addresses that the kernel finds in the
-table of places, of any strides. See layout.py for the layouts. Each program writes a block of one of them, places that
-no weight reaches with 0. In training it keeps a copy of what the step's last launch changes while it still reads it.
+It runs every time, because changes cannot be detected: writes through `.data`, numpy or another process leave no trace.
+The kernel reads the parameters in place, at any strides, through the table of addresses. layout.py has the layouts.
+Each program writes a block of one of them, with 0 where there is no weight. In training it also copies what the last
+launch of the step both reads and changes.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from ..launching import planned
 from . import lanes as lenet_lanes
 from .layout import PLACES, STEP, STRIDES
 
-# Elements that a program writes; the interpreter's time goes by the program.
+# Elements that a program writes; the interpreter's time grows with the number of programs.
 BLOCK = 65536 if INTERPRETED else 1024
 
 
@@ -25,7 +25,7 @@ def load_filters(
     places_ptr, oc, c, kh, kw, mask,
     PARAMETER: tl.constexpr, WEIGHT: tl.constexpr, PLACES: tl.constexpr, STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """The weights [oc, c, kh, kw] of a 5 x 5 convolution, 0 past its edges and where the mask does not hold."""
+    """The weights [oc, c, kh, kw] of a 5 x 5 convolution, 0 outside the filter and where the mask is false."""
     mask = mask & (kh >= 0) & (kh < 5) & (kw >= 0) & (kw < 5)
     place_ptr = places_ptr + PARAMETER * PLACES
     offs = oc * tl.load(place_ptr + STRIDES) + c * tl.load(place_ptr + STRIDES + 1)
@@ -38,7 +38,7 @@ def load_linear(
     places_ptr, n, k, mask,
     PARAMETER: tl.constexpr, WEIGHT: tl.constexpr, PLACES: tl.constexpr, STRIDES: tl.constexpr,
 ):  # fmt: skip
-    """The weights [n, k] of a linear layer, 0 where the mask does not hold."""
+    """The weights [n, k] of a linear layer, 0 where the mask is false."""
     place_ptr = places_ptr + PARAMETER * PLACES
     offs = n * tl.load(place_ptr + STRIDES) + k * tl.load(place_ptr + STRIDES + 1)
     return tl.load(tl.load(place_ptr).to(tl.pointer_type(WEIGHT)) + offs, mask=mask, other=0.0)
@@ -67,7 +67,7 @@ def lenet_pack_kernel(
     B1: tl.constexpr, CONV2: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, B4: tl.constexpr, B5: tl.constexpr,
     WEIGHT: tl.constexpr, PLACES: tl.constexpr, STRIDES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Programs from P2 on pack W2, and so on; from PF on they copy filters as they are, and from PB on biases.
+    # Programs from P2 on pack W2, and so on; from PF on they copy unpacked filters, and the last one copies biases.
     pid, i = tl.program_id(0), tl.arange(0, BLOCK)
     if pid < P2:
         e = pid * BLOCK + i
@@ -124,16 +124,16 @@ def lenet_pack_kernel(
             for p in tl.static_range(10):
                 step_ptr = tl.load(places_ptr + p * PLACES + STEP).to(tl.pointer_type(tl.float32))
                 tl.store(steps_ptr + p, tl.load(step_ptr).to(tl.int32))
-            # Whether an earlier call of the group was in trouble.
+            # Whether the loss of an earlier call of the accumulation group was not finite.
             tl.store(trouble_ptr + 3, 0 if FIRST else tl.load(trouble_ptr + 2))
 
 
 @planned(lenet_pack_kernel)
 def _pack(places, plain, packed, steps, trouble, geometry, format, weight, first):
     train, lanes, sizes = steps is not None, lenet_lanes.form(format) == "lanes", geometry.packed
-    # What lanes do takes no packed filters, but for the gradient of the second convolution.
+    # lanes.py and lanes_gradient.py read packed filters only for the input gradient of the second convolution.
     used = not lanes, not lanes or train, not lanes and train, True, True, True
-    # The second convolution's filters lie in so many blocks as they are, the first's in one.
+    # Unpacked filters take cdiv(2400, BLOCK) programs for the second convolution, and one for the first.
     programs = [cdiv(end - start, BLOCK) * use for start, end, use in zip(sizes, sizes[1:], used)]
     P2, PD, P3, P4, P5, PF, PB = itertools.accumulate([*programs, cdiv(2400, BLOCK) + 1])
     _, W2, WD, W3, W4, W5, size = sizes
@@ -147,15 +147,15 @@ def _pack(places, plain, packed, steps, trouble, geometry, format, weight, first
 
 
 def pack(places, weight, plain, packed, geometry, format, steps=None, trouble=None, first=True):
-    """The weights that `places` leads to in `plain` and `packed`, as far as the format's launches read them there.
+    """Write the weights that `places` points to into `plain` and `packed`, as far as the format's launches read them.
 
     Args:
         places: (10, PLACES) int64, see layout.py; gradients and moments may be missing.
         weight: dtype of the parameters.
         plain: (geometry.plain[-1]) float32.
         packed: (geometry.packed[-1]) float32, or bfloat16 for that format.
-        steps: (10) int32, takes how many updates of each parameter there were; None where there is no training.
-        trouble: (4) int32, see lenet_update; its last takes what its third has, or 0 if `first`.
-        first: whether the call begins a group of calls.
+        steps: (10) int32, receives the update count of each parameter; None outside of training.
+        trouble: (4) int32, see update.py; element 3 receives element 2, or 0 if `first`.
+        first: whether the call is the first of an accumulation group.
     """
     _pack((places, plain, packed, steps, trouble), geometry, format, weight, first)

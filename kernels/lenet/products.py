@@ -1,4 +1,7 @@
-"""LeNet's two convolutions as matrix products."""
+"""LeNet's two convolutions as matrix products: a patch of pixels a row, all pixels of a window as columns.
+
+The products are permuted as lane_order.py explains; layout.py has the layout of the filters.
+"""
 
 import triton
 import triton.language as tl
@@ -13,9 +16,9 @@ def load_pixels(
     C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Pixels k = c * 64 + dy * 8 + dx of the 8 x 8 patch that feeds a square of four windows; all arguments broadcast.
+    """Pixels k = c * 64 + dy * 8 + dx of the 8 x 8 patch under a square of four windows; all arguments broadcast.
 
-    Images of bytes lie in a frame of FRAME black pixels and become p * SCALE + SHIFT.
+    A byte p becomes p * SCALE + SHIFT, and FRAME black pixels surround an image of bytes.
     """
     SIDE: tl.constexpr = SIZE - 2 * FRAME
     top, left = square // (Q1 // 2) * 4 - PAD, square % (Q1 // 2) * 4 - PAD
@@ -30,7 +33,7 @@ def load_pixels(
     x = tl.load(x_ptr + offs, mask=inside, other=0)
     if x_ptr.dtype.element_ty == tl.uint8:
         x = x.to(tl.float32) * SCALE + SHIFT
-        # Only where the convolution pads is there anything outside the frame.
+        # There are pixels outside the frame only if the convolution pads.
         if PAD > 0:
             x = tl.where(framed, x, 0.0)
     return x
@@ -48,9 +51,9 @@ def load_patches(
 
 
 @triton.jit
-def largest_of_four(acc, bias, BLOCK_M: tl.constexpr, LANES: tl.constexpr):
-    """(BLOCK_M, 4 * LANES), the pixels of a window outermost -> max(0, largest + bias), and the code, of each lane."""
-    rows, columns = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, 2, LANES)), (0, 3, 1, 2)))
+def largest_of_four(acc, bias, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
+    """(BLOCK_M, 4 * COLUMNS), window's pixels outermost -> (BLOCK_M, COLUMNS) of max(0, largest + bias), and code."""
+    rows, columns = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, 2, COLUMNS)), (0, 3, 1, 2)))
     z0, z2 = tl.split(rows)
     z1, z3 = tl.split(columns)
     upper = tl.maximum(z0, z1, propagate_nan=tl.PropagateNan.ALL)
@@ -66,7 +69,7 @@ def keep_filters(
     packed_ptr, offs_n,
     COLUMNS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """All of K rows of filters in blocks of BLOCK_K, see load_weights."""
+    """All K rows of the filters in blocks of BLOCK_K, see load_weights."""
     filters = ()
     for k0 in tl.static_range(0, K, BLOCK_K):
         filters = filters + (load_weights(packed_ptr, k0, offs_n, COLUMNS, min(BLOCK_K, K - k0), VECTOR, OPERAND),)
@@ -125,7 +128,7 @@ def second_convolution(
         offs_m = (m0 + rows_of_lanes(BLOCK_M))[None, :, None, None]
         image, window = offs_m // WINDOWS, offs_m % WINDOWS
         mask = (offs_m < BLOCK_I * WINDOWS) & (i0 + image < N)
-        # An element k = dy * 48 + dx * 8 + c of the 6 x 6 patch that feeds a window.
+        # An element k = dy * 48 + dx * 8 + c of the 6 x 6 patch under a window.
         rows = (p0 + image) * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
         acc = tl.zeros((BLOCK_M, 64), tl.float32)
         if KEPT:

@@ -1,4 +1,8 @@
-"""LeNet's weight gradients as matrix products."""
+"""LeNet's weight gradients as matrix products; gradient.py has the formulas, layout.py the layouts.
+
+The iterations of a program are blocks of images at one position: all rows of a product read the same pixels of their
+images, so that an address is the sum of one number a row and one number a column.
+"""
 
 import triton
 import triton.language as tl
@@ -11,7 +15,7 @@ from .products import load_patches
 
 @triton.jit
 def fold(scratch_ptr, elements):
-    """Of each weight the sum over the windows r of a square and the pixels q of a window, from scratch[elements] on."""
+    """The sum over the windows r of a square and the pixels q of a window, for the weights at scratch[elements]."""
     term = tl.arange(0, 16)
     y, x = term // 8 * 2 + term // 2 % 2, term // 4 % 2 * 2 + term % 2
     starts = (term // 2 % 2 * 64 + term // 4 * 16 + term % 2 * 8) * 64 + y * 8 + x
@@ -20,19 +24,19 @@ def fold(scratch_ptr, elements):
 
 @triton.jit
 def squares_of(z):
-    """(64, M) -> two (4, 8, M): the rows of each square of a pair, in which the squares take turns by eight rows."""
+    """(64, M) -> two (4, 8, M): the rows of each square of a pair; the squares alternate every eight rows."""
     return tl.split(tl.permute(tl.reshape(z, (4, 2, 8, z.shape[1])), (0, 2, 3, 1)))
 
 
 @triton.jit
 def living(marked):
-    """The gradients that a code below 4, in their last three bits, gives a pixel; 0 for the others."""
+    """The gradients whose code, in their last three bits, is below 4 and so points to a pixel; 0 for the others."""
     return tl.where((marked & 7) < 4, (marked & -8).to(tl.float32, bitcast=True), 0.0)
 
 
 @triton.jit
 def of_images(z, k, M: tl.constexpr, P: tl.constexpr):
-    """(4, 8, M) -> (32, P): the kth P of M images, up to eight times P."""
+    """(4, 8, M) -> (32, P): the kth block of P of the M images, for M up to 8 * P."""
     for i in tl.static_range(3):
         if M >> i > P:
             first, second = tl.split(tl.permute(tl.reshape(z, (4, 8, 2, M >> i + 1)), (0, 1, 3, 2)))
@@ -45,8 +49,8 @@ def pair_gradient(
     dz_ptr, wd_ptr, mask, row, pair,
     Q2: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(64, BLOCK_M): the gradient of p1 at a pair of squares, a row for each of WD's, a column for each image."""
-    # Twelve windows of the second convolution reach the pair, at the edges fewer.
+    """(64, BLOCK_M): the gradient of p1 at a pair of squares; its rows are those of WD, its columns images."""
+    # Twelve windows of the second convolution reach the pair, fewer at the edges.
     top, left = tl.maximum(row - 2, 0), tl.maximum(2 * pair - 2, 0)
     height, width = tl.minimum(row + 1, Q2) - top, tl.minimum(2 * pair + 2, Q2) - left
     n, i, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, BLOCK_K)
@@ -72,22 +76,21 @@ def first_convolution(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    # All images of a turn see the same pair of squares: addresses are one number an image and one a column.
     SIDE: tl.constexpr = Q1 // 2
     PAIRS: tl.constexpr = (SIDE + 1) // 2
     IMAGE: tl.constexpr = C * (SIZE - 2 * FRAME) * (SIZE - 2 * FRAME)
-    # The code fits in the last three bits of a gradient: products in tf32 and bf16 do without them.
+    # The code is stored in the last three bits of a gradient, which products in tf32 and bf16 do not use.
     MARKED: tl.constexpr = PRECISION == "tf32"
     rows, lanes = tl.arange(0, BLOCK_M), tl.arange(0, 64)
     code_columns = lanes // 32 * (Q1 * 8) + lanes // 8 % 2 * 16 + lanes // 16 % 2 * 8 + lanes % 8
-    # The gradients become the next product's left side where they lie, in registers: of 32 bits in another order.
+    # The gradients become the next product's left operand in their registers; 32-bit operands need another order.
     SWAPPED: tl.constexpr = MARKED and dz_ptr.dtype.element_ty == tl.float32
     LAST: tl.constexpr = 3 if SWAPPED else 4
     images = tl.arange(0, BLOCK_P)
     if SWAPPED:
         images = images // 8 * 8 + images % 4 * 2 + images // 4 % 2
 
-    # A row for each pixel of a window and each of a square's 32 lanes, a column for each pixel of a patch.
+    # A row for each pixel of a window and each window and filter of a square (32), a column for each pixel of a patch.
     acc, acc_b = tl.zeros((128, 64), tl.float32), tl.zeros((32, 8), tl.float32)
     for turn in range(split, tl.cdiv(N, BLOCK_M) * (SIDE * PAIRS), splits):
         block = turn % (SIDE * PAIRS)
@@ -148,12 +151,12 @@ def first_convolution(
 
 @triton.jit
 def load_again(ptrs, mask):
-    """In float32 what a product's operand has been loaded from, for a use beside the product.
+    """Load a product's operand once more, as float32, for a use beside the product.
 
-    An operand of a product in a pipelined loop has no other use: if it had, Triton would keep it in one buffer for all
-    turns, and on sm_90 the next turn's copy would overwrite it while the product still reads it (seen in triton 3.6.0,
-    3.7.1 and 3.9.0; bench/machine_code/ttgir.py looks for it). The other cache modifier keeps the two loads from being
-    merged.
+    An operand of a product in a pipelined loop must have no other use: otherwise Triton keeps it in one buffer for all
+    iterations, and on sm_90 the next iteration's copy overwrites it while the product still reads it (seen in triton
+    3.6.0, 3.7.1 and 3.9.0; bench/machine_code/ttgir.py looks for it). The different cache modifier prevents the two
+    loads from being merged.
     """
     return tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".ca").to(tl.float32)
 
@@ -165,7 +168,7 @@ def second_convolution(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # The four pixels of a window stay apart: what they share is added by the last launch. A row is an image here too.
+    # The four pixels of a window have rows of their own, which the last launch adds up.
     WINDOWS: tl.constexpr = Q2 * Q2
     REST: tl.constexpr = 288 - BLOCK_N if PARTS == 1 else 0
     rows, lanes, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -204,7 +207,7 @@ def linear(
     splits, F: tl.constexpr, CP: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of 128 x BLOCK_N: those of fc1 along its features, those of fc2, and for 128 classes each those of fc3.
+    # Tiles of 128 x BLOCK_N: those of fc1 along its features, those of fc2, and those of fc3 for each 128 classes.
     TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     HIDDEN: tl.constexpr = 128 // BLOCK_N
     first, second = tile < TILES, tile < TILES + HIDDEN

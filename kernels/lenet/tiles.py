@@ -1,4 +1,4 @@
-"""The tiles of LeNet's forward and of its gradients, by number format, card and size of the batch."""
+"""The tiles of LeNet's forward and of its gradients, by number format, architecture and batch size."""
 
 from typing import NamedTuple
 
@@ -8,28 +8,26 @@ from .._common import INTERPRETED, cached_for_architecture, cdiv, compute_capabi
 
 
 class ForwardTile(NamedTuple):
-    """Blocks of a number format.
+    """Block sizes of the forward launch.
 
-    Most images of a program, and of its convolutions at a time; squares and windows of a product, and its depth; the
-    depth of a linear layer's product, and features of its gradient. The filters of the first `kept` convolutions stay
-    in shared memory for all images of a program, as far as registers allow it, and the loops over a product's depth
-    are unrolled for them.
+    The filters of the first `kept` convolutions stay in shared memory for all images of a program, and the loops over K
+    of their products are unrolled.
     """
 
-    images: int
-    S: int
-    M1: int
+    images: int  # the most of a program
+    S: int  # images of its convolutions at a time
+    M1: int  # squares of the first convolution's product
     K1: int
-    M2: int
+    M2: int  # windows of the second convolution's product
     K2: int
-    K: int
-    F: int
+    K: int  # of the linear layers' products
+    F: int  # features of fc1's input gradient at a time
     kept: int
     num_warps: int
 
 
-# By whether it is for training; read off machine code (no register spills) and not yet timed. A turn of the lanes takes
-# M1 or M2 patches.
+# Keyed by whether it is for training. Chosen from machine code (no register spills) and not yet timed. "lanes" has M1
+# and M2 patches in an iteration.
 FORWARD = {
     True: {
         "bfloat16": ForwardTile(64, 64, 64, 64, 128, 64, 32, 64, 2, 8),
@@ -44,8 +42,8 @@ FORWARD = {
         "lanes": ForwardTile(64, 64, 128, 16, 256, 16, 16, 64, 0, 4),
     },
 }
-# For sm_90, whose matrix units take rows from registers and filters from shared memory, which holds them all. 16 rows
-# are a warp's: with 128 each row of a linear layer's product is loaded once.
+# For sm_90, whose matrix units read rows from registers and filters from shared memory, which holds all of them. A warp
+# has 16 rows: with 128, eight warps load each row of a linear layer's product once.
 HOPPER_FORWARD = {
     True: {
         "bfloat16": ForwardTile(128, 64, 128, 64, 128, 64, 32, 64, 2, 8),
@@ -59,34 +57,34 @@ HOPPER_FORWARD = {
 
 
 def _hopper_forward(format, images, geometry, train):
-    """The Tile of sm_90 for bfloat16 or tf32."""
+    """The tile for sm_90 in bfloat16 or tf32."""
     tile, colours, half = HOPPER_FORWARD[train][format], geometry.channels > 1, format == "bfloat16"
     if colours and train:
-        # Sums over three channels stay in registers for longer.
+        # Sums over three channels occupy registers for longer.
         tile = tile._replace(images=64, M1=64)
     if colours and not half:
-        # And their filters would fill shared memory.
+        # The filters of three channels would fill shared memory.
         tile = tile._replace(kept=1)
     if half and not colours and images > 132 * 64:
-        # Two programs of four warps hide more of each other's waiting than one of eight, see bench/results.
+        # Two programs of four warps hide more latency than one of eight, see bench/results.
         return ForwardTile(64, 16, 64, 64, 64, 64, 32, 64, 2, 4)
     if images <= 132 * tile.images // 2:
-        # Products of few rows have registers for more columns.
+        # Products with few rows leave registers for more columns.
         tile = tile._replace(F=128)
     if images <= 132 * 16 and not colours and (half or train):
-        # And for more depth: the program waits for memory fewer times in a row.
+        # And for a larger K, so that the program waits for memory less often.
         tile = tile._replace(K=128 if half else 64)
     if images <= 132 and not (half or train):
-        # One image fills no more rows.
+        # One image does not fill more rows.
         tile = tile._replace(M1=64, M2=64)
     return tile
 
 
 def _other_forward(form, images, geometry, train):
-    """The Tile of another architecture, or for full float32."""
+    """The tile for other architectures, or for full float32."""
     tile, half = FORWARD[train][form], form == "bfloat16"
     if form == "lanes":
-        # But on sm_90 products of 64 rows would spill registers.
+        # Except on sm_90, products of 64 rows would spill registers.
         return tile if compute_capability() == 9 else tile._replace(images=32, S=32, M2=128)
     if geometry.channels > 1:
         tile = tile._replace(M1=min(tile.M1, 64), K=64 if half else tile.K, kept=1 if half else 0)
@@ -95,14 +93,14 @@ def _other_forward(form, images, geometry, train):
     elif half and not train and compute_capability() not in (0, 10):
         tile = tile._replace(kept=2)
     elif half and train and compute_capability() == 10 and images <= 132 * 16:
-        # Products of few rows take registers that those of the convolutions lack.
+        # Products with few rows take registers that the convolutions need.
         tile = tile._replace(M2=64)
     return tile
 
 
 @cached_for_architecture
 def forward_tile(form, images, geometry, train):
-    """(images a program, Tile) for a batch of so many images."""
+    """(images of a program, ForwardTile) for a batch of so many images."""
     if INTERPRETED:
         block = min(64, power_of_2(cdiv(images, 2)))
         squares = (geometry.pooled[0] // 2) ** 2
@@ -112,37 +110,34 @@ def forward_tile(form, images, geometry, train):
     hopper = compute_capability() == 9 and form in HOPPER_FORWARD[train]
     tile = (_hopper_forward if hopper else _other_forward)(form, images, geometry, train)
     if tile.kept < 2:
-        # Filters that are not kept are loaded in blocks of one depth, of which 288 rows have to be a multiple.
+        # Filters that are not kept are loaded in blocks of K2 rows, which has to divide 288.
         tile = tile._replace(K2=min(tile.K2, 32))
-    # Few images are spread over the card's multiprocessors; of many a program takes what fills its products.
+    # Few images are spread over all multiprocessors; of many, a program takes as many as fill its products.
     block = min(tile.images, power_of_2(cdiv(images, 132)))
     return block, tile._replace(F=128) if form == "lanes" and block < 32 else tile
 
 
 class GradientTile(NamedTuple):
-    """Blocks of a number format: images that a turn of each role adds, and columns of its sum.
+    """Block sizes of the gradient launch, for its three roles: first convolution, second convolution, linear layers."""
 
-    In the first role K1 is the depth of a window's product, and P1 how many images' one-hot rows are made at a time.
-    """
-
-    M1: int
-    K1: int
-    P1: int
+    M1: int  # images of an iteration
+    K1: int  # of p1's gradient
+    P1: int  # images whose one-hot rows are made at a time
     M2: int
-    N2: int
+    N2: int  # columns of the sum
     M3: int
     N3: int
     num_warps: int
 
 
-# Read off machine code (no register spills) and not yet timed. Lanes take K1 patches a turn once M1 images are through.
+# Chosen from machine code (no register spills) and not yet timed. "lanes" takes M1 images, then K1 patches at a time.
 GRADIENT = {
     "bfloat16": GradientTile(128, 64, 32, 64, 256, 64, 64, 4),
     "tf32": GradientTile(128, 32, 16, 32, 256, 32, 64, 4),
     "ieee": GradientTile(32, 16, 16, 16, 64, 16, 64, 4),
     "lanes": GradientTile(128, 128, 1, 128, 1, 16, 64, 4),
 }
-# For NVIDIA's matrix units whose operands pass through registers: all but those of sm_90 and sm_100.
+# For NVIDIA's matrix units that read both operands from registers: all but those of sm_90 and sm_100.
 SMALL_GRADIENT = {
     **GRADIENT,
     "bfloat16": GradientTile(64, 64, 64, 64, 128, 64, 64, 8),
@@ -152,23 +147,23 @@ SMALL_GRADIENT = {
 
 @cached_for_architecture
 def gradient_tile(form, images, geometry):
-    """The Tile for a batch of so many images."""
+    """The GradientTile for a batch of so many images."""
     if not INTERPRETED:
         tile = (GRADIENT if compute_capability() in (0, 9, 10) else SMALL_GRADIENT)[form]
         if form == "lanes":
             return tile
         if compute_capability() == 10:
-            # Results lie in a memory of their own, which many small products fill; four warps are short of registers.
+            # Results are in tensor memory, which many small products fill; four warps have too few registers.
             tile = tile._replace(P1=tile.M1 // 2, num_warps=8)
         elif compute_capability() == 9:
             if images <= 64:
-                # That many images fill no more rows.
+                # So few images do not fill more rows.
                 tile = tile._replace(M1=64, P1=16)
             elif geometry.padding:
-                # Registers that the conditions on padding take.
+                # The conditions on padding take registers.
                 tile = tile._replace(P1=16)
             if form == "tf32":
-                # Operands of 32 bits that pass through registers.
+                # 32-bit operands go through registers.
                 tile = tile._replace(M2=16, M3=16)
         return tile
     rows = min(2048, max(32, triton.next_power_of_2(images // 2)))

@@ -1,19 +1,19 @@
-"""The last launch of LeNet's step: sums in a fixed order, and the optimiser.
+"""The last launch of LeNet's step: it adds the partial sums in a fixed order, and updates the parameters.
 
-    g = sum over the splits of partial / number of targets, added to what earlier calls of a group have left
+    g = sum over the splits of partial / number of targets, plus the gradient of earlier calls of an accumulation group
     SGD (Sutskever et al. 2013), with g + weight_decay * w for g:
         b = momentum * b + (1 - dampening) * g,   w -= lr * b, and by Nesterov lr * (g + momentum * b)
     Adam (Kingma and Ba 2015) likewise, AdamW (Loshchilov and Hutter 2019) with w *= 1 - lr * weight_decay instead:
         m += (1 - beta1) * (g - m),   v = beta2 * v + (1 - beta2) * g^2
         w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps), by AMSGrad of the largest v so far
 
-A loss that is not finite makes no update: weights, moments and counts stay as they are. Without any target the loss is
-0 / 0 and the gradients are zeros, as in torch, and there is an update.
+If the loss is not finite there is no update: weights, moments and counts stay as they are. Without any target the loss
+is 0 / 0 and the gradients are zeros, as in torch, and there is an update.
 
-Rates and moments come from a small tensor, a row for each parameter, so that a captured launch follows schedules. What
-a replay has to find anew each time it keeps for itself: how many updates there were, and the first program writes each
-loss to the next of a row of places. No program may read what another one writes, so counts and troubles so far come
-from the copies that the first launch has made.
+Hyperparameters come from a small tensor with a row for each parameter, so that a captured launch follows schedules.
+State that changes with every replay is kept on the device: update counts, and the address for the next loss, which the
+first program advances. No program may read what another one writes, so update counts and flags are read from the copies
+that the first launch has made.
 """
 
 import triton
@@ -23,8 +23,8 @@ from .._common import INTERPRETED, OPTIONS
 from ..launching import launch
 from .layout import BITS, BLOCK, COLUMNS, GRADIENT, MOMENTS, NUMBERS, PLACES, STEP
 
-# The columns of the optimiser's numbers. For SGD the first moment is the buffer. The last two are where 1 - beta^(2^k)
-# of either moment begin, for BITS values of k.
+# The columns of the hyperparameters. For SGD the first moment is the momentum buffer. POWERS1 and POWERS2 are the first
+# of BITS columns with 1 - beta^(2^k) of either moment.
 LR, WEIGHT_DECAY, SIGN, KEEP1, ADD1, KEEP2, ADD2, EPS, POWERS1, POWERS2 = *range(9), 8 + BITS
 RULES = {"none": 0, "SGD": 1, "Adam": 2}
 # Partial sums that a program adds at a time.
@@ -34,7 +34,7 @@ BLOCK_L = 256
 
 @triton.jit
 def mean_factor(losses_ptr, PARTS, BLOCK_L: tl.constexpr):
-    """(sum of the losses, number of targets) over what the first launch's programs have left."""
+    """(sum of the losses, number of targets) over the results of the forward launch's programs."""
     lanes = tl.arange(0, BLOCK_L)
     loss, count = tl.zeros((BLOCK_L,), tl.float32), tl.zeros((BLOCK_L,), tl.float32)
     for i0 in range(0, PARTS, BLOCK_L):
@@ -46,13 +46,13 @@ def mean_factor(losses_ptr, PARTS, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def either(a, b):
-    """1 - (1 - a) * (1 - b), with the digits of small a and b that a difference from 1 would lose."""
+    """1 - (1 - a) * (1 - b), without the cancellation for small a and b."""
     return a + b * (1 - a)
 
 
 @triton.jit
 def correction(powers_ptr, step, BITS: tl.constexpr):
-    """1 - beta^step from the 1 - beta^(2^k), to two roundings of float32."""
+    """1 - beta^step from the 1 - beta^(2^k), accurate to two roundings of float32."""
     k = tl.arange(0, BITS)
     return tl.reduce(tl.where((step >> k) & 1 != 0, tl.load(powers_ptr + k), 0.0), 0, either)
 
@@ -63,7 +63,7 @@ def updated(
     RULE: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
-    """The new weights after update number `step`; the moments, which were `first` to `third`, are stored at offs."""
+    """The weights after update number `step`; stores the new moments, which were `first` to `third`, at offs."""
     lr, decay = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     keep1, add1 = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
     keep2, add2 = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
@@ -74,7 +74,7 @@ def updated(
         g += decay * w
     if RULE == 1:
         if MOMENTUM:
-            # The first buffer is the gradient itself.
+            # The first update's buffer is the gradient itself.
             buffer = tl.where(step == 1, g, keep1 * first + add1 * g)
             tl.store(first_ptr + offs, buffer, mask=mask)
             g = g + keep1 * buffer if NESTEROV else buffer
@@ -95,7 +95,7 @@ def updated(
 
 @triton.jit
 def float_ptr(places_ptr, COLUMN: tl.constexpr):
-    """The float32 whose address is in a column of a parameter's row."""
+    """A pointer to the float32 values whose address is in this column of a parameter's row."""
     return tl.load(places_ptr + COLUMN).to(tl.pointer_type(tl.float32))
 
 
@@ -131,7 +131,7 @@ def lenet_update_kernel(
         here = (s < count_s)[:, None] & mask[None, :]
         acc += tl.load(partial_ptr + starts[:, None] + elements[None, :], mask=here, other=0.0)
     loss, count = mean_factor(losses_ptr, PARTS, BLOCK_L)
-    # Where no label counts nothing has a gradient, whatever the images hold.
+    # Without any target the gradients are 0, even if the images are not finite.
     g = tl.where(count > 0, tl.sum(acc, axis=0) * (SCALE / tl.maximum(count, 1.0)), 0.0)
     sound = tl.abs(loss) < float("inf")
     if ADD:
@@ -154,16 +154,16 @@ def lenet_update_kernel(
     place = tl.load(place_ptr, mask=pid == 0, other=0)
     first_bad = tl.load(trouble_ptr, mask=pid == 0, other=0)
     call = tl.load(trouble_ptr + 1, mask=pid == 0, other=0) + 1
-    # What is loaded above is stored below, in the same places. Several warps load an element and one of them stores
-    # it, so all have to be here first.
+    # The values loaded above are stored below at the same addresses. Several warps load an element and one of them
+    # stores it, so all of them have to have loaded it first.
     tl.debug_barrier()
     if KEEP:
         tl.store(float_ptr(places_ptr, GRADIENT) + offs, g, mask=mask)
     if pid == 0:
         tl.store(place.to(tl.pointer_type(tl.float32)), loss / count)
         tl.store(place_ptr, place + 4)
-        # Of the calls so far the first whose loss was no finite number, less than 0 if it had no target; how many calls
-        # there were; and whether one of this group's was in trouble.
+        # The number of the first call with a loss that is not finite (negative if it had no target), the number of
+        # calls, and whether a loss of this accumulation group was not finite.
         bad = tl.where(count > 0, tl.where(tl.abs(loss) < float("inf"), 0, call), -call)
         tl.store(trouble_ptr, tl.where(first_bad == 0, bad, first_bad))
         tl.store(trouble_ptr + 1, call)
@@ -183,19 +183,20 @@ def update(
     places, geometry, table, numbers, steps, partial, losses, place, trouble,
     moments=0, keep=False, add=False, scale=1.0, rule="none", momentum=False, nesterov=False, decoupled=False,
 ):  # fmt: skip
-    """Adds up the partial sums of the gradients, and with a rule applies them to the parameters.
+    """Add the partial sums of the gradients up, and update the parameters if there is a rule.
 
     Args:
-        places: (10, PLACES) int64, see layout.py: where the parameters lie, in float32 and in torch's order; likewise
-            their gradients if `keep`, and so many `moments` and the steps of the optimiser's state if there is a rule.
-        numbers: (10, NUMBERS) float32, the optimiser's numbers for each parameter.
-        steps: (10) int32, how many updates of each parameter there were before.
+        places: (10, PLACES) int64, see layout.py: addresses of the parameters, contiguous float32; of their gradients
+            if `keep`; with a rule also of `moments` moments and of the step count.
+        numbers: (10, NUMBERS) float32, the hyperparameters for each parameter.
+        steps: (10) int32, the number of earlier updates of each parameter.
         losses: (programs, 2), sums of losses and numbers of targets.
-        place: (1) int64, the address that takes their quotient, a float32; becomes that of the float32 behind it.
-        trouble: (4) int32: the number of the first call whose loss was not finite, 0 while there is none, negative if
-            it had no target; how many calls there were; whether a call of this group was in trouble, and whether one
-            before this was.
-        keep, add: whether the gradients are kept, on top of what is there.
+        place: (1) int64, the address for their quotient, a float32; it is advanced to the next float32.
+        trouble: (4) int32: the number of the first call with a loss that is not finite, 0 if there is none, negative if
+            it had no target; the number of calls; whether a loss of this accumulation group was not finite; and whether
+            that of an earlier call of the group was not.
+        keep: whether the gradients are stored.
+        add: whether they are added to the stored ones.
         scale: factor of the gradients.
     """
     launch(

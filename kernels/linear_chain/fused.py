@@ -1,15 +1,14 @@
-"""A chain of two to four fully connected layers with rectifiers between them, in one launch.
+"""A chain of two to four fully connected layers with relu between them, in one launch.
 
     h[0] = x,    h[i][m, n] = max(0, z[i][m, n]),    y = z[L]
     z[i][m, n]  = bias[i][n] + sum over k of h[i - 1][m, k] * w[i][n, k]
     dz[L] = dy,    dz[i - 1][m, k] = sum over n of dz[i][m, n] * w[i][n, k] where h[i - 1] > 0, else 0
-    dx          = the same sum of dz[1], without a condition
+    dx          = the same sum over dz[1], without the condition
     dw[i][n, k] = sum over m of dz[i][m, n] * h[i - 1][m, k],    db[i][n] = sum over m of dz[i][m, n]
 
-A program takes a block of rows through all layers and keeps it in registers in between, which is why the widths are
-limited (shapes.linear_chain_serves). Every h and dz is rounded to its number format before the next layer reads it, as
-it is where the layers run one after the other. `hidden` and `dz` are h[1] ... h[L - 1] and dz[1] ... dz[L - 1] side by
-side.
+A program takes a block of rows through all layers and keeps it in registers in between, which limits the widths
+(shapes.linear_chain_serves). Every h and dz is rounded to its number format before the next layer uses it, as if the
+layers ran one after the other. `hidden` and `dz` are h[1] ... h[L - 1] and dz[1] ... dz[L - 1] concatenated.
 """
 
 import torch
@@ -23,8 +22,8 @@ from ..linear import precision, weight_grad_tile
 from ..reduce import Partials
 from ..tiles import SQUARE, Tile, gemm_tile, split_product
 
-# M rows a program; N features of the input a step of its gradient; K features a step of a product. Registers hold M
-# rows of two layers, and without matrix units K columns of both operands besides, so M and K are small.
+# M: rows of a program; N: input features in a step of dx; K: features in a step of a product. Registers hold M rows of
+# two layers, and without matrix units also K columns of both operands, so M and K are small.
 ROWS = {
     "half": (Tile(64, 64, 64, 8, 3), Tile(16, 128, 64, 4, 3)),
     "tf32": (Tile(32, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3)),
@@ -34,7 +33,7 @@ ROWS = {
 
 
 def _tile(M, dtype, precision):
-    """The most rows a program with which a large GPU has still a program for each multiprocessor, or the fewest."""
+    """The tile with the most rows that still gives each multiprocessor of a large GPU a program, or with the fewest."""
     if INTERPRETED:
         return Tile(min(4096, max(16, power_of_2(M // 2))), 32, 32, 4, 1)
     tiles = ROWS[number_format(dtype, precision)]
@@ -43,13 +42,13 @@ def _tile(M, dtype, precision):
 
 @triton.constexpr_function
 def padded(width):
-    """The lanes that hold a layer's features: tl.dot takes powers of two from 16 on."""
+    """A layer's width as tl.dot accepts it: a power of two from 16 on."""
     return max(16, triton.next_power_of_2(width))
 
 
 @triton.jit
 def columns(a, first, BLOCK_K: tl.constexpr):
-    """BLOCK_K columns of a, from `first` on."""
+    """BLOCK_K columns of a, starting at `first`."""
     if a.shape[1] <= BLOCK_K:
         return a
     else:
@@ -63,7 +62,7 @@ def multiply(
     N: tl.constexpr, K: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """a, which has K columns, times w (K, N) at the columns offs_n."""
+    """a, with K columns, times the columns offs_n of w (K, N)."""
     STEP: tl.constexpr = min(BLOCK_K, a.shape[1])
     acc = tl.zeros((a.shape[0], offs_n.shape[0]), ACC)
     for k0 in range(0, K, STEP):
@@ -111,7 +110,7 @@ def linear_chain_forward_kernel(
     acc = add_bias(acc, b1_ptr, N1, HAS_BIAS)
 
     for i in tl.static_range(1, LAYERS):
-        # Lanes past the width are 0, whatever infinities in x have made of them.
+        # Columns past the width are 0, even if infinities in x have made them NaN.
         inside = offs_n < N[i - 1]
         h = tl.where(inside[None, :] & ~(acc < 0), acc, 0.0)
         h = round_to(h, y_ptr.dtype.element_ty)
@@ -132,12 +131,12 @@ def linear_chain_forward_kernel(
 
 
 def _matrices(weights):
-    """The weights side by side in memory as the kernels read them, and the first one in place of those that lack."""
+    """The weights, contiguous as the kernels read them; the first one stands in for missing layers."""
     return [(weights[0] if w is None else w).contiguous() for w in [*weights, None, None][: shapes.MOST_LAYERS]]
 
 
 def _sizes(features, widths):
-    """The constants of a kernel: of the input, of each layer, 0 for those that lack, and the number of layers."""
+    """The constants of a kernel: input features, the width of each layer (0 if missing), and the number of layers."""
     numbers = [*widths, 0, 0][: shapes.MOST_LAYERS]
     return {"K": features, **{f"N{i}": n for i, n in enumerate(numbers, 1)}, "LAYERS": len(widths)}
 
@@ -154,9 +153,9 @@ def _forward(x, w1, b1, w2, b2, w3, b3, w4, b4, y, hidden, widths, has_bias, kee
 
 
 def forward(x, *layers_keep):
-    """x (M, K), for each layer w (N, N of the last) and bias (N) or None, keep -> y (M, N) and hidden (M, sum of N).
+    """x (M, K), then w (N, N of the layer before) and bias (N) or None a layer, keep -> y (M, N), hidden (M, sum of N).
 
-    Of 4 layers the last may be None and None; hidden has no columns unless it is to be kept.
+    Missing layers, up to the fourth, are None, None. `hidden` has no columns unless `keep`.
     """
     *layers, keep = layers_keep
     weights, biases = layers[0::2], layers[1::2]
@@ -166,7 +165,7 @@ def forward(x, *layers_keep):
         return y, hidden
     has_bias = any(b is not None for b in biases)
     if has_bias:
-        # A layer without one among others that have one is rare; it gets zeros.
+        # A layer without bias among layers with one is rare; it gets zeros.
         biases = [
             x if w is None else x.new_zeros(w.shape[0]) if b is None else b.contiguous()
             for w, b in zip(weights, biases)
@@ -232,7 +231,7 @@ def _input_grad(dy, hidden, w1, w2, w3, w4, dx, dz, K, widths, needs_dx, precisi
 
 
 def input_grad(dy, hidden, *weights_needs_dx):
-    """dy (M, N), hidden, for each layer w or None, needs_dx -> dx (M, K), without columns unless needed, and dz."""
+    """dy (M, N), hidden, w or None for each layer, needs_dx -> dx (M, K), without columns unless needed, and dz."""
     *weights, needs_dx = weights_needs_dx
     dx, dz = shapes.linear_chain_input_grad(dy, hidden, weights, needs_dx)
     if dy.shape[0] > 0:
@@ -260,7 +259,7 @@ def linear_chain_weight_grad_kernel(
     first = split * per_split
     last = tl.minimum(first + per_split, M)
 
-    # The tiles of all layers are numbered through, and a program has one of them.
+    # The tiles of all layers are numbered consecutively, and a program has one of them.
     tile = pid % TILES
     dw_ptr += split * stride_split
     db_ptr += split * stride_split
@@ -287,8 +286,8 @@ def linear_chain_weight_grad_kernel(
 
 @remembered
 def _split(M, K, widths, dtype, precision):
-    """(Tile, tiles of all layers, programs that share each of them, rows for each of these)."""
-    # Tiles of 64 x 64 at most: several programs share even a small layer.
+    """(Tile, tiles of all layers, programs for each tile, rows for each program)."""
+    # Tiles of at most 64 x 64, so that several programs share even a small layer.
     tile = gemm_tile(SQUARE, min(64, max(widths)), K, M, dtype, precision)
     tiles = sum(cdiv(n, tile.M) * cdiv(k, tile.N) for n, k in zip(widths, [K, *widths]))
     return tile, tiles, *split_product(tiles, M, tile.K)
@@ -306,7 +305,7 @@ def _weight_grad(dy, dz, x, hidden, dw_ptr, db_ptr, widths, stride_split, with_b
 
 
 def weight_grad(dy, dz, x, hidden, widths, with_bias):
-    """dy (M, N), dz, x (M, K), hidden, the widths of its parts -> dw and, empty unless asked for, db of all layers."""
+    """dy (M, N), dz, x (M, K), hidden, the widths of its parts -> dw, db of all layers; db empty without with_bias."""
     dw, db = shapes.linear_chain_weight_grad(dy, x, widths, with_bias)
     if dy.shape[0] == 0:
         return dw.zero_(), db.zero_()

@@ -1,9 +1,8 @@
-"""A chain of linears, one layer after the other: what the kernels of linear_chain give, on any linear, relu and so on.
+"""A chain of linear layers with relu between them, one layer after the other, in terms of the single operators.
 
-Serves the reference, the chains that the kernels do not, and derivatives of them. In front of the arguments stands
-where the operators of single layers are: the launchers, the reference or the operators that PyTorch knows, for one
-chain or, if they take it, for a batch in front. Layers are w1, bias1, w2, bias2, ... with None for those that lack; see
-linear_chain.py for all else.
+It serves the reference, chains that fused.py does not support, and derivatives of chains. The first argument, `of`, has
+the single operators: the launchers, the reference or the registered operators, which may also take a batch of chains.
+Layers are w1, bias1, w2, bias2, ... with None for missing ones; fused.py has the formulas.
 """
 
 import torch
@@ -23,7 +22,7 @@ def forward(of, x, *layers_keep):
 
 
 def input_grad(of, dy, hidden, *weights_needs_dx, dhidden=None):
-    """dx and dz; `dhidden` is a gradient of the hidden layers themselves."""
+    """dx and dz; `dhidden` is an additional gradient with respect to `hidden`."""
     *weights, needs_dx = weights_needs_dx
     widths = shapes.widths(weights)[:-1]
     h, dz = hidden.split(widths, -1), []
