@@ -16,7 +16,7 @@ import tritonnet.kernels
 
 pytest.importorskip("tqdm")
 from bench import FORMATS, TARGETS
-from bench.machine_code import budgets, compile, report
+from bench.machine_code import budgets, cases, report
 from tritonnet.kernels import _common, tiles
 from tritonnet.kernels.linear_chain import fused as linear_chain
 
@@ -47,7 +47,7 @@ def test_machine_code(target):
         if r["kernel"] == "linear_chain_input_grad_kernel"
     }
     for format in BRIEF[target]:
-        if not compile.has_tiles(target, format, brief=True):
+        if not cases.has_tiles(target, format, brief=True):
             continue
         rows = _common.number_format(*FORMATS[format])
         for tile in {*tiles.SQUARE[rows], *tiles.TALL[rows], *tiles.POOLED[rows]}:

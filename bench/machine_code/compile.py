@@ -4,11 +4,7 @@
 
 Runs the launchers over CPU tensors with each launch replaced by its compilation, and prints one JSON object a line for
 each kernel compiled, or one with an "error" where that failed. TRITON_INTERPRET must not be set. Compiled kernels are
-kept in Triton's cache, so that a second run takes seconds.
-
-Every tile is compiled in every format for every architecture. What the other constants switch (memory orders, widths,
-outputs that are not asked for) is compiled in bfloat16 everywhere and in tf32 and float32 for sm_90. Briefly means
-without second programs of a kernel, tile and format at all.
+kept in Triton's cache, so that a second run takes seconds. What is compiled is in cases.py.
 """
 
 import argparse
@@ -16,323 +12,17 @@ import gc
 import json
 import sys
 
-import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
-from tritonnet.kernels import _common, launchers, linear
-from tritonnet.kernels import shapes as kernel_shapes
-from tritonnet.kernels import tiles as tile_tables
-from tritonnet.kernels.conv2d import patches
-from tritonnet.kernels.lenet import forward as lenet_forward
-from tritonnet.kernels.lenet import gradient as lenet_gradient
-from tritonnet.kernels.lenet import layout as lenet
-from tritonnet.kernels.lenet import pack as lenet_pack
-from tritonnet.kernels.lenet import update as lenet_update
-from tritonnet.kernels.linear_chain import fused as linear_chain
-
 from .. import FORMATS, TARGETS
-from . import amdgcn, sass, ttgir
+from . import amdgcn, cases, sass, ttgir
 from .bounds import Launch, bounds
-
-# The architecture and the formats that times are bounded for.
-BOUNDED = "sm_90", ("bfloat16", "tf32", "float32")
-# The formats of LeNet's launches.
-LENET = "bfloat16", "tf32", "float32"
-
-
-class Calls:
-    """Launcher calls over tensors of one dtype, in virtual memory only: nothing is launched, no page is touched."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    def tensor(self, *size, last=False):
-        layout = torch.channels_last if last and len(size) == 4 else torch.contiguous_format
-        return torch.empty(size, dtype=self.dtype, memory_format=layout)
-
-    def conv(self, n, c, h, oc, k, stride=1, pad=None, dilation=1, groups=1, mode="zeros", last=True, bias=False):
-        """Forward and both gradients."""
-        pad = dilation * (k // 2) if pad is None else pad
-        g = ((stride, stride), (pad,) * 4, (dilation, dilation), groups, mode)
-        x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c // groups, k, k, last=last)
-        dy = launchers.conv2d(x, w, self.tensor(oc) if bias else None, *g)
-        launchers.conv2d_input_grad(dy, w, x.shape, *g)
-        launchers.conv2d_weight_grad(dy, x, w.shape, *g, bias)
-
-    def conv_pool(self, n, c, h, oc, k, pad=0, pool=(2, 2, 0), last=True, gradients=False):
-        """Forward through rectifier and pooling, whose window, stride and padding are `pool`, and both gradients."""
-        x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c, k, k, last=last)
-        g = ((1, 1), (pad,) * 4, (1, 1), 1, "zeros", *((value, value) for value in pool))
-        y, code = launchers.conv2d_relu_max_pool2d(x, w, self.tensor(oc), *g, False)
-        if gradients:
-            launchers.conv2d_relu_max_pool2d_input_grad(y, code, w, x.shape, *g)
-            launchers.conv2d_relu_max_pool2d_weight_grad(y, code, x, w.shape, *g, True)
-
-    def conv_forward(self, c, oc, k):
-        """Forward alone: the product is (40960, c * k * k) x (c * k * k, oc)."""
-        x, w = self.tensor(40, c, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
-        launchers.conv2d(x, w, self.tensor(oc), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
-
-    def conv_input_grad(self, c, oc, k):
-        """The input's gradient alone: (40960, oc * k * k) x (oc * k * k, c)."""
-        dy, w = self.tensor(40, oc, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
-        launchers.conv2d_input_grad(dy, w, (40, c, 32, 32), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
-
-    def conv_weight_grad(self, c, oc, k):
-        """The weight's gradient alone: (oc, pixels) x (pixels, c * k * k)."""
-        dy, x = self.tensor(32, oc, 32, 32, last=True), self.tensor(32, c, 32, 32, last=True)
-        launchers.conv2d_weight_grad(dy, x, (oc, c, k, k), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros", True)
-
-    def pool(self, size, kernel, stride, pad, last, all=True):
-        window = ((kernel, kernel), (stride, stride), (pad, pad), (1, 1))
-        x = self.tensor(*size, last=last)
-        y, code = launchers.max_pool2d(x, *window, False)
-        launchers.max_pool2d_scatter(y, code, size[2:], *window)
-        if all:
-            launchers.max_pool2d_gather(x, code, *window)
-            launchers.max_pool2d_indices(code, size[3], *window)
-
-    def relu(self, *size, last=False):
-        y = launchers.relu(self.tensor(*size, last=last))
-        launchers.relu_grad(y, y)
-
-    def cross_entropy(self, n, c, weighted=False):
-        """Forward, and backward of the loss."""
-        weight = self.tensor(c) if weighted else None
-        target = torch.empty(n, dtype=torch.int64)
-        smoothing = 0.1 if weighted else 0.0
-        loss, grad = launchers.cross_entropy(self.tensor(n, c), target, weight, "mean", -100, smoothing)
-        launchers.cross_entropy_grad(loss, grad, target, -100)
-
-    def losses_of_rows(self, n, c):
-        """The gradient of a loss for each row: of dense rows, and of rows that are a part of wider ones."""
-        target = torch.empty(n, dtype=torch.int64)
-        for grad in (self.tensor(n, c), self.tensor(n, 2 * c)[:, :c]):
-            launchers.cross_entropy_grad(self.tensor(n), grad, target, -100)
-
-    def linear(self, m, k, n):
-        """Forward and both gradients."""
-        x, w = self.tensor(m, k), self.tensor(n, k)
-        dy = launchers.linear(x, w, self.tensor(n))
-        launchers.linear(dy, w.t(), None)
-        launchers.linear_weight_grad(dy, x, True)
-
-    def chain(self, m, *widths, keep=True, weight_grad=True):
-        """Forward, and backward where there is one."""
-        layers = [t for k, n in zip(widths, widths[1:]) for t in (self.tensor(n, k), self.tensor(n))]
-        layers += [None] * (8 - len(layers))
-        x = self.tensor(m, widths[0])
-        y, hidden = launchers.linear_chain(x, *layers, keep)
-        if keep:
-            _, dz = launchers.linear_chain_input_grad(y, hidden, *layers[0::2], True)
-        if keep and weight_grad:
-            launchers.linear_chain_weight_grad(y, dz, x, hidden, widths[1:-1], True)
-
-    def lenet_images(self, n, channels=1, classes=10, size=32, raw=False):
-        """n images, bytes of 28 pixels if they are raw, and the geometry, format and Pixels of their net."""
-        format = "bfloat16" if self.dtype == torch.bfloat16 else linear.precision()
-        pixels = lenet_forward.Pixels((size - 28) // 2, 0.01, -0.4) if raw else lenet_forward.Pixels()
-        side = 28 if raw else size
-        x = torch.empty(n, channels, side, side, dtype=torch.uint8 if raw else torch.float32)
-        return x, lenet.Geometry(channels, size, (32 - size) // 2, classes), format, pixels
-
-    def lenet(self, n, backward=True, **images):
-        """The launches of a training step of n images, or the forward alone; see lenet_images."""
-        x, *net = self.lenet_images(n, **images)
-        geometry, format, _ = net
-        memory = lenet_forward.activations(n, geometry, format, "cpu", train=True)
-        places, plain, packed = self.lenet_weights(geometry)
-        lenet_forward.forward(x, torch.empty(n, dtype=torch.int64), plain, packed, *net, memory, memory["logits"])
-        if not backward:
-            return
-        steps, trouble = torch.empty(10, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
-        lenet_pack.pack(places, torch.float32, plain, packed, geometry, format, steps, trouble)
-        splits = lenet_gradient.splits_for(format, n, geometry)
-        scratch, partial = lenet_gradient.sums(geometry, splits, "cpu")
-        lenet_gradient.gradients(x, packed, *net, memory, splits, scratch, partial)
-        table, numbers = torch.empty(16, lenet.COLUMNS, dtype=torch.int32), torch.empty(10, lenet.NUMBERS)
-        lenet_update.update(
-            places, geometry, table, numbers, steps, partial, memory["loss"], torch.empty(1, dtype=torch.int64),
-            trouble, moments=2, rule="Adam", decoupled=True,
-        )  # fmt: skip
-
-    def lenet_weights(self, geometry):
-        """(table of places, plain, packed) of the launches of a LeNet."""
-        places = torch.empty(10, lenet.PLACES, dtype=torch.int64)
-        return places, torch.empty(geometry.plain[-1]), torch.empty(geometry.packed[-1], dtype=self.dtype)
-
-    def lenet_inference(self, n, **images):
-        """The whole forward of n images, see lenet_images."""
-        x, *net = self.lenet_images(n, **images)
-        geometry, format, _ = net
-        places, plain, packed = self.lenet_weights(geometry)
-        memory = lenet_forward.activations(n, geometry, format, "cpu", train=False)
-        logits = torch.empty(n, geometry.classes, dtype=self.dtype)
-        lenet_pack.pack(places, torch.float32, plain, packed, geometry, format)
-        lenet_forward.forward(x, None, plain, packed, *net, memory, logits)
-
-    def rectified(self):
-        """The products that end in a rectifier."""
-        geometry = (1, 1), (1,) * 4, (1, 1)
-        x = self.tensor(4, 32, 16, 16, last=True)
-        launchers.conv2d_relu(x, self.tensor(32, 32, 3, 3, last=True), None, *geometry, 1, "zeros")
-        launchers.conv2d_relu(x, self.tensor(32, 1, 3, 3), None, *geometry, 32, "zeros")
-        launchers.linear_relu(self.tensor(256, 64), self.tensor(64, 64), None)
-
-    def first_layer(self, last):
-        """The weight's gradient behind a rectifier, of images that need none: dy is masked in the product."""
-        x, y = self.tensor(16, 3, 32, 32, last=last), self.tensor(16, 64, 32, 32, last=last)
-        geometry = (1, 1), (1,) * 4, (1, 1), 1, "zeros"
-        launchers.conv2d_relu_weight_grad(y, y, x, (64, 3, 3, 3), *geometry, True)
-
-    def past_32_bits(self):
-        """Each operator with a tensor of more than 2^31 elements."""
-        big = 2**31
-        self.conv(1, 16, 11600, 16, 1, bias=True)
-        self.conv(1, 1, 2**15 + 1, 2, 3, pad=1, last=False)
-        self.conv(1, 2, 2**15, 2, 3, groups=2, last=False)
-        self.conv(1, 1, 2**15 + 1, 1, 3, mode="reflect", last=False)
-        self.pool((1, 1, 2**16, 2**15 + 1), 2, 2, 0, False)
-        self.conv_pool(1, 16, 11600, 16, 1)
-        self.conv_pool(big // 2**10, 1, 32, 6, 5, last=False, gradients=True)
-        self.cross_entropy(big // 64, 128)
-        self.relu(big + 8)
-        self.linear(big // 16, 64, 32)
-        self.chain(big // 64, 64, 32, 16)
-
-
-def shapes(c):
-    """(name, call) of what has bounded times: LeNet, at batch 1024 unless it says so, and of ResNet-50 a few at 64."""
-    yield "LeNet conv1", lambda: c.conv(1024, 1, 28, 6, 5, pad=2, last=False, bias=True)
-    yield "LeNet conv2", lambda: c.conv(1024, 6, 14, 16, 5, pad=0, last=False, bias=True)
-    yield "LeNet pool", lambda: c.pool((1024, 6, 28, 28), 2, 2, 0, False, all=False)
-    yield "LeNet relu", lambda: c.relu(1024, 6, 28, 28)
-    yield "LeNet conv1 to pool", lambda: c.conv_pool(1024, 1, 32, 6, 5, last=False, gradients=True)
-    yield "LeNet conv2 to pool", lambda: c.conv_pool(1024, 6, 14, 16, 5, last=False, gradients=True)
-    yield "LeNet loss", lambda: c.cross_entropy(1024, 10)
-    yield "loss of 1000 classes", lambda: c.cross_entropy(8192, 1000)
-    yield "LeNet fc1", lambda: c.linear(1024, 400, 120)
-    yield "LeNet fc3", lambda: c.linear(1024, 84, 10)
-    # What a program of the weights' gradient runs depends on its layer: there is no one bound.
-    yield "LeNet head", lambda: c.chain(1024, 400, 120, 84, 10, weight_grad=False)
-    yield "LeNet step", lambda: c.lenet(1024)
-    yield "LeNet inference", lambda: c.lenet_inference(1024)
-    # Blocks of images grow with the batch: this one fills them.
-    yield "LeNet step, batch 65536", lambda: c.lenet(2**16)
-    yield "LeNet inference, batch 65536", lambda: c.lenet_inference(2**16)
-    yield "ResNet 7x7/2, 3 to 64", lambda: c.conv(64, 3, 224, 64, 7, stride=2)
-    yield "ResNet pool 3x3/2", lambda: c.pool((64, 64, 112, 112), 3, 2, 1, True, all=False)
-    yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
-    yield "ResNet 3x3, 64", lambda: c.conv(64, 64, 56, 64, 3)
-    yield "ResNet 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3)
-    yield "ResNet 3x3/2, 128", lambda: c.conv(64, 128, 56, 128, 3, stride=2)
-    yield "ResNet 1x1, 64 to 256", lambda: c.conv(64, 64, 56, 256, 1)
-    yield "ResNet NCHW 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3, last=False)
-    yield "linear 4096^3", lambda: c.linear(4096, 4096, 4096)
-
-
-def tiles(c, format):
-    """(name, call) that between them reach every row of every table of tiles."""
-    rows = _common.number_format(*FORMATS[format])
-    for tile in tile_tables.TALL[rows]:
-        # Just what the tile holds: the launchers choose it for these sizes and nothing wider.
-        for walk, k, channels in (("taps", 3, 64), ("short", 3, patches.SHORT_K), ("flat", 5, 3)):
-            if walk == "short" and tile.K <= patches.SHORT_K or walk == "flat" and tile.N > patches.NARROW_N:
-                continue  # the tile of another walk
-            if walk == "flat" and format in ("float16", "float64"):
-                continue  # another walk has this tile, too, and "flat" is compiled for it in the formats of most use
-            name = f"{walk}, {tile.M}x{tile.N}"
-            yield name, lambda n=tile.N, k=k, channels=channels: c.conv_forward(channels, n, k)
-            yield name, lambda n=tile.N, k=k, channels=channels: c.conv_input_grad(n, channels, k)
-    for tile in tile_tables.POOLED[rows]:
-        for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
-            size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
-            yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
-    for tile in tile_tables.SQUARE[rows]:
-        for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
-            if walk == "flat" and tile.N > patches.NARROW_N:
-                continue
-            name = f"{walk}, {tile.M}x{tile.N}"
-            yield name, lambda m=tile.M, k=k, channels=channels: c.conv_weight_grad(channels, m, k)
-        # Of few rows a program takes half the widest tile's.
-        many = 320 * tile.M if tile.M == 128 else tile.M
-        yield f"{tile.M}x{tile.N}", lambda m=many, n=tile.N: c.linear(m, 4 * n, n)
-    for tile in linear_chain.ROWS[rows]:
-        # As many rows as choose the tile, and layers as wide as there may be.
-        m, wide = 129 * tile.M, (256, *[kernel_shapes.MOST_WIDTH] * 3)
-        yield f"chain, {tile.M} rows", lambda m=m, wide=wide: c.chain(m, *wide)
-
-
-def layers(c, format, brief):
-    """(name, call) of the kernels without a table of tiles."""
-    if format != "float64":
-        yield "few channels to pool, padded", lambda: c.conv_pool(4, 3, 32, 40, 5, pad=2)
-        if not brief:
-            yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
-    yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
-    yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
-    yield "first layer", lambda: c.first_layer(True)
-    yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
-    yield "relu", lambda: c.relu(4096)
-    yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
-    yield "loss of many classes", lambda: c.cross_entropy(64, 50000)
-    yield "loss of each row", lambda: c.losses_of_rows(64, 1000)
-
-
-def lenet_again(c, format, lanes, bounded, brief):
-    """(name, call) of what `shapes` has too, where there are no bounds, and of LeNet's other tiles."""
-    if format != "float64":
-        # Full float32 has no gradients of this fusion, see conv2d_pool/gradient.py.
-        options = {"last": False, "gradients": format != "float32"}
-        yield "one channel to pool", lambda: c.conv_pool(64, 1, 32, 6, 5, **options)
-        yield "few channels to pool", lambda: c.conv_pool(128, 6, 14, 16, 5, **options)
-    if format not in LENET:
-        return
-    # Blocks of images grow with the batch: this one fills them. Many classes have a block of their own.
-    if not bounded:
-        images = {"n": 2**14, "raw": not brief}
-        # The lanes of full float32 take long to compile: here their images have no colours.
-        classes = 1000 if lanes and not brief else 10
-        yield "LeNet step" + " of bytes" * (not brief), lambda: c.lenet(classes=classes, **images)
-        yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)
-    if brief:
-        return
-    if bounded or not lanes:
-        # Images of bytes are compiled above, or else with their colours.
-        colours = {"raw": bounded, "channels": 3, "classes": 1000, "size": 28}
-        yield "LeNet step of padded colours", lambda: c.lenet(2**14, **colours)
-    if format != "float32":
-        # Few images have tiles of their own, and on sm_90 their gradients do.
-        yield "LeNet step, batch 64", lambda: c.lenet(64, backward=bounded)
-
-
-def switches(c, format, brief):
-    """(name, call) of what no tile depends on: memory orders, outputs that are not asked for, modes, 64-bit offsets."""
-    if not brief:
-        # Windows that share a patch and windows with one each, runs of pixels and of channels, padding that is masked.
-        gradients = format != "float32"
-        few, one = {"gradients": gradients}, {"pad": 2, "last": False, "gradients": gradients}
-        yield "few channels to pool, channels_last", lambda: c.conv_pool(128, 6, 14, 16, 5, **few)
-        yield "one channel to pool, padded", lambda: c.conv_pool(64, 1, 28, 6, 5, **one)
-        yield "LeNet's head", lambda: c.chain(1024, 400, 120, 84, 10)
-        yield "NCHW first layer", lambda: c.first_layer(False)
-        yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
-        yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
-    if format != "bfloat16":
-        return
-    yield "groups, dilation", lambda: c.conv(4, 32, 16, 32, 3, dilation=2, groups=2)
-    yield "rectified", c.rectified
-    for mode in ("reflect", "replicate", "circular"):
-        yield mode, lambda mode=mode: c.conv(4, 32, 16, 32, 3, mode=mode)
-    if not brief:
-        yield "past 2^31", c.past_32_bits
 
 
 class NoDevice:
-    """As much of a driver as compiling asks for."""
+    """The part of Triton's driver that compiling calls."""
 
     def __init__(self, target):
         self.target = target
@@ -348,11 +38,11 @@ class NoDevice:
 
 
 def compile_instead(target, report):
-    """From now on every launch is compiled for the target, handed to report(name, launch, kernel), and goes no further.
+    """From now on, compile every launch for the target and pass it to report(name, launch, kernel) without running it.
 
-    An exception in the place of the kernel says why it does not compile.
+    Where compilation fails, `kernel` is the exception.
     """
-    # Compiling makes many objects and little garbage, which takes 8 % of the time to look for as often as is usual.
+    # Compiling makes many objects and little garbage: at its usual rate, garbage collection takes 8 % of the time.
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
     driver.set_active(NoDevice(target))
@@ -360,7 +50,7 @@ def compile_instead(target, report):
 
     def compile(self, *args, grid, warmup, **kwargs):
         launch = Launch(**dict(zip(self.arg_names, args)), **kwargs, grid=grid)
-        # An error in LLVM may end the process; this is then the last that was heard of it.
+        # An error in LLVM may end the process; this line then names the kernel.
         print(f"compiling {self.fn.__name__}", file=sys.stderr, flush=True)
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -371,32 +61,6 @@ def compile_instead(target, report):
     JITFunction.run = compile
 
 
-def has_tiles(arch, format, brief):
-    """Whether the tables of tiles are compiled: in a brief run NVIDIA's float32 is that of sm_90, FMA on every card."""
-    return not (brief and format == "float32" and arch in ("sm_80", "sm_100"))
-
-
-def calls(arch, format, brief=False):
-    """(case, call) of what is compiled for an architecture in a format."""
-    dtype, precision = FORMATS[format]
-    torch.backends.cudnn.conv.fp32_precision = precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    c = Calls(dtype)
-    bounded = arch == BOUNDED[0] and format in BOUNDED[1]
-    lanes = format == "float32" and arch != "gfx942"
-    if bounded:
-        # The launches of full float32 take the longest: in brief those of one batch.
-        skipped = ("LeNet step", "LeNet inference") if brief and format == "float32" else ()
-        yield from ((name, call) for name, call in shapes(c) if name not in skipped)
-    if has_tiles(arch, format, brief):
-        yield from tiles(c, format)
-    yield from layers(c, format, brief)
-    if not (brief and bounded):
-        yield from lenet_again(c, format, lanes, bounded, brief)
-    if bounded or format == "bfloat16":
-        yield from switches(c, format, brief)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("arch", choices=TARGETS)
@@ -405,15 +69,15 @@ def main():
     arguments = parser.parse_args()
     arch = arguments.arch
     target, compiled, label, seen = GPUTarget(*TARGETS[arch]), [], {}, set()
-    named = {name for name, _ in shapes(None)}
+    named = {name for name, _ in cases.shapes(None)}
 
     def report(name, launch, kernel):
         record = {"arch": arch, "kernel": name, **label}
         if isinstance(kernel, Exception):
             print(json.dumps({**record, "error": f"{type(kernel).__name__}: {kernel}"}), flush=True)
             return
-        # One machine code in two launches takes two times.
-        bounded = arch == BOUNDED[0] and label["case"] in named
+        # The same machine code has another bound in another launch.
+        bounded = arch == cases.BOUNDED[0] and label["case"] in named
         key = kernel.hash, label["format"], bounded and (label["case"], launch.programs)
         if key not in seen:
             seen.add(key)
@@ -421,7 +85,7 @@ def main():
 
     compile_instead(target, report)
     for format in arguments.format:
-        for case, call in calls(arch, format, arguments.brief):
+        for case, call in cases.calls(arch, format, arguments.brief):
             label.update(format=format, case=case)
             print(f"{arch}, {format}, {case}:", file=sys.stderr)
             call()
