@@ -2,15 +2,15 @@
 
 import torch
 
-# The GPUs that every kernel is compiled for: Triton's backend, architecture, lanes of a warp. The slowest to compile
-# and the fastest come first, so that the tests take two processes equally long.
+# The GPUs that every kernel is compiled for: Triton's backend, architecture, threads of a warp. The slowest and the
+# fastest to compile come first, so that two test processes take equally long.
 TARGETS = {
     "sm_90": ("cuda", 90, 32),
     "gfx942": ("hip", "gfx942", 64),
     "sm_80": ("cuda", 80, 32),
     "sm_100": ("cuda", 100, 32),
 }
-# Number formats: the dtype, and what float32 products are taken in.
+# Number formats: the dtype, and the precision of float32 products.
 FORMATS = {
     "bfloat16": (torch.bfloat16, "ieee"),
     "float16": (torch.float16, "ieee"),

@@ -5,9 +5,9 @@
     python -m bench --cpu       # without a GPU: what a call costs in Python, and the reference
     python -m bench --verify    # on a GPU: whether it is right and how fast, in stages (see bench/verify.py)
 
-Prints tables, and writes them with JSON and pictures to bench/results, the JSON after every case. Ctrl-C and SIGTERM
-end it with what was found; --resume goes on with what is missing, if the code and the machine are the same. The exit
-status is 1 if a result of ours is wrong or a contestant of ours failed.
+Prints tables and writes them, with JSON and pictures, to bench/results; the JSON is written after every case. Ctrl-C
+and SIGTERM end it with a report of what was measured; --resume measures what is missing, if code and machine are the
+same. The exit status is 1 if a result of ours is wrong or one of our contestants failed.
 """
 
 import argparse
@@ -51,16 +51,18 @@ def parse(argv=None):
     parser.add_argument("--cpu", action="store_true", help="without a GPU: the cost of a call, and the reference")
     parser.add_argument("--verify", action="store_true", help="tests, sanitizers and measurements in stages")
     parser.add_argument("--minutes", type=float, metavar="M", help="with --verify: how long it may take in all")
-    parser.add_argument("--resume", action="store_true", help="go on with the run whose files are there")
+    parser.add_argument("--resume", action="store_true", help="continue the run whose files are in the folder")
     parser.add_argument(
         "--seconds",
         type=float,
         metavar="S",
-        help=f"for the cases (default: {FULL}, quick {QUICK}; {cpu.FULL} or {cpu.QUICK} on the CPU)",
+        help=f"time for the cases (default: {FULL}, quick {QUICK}; {cpu.FULL} or {cpu.QUICK} on the CPU)",
     )
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave a contestant out")
-    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="tables and JSON alone")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where files go (default: bench/results, or nowhere)")
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write tables and JSON only")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the files (default: bench/results, or none)"
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     if args.without and (unknown := set(args.without) - set(installed())):
@@ -70,14 +72,14 @@ def parse(argv=None):
     if args.minutes is not None and not args.verify:
         parser.error("--minutes goes with --verify; --seconds is for the cases alone")
     if args.verify and (others := [name for name in NOT_OF_VERIFY if getattr(args, name)]):
-        parser.error(f"--verify has no --{others[0]}: its stages are as they are")
+        parser.error(f"--verify has no --{others[0]}: its stages are fixed")
     if args.out and args.out.exists() and not args.out.is_dir():
         parser.error(f"--out has to be a folder, {args.out} is a file")
     return args
 
 
 def on_gpu(record, args, start, keep):
-    """Fills the record of a run on the current GPU that started at `start` of time.monotonic."""
+    """Fills the record of a run on the current GPU; `start` is its start by time.monotonic."""
     device, libraries = Cuda(), installed()
     torch.backends.cudnn.benchmark = True
     record.without = sorted(set(args.without))
@@ -111,7 +113,7 @@ def main(argv=None):
     start = time.monotonic()
     args = parse(argv)
     if not args.cpu and not torch.cuda.is_available():
-        sys.exit("no GPU: nothing is timed without one, except what `python -m bench --cpu` compares")
+        sys.exit("no GPU: without one, only `python -m bench --cpu` measures anything")
     folder = args.out or (None if args.cpu else RESULTS)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,7 @@ def main(argv=None):
                     cpu.compare(record, args.seconds)
             else:
                 on_gpu(record, args, start, keep)
-        finally:  # also of a run that is interrupted, or that loses its GPU
+        finally:  # also after an interrupt, or when the GPU has failed
             print(page(record))
             if folder:
                 save(record, folder, args.pictures)

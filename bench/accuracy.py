@@ -1,8 +1,8 @@
-"""How long LeNet trains until it names 99 % of MNIST's test digits right, by each library's training step.
+"""How long LeNet trains with each library until it classifies 99 % of MNIST's test digits correctly.
 
     python -m bench.accuracy --data DIR
 
-DIR holds the four IDX files, gzipped or not. Only training counts: time stands still while the accuracy is taken.
+DIR holds the four IDX files, gzipped or not. Only training is timed, not the accuracy test between epochs.
 """
 
 import argparse
@@ -32,16 +32,17 @@ def add_arguments(parser):
 
 @torch.no_grad()
 def accuracy(model, images, labels):
-    """The share of the images that the model names right."""
+    """The share of the images that the model classifies correctly."""
     right = sum((model(x).argmax(1) == y).sum() for x, y in zip(images.split(1000), labels.split(1000)))
     return right.item() / len(images)
 
 
 def train(library, digits, format, device, target, epochs=MOST_EPOCHS):
-    """Train until `target`, at most `epochs` times over the digits, with the same start and order for every library.
+    """Train to a test accuracy of `target`, with the same initial weights and order of images for every library.
 
     Args:
-        digits: images and labels to train on and to test on, as of tritonnet.data.load_digits.
+        digits: training and test images and labels, as tritonnet.data.load_digits returns them.
+        epochs: after how many to give up.
 
     Returns:
         {"accuracy": share, "epochs": int, "seconds": of training, "reached": bool}
@@ -67,7 +68,7 @@ def train(library, digits, format, device, target, epochs=MOST_EPOCHS):
 
 
 def race(record, folder, target, libraries, device, format="tf32"):
-    """Adds to `record` how long every library trains that is not compiled, or what it fails of."""
+    """Adds to `record` the training time of every library that is not compiled, or the error that ended it."""
     digits = load_digits(folder)
     for name, library in libraries.items():
         if library.compiled:
@@ -75,7 +76,7 @@ def race(record, folder, target, libraries, device, format="tf32"):
 
         def trained(library=library):
             with precision(format), library.context():
-                train(library, digits, format, device, target, epochs=1)  # compiles, outside the time
+                train(library, digits, format, device, target, epochs=1)  # compiles, and is not timed
                 return train(library, digits, format, device, target)
 
         result, problem = attempt(trained, device)
@@ -90,7 +91,7 @@ def main(argv=None):
     add_arguments(parser)
     args = parser.parse_args(argv)
     if not args.data:
-        parser.error("--data is needed: 99 % takes all of MNIST, which is not part of the package")
+        parser.error("--data is needed: reaching 99 % takes all of MNIST, which is not part of the package")
     if not torch.cuda.is_available():
         parser.error("a GPU is needed")
     device = Cuda()

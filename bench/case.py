@@ -1,19 +1,19 @@
-"""What the timed subjects share, operators and networks alike: tasks, layouts, formats, work."""
+"""What timed operators and networks share: tasks, layouts, formats, work."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-# Tasks of an operator, and of a network: the last is the forward launch of inference alone, on weights that were packed
-# before, which only our kernels have.
+# Tasks of an operator, then of a network. PACKED is the forward launch of inference alone, on weights packed before;
+# only our kernels have it.
 FORWARD, BOTH = "forward", "forward + backward"
 INFERENCE, TRAINING, PACKED = "inference", "training step", "packed before"
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
-# What is timed of a call: the device's time where it is launched as it comes, where it is replayed in a CUDA graph, and
-# the host's time until a call returns.
+# How a call is timed: the device's time when it is launched directly, the device's time when it is replayed in a CUDA
+# graph, and the host's time until it returns.
 CALLS, GRAPH, HOST = "calls", "graph", "host"
-# float64 is what the others are compared with.
+# float64 is not timed: the other formats are compared with it.
 TIMED = ("bfloat16", "tf32", "float16", "float32")
 
 
@@ -33,13 +33,13 @@ class Contestant(NamedTuple):
 
     Attributes:
         steps: for each task, functions that do the same work on tensors of their own.
-        first: function of a task that runs it once, on the inputs that the gate knows, and returns its Results.
-        results: function of a task and what its first step returned; Results, or None where steps build on each other.
-        dtype: of the values of its results, None for that of the case's format.
-        note: function that says how it went about it, where that is not plain from its name.
-        replay: where the steps are CUDA graphs of their own, function that gives one that replays the last of them
-            alone, without what the host and its copies do before; it gives None where there is no graph.
-        input_bytes: of the tensors that the steps are given.
+        first: function of a task: runs it once on the gate's inputs and returns its Results.
+        results: function of a task and what its first step returned: Results, or None if steps depend on each other.
+        dtype: of the values of its results; None for that of the case's format.
+        note: function that returns the path taken, where the name does not say it.
+        replay: where steps run CUDA graphs of their own, function that returns a call that replays the last graph
+            alone, without the host's work and copies before it; it returns None where there is no graph.
+        input_bytes: of the steps' input tensors.
     """
 
     steps: dict
@@ -52,7 +52,7 @@ class Contestant(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A subject, of operators.Operator or lenet.Network, in a number format."""
+    """A subject, which is an operators.Operator or a lenet.Network, in a number format."""
 
     subject: object
     format: str

@@ -1,4 +1,4 @@
-"""What can be compared without a GPU: what a call costs in Python, and the reference beside torch's own operators."""
+"""What can be compared without a GPU: the cost of a call in Python, and the reference against torch's own operators."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ FULL, QUICK = 120, 15
 
 
 def tiny():
-    """Each operator on so little that its call is all there is."""
+    """Each operator on inputs so small that only the call itself takes time."""
     return [
         operators.relu("tiny", 2, 4),
         operators.max_pool2d("tiny", (1, 2, 4, 4), 2, 2),
@@ -60,9 +60,9 @@ def small():
 
 
 def launch_overhead(seconds):
-    """As overhead(), but of the kernels' launchers in the place of the reference, on a GPU that does nothing.
+    """As overhead(), with the kernels' launchers instead of the reference, on a stub GPU that runs nothing.
 
-    Nothing where the kernels are interpreted or triton is missing. torch's times include its work on the CPU.
+    Empty if kernels are interpreted or triton is missing. torch's times include its work on the CPU.
     """
     if lenet_step.launchers is None or lenet_step.INTERPRETED:
         return []
@@ -92,9 +92,9 @@ def launch_overhead(seconds):
 
 @contextlib.contextmanager
 def packed_before():
-    """Inside, LeNet's inference makes no buffers for its weights and leaves out the launch that packs them there.
+    """Inside, LeNet's inference allocates no buffers for packed weights and does not launch the kernel that packs them.
 
-    All else of a call on the host stays, so that what it takes less is what packing costs there.
+    The rest of a call's work on the host stays, so that the difference in time is the host's cost of packing.
     """
     with (
         mock.patch.object(lenet_weights, "buffers", functools.cache(lenet_weights.buffers)),
@@ -140,9 +140,9 @@ def _buffers(images, labels, *_):
 
 @contextlib.contextmanager
 def without_gpu():
-    """tritonnet.TrainStep behaves as on a GPU inside the block, except that launches and replays do nothing.
+    """Inside, tritonnet.TrainStep behaves as on a GPU, except that launches and replays do nothing.
 
-    What a call copies is copied on the CPU; that a loss is not finite is not looked for.
+    Copies are made on the CPU. Losses are not checked for being finite.
     """
     with contextlib.ExitStack() as stack:
         for target, name, stand_in in (
@@ -182,7 +182,7 @@ def compare(record, seconds=None):
 
     Args:
         record: a Record.
-        seconds: for the cases, None for QUICK or FULL.
+        seconds: time for the cases, None for QUICK or FULL.
     """
     quick = record.quick
     record.overhead = overhead(0.02 if quick else 0.2)

@@ -1,13 +1,13 @@
-"""The gate before any time is taken: results against float64, with as much error as the number format explains.
+"""The gate before any timing: results are compared with float64, within the error that the number format explains.
 
-What a format explains is found by running the same operators in float64 with each operand and each result rounded to
-the format, forward and backward. That covers what no bound by sums does: a maximum that two rounded values tie for, or
-a rectifier at a number next to zero, sends a gradient elsewhere.
+That error is found by running the same operators in float64 with each operand and each result rounded to the format,
+forward and backward. This covers what a bound on sums does not: where two rounded values tie for a maximum, or a relu's
+input is next to zero, the gradient goes to another element.
 
-It does not cover those who round more often, as those do who add the bias to a product that is rounded already: of
-numbers around 1 in bfloat16 about one in a thousand then has another sign, and with it an entry of the gradient that is
-wrong by all that it is. Where the result itself says what has passed its rectifier, gradients are compared with those
-of float64 that pass the same, which has to be what float64 passes but for numbers next to zero.
+It does not cover implementations that round more often, such as one that adds the bias to a product that is already
+rounded. Of values around 1 in bfloat16 about one in a thousand then has another sign, and the corresponding entry of
+the gradient is entirely wrong. Where the result shows which elements passed the relu, gradients are therefore compared
+with those of float64 through the same elements; float64 itself may differ in these only next to zero.
 """
 
 import math
@@ -21,11 +21,11 @@ from . import FORMATS
 
 # Kernels differ from the rounded run in the order of their sums, and round intermediate results that it does not.
 FACTOR = 4
-# In tf32 the rounded run does to operands what matrix units do: it cuts them off.
+# In tf32 the rounded run truncates operands exactly as matrix units do.
 FACTOR_TF32 = 2
-# Of sums in float32: thousands of terms in any order, or by Winograd's transforms.
+# Error of sums in float32: thousands of terms in any order, or by Winograd's transforms.
 SUMS = 1e-4
-# So many decisions, signs at a rectifier or maxima of a window, may fall differently where sums are next to equal.
+# How many decisions (signs at a relu, maxima of a window) may fall differently where sums are nearly equal.
 FLIPS = 4
 
 _PRODUCTS = {torch.conv2d, F.linear}
@@ -33,10 +33,10 @@ _OPERATORS = _PRODUCTS | {F.relu, torch.relu, torch.max_pool2d, F.max_pool2d, F.
 
 
 def _rounded(t, format):
-    """float64 `t`, as `format` takes the operands of a product."""
+    """float64 `t`, rounded as `format` rounds the operands of a product."""
     dtype, precision = FORMATS[format]
     t = t.to(dtype)
-    if precision == "tf32":  # cut off, as matrix units do: 10 bits of the mantissa stay
+    if precision == "tf32":  # truncated, as by matrix units: 10 bits of the mantissa stay
         t = (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
     return t.double()
 
@@ -75,7 +75,7 @@ class Rounding(TorchFunctionMode):
 
 
 class Deciding(TorchFunctionMode):
-    """Inside, relu lets through what `passed` says, whatever the sign is, and leaves in `given` what it was given."""
+    """Inside, relu passes the elements that `passed` marks, whatever their sign, and keeps its input in `given`."""
 
     def __init__(self, passed):
         super().__init__()
@@ -89,7 +89,7 @@ class Deciding(TorchFunctionMode):
 
 
 class Results(NamedTuple):
-    """What a call computes: values, and gradients, None if not asked for; decisions may send those elsewhere."""
+    """What a call computes: values, gradients (None if not asked for), and how many decisions direct the gradients."""
 
     values: list
     gradients: list
@@ -97,21 +97,21 @@ class Results(NamedTuple):
 
 
 def _errors(actual, truth):
-    """Relative errors of a tensor, by the root of the mean square and by the largest."""
+    """Relative errors of a tensor: by the root mean square, and by the largest element."""
     difference = actual.detach().double() - truth
     norms = [(torch.linalg.vector_norm(t.detach()), t.detach().abs().max()) for t in (difference, truth)]
     return [(d / t).item() if t else math.inf * d.item() if d else 0.0 for d, t in zip(*norms)]
 
 
 class Gate:
-    """Lets results pass that lie as near to `truth` as the number format explains.
+    """Accepts results whose distance from `truth` is explained by the number format.
 
     Args:
         truth: Results in float64.
         rounded: Results in float64 under Rounding, whose distance from the truth is what the format explains.
         format: the key of FORMATS.
-        decided: where the value is a rectifier's result, function of what passes that, as a tensor of bool: the
-            gradients in float64 if just that passes, and what the rectifier is given there.
+        decided: where the value is the result of a relu, function of a bool tensor that marks what passes the relu:
+            the gradients in float64 if just that passes, and the relu's input there.
     """
 
     def __init__(self, truth, rounded, format, decided=None):
@@ -121,7 +121,7 @@ class Gate:
         flips = math.sqrt(FLIPS / truth.decisions) if truth.decisions else 0.0
         self.allowed = []
         for true, near, slack in zip(truth[:2], rounded[:2], (SUMS, SUMS + flips)):
-            # The largest of all tensors: the error of a small one is up to chance, down to one number that is exact.
+            # The largest error of all tensors: that of a small tensor is up to chance, and a single value may be exact.
             errors = [_errors(*pair) for pair in zip(near, true)]
             errors += [(roundoff, roundoff) for t in true if t.numel() == 1]
             self.allowed.append([factor * max(e) + slack for e in zip(*errors)])
@@ -136,10 +136,10 @@ class Gate:
             (value,), (true,) = results.values, self.truth.values
             passed = value > 0
             gradients, given = self.decided(passed)
-            # A sign may be another's where the number is as near to zero as values may be to the truth.
+            # A sign may differ where the input is as near to zero as values may be to the truth.
             furthest = (given * (passed != (given > 0))).abs().max().item()
             if furthest > (most := self.allowed[0][1] * true.abs().max().item()):
-                return f"{wrong}, and {furthest:.2g} from zero the rectifier has another sign, {most:.2g} allowed"
+                return f"{wrong}, and {furthest:.2g} from zero the relu has another sign, {most:.2g} allowed"
             wrong = self._complaint("gradient", results.gradients, gradients, dtype)
         return wrong
 
@@ -152,7 +152,7 @@ class Gate:
             # The change of a parameter is computed in float64.
             if a.shape != t.shape or (a.dtype != dtype and kind == "value"):
                 return f"{kind} {i} is {a.dtype} {list(a.shape)}, not {dtype} {list(t.shape)}"
-            # One decision that falls differently may move one element of a gradient by all that it is.
+            # One decision that falls differently may change one element of a gradient by its whole value.
             norms = 1 if kind == "gradient" and self.truth.decisions else 2
             for error, most in list(zip(_errors(a, t), allowed))[:norms]:
                 if not error <= most:

@@ -1,4 +1,4 @@
-"""Results that are on disk after every case: JSON files that are whole at any moment, and the code that they are of."""
+"""JSON files of results that are complete at any moment, and a hash of the code that was measured."""
 
 import hashlib
 import json
@@ -10,19 +10,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_json(path, value):
-    """Write a file in one step: whoever reads it, or ends this process, finds the old value or the new one."""
+    """Write a file atomically: it holds the old value or the new one, even if this process is killed."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
 def read_json(path):
-    """The object in the file; {} if there is none, or if it holds something else, which a line says."""
+    """The object in the file; {} if there is no file, or, with a message, if it holds something else."""
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # also of bytes that are no text
+    except ValueError:  # also for bytes that are not text
         found = None
     if not isinstance(found, dict):
         print(f"{path} is passed over: it holds no JSON object", file=sys.stderr)

@@ -13,18 +13,19 @@ from .libraries import TutorialLeNet, compiled
 from .measure import copies
 
 IMAGE, CLASSES = (1, 32, 32), 10
-# So large that what a step changes stands out from the roundoff of the parameters; and one that trains.
+# The learning rate of the gate, so large that a step changes the parameters by more than their roundoff; and one that
+# trains.
 LR_OF_THE_GATE, LR = 100.0, 0.01
 
 
 def sgd(model, lr):
-    """The optimizer of every contestant, on a GPU in one kernel; torch's one for the CPU is wrong in 16 bits."""
+    """The optimizer of every contestant, fused on a GPU; torch's fused one for the CPU is wrong in 16 bits."""
     parameters = list(model.parameters())
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=parameters[0].is_cuda)
 
 
 def initial(device, dtype, lenet=TutorialLeNet):
-    """A LeNet with the same parameters for whoever asks."""
+    """A LeNet with the same initial parameters at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = TutorialLeNet().state_dict()
@@ -33,17 +34,17 @@ def initial(device, dtype, lenet=TutorialLeNet):
     return model.to(device, dtype)
 
 
-# (products of one image, results before pooling, weights): what a forward pass computes, layer by layer.
+# Of each convolution: products for one result, and results of one image before pooling. Then products of the linears.
 _CONVS = ((25, 6 * 28 * 28), (150, 16 * 10 * 10))
 _FULL = 400 * 120 + 120 * 84 + 84 * 10
 _PARAMETERS = 6 * 26 + 16 * 151 + 400 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10
 
 
 def work(training, batch):
-    """The Work of the whole network in one go, as the operators count it.
+    """The Work of the whole network as one operation, counted as for the operators.
 
-    Between its layers nothing has to be stored. A step of training reads and writes every parameter and its momentum,
-    and computes no gradient of the images, nor of pixels that were no maximum.
+    Nothing has to be stored between layers. A training step reads and writes every parameter and its momentum. It
+    computes no gradient of the images, nor of pixels that were not a maximum.
     """
     forward = sum(products * results for products, results in _CONVS) + _FULL
     pixels = batch * math.prod(IMAGE)
@@ -81,7 +82,7 @@ class Network:
         return self.batch * (6 * 14 * 14 + 16 * 5 * 5)
 
     def inputs(self, format, device, number):
-        """(images, labels) of set `number`, the same for whoever asks."""
+        """(images, labels) of set `number`, the same at every call."""
         generator = torch.Generator(device).manual_seed(number)
         images = torch.randn(self.batch, *IMAGE, device=device, generator=generator).to(FORMATS[format][0])
         return images, torch.randint(CLASSES, (self.batch,), device=device, generator=generator)
@@ -91,7 +92,7 @@ class Network:
         dtype = FORMATS[format][0]
         images, labels = self.inputs(format, device, 0)
         images = images.double()
-        model = initial(device, dtype).double()  # the parameters as the format holds them
+        model = initial(device, dtype).double()  # the parameters, rounded to the format
         parameters = list(model.parameters())
 
         def results(stored):
@@ -128,7 +129,7 @@ class Network:
                 return [run(images)]
 
         steps = {INFERENCE: [lambda images=images: infer(images) for images, _ in sets]}
-        # Packed weights are the same whatever layout they were in: one is enough.
+        # Packed weights do not depend on the layout: one is enough.
         forward = library.packed(model, format) if library.packed and layout == CONTIGUOUS else None
         if forward:
             steps[PACKED] = [lambda images=images: [forward(images)] for images, _ in sets]

@@ -1,4 +1,4 @@
-"""Who takes part: this library, torch as it is and compiled, and FlagGems where it is installed."""
+"""The contestants: this library, torch eager and compiled, and FlagGems where it is installed."""
 
 import contextlib
 import importlib
@@ -23,12 +23,12 @@ if dispatch.launchers is not None:
     from tritonnet.kernels.lenet import layout as lenet
     from tritonnet.kernels.lenet import pack as lenet_pack
 
-# What torch.compile is asked for: all that it has, the same without CUDA graphs of its own, and what takes least time.
+# Modes of torch.compile: the full search, the same without its own CUDA graphs, and the one that compiles fastest.
 COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY = "max-autotune", "max-autotune-no-cudagraphs", "default"
 
 
 class TutorialLeNet(nn.Module):
-    """tritonnet.LeNet as the tutorials of torch write it."""
+    """tritonnet.LeNet as PyTorch's tutorials write it."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class TutorialLeNet(nn.Module):
 
 
 def load_compiler():
-    """Imports what torch.compile imports as it goes: cut short by a limit of time, that could not be imported again."""
+    """Imports in advance what torch.compile imports lazily: an import that a time limit cuts short cannot be repeated."""
     for name in ("compile_fx", "lowering", "cudagraph_trees"):
         importlib.import_module(f"torch._inductor.{name}")
 
@@ -66,7 +66,7 @@ def compiled(function, mode):
 
 
 def eager_step(model, loss, optimizer, format, mode=None):
-    """A training step as everyone writes it, model and loss under torch.compile in `mode` unless that is None."""
+    """The usual training step, with model and loss under torch.compile in `mode` unless that is None."""
     forward = compiled(lambda images, labels: loss(model(images), labels), mode)
 
     def step(images, labels):
@@ -79,12 +79,12 @@ def eager_step(model, loss, optimizer, format, mode=None):
     return step
 
 
-# The formats of tritonnet.TrainStep, by their names there.
+# The formats that tritonnet.TrainStep takes, and its names for them.
 WHOLE_STEPS = {"bfloat16": "bfloat16", "tf32": "tf32", "float32": "ieee"}
 
 
 class WholeStep:
-    """tritonnet.TrainStep, the whole of a call, and what it says of itself."""
+    """A whole call of tritonnet.TrainStep, and what the step reports."""
 
     def __init__(self, model, loss, optimizer, format, mode=None):
         self.said = []
@@ -94,11 +94,11 @@ class WholeStep:
         return self.step(images, labels)
 
     def note(self):
-        """The path it takes, and whatever it has reported after it first chose one."""
+        """The path it takes, and everything that it reported after the first choice."""
         return "; ".join([self.step.path, *self.said[1:]])
 
     def replay(self):
-        """What replays the last step's CUDA graph alone, or None."""
+        """A function that replays the last step's CUDA graph alone, or None."""
         return self.step._step.latest_replay() if self.step.path == "fused launches" else None
 
 
@@ -120,7 +120,7 @@ def packed_before(model, format):
     lenet_pack.pack(places, dtype, plain, packed, geometry, precision)
 
     def forward(images):
-        # As in a whole call, each has results and places to work of its own.
+        # As in a whole call, each call allocates its results and its work buffers.
         logits = images.new_empty(len(images), geometry.classes)
         memory = lenet_forward.activations(len(images), geometry, precision, device, train=False)
         return lenet_forward.forward(
@@ -131,19 +131,19 @@ def packed_before(model, format):
 
 
 class Library(NamedTuple):
-    """How a library does what is timed.
+    """How a library does the work that is timed.
 
     Attributes:
-        functional: its functions.
+        functional: the module of its functions.
         lenet: its LeNet.
-        compiled: whether torch.compile is put over it.
-        whole: whether it is for whole training steps alone: contiguous, in WHOLE_STEPS, with weights that stay float32,
-            and in CUDA graphs of its own.
+        compiled: whether it runs under torch.compile.
+        whole: whether it takes part in training steps alone: contiguous, in the formats of WHOLE_STEPS, with float32
+            weights and CUDA graphs of its own.
         training_step: function of model, loss, optimizer, format and mode; its result takes images and labels and
             returns the loss.
-        packed: function of a LeNet and a format that packs its weights and gives the forward alone, a function of
-            images, or None where there is none; None for who has no such forward anywhere.
-        context: what it has to run inside.
+        packed: function of a LeNet and a format that packs the weights and returns the forward alone, a function of
+            images, or None where there is none; None for a library without such a forward.
+        context: function that returns the context manager in which it has to run.
     """
 
     functional: ModuleType
@@ -156,7 +156,7 @@ class Library(NamedTuple):
 
 
 def installed():
-    """{name: Library} of those that are there."""
+    """{name: Library} of the contestants that are installed."""
     found = {"tritonnet": Library(F, tritonnet.LeNet, packed=packed_before)}
     if hasattr(tritonnet, "TrainStep"):
         found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=WholeStep)

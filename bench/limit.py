@@ -1,25 +1,25 @@
-"""What ends work before it is over: a time limit inside a process, and a signal that asks the process to stop."""
+"""What ends work early: a time limit inside a process, and signals that ask the process to stop."""
 
 import contextlib
 import signal
 
 
 class OutOfTime(BaseException):
-    """A block has taken longer than `limited` allowed. No Exception, so that what runs inside does not catch it."""
+    """A block took longer than `limited` allowed. Not an Exception, so that code in the block does not catch it."""
 
 
 @contextlib.contextmanager
 def limited(seconds):
     """Raises OutOfTime in the block once it has run for so many seconds. Only for the main thread.
 
-    It is raised between two steps of Python: a call that waits in C for longer is not cut short.
+    It is raised between two Python instructions: a call that waits in C is not interrupted.
     """
 
     def stop(signum, frame):
         raise OutOfTime(f"more than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    # Again every second, in case it falls where whatever is raised is dropped, such as in a destructor.
+    # Repeated every second, in case it is first raised where exceptions are dropped, such as in a destructor.
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 1.0)
     try:
         yield
@@ -30,9 +30,9 @@ def limited(seconds):
 
 @contextlib.contextmanager
 def interrupted_by_sigterm():
-    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that what was found is reported before the end.
+    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that results so far are reported.
 
-    So does SIGHUP, of a terminal that is gone, unless it is ignored as under nohup.
+    So does SIGHUP, sent when the terminal closes, unless it is ignored as under nohup.
     """
 
     def stop(signum, frame):

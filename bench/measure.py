@@ -1,4 +1,4 @@
-"""How long a call takes: medians over pairs of events, round and round over tensors that the caches cannot hold."""
+"""How long a call takes: medians over pairs of events, cycling over tensors that do not fit in the caches."""
 
 import contextlib
 import functools
@@ -12,10 +12,10 @@ import torch
 
 from . import FORMATS
 
-# A pair of events spans about this long, so that a launch that is late counts little.
+# A pair of events spans about this long, so that one late launch counts little.
 SPAN_MS = 0.5
 FEWEST, MOST = 10, 200  # pairs of events
-# Calls of some tens of launches each: a GPU's queue holds about a thousand.
+# Calls queued at once. Each may have some tens of launches, and a GPU's queue holds about a thousand.
 MOST_QUEUED = 10
 
 
@@ -35,7 +35,7 @@ class Cuda:
 
     def __init__(self):
         self.l2_bytes = torch.cuda.get_device_properties().L2_cache_size
-        # What importing torch and Triton has made stays: looking through it takes `allocated` 0.1 s a time.
+        # Objects from importing torch and Triton are not collected: scanning them would take `allocated` 0.1 s a call.
         gc.collect()
         gc.freeze()
 
@@ -48,7 +48,7 @@ class Cuda:
         return start.elapsed_time(end)
 
     def capture(self, steps):
-        """(replay, first): a function that runs all of `steps` as one CUDA graph, and the result of its first."""
+        """(replay, first): a function that runs all of `steps` as one CUDA graph, and the result of the first."""
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -58,11 +58,11 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                first = steps[0]()  # held, so that no later step is given its memory
+                first = steps[0]()  # kept, so that no later step reuses its memory
                 for step in steps[1:]:
                     step()
         finally:
-            # Where ending the capture fails, torch leaves its stream the current one, for all that is timed after.
+            # If ending the capture fails, torch leaves its stream the current one, for everything timed later.
             torch.cuda.set_stream(current)
         return graph.replay, first
 
@@ -71,7 +71,7 @@ class Cuda:
         return torch.cuda.mem_get_info()[0]
 
     def allocated(self):
-        """Bytes that tensors hold; what nothing refers to any more is let go before."""
+        """Bytes that tensors hold, after unreachable ones are collected."""
         gc.collect()
         return torch.cuda.memory_allocated()
 
@@ -84,7 +84,7 @@ class Cuda:
 
 
 class Host:
-    """The CPU by the wall clock; it has no graphs, and does not know what memory is held."""
+    """The CPU, timed by the wall clock; it has no graphs and does not count memory."""
 
     torch_device = torch.device("cpu")
     l2_bytes = 0
@@ -106,10 +106,10 @@ class Host:
 
 @contextlib.contextmanager
 def precision(format):
-    """Has torch and tritonnet take float32 products in what `format` says, for convolutions and matrices alike.
+    """Inside, torch and tritonnet compute float32 products of convolutions and matrices as `format` says.
 
-    By the older flags: Inductor reads them, and torch raises from that once "ieee" was set by the newer ones, which say
-    what was set before without raising.
+    It sets torch's older flags, because Inductor reads them, and reading them raises once the newer flags have set
+    "ieee". The previous values are read from the newer flags, which never raise.
     """
     previous = [owner.fp32_precision == "tf32" for owner in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
     tf32 = FORMATS[format][1] == "tf32"
@@ -131,7 +131,7 @@ def measure(steps, device, seconds=0.1):
     """The Timing of one call of `steps`, which do the same work on tensors of their own and take turns.
 
     Args:
-        steps: functions without arguments; each is called once before time counts, which compiles and tunes.
+        steps: functions without arguments; each is called once before it is timed, which compiles and tunes.
         seconds: how long to measure, about.
     """
     for step in steps:
@@ -166,14 +166,14 @@ def measure_graph(steps, device, seconds=0.1):
 
 
 def measure_host(steps, device, seconds=0.1):
-    """The Timing of one call of `steps` on the host, until it returns; the device is waited for between spans.
+    """The Timing of one call of `steps` on the host, until it returns; the device is synchronized between spans.
 
-    A span is short enough for the queue of the device to take it without waiting.
+    A span is short enough to fit in the device's queue.
     """
     turns = itertools.cycle(steps)
 
     def span():
-        """Seconds until the calls have returned, and until the device has done them."""
+        """Seconds until the calls have returned, and until the device has finished them."""
         start = time.perf_counter()
         for _ in range(MOST_QUEUED):
             next(turns)()
@@ -188,7 +188,7 @@ def measure_host(steps, device, seconds=0.1):
 
 
 def ceilings(formats, device, size=8192):
-    """What the device does at most: bytes/s of a large copy, FLOP/s of a product of `size` x `size` by format.
+    """The highest rates of the device: bytes/s of a large copy, FLOP/s of a product of `size` x `size` by format.
 
     Returns:
         {"bytes_per_s": float, "flops_per_s": {format: float}}

@@ -1,7 +1,7 @@
-"""A GPU that need not be there and does nothing: what a call of the kernels costs on the host, without their launches.
+"""A stub GPU that runs nothing, to measure what a call of the kernels costs on the host without their launches.
 
-Kernels are not compiled. What would be compiled has a name, the `hash` that Triton gives to source, constants, types
-and options, so that it can be told which variant a call has launched. TRITON_INTERPRET must not be set.
+Kernels are not compiled. Each variant is identified by the `hash` that Triton computes from source, constants, types
+and options, so that it is known which variant a call launched. TRITON_INTERPRET must not be set.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def _nothing(*args):
 
 
 class Launcher:
-    """As much Python around the driver's launch as Triton's own launcher has."""
+    """A launcher with as much Python around the driver's launch as Triton's own has."""
 
     def __init__(self, launch):
         self.launch = launch
@@ -49,7 +49,7 @@ def _not_compiled(src, target=None, options=None, **kwargs):
 
 @contextlib.contextmanager
 def served_by(implementation):
-    """Inside, implementation(tensor) says who serves a tensor, in the place of dispatch.implementation."""
+    """Inside, implementation(tensor) chooses kernels or reference instead of dispatch.implementation."""
     with contextlib.ExitStack() as stack:
         for module in (dispatch, lenet_step, lenet_weights, ops, train_step):
             stack.enter_context(mock.patch.object(module, "implementation", implementation))
@@ -57,12 +57,12 @@ def served_by(implementation):
 
 
 def kernels_unless_reference(tensor):
-    """For `served_by`: the kernels, as on a GPU, but inside tritonnet.backend("reference")."""
+    """For `served_by`: the kernels, as on a GPU, except inside tritonnet.backend("reference")."""
     return dispatch.reference if dispatch._backend == "reference" else launchers
 
 
 def captured(launch, restore, device):
-    """In the place of lenet_step.capture: what runs before a capture, and a replay that launches one by one."""
+    """Stands in for lenet_step.capture: runs what precedes a capture, and returns a replay that launches directly."""
     launch()
     restore()
     return launch
@@ -70,9 +70,9 @@ def captured(launch, restore, device):
 
 @contextlib.contextmanager
 def cpu_for_gpu():
-    """Inside, tensors on the CPU take the ways of a GPU's, up to the launches, which are the caller's to replace.
+    """Inside, tensors on the CPU take the same path as a GPU's, up to the launches, which the caller has to replace.
 
-    A TrainStep copies its batches into buffers of its own, as for a CUDA graph, and compiles in no threads.
+    A TrainStep copies its batches into its own buffers, as for a CUDA graph, and does not compile in threads.
     """
     with (
         served_by(kernels_unless_reference),
@@ -89,7 +89,7 @@ def gpu_that_does_nothing(arch=90, launch=_nothing):
 
     Args:
         arch: NVIDIA's architecture.
-        launch: what is called in the place of the driver: launch(x, y, z, stream, hash of the kernel, packed metadata,
+        launch: called instead of the driver: launch(x, y, z, stream, hash of the kernel, packed metadata,
             launch metadata, hook before, hook after, *arguments).
     """
     device, before = NoDevice(GPUTarget("cuda", arch, 32)), driver._active

@@ -1,9 +1,9 @@
-"""Every operator over the shapes of LeNet and of ResNet-50, with the work that it cannot do without.
+"""Every operator over the shapes of LeNet and of ResNet-50, with the least work that it needs.
 
 Bytes are compulsory traffic: forward reads the inputs and writes the result, each once; backward reads dy and what the
-gradients need, and writes them. relu finds its signs in y again, max-pooling keeps one byte a window. A product counts
-2 FLOPs, a comparison 1. What a fused operator need not store, such as the convolution before a max-pooling, does not
-count, nor does the gradient of a pixel that was no maximum.
+gradients need, and writes the gradients. relu reads its signs from y, max-pooling keeps one byte a window. A product
+counts 2 FLOPs, a comparison 1. What a fused operator need not store, such as the convolution before a max-pooling, does
+not count, nor does the gradient of a pixel that was not a maximum.
 """
 
 import math
@@ -23,18 +23,18 @@ from .measure import copies
 
 @dataclass(frozen=True)
 class Operator:
-    """A function of functionals and random inputs.
+    """A function of a functional module and random inputs.
 
     Attributes:
         name: operator and shape.
         batch: images, or rows.
-        call: function of a module of functionals and the inputs.
-        sizes: of its inputs; the second are weights.
+        call: function of a functional module and the inputs.
+        sizes: of its inputs; the second input is the weights.
         result: size of what it returns.
         works: the Work of each task.
-        classes: if not 0, one more input are indices of so many classes, one for each row of the first.
-        decisions: signs and maxima of computed numbers, which send gradients one way or another.
-        rectified: whether the result is that of a rectifier, which shows what has passed it.
+        classes: if not 0, one more input has class indices below this, one for each row of the first.
+        decisions: how many signs and maxima of computed values direct the gradients.
+        rectified: whether the result is that of a relu, and so shows which elements passed it.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Operator:
         return (CONTIGUOUS, CHANNELS_LAST) if len(self.sizes[0]) == 4 else (CONTIGUOUS,)
 
     def inputs(self, format, device, number):
-        """(inputs, dy) of set `number`, the same for whoever asks; weights keep the variance near 1."""
+        """(inputs, dy) of set `number`, the same at every call; weights are scaled to keep the variance near 1."""
         generator = torch.Generator(device).manual_seed(number)
         tensors = []
         for size in (*self.sizes, self.result):
@@ -129,7 +129,7 @@ def max_pool2d(name, size, kernel, stride, padding=0):
     result = (*size[:2], *shapes.max_pool2d_size(size[2:], *window, False))
     x, y = math.prod(size), math.prod(result)
     works = _works(Work(y * kernel**2, x + y), Work(0, y + x))
-    works[BOTH] = works[BOTH]._replace(other_bytes=2 * y)  # the window's place, written and read
+    works[BOTH] = works[BOTH]._replace(other_bytes=2 * y)  # the position of each maximum, written and read
     return Operator(
         f"max_pool2d {name}", size[0], lambda f, x: f.max_pool2d(x, kernel, stride, padding), (size,), result, works,
     )  # fmt: skip
@@ -164,8 +164,8 @@ def conv2d(name, size, filters, stride=1, padding=0, groups=1, relu=False, pool=
         arguments = dict(zip(("pool_kernel_size", "pool_stride", "pool_padding"), pool))
     x, w = N * C * H * W, math.prod(weights)
     forward = Work(2 * pixels * products, x + w + OC + kept)
-    # Both gradients take one product for each of the forward pass that counted. Signs are found in y, or in the byte of
-    # the window.
+    # Each gradient takes one product for each product of the forward pass whose result is kept. Signs are read from y,
+    # or from the window's byte.
     signs = kept if relu and not pool else 0
     backward = Work(4 * kept * products, kept + signs + 2 * (x + w) + OC, 2 * kept if pool else 0)
     return Operator(
@@ -183,7 +183,7 @@ def cross_entropy(N, C):
     indices = 8 * N
     works = {
         FORWARD: Work(4 * N * C, N * C + 1, indices),
-        BOTH: Work(6 * N * C, 2 * N * C + 2, indices),  # the logits once: loss and gradient come from one reading
+        BOTH: Work(6 * N * C, 2 * N * C + 2, indices),  # the logits once: loss and gradient come from one pass
     }
     return Operator(
         f"cross_entropy {C} classes", N, lambda f, x, target: f.cross_entropy(x, target), ((N, C),), (), works,
@@ -192,7 +192,7 @@ def cross_entropy(N, C):
 
 
 def catalogue():
-    """Every Operator that is timed; those that tell most come first."""
+    """Every Operator that is timed, the most informative first."""
     return [
         conv2d("LeNet conv1", (1024, 1, 32, 32), (6, 5), relu=True, pool=(2, 2, 0)),
         conv2d("LeNet conv2", (1024, 6, 14, 14), (16, 5), relu=True, pool=(2, 2, 0)),

@@ -1,4 +1,4 @@
-"""A pytest plugin that keeps the outcome of every test, as soon as it is over, and passes over those that were well:
+"""A pytest plugin that saves the outcome of every test as it ends, and leaves out tests that need not run again:
 
     python -m pytest -p bench.outcomes --outcomes FILE tests/test_relu.py
 
@@ -13,7 +13,7 @@ import torch
 
 from .keep import read_json, write_json
 
-# As much of a traceback as tells what happened.
+# How much of the end of a traceback is kept.
 MOST_CHARACTERS = 4000
 
 
@@ -22,16 +22,16 @@ def pytest_addoption(parser):
 
 
 class Outcomes:
-    """Runs in the process that hears of every test, which under xdist is not one that runs them."""
+    """Runs in the process that receives the report of every test, which under xdist runs none itself."""
 
     def __init__(self, path):
         self.path, self.found = path, read_json(path)
         self.tests = self.found.setdefault("tests", {})
-        # As of the start: a worker that is started late has to collect what the others did, or xdist gives it nothing.
+        # Fixed at the start: a worker that starts late must collect the same tests as the others, or xdist rejects it.
         self.well_before = self.well()
 
     def well(self):
-        """Tests that need not be run again."""
+        """Tests that need not run again: those that passed or were skipped."""
         return [f"{file}::{name}" for file, of in self.tests.items() for name in (*of["passed"], *of["skipped"])]
 
     @pytest.hookimpl(optionalhook=True)  # xdist's
@@ -44,7 +44,7 @@ class Outcomes:
         if report.failed:
             of_file["failed"][name] = str(report.longrepr)[-MOST_CHARACTERS:]
             for kind in ("passed", "skipped"):
-                if name in of_file[kind]:  # and then failed as its fixtures ended
+                if name in of_file[kind]:  # and then failed in the teardown of its fixtures
                     of_file[kind].remove(name)
         elif report.skipped or report.when == "call":
             of_file["failed"].pop(name, None)  # of an earlier run
@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid, location):
-    """Ends a worker of xdist whose GPU context is lost: whatever ran there next would fail of nothing of its own."""
+    """Ends an xdist worker whose GPU context is lost, where every later test would fail."""
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
         try:
             torch.cuda.synchronize()

@@ -41,7 +41,7 @@ def _axes(rows, columns, title):
 
 
 def _legend(figure, axes):
-    """One legend below all, of every label once; units at the outer edges."""
+    """One legend below all panels, each label once; axis labels at the outer edges only."""
     handles = {}
     for ax in axes.flat:
         ax.label_outer()
@@ -51,13 +51,13 @@ def _legend(figure, axes):
 
 def _roofline(record):
     """FLOP/s against FLOPs for each byte: a panel for each format, its roof as measured."""
-    best = {}  # of calls and graphs: launching may take longer than the work
+    best = {}  # the faster of calls and graphs, as launching may take longer than the work
     for row in record.rows:
         if row.ms and row.form != HOST:
             *work, _, library = row.key
             best[*work, library] = min(row, best.get((*work, library), row), key=lambda row: row.ms)
     rows = list(best.values())
-    roofs = record.ceilings.get("flops_per_s", {})  # none on the CPU, nor of a run that was stopped before
+    roofs = record.ceilings.get("flops_per_s", {})  # none on the CPU, or if the run stopped before
     formats = [format for format in roofs if any(row.format == format for row in rows)]
     if not formats:
         return None

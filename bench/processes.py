@@ -1,4 +1,4 @@
-"""Processes that compile or launch kernels: what they inherit, and their end."""
+"""Processes that compile or launch kernels: their environment, and how they are ended."""
 
 import contextlib
 import os
@@ -11,6 +11,6 @@ def environment(**variables):
 
 
 def kill_session(process):
-    """Kill a process that has a session of its own, and all that it has started there."""
+    """Kill a process that has a session of its own, and everything else in that session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

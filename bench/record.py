@@ -1,4 +1,4 @@
-"""What one run found, and where: kept as JSON."""
+"""The results of one run and the machine that it ran on, kept as JSON."""
 
 import datetime
 import importlib.util
@@ -16,7 +16,7 @@ from .keep import read_json, sources, write_json
 # The contestants of this project; all others are its peers.
 OURS = "tritonnet", "TrainStep"
 OK, WRONG, FAILED = "ok", "WRONG", "failed"
-# Of the name of a quick run's files, after the GPU's.
+# Follows the GPU's name in the names of a quick run's files.
 QUICK_ENDING = "-quick"
 
 
@@ -29,10 +29,10 @@ class Row:
         layout: of the images and weights.
         form: CALLS, GRAPH or HOST of bench.case.
         library: the contestant, of libraries.installed().
-        bytes, flops: that one call cannot do without.
-        status, detail: OK, or WRONG or FAILED and how; of one that is OK, which of several paths it took.
+        bytes, flops: the least that one call needs.
+        status, detail: OK with the path taken, or WRONG or FAILED with the reason.
         ms, low, high: the median of one call in milliseconds, and the quartiles; None without a time.
-        peak_bytes: the most memory that a step of training held beside its images and labels; None if not looked at.
+        peak_bytes: peak memory of a training step beside its images and labels; None if not measured.
     """
 
     subject: str
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def key(self):
-        """What tells it from the other rows of a record."""
+        """What distinguishes it from the other rows of a record."""
         return self.subject, self.batch, self.format, self.task, self.layout, self.form, self.library
 
     def set_time(self, timing):
@@ -71,18 +71,18 @@ class Record:
 
     Attributes:
         machine: what it ran on, with versions and date.
-        quick: whether it was the short one.
+        quick: whether it was the quick run.
         ceilings: what measure.ceilings() found.
         rows: every Row.
         accuracy: the times to a test accuracy, of accuracy.race().
         overhead: of cpu.overhead().
         launches: of cpu.launch_overhead().
         steps: of cpu.step_overhead().
-        left_out: what there was no way for, or what is not worth its time, a line each.
+        left_out: what could not be measured, or is not worth its time, a line each.
         missing: what there was no time for, a line each; a run that resumes this one measures it.
-        done: names of what has been measured, and without whom that would have taken part.
-        lost: names of that in which the device failed, which is not tried again.
-        begun: the name of what is being measured, which stays if the process is killed in it: it may hang.
+        done: names of what has been measured, each with the contestants that were left out of it.
+        lost: names of cases in which the device failed; they are not tried again.
+        begun: the name of what is being measured; it stays if the process is killed meanwhile, as the case may hang.
         without: contestants that this run leaves out.
         sources: keep.sources() of the code that was measured.
     """
@@ -115,11 +115,11 @@ class Record:
 
     @property
     def faults(self):
-        """Rows of this project's own that are wrong or failed."""
+        """Our rows that are wrong or failed."""
         return [row for row in self.rows if row.status != OK and row.library in OURS]
 
     def add(self, rows):
-        """Append rows, in the place of those that say the same of an earlier run."""
+        """Append rows, in place of an earlier run's rows with the same keys."""
         new = {row.key for row in rows}
         self.rows = [row for row in self.rows if row.key not in new] + rows
 
@@ -128,7 +128,7 @@ class Record:
 
     @classmethod
     def read(cls, path):
-        """The Record in the file, None if it holds none, which a line says."""
+        """The Record in the file; None, with a message, if it holds none."""
         try:
             record = cls(**read_json(path))
             record.rows = [Row(**row) for row in record.rows]
@@ -139,7 +139,7 @@ class Record:
 
 
 def file_name(machine):
-    """What files about a machine are called, without an ending."""
+    """The name of a machine's files, without an ending."""
     return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
 
 
@@ -157,9 +157,9 @@ def same_but_date(one, other):
 
 
 def earlier(machine, quick, folder):
-    """The Record of an earlier run here of the same code, to be gone on with, or a new one.
+    """The Record of an earlier run of the same code on the same machine, to be continued, or a new one.
 
-    Where there is none of all cases, the quick run's begins it.
+    A full run without an earlier one starts from the quick run's record.
     """
     new, code = Record(machine, quick), sources()
     for name in dict.fromkeys((new.name, f"{file_name(machine)}-quick")):
@@ -174,7 +174,7 @@ def earlier(machine, quick, folder):
 
 
 def machine(kind):
-    """What the run is on, a `kind` of "cuda" or "cpu": device, versions, date."""
+    """What the run is on: device, versions, date; `kind` is "cuda" or "cpu"."""
     found = {"device": f"{platform.machine()} CPU", "date": str(datetime.date.today())}
     found |= {"torch": torch.__version__, "tritonnet": tritonnet.__version__, "python": platform.python_version()}
     if importlib.util.find_spec("triton"):

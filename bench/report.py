@@ -1,4 +1,4 @@
-"""A record as tables: times, how they compare with each peer, and how near they come to what the device can do."""
+"""A record as tables: times, how they compare with each peer, and how close they come to what the device can do."""
 
 from .case import BOTH, FORWARD, HOST, INFERENCE, PACKED, TRAINING
 from .record import OK, OURS
@@ -25,7 +25,7 @@ def best_of_ours(group):
 
 
 def ratio(group, library):
-    """How many times as long as ours a library takes, in words."""
+    """How many times as long as ours a library takes, as text."""
     row, ours = group.get(library), best_of_ours(group)
     if row is None:
         return "-"
@@ -41,7 +41,7 @@ def _microseconds(row):
 
 
 def table(record, task):
-    """(header, rows) for one task: a line for each group, with our times and the ratio of every peer's to the best."""
+    """(header, rows) for one task: a line for each group, with our times and the ratio of every peer's to our best."""
     found = {key: group for key, group in groups(record.rows).items() if key[3] == task}
     libraries = list(dict.fromkeys(row.library for row in record.rows if row.task == task))
     ours = [name for name in libraries if name in OURS]
@@ -76,15 +76,14 @@ PAGE = """\
 Microseconds of one call, the median over many; beside them how many times as long each peer takes on the same inputs in
 the same layout. Every result was checked against float64 before it was timed.
 """
-# What is there to say where there are ceilings.
+# Added to the page where there are ceilings.
 RATES = """\
-"calls" are launched one by one, "graph" is a call among others in one CUDA graph, "host" the time until a call returns,
-the GPU's work left to itself. TrainStep's "calls" are the whole of it, its "graph" replays the launches alone,
-where the images lie. Inference on weights packed before is the forward's launch alone: what a whole call takes more is,
-in a graph, what packing costs; in the other forms, that and what the host does to find the weights. The floor is the
-longer of two times:
-the bytes that the work cannot do without (counted in bench/operators.py and bench/lenet.py) at the rate of a large
-copy, and its FLOPs at the rate of a large product of matrices. Both rates were measured in this run:
+"calls" are launched one by one; "graph" is one call of several in a CUDA graph; "host" is the time until a call
+returns, without waiting for the GPU. TrainStep's "calls" are whole calls; its "graph" replays the launches alone, with
+the images already in place. Inference on weights packed before is the forward launch alone: a whole call takes longer
+by the packing in a graph, and in the other forms also by the time in which the host finds the weights. The floor is the
+longer of two times: the least bytes that the work needs (counted in bench/operators.py and bench/lenet.py) at the rate
+of a large copy, and its FLOPs at the rate of a large matrix product. Both rates were measured in this run:
 
 {ceilings}
 """
@@ -134,7 +133,7 @@ def page(record, plots=()):
 
 
 def memory(record):
-    """(header, rows) of what steps of training hold beside their inputs, or None; everyone in the layout of least."""
+    """(header, rows) of the memory of training steps beside their inputs, or None; each library in its best layout."""
     held = {}
     for row in record.rows:
         if row.peak_bytes is not None:
@@ -159,7 +158,7 @@ def accuracy_table(results):
 
 
 def fault(row):
-    """What was wrong with a row, or how it was done, in a line."""
+    """What was wrong with a row, or which path it took, in a line."""
     how = f"{row.layout}, {row.format}, batch {row.batch}, {row.form}"
     return f"{row.library}, {row.subject}, {row.task} ({how}): {row.status}: {row.detail}"
 

@@ -1,4 +1,4 @@
-"""Runs the cases within a time: each contestant through the gate, then timed; what there is no time for is listed."""
+"""Runs the cases within a time limit: each contestant is checked and then timed; what does not fit is listed."""
 
 import contextlib
 import itertools
@@ -16,26 +16,26 @@ from .measure import measure, measure_graph, measure_host, precision
 from .operators import catalogue
 from .record import FAILED, OK, OURS, WRONG, Row
 
-# Seconds until the last case ends; starting Python before and the pictures after take the rest.
+# Seconds until the last case ends; the start of Python and the pictures take the rest of the planned time.
 FULL, QUICK = 440, 75
-# Seconds that each is expected to take before any was seen, and the most that an entry under torch.compile gets, all
-# that it has to search or what takes least time.
+# Seconds that each is expected to take before one has run, and the most that an entry under torch.compile gets, by
+# mode.
 EXPECTED = {"case": 4.0, "compile": 8.0}
 MOST_COMPILING = {COMPILE: 60.0, COMPILE_NO_GRAPHS: 60.0, COMPILE_QUICKLY: 15.0}
-# How many operators of the catalogue the quick run has, from its first on: those that tell most.
+# The quick run has this many operators of the catalogue, from the first on.
 QUICK_OPERATORS = 8
-# Those that torch.compile is worth its time for: of the networks all in the first format, the largest in the second.
+# What is worth torch.compile's time: networks at all batches in the first format, at the largest in the second.
 COMPILED_NETWORKS = "bfloat16", "tf32"
 COMPILED_OPERATORS = (
     "conv2d_relu_max_pool2d LeNet conv1", "conv2d_relu ResNet 3x3, 64", "linear_relu 4096 x 4096 x 4096",
     "cross_entropy 1000 classes", "conv2d_relu_max_pool2d ResNet stem",
 )  # fmt: skip
-# Of those the batches of networks that the quick run has time for.
+# The batches at which the quick run has time to compile networks.
 COMPILED_QUICKLY = 64, 65536
 
 
 class Budget:
-    """Seconds to spend, and what each kind of work is likely to take, learnt on the way.
+    """Seconds to spend, and a running estimate of what each kind of work takes.
 
     Args:
         seconds: how many, from `start` on.
@@ -62,7 +62,7 @@ class Budget:
 
 
 def plan(quick):
-    """The cases, those first that are missed most if time runs out."""
+    """The cases, the most important first, as time may run out."""
     networks = [Network(training, batch) for batch in (64, 65536, 1024) for training in (True, False)]
     operators = catalogue()
     if quick:
@@ -90,7 +90,7 @@ def forms_on(device):
 
 
 def entries(case, libraries, device):
-    """The entries of a case as they are, without torch.compile."""
+    """The entries of a case without torch.compile."""
     subject = case.subject
     whole_too = isinstance(subject, Network) and subject.training and case.format in WHOLE_STEPS
     return [
@@ -103,8 +103,8 @@ def entries(case, libraries, device):
 def compiled_entries(case, libraries, device, quick):
     """The entries of a case under torch.compile.
 
-    Inductor lays out a network as it likes. Its code in a CUDA graph of the bench comes first, which is its strongest
-    form: CUDA graphs of its own copy all inputs, which is worth it where launches take longer.
+    Inductor chooses the layout of a network itself. Its code in a CUDA graph of the bench comes first, which is its
+    fastest form: its own CUDA graphs copy all inputs, which pays only where launches take longer.
     """
     if not worth_compiling(case, quick):
         return []
@@ -133,11 +133,10 @@ def worth_compiling(case, quick):
 def run(record, cases, libraries, device, budget, seconds=0.05, keep=lambda: None):
     """Fills the rows of `record`, and the list of what it had no time for.
 
-    Everything without torch.compile comes first, in a quick run of each format: compiling may take any time, and what
-    it leaves is enough for few.
+    Everything without torch.compile comes first (in a quick run, format by format), as compiling may use up the time.
 
     Args:
-        cases: an iterable of Case, such as a progress bar over one; what `record` has done already is passed over.
+        cases: an iterable of Case, such as a progress bar over one; what `record` has already is skipped.
         libraries: what libraries.installed() returns.
         device: measure.Cuda or measure.Host.
         seconds: how long to measure each row, about.
@@ -159,12 +158,12 @@ def run(record, cases, libraries, device, budget, seconds=0.05, keep=lambda: Non
 
 
 def _measure(record, case, of_case, device, budget, seconds, keep):
-    """The rows of entries of a case: either all that are not compiled, or one that is."""
+    """Measures entries of a case: either all that are not compiled, or one that is."""
     if not of_case:
         return
     mode, kind = of_case[0].mode, "compile" if of_case[0].mode else "case"
     name = f"{case.name}: torch.compile in {mode}, {' and '.join(of_case[0].forms)}" if mode else case.name
-    # Whom this run leaves out, a run that resumes it may not.
+    # A run that resumes this one may include the contestants that it leaves out.
     missed = [] if mode else entries(case, {name: installed()[name] for name in record.without}, device)
     done = f"{name} without {', '.join(dict.fromkeys(entry.name for entry in missed))}" if missed else name
     if name in record.done or done in record.done:
@@ -193,7 +192,7 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
             return
         begun = begun or [_rows(case, of_case[0])]
         _fail(begun, f"{mode} took {e}")
-    except Exception as e:  # the device has failed; a run that resumes this one has to come to the cases behind
+    except Exception as e:  # the device has failed; a run that resumes this one has to skip the case
         _fail(begun, f"the device was lost: {in_a_line(e)}")
         record.lost.append(name)
         raise
@@ -208,14 +207,14 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
 
 
 def _fail(begun, why):
-    """Says of the rows that have no time why."""
+    """Marks the rows that have no time as failed, with the reason."""
     for row in (row for of_entry in begun for row in of_entry.values()):
         if row.status == OK and row.ms is None:
             row.status, row.detail = FAILED, why
 
 
 def _gate(case, device):
-    """The gate of a case; cuDNN's search for its fastest algorithm is not worth it for float64."""
+    """The gate of a case, without cuDNN's search for the fastest algorithm, which does not pay for float64."""
     tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         return case.subject.gate(case.format, device.torch_device)
@@ -227,7 +226,7 @@ def attempt(call, device):
     """(what call() returns, None), or (None, what it raised in a line)."""
     try:
         return call(), None
-    except Exception as error:  # whatever a contestant dies of is a line of the report, and the others go on
+    except Exception as error:  # any error of a contestant is a line of the report, and the others go on
         device.synchronize()  # raises if the device has failed
         return None, in_a_line(error)
 
@@ -250,7 +249,7 @@ def _rows(case, entry):
 
 
 def _enter(case, entry, rows, gate, device, seconds):
-    """Fills the rows of one contestant, of _rows, each with its time or with what was wrong."""
+    """Fills the rows of one contestant, made by _rows, with their times or with what was wrong."""
     dtype = FORMATS[case.format][0]
 
     def complaint(task, contestant, results):
@@ -263,16 +262,16 @@ def _enter(case, entry, rows, gate, device, seconds):
     def time_all():
         with entry.library.context():
             if entry.mode:
-                torch.compiler.reset()  # what an earlier one holds is not counted below, as it would go in between
+                torch.compiler.reset()  # or memory of an earlier entry would be freed between the two readings
             before = device.allocated() if device.allocated else 0
             contestant = case.subject.contestant(entry.library, entry.layout, case.format, device, entry.mode)
-            # Ours has no forward alone in every layout and format.
+            # Our forward on packed weights does not exist in every layout and format.
             for key in [key for key in rows if key[0] not in contestant.steps]:
                 del rows[key]
-            # All are checked before any is timed: time changes the parameters of a network in training.
+            # All are checked before any is timed: timing changes the parameters of a network in training.
             right = [task for task in contestant.steps if not complaint(task, contestant, contestant.first(task))]
             for task in right:
-                # What is held inside CUDA graphs of torch.compile's own is not counted by torch.
+                # torch does not count what torch.compile's own CUDA graphs hold.
                 if task == TRAINING and device.peak_bytes and entry.mode != COMPILE:
                     peak = device.peak_bytes(contestant.steps[task][0])
                     rows[task, entry.forms[0]].peak_bytes = peak - before - contestant.input_bytes
@@ -288,7 +287,7 @@ def _enter(case, entry, rows, gate, device, seconds):
             if replay := contestant.replay():
                 row.set_time(measure([replay], device, seconds))
             else:
-                del rows[task, form]  # its calls are all there is
+                del rows[task, form]  # there is no graph to time
         else:
             timing, returned = measure_graph(steps, device, seconds)
             results = contestant.results(task, returned)

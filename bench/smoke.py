@@ -1,11 +1,11 @@
-"""A first look at TrainStep on a GPU: CUDA graphs and plain launches agree to the bit, and so do two runs.
+"""A first check of TrainStep on a GPU: CUDA graphs and plain launches agree to the bit, and so do two runs.
 
     python -m bench.smoke
 
-Small batches come first, then large ones, each in every precision, on images that lie on the GPU and through a
-DataLoader that pins memory in a thread while the step captures. Prints a line a case; the exit status is 1 if one is
-wrong. With --keep FILE every case is in that file as soon as it is over, and those that agree there are passed over. A
-GPU that is lost in a case is lost for the whole process: another one then goes on with the cases behind.
+Small batches come first, then large ones, each in every precision, with images on the GPU and from a DataLoader that
+pins memory in a thread while the step captures. Prints a line a case; the exit status is 1 if one is wrong. With --keep
+FILE every case is saved in that file as it ends, and cases that agree there are skipped. A GPU that fails in a case is
+lost for the whole process: a new process then goes on with the remaining cases.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from .keep import put, read_json
 from .run import in_a_line
 
 PRECISIONS = "bfloat16", "tf32", "ieee"
-# Batch, steps, and how many images a DataLoader hands out; 0 for images that lie on the GPU.
+# Batch, steps, and how many images a DataLoader hands out; 0 for images on the GPU.
 SIZES = (64, 20, 0), (1000, 20, 0), (333, 4, 1000), (8000, 10, 0), (65536, 4, 0)
 CASES = [(precision, *size) for size in SIZES for precision in PRECISIONS]
 AGREES, BEGUN = "agrees", "begun and not ended"
 
 
 def batches(batch, steps, loaded, device):
-    """Made-up digits with labels, the same for whoever asks."""
+    """Random images and labels, the same at every call."""
     seed = torch.Generator().manual_seed(0)
     count = loaded or batch
     images, labels = torch.randn(count, 1, 32, 32, generator=seed), torch.randint(10, (count,), generator=seed)
@@ -54,7 +54,7 @@ def train(precision, batches, device):
 
 
 def verdict(precision, batch, steps, loaded, device):
-    """AGREES, or what is wrong: of runs with graphs, without, and with them once more."""
+    """AGREES, or what is wrong, of runs with graphs, without, and with graphs once more."""
     given, runs = batches(batch, steps, loaded, device), []
     for graphs_on in ((torch.device(device).type,), (), (torch.device(device).type,)):
         with mock.patch.object(lenet_step.FusedLaunches, "graphs_on", graphs_on):
@@ -76,7 +76,7 @@ def name_of(precision, batch, steps, loaded):
 
 
 def lost(device):
-    """Whether nothing works on the device any more in this process."""
+    """Whether the device has failed for this process."""
     try:
         if device == "cuda":
             torch.cuda.synchronize()
@@ -96,7 +96,7 @@ def main(argv=None):
         sys.exit("no GPU: there are no CUDA graphs to compare")
     known = read_json(args.keep).get("smoke", {}) if args.keep else {}
     agree = 0
-    # What has failed comes last: it may end this process.
+    # Cases that failed before come last, as they may end this process.
     order = sorted(CASES, key=lambda case: known.get(name_of(*case), AGREES) != AGREES)
     for place, (precision, batch, steps, loaded) in enumerate(order):
         name = name_of(precision, batch, steps, loaded)
@@ -104,10 +104,10 @@ def main(argv=None):
         if outcome != AGREES:
             start = time.monotonic()
             if args.keep:
-                put(args.keep, "smoke", name, BEGUN)  # and so it stays if it hangs
+                put(args.keep, "smoke", name, BEGUN)  # which stays if the case hangs
             try:
                 outcome = verdict(precision, batch, steps, loaded, args.device)
-            except Exception as e:  # whatever it dies of is the finding, and the other cases go on
+            except Exception as e:  # any error is the outcome, and the other cases go on
                 outcome = in_a_line(e)
             if args.keep:
                 put(args.keep, "smoke", name, outcome)

@@ -1,4 +1,4 @@
-"""The stages of --verify, in the order of what they tell: their commands, their seconds and the test files of each."""
+"""The stages of --verify, the most informative first: their commands, their seconds and the test files of each."""
 
 import dataclasses
 import importlib.util
@@ -13,10 +13,10 @@ from .run import QUICK
 PYTHON = (sys.executable,)
 # pytest's exit status where there was no test to run.
 NO_TESTS = 5
-# Seconds that a stage which was told to stop has for its report.
+# Seconds that a stage has for its report after it was told to stop.
 GRACE = 20
 
-# Tests by file. Those of the step tell whether it is timed; those of the other kernels come before all others.
+# Test files. If those of the step fail, it is not timed; those of the other kernels come before the rest.
 STEP_TESTS = "test_graphs", "test_train_step", "test_weights", "test_lenet", "test_lenet_lanes"
 CONVOLUTION_TESTS = "test_conv2d", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch"
 KERNEL_TESTS = (
@@ -27,30 +27,30 @@ OTHER_TESTS = (
     "test_fusion", "test_faithful", "test_recognition", "test_conversion", "test_launching", "test_dispatch",
     "test_in_place", "test_defaults", "test_errors", "test_cli", "test_examples", "test_huge",
 )  # fmt: skip
-# What these look at is the same on every machine.
+# What these test is the same on every machine.
 WITHOUT_GPU = (
     "test_bench", "test_compiled", "test_files", "test_images", "test_machine_code", "test_package", "test_ptx",
     "test_ptx_faults", "test_ptx_matrices", "test_ptx_tensor", "test_ptx_tensor_faults", "test_step_on_host",
     "test_verify", "test_warm", "test_watch",
 )  # fmt: skip
-# The interpreter, which needs no GPU either.
+# A test of the interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"
 SANITIZERS = "memcheck", "racecheck"
-# Where CUDA's tools are that are not on the PATH.
+# Where CUDA's tools are if they are not on the PATH.
 CUDA = "/usr/local/cuda/bin"
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A process of its own.
+    """A stage, which runs in a process of its own.
 
     Attributes:
         name: of the stage.
-        command: function of the seconds that it may take and of the contestants to leave out that gives the command.
-        seconds: what it needs with compiled kernels, and its share where there is more.
-        least: seconds below which it is not worth beginning.
+        command: function of the seconds that it may take and of the contestants to leave out: the command line.
+        seconds: what it needs with compiled kernels; time beyond that is shared in proportion to it.
+        least: seconds below which it is not worth starting.
         variables: of its environment.
-        nothing_left: the exit status that says that all was there before.
+        nothing_left: the exit status which says that nothing was left to do.
         times: whether contestants are timed in it.
     """
 
@@ -90,7 +90,7 @@ def planned(folder, kept):
         )  # fmt: skip
 
     def bench(name, seconds, most, *arguments):
-        """`most`: seconds that its cases may take if there is more."""
+        """`most`: the most seconds that its cases may take."""
 
         def command(limit, without):
             of_cases = f"{min(most, max(10, limit - GRACE)):.0f}"
@@ -107,17 +107,9 @@ def planned(folder, kept):
     tests("tests of the other kernels", KERNEL_TESTS, 45)
     if sanitizer := shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=CUDA):
         for tool in SANITIZERS:
-            command = [
-                sanitizer,
-                "--tool",
-                tool,
-                "--error-exitcode",
-                "1",
-                *PYTHON,
-                "-m",
-                "bench.machine_code.every_kernel",
-            ]
-            # Out of bounds is out of an allocation, and so each tensor gets one of its own.
+            options = ["--tool", tool, "--error-exitcode", "1"]
+            command = [sanitizer, *options, *PYTHON, "-m", "bench.machine_code.every_kernel"]
+            # memcheck checks the bounds of allocations, and so each tensor gets one of its own.
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
             found.append(Stage(tool, lambda limit, without, command=command: command, 40, 20, alone))
     else:

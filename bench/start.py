@@ -1,9 +1,9 @@
-"""How long somebody waits for a first step of training and for a first image, with kernels compiled before and without:
+"""The wait for a first training step and for a first image, with kernels already compiled and without:
 
     python -m bench.start
 
 Each is timed in a process of its own, from its start: importing, finding the GPU, compiling or loading kernels. "cold"
-starts with an empty cache of Triton's, "warm" with what that left there; torch has no such cache.
+starts with an empty Triton cache, "warm" with what the cold run left there; torch has no such cache.
 """
 
 import argparse
@@ -23,7 +23,7 @@ CASES = [(task, library) for task in TASKS for library in ("tritonnet", "torch")
 
 
 def once(task, library, began, device):
-    """Do it, and print the milliseconds since `began` of time.time(), until torch was there and until the end."""
+    """Do the task, and print the milliseconds from `began` (by time.time()) until the device was ready and until the end."""
     import torch
 
     import tritonnet
@@ -50,7 +50,7 @@ def once(task, library, began, device):
 
 
 def timed(task, library, device):
-    """(state of the cache, {"there_ms": until torch and the device were there, "ms": until the end}), one by one."""
+    """Yields (state of the cache, {"there_ms": until torch and the device were ready, "ms": until the end})."""
     with tempfile.TemporaryDirectory() as cache:
         for state in states(library):
             yield state, _timed(task, library, device, cache)
@@ -69,7 +69,7 @@ def _timed(task, library, device, cache):
 
 
 def table(found):
-    """(header, rows) of what is kept under "start" of --keep."""
+    """(header, rows) of the times that --keep saves under "start"."""
     header = "", "library", "kernels", "ms until torch and the GPU are there", "ms until the end"
     rows = []
     for task, library in CASES:
@@ -84,10 +84,10 @@ def main(argv=None):
         prog="python -m bench.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--keep", type=Path, metavar="FILE", help="JSON file for each time; those there are passed over"
+        "--keep", type=Path, metavar="FILE", help="JSON file for each time; times in it are not taken again"
     )
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--without", action="append", default=[], help="TrainStep, not to time the first step of ours")
+    parser.add_argument("--without", action="append", default=[], help="TrainStep: do not time our first step")
     parser.add_argument("--once", nargs=3, metavar=("TASK", "LIBRARY", "BEGAN"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.once:
@@ -106,7 +106,7 @@ def main(argv=None):
                 if args.keep:
                     put(args.keep, "start", name, times)
                 print(f"{name}: {times['ms']:.0f} ms", flush=True)
-        except subprocess.CalledProcessError as e:  # it has said why, and the others go on
+        except subprocess.CalledProcessError as e:  # it has printed why, and the others go on
             failed.append(f"{task}, {library}")
             print(f"{failed[-1]}: its process ended with {e.returncode}", flush=True)
     print(markdown(*table(found)))

@@ -1,4 +1,4 @@
-"""torch.nn.functional with the fused functions of tritonnet under their names, made of torch's own."""
+"""torch.nn.functional, with tritonnet's fused functions under their names, composed of torch's own."""
 
 import torch.nn.functional as F
 

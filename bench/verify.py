@@ -1,13 +1,13 @@
-"""Everything that some minutes on a GPU can prove and measure, what tells most first:
+"""Everything that some minutes on a GPU can prove and measure, the most informative first:
 
     python -m bench --verify [--minutes M]
 
-The stages follow each other whatever comes of one. With --minutes each has its share of what is left, the first ones at
-least what they need; who takes less leaves it to the later ones, and one that is still at it gets SIGINT. What a stage
-finds is on disk after every case of its own, in bench/results/<GPU>-verify.json and the records of the bench. A call
-after an interrupt, or after the time was over, goes on with what is missing, and then with what has failed, as long as
-kernels/, tritonnet/ and the versions are the same; without the files it begins anew. If TrainStep is wrong it is not
-timed. The exit status is 0 if all is there and well.
+The stages run one after another, whatever the outcome of each. With --minutes each has its share of the time left, the
+first ones at least what they need; time that a stage does not use goes to the later ones, and one that exceeds its
+share gets SIGINT. What a stage finds is on disk after each of its cases, in bench/results/<GPU>-verify.json and the
+records of the bench. The same command after an interrupt, or after the time is up, goes on with what is missing, and
+then with what has failed, as long as kernels/, tritonnet/ and the versions are the same; without the files it starts
+anew. If TrainStep is wrong it is not timed. The exit status is 0 if every stage has run and passed.
 """
 
 import collections
@@ -29,11 +29,11 @@ from .record import Record, file_name, machine, same_but_date, title
 from .smoke import AGREES
 from .table import markdown
 
-# Of the files that keep what the stages find, after the GPU's name.
+# Follows the GPU's name in the name of the file that keeps what the stages find.
 ENDING = "-verify"
 PASSED, FAILED, LATE, STOPPED = "passed", "FAILED", "out of time", "interrupted"
 NO_TIME, LEFT = "no time", "left out"
-# So many times its share has a stage for which there is no limit in all: what takes longer hangs.
+# Without --minutes, a stage that takes this many times its seconds is taken to hang.
 PATIENCE = 60
 LAST_LINES = 30
 
@@ -42,7 +42,7 @@ def run(stage, limit, without):
     """(status, seconds, last lines) of a stage.
 
     Raises:
-        KeyboardInterrupt: this process was told to stop; the stage has been stopped before.
+        KeyboardInterrupt: this process was told to stop; the stage was stopped first.
     """
     command = stage.command(limit, without)
     print(f"\n{stage.name}, up to {limit:.0f} s: {' '.join(command)}", flush=True)
@@ -55,7 +55,7 @@ def run(stage, limit, without):
 
     def show():
         for line in process.stdout:
-            # The stage would wait for ever if nobody read on here because nobody reads on there.
+            # Keep reading even if our output is closed, or the stage would block on a full pipe.
             with contextlib.suppress(OSError, ValueError):
                 print(line, end="", flush=True)
             last.append(line.rstrip())
@@ -76,47 +76,47 @@ def run(stage, limit, without):
 
 
 def _end_with_parent():
-    """In a stage: have Linux kill it once this process has been killed, or it would run beside the next call's."""
+    """In a stage: have Linux kill it if this process is killed, or it would run beside the next call's stages."""
     if sys.platform == "linux":
         set_signal_of_parents_death = 1
         ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
 
 
 def _end(process):
-    """Ask the process to stop, and see to it that nothing of it stays."""
+    """Ask the process to stop, then kill what is left of it."""
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             process.wait(stages.GRACE)
     except subprocess.TimeoutExpired:
         pass
-    finally:  # also if this is interrupted once more
+    finally:  # also if this is interrupted again
         kill_session(process)
-        # Not for ever: one that waits in the driver of a GPU that hangs is not ended by anything.
+        # With a timeout: nothing ends a process that waits in the driver of a hanging GPU.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(stages.GRACE)
 
 
 def still_to_do(planned, outcome_of):
-    """The stages that are missing, then those that have failed, then those that have left a contestant out."""
+    """The stages that have not finished, then those that failed, then those that left a contestant out."""
     outcomes = [(stage, outcome_of.get(stage.name, {})) for stage in planned]
     missing = [stage for stage, outcome in outcomes if outcome.get("status") not in (PASSED, FAILED)]
     failed = [stage for stage, outcome in outcomes if outcome.get("status") == FAILED]
-    # Who was wrong then may be right by the time that it is their turn.
+    # A contestant that was wrong then may be right when its turn comes.
     without = [stage for stage, outcome in outcomes if outcome.get("status") == PASSED and outcome.get("without")]
     return missing + failed + without
 
 
 def main(folder, minutes=None, begun=None):
-    """Run what is to be done; returns the exit status.
+    """Run the stages that are still to do; returns the exit status.
 
     Args:
         folder: where files go.
         minutes: how long it may take in all, None for as long as it takes.
-        begun: of time.monotonic, when the minutes began; None for now.
+        begun: when the minutes began, by time.monotonic; None for now.
 
     Raises:
-        SystemExit: another call keeps its outcomes in this folder now; in one line.
+        SystemExit: another call runs with its files in this folder; in one line.
     """
     with _alone(folder):
         return _main(folder, minutes, time.monotonic() if begun is None else begun)
@@ -124,7 +124,10 @@ def main(folder, minutes=None, begun=None):
 
 @contextlib.contextmanager
 def _alone(folder):
-    """Two calls at once would overwrite what the other has found, and time each other's work; a killed one is none."""
+    """Locks the folder: two calls at once would overwrite each other's findings and disturb each other's times.
+
+    The lock of a killed call is released.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -132,7 +135,7 @@ def _alone(folder):
         except BlockingIOError:
             sys.exit(f"bench --verify runs already, with its files in {folder}")
         except OSError:
-            pass  # on a file system without locks nobody can tell
+            pass  # the file system has no locks
         yield
     finally:
         os.close(descriptor)
@@ -157,7 +160,7 @@ def _main(folder, minutes, begun):
             if minutes is not None:
                 left = 60 * minutes - (time.monotonic() - begun)
                 share = stage.seconds / sum(later.seconds for later in to_do[place:])
-                # A stage that is told to stop takes a while to do so.
+                # A stage that is told to stop needs a while.
                 limit = min(max(share * left, stage.seconds), left - stages.GRACE)
             if limit < stage.least:
                 continue
@@ -182,7 +185,7 @@ def _main(folder, minutes, begun):
 def _not_timed(state):
     """The contestants that have been found wrong so far."""
     smoke, tests = state.get("smoke", {}), state.get("tests", {})
-    differs = "smoke" in state["stages"] and set(smoke.values()) != {AGREES}  # also if it has not come to a first case
+    differs = "smoke" in state["stages"] and set(smoke.values()) != {AGREES}  # also if no case has finished
     of_step = {Path(file).stem for file in stages.STEP_TESTS}
     fails = any(of_file["failed"] and Path(file).stem in of_step for file, of_file in tests.items())
     return ("TrainStep",) if differs or fails or _status(state, "smoke") == FAILED else ()
@@ -205,7 +208,8 @@ def _finish(kept, planned, left_out):
             print(f"failed: {file}::{name}")
     well = not still_to_do(planned, state["stages"])
     write_json(kept, state | {"summary": lines, "well": well})
-    print(f"{'all is well' if well else 'not all is there and well: the same command goes on'}; kept in {kept}")
+    outcome = "all stages passed" if well else "some stages are missing or failed: the same command goes on"
+    print(f"{outcome}; kept in {kept}")
     return 0 if well else 1
 
 
@@ -215,7 +219,7 @@ def counts(tests):
 
 
 def in_words(state):
-    """What the stages have found, for the README, a paragraph or a table each."""
+    """What the stages have found, as paragraphs and tables for bench/README.md."""
     found = []
     if smoke := state.get("smoke"):
         agree = sum(outcome == AGREES for outcome in smoke.values())

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Packs what runs on a GPU will launch, for a machine with another Python and torch than this one's; see bench/warm.py:
+# Packs the kernels that a machine with a GPU will launch, for its Python and torch; see bench/warm/archive.py:
 #     bench/warm.sh --target sm_90 --parts quick smoke
 #     PYTHON=python3.11 TORCH=2.13.0 bench/warm.sh
 # The virtual environment stays in .venv-warm-TORCH; a release of torch takes several GB. The project is not installed
-# there, and runs from this checkout.
+# in it, and runs from this checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.12}

@@ -308,7 +308,7 @@ def test_signs_that_rounding_twice_changes_are_no_fault():
 
     assert complaint() is None
     assert complaint("half of a gradient").startswith("gradient 1 is off by 0.5")
-    assert "from zero the rectifier has another sign" in complaint("all that is negative passes")
+    assert "from zero the relu has another sign" in complaint("all that is negative passes")
     gate.decided = None
     assert complaint().startswith("gradient 0 is off by 0.0")
 

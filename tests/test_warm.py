@@ -127,7 +127,7 @@ def test_what_would_not_be_used_is_refused_in_a_line(archive, tmp_path):
         ({"sources": "0" * 16, "build of triton": "0" * 16}, "other build of triton, other sources"),
     ):
         other = rewritten(archive, tmp_path / "other.tar.xz", **changed)
-        with pytest.raises(SystemExit, match=f"is of no use here, nothing was unpacked: it is for {said}$"):
+        with pytest.raises(SystemExit, match=f"does not fit this machine, nothing was unpacked: it is for {said}$"):
             warm.main(["unpack", str(other), "--cache", str(tmp_path / "cache")])
     other.write_text("no archive", encoding="utf-8")
     for name in ("other.tar.xz", "missing.tar.xz"):

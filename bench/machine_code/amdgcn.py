@@ -12,7 +12,7 @@ _BYTES = {
 def read(text):
     """What the report says of one kernel; the matrix instructions are MFMA."""
     registers = int(re.search(r"^\s*\.vgpr_count:\s*(\d+)", text, re.M)[1])
-    # Scratch memory of a lane: what did not fit into registers.
+    # Scratch memory of a thread: what did not fit into registers.
     spilled = int(re.search(r"^\s*\.private_segment_fixed_size:\s*(\d+)", text, re.M)[1])
     opcodes = re.findall(r"^\t([a-z]\w+)", text, re.M)
     return {

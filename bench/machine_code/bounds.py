@@ -1,6 +1,6 @@
-"""Lower bounds on the time of a launch on an H200, from its machine code, beside what arithmetic and memory allow.
+"""Lower bounds on the time of a launch on an H200, by its machine code, by arithmetic and by memory.
 
-How often each loop turns is known from the launch; how many instructions one turn takes is read from machine code.
+The iterations of each loop are known from the launch; the instructions of an iteration are read from machine code.
 """
 
 import itertools
@@ -28,7 +28,7 @@ def _forward(a):
 
 
 def _forward_pooled(a):
-    # The loop over the window's positions stands around the loop with the products.
+    # The loop over the window's positions encloses the loop with the products.
     blocks, _, products = _forward(a)
     return blocks, [a.WH * a.WW], products * a.WH * a.WW
 
@@ -40,7 +40,7 @@ def _pooled_product(a):
 
 
 def _pooled_lanes(a):
-    # One channel has no loop of its own.
+    # With one channel there is no loop over channels.
     turns, others = (a.C, [a.TURNS]) if a.C > 1 else (a.TURNS, [])
     return turns, others, a.y_ptr.numel() * 4 * a.C * a.KH * a.KW
 
@@ -54,12 +54,12 @@ def _input_grad(a):
 def _weight_grad(a):
     columns = _cdiv(a.C * a.KH * a.KW, a.BLOCK_N) if a.FLAT else a.KH * a.KW * _cdiv(a.C, a.BLOCK_N)
     blocks = _cdiv(min(a.per_split, a.K), a.BLOCK_K)
-    # The bias's sum is the work of one column of programs.
+    # One column of programs computes the bias's sum.
     return blocks, [blocks / columns], a.dy_ptr.numel() * a.C * a.KH * a.KW
 
 
 def _reached(size, block, step, low, reach, pooled):
-    """How many pooled pixels the blocks of `size` pixels reach on average, along one dimension."""
+    """How many pooled pixels a block reaches on average, along one dimension of `size` pixels."""
     blocks = _cdiv(size, block)
     return sum(min(pooled, i * step + low + reach) - max(0, i * step + low) for i in range(blocks)) / blocks
 
@@ -68,7 +68,7 @@ def _input_grad_pooled(a):
     rows = _reached(a.H, a.BH, a.STEP_H, a.LOW_H, a.REACH_H, a.QH)
     columns = _reached(a.W, a.BW, a.STEP_W, a.LOW_W, a.REACH_W, a.QW)
     blocks = _cdiv(a.H, a.BH) * _cdiv(a.W, a.BW)
-    # Once a pooled pixel, not at each of its positions; of a block's filters some are zeros.
+    # Once for each pooled pixel, not for each position in its window; some of a block's filters are zeros.
     products = blocks * rows * columns * a.N * a.OC * a.C * a.BH * a.BW
     return rows * columns * _cdiv(a.OC, a.BLOCK_OC), [], products
 
@@ -87,9 +87,9 @@ def _linear_weight_grad(a):
 
 
 def _chain(a):
-    """Multiply-adds of a chain, and the fewest turns that the product of a later layer takes.
+    """Multiply-adds of a chain, and the fewest iterations that the product of a later layer takes.
 
-    The compiler unrolls the loops of some later layers and not of others, so that each counts as the shortest.
+    The compiler unrolls the loops of only some of the later layers, so that each counts as the shortest.
     """
     widths = [n for n in (a.N1, a.N2, a.N3, a.N4) if n]
     return a.M * sum(n * k for n, k in zip(widths, [a.K, *widths])), _cdiv(min(widths[:-1]), a.BLOCK_K)
@@ -111,7 +111,7 @@ def _pool(a):
 
 
 def _cross_entropy(a):
-    # Whole blocks of targets, blocks of rows; the two walks over a wide row, one after the other inside the rows' loop.
+    # Whole blocks of targets; blocks of rows, and inside this loop the two passes over a wide row, one after the other.
     columns = _cdiv(a.C, a.BLOCK_C)
     return 0, [a.N // a.BLOCK_T, _cdiv(a.rows, a.BLOCK_N), columns, columns], 0
 
@@ -121,12 +121,12 @@ def _scatter(a):
 
 
 def _lenet_forward(a):
-    # One loop after the other, as the machine code has them: short ones are unrolled, sums of float32 are not.
+    # The loops in the order of the machine code: short ones are unrolled, except for sums in float32.
     ieee, squares, windows = a.PRECISION == "ieee", (a.Q1 // 2) ** 2, a.Q2**2
     groups = _cdiv(a.N, a.BLOCK_I)
     turns = [] if a.TRAIN else [groups / a.programs]
     if a.LANES:
-        # Patches, turns of one or two filters and channels; patches, halves of the filters, channels.
+        # Patches, filters one or two at a time, channels; then patches, filters four at a time, channels.
         turns += [_cdiv(a.BLOCK_I * squares, a.BLOCK_M1), 6] if a.C == 1 else []
         turns += [_cdiv(a.BLOCK_I * squares, a.BLOCK_M1), 3, a.C] if a.C > 1 else []
         blocks = _cdiv(a.BLOCK_I * windows, a.BLOCK_M2)
@@ -151,8 +151,8 @@ def _lenet_gradient(a):
     first, second = a.splits1 * a.PARTS1, a.splits2 * a.PARTS2
     third = a.programs - first - second
     if a.LANES:
-        # Blocks of images and pairs of rows, windows that reach them (each row three), filters; channels, such blocks,
-        # their squares, the two rows of one.
+        # Blocks of images and pairs of rows, rows of windows that reach these (each reaches three), filters; then
+        # channels, blocks as before, their squares, the two rows of a square.
         blocks = _cdiv(a.N, a.BLOCK_M1) * side / a.splits1
         turns = [blocks, 3 * a.Q2 / side, 16, *[a.C] * (a.C > 1), blocks, side, 2]
     else:
@@ -162,7 +162,7 @@ def _lenet_gradient(a):
     loops = len(turns)
     seconds = _cdiv(a.N * windows, a.BLOCK_M2) / a.splits2 if a.LANES else _cdiv(a.N, a.BLOCK_M2) * windows / a.splits2
     turns += [seconds, _cdiv(a.N, a.BLOCK_M3) * tiles / third]
-    # Through the largest pixels alone.
+    # Only the largest pixel of each window has a gradient.
     products = 150 * a.C * a.Q1**2 + 2 * 16 * 150 * windows + 120 * a.F + 84 * 120 + a.CLASSES * 84
     roles = [(loops, first / a.programs), (1, second / a.programs), (1, third / a.programs)]
     return None, turns, a.N * products, roles
@@ -173,9 +173,9 @@ def _lenet_pack(a):
     return 0, [], 0, [(0, (end - start) / a.programs) for start, end in itertools.pairwise(starts) if end > start]
 
 
-# By kernel: turns of the loop with the products (None where several have some, all of them among the others), turns of
-# the other loops from the outermost in, and multiply-adds of the whole launch; where programs take roles, also the
-# loops of each role and its share of the programs. A kernel that is not here has no loop.
+# By kernel: iterations of the loop with the products (None where several loops have products; these are then among the
+# others), iterations of the other loops from the outermost in, and multiply-adds of the whole launch. Where programs
+# have roles, also the number of loops of each role and its share of the programs. A kernel not listed has no loop.
 MODEL = {
     "conv2d_forward_kernel": _forward,
     "conv2d_relu_max_pool2d_forward_kernel": _forward_pooled,
@@ -200,9 +200,9 @@ MODEL = {
 
 
 def _by_role(instructions, loops, roles):
-    """How often a program runs each instruction, on average: one role's code ends where it exits before the next's.
+    """How often a program runs each instruction on average, if the code of each role ends with an EXIT.
 
-    That is the last exit in front of the next role's loops, and the next one behind a role that has none.
+    That is the last EXIT before the next role's loops, or, for a role without loops, the next EXIT.
     """
     exits = [i for i, instruction in enumerate(instructions) if instruction.opcode == "EXIT"]
     weights, seen = [], 0
@@ -219,7 +219,7 @@ def _by_role(instructions, loops, roles):
 
 
 def bounds(kernel, launch, instructions, format):
-    """Microseconds by what sets them: the machine code's instructions, L1 and matrix units; arithmetic; memory."""
+    """Least microseconds by the machine code's instructions, L1 and matrix units, by arithmetic, and by memory."""
     main_turns, other_turns, products, *roles = MODEL.get(kernel, lambda a: (0, [], 0))(launch)
     weights = [1.0] * len(instructions)
     main = sass.main_loop(instructions) if products and main_turns is not None else None

@@ -1,4 +1,4 @@
-"""Holds the records of `bench.machine_code.compile` against budgets.toml."""
+"""Compares the records of `bench.machine_code.compile` with budgets.toml."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 BUDGETS = tomllib.loads((Path(__file__).parent / "budgets.toml").read_text(encoding="utf-8"))
-# Compilers differ a little; one and the same does not. This leaves room for the rounding of the recorded figures.
+# Room for the rounding of the recorded figures; the same compiler always gives the same code.
 SLACK = 1.01
-# What the machine code itself takes, as opposed to what arithmetic and memory allow.
+# Times of the machine code itself, as opposed to what arithmetic and memory allow.
 BY_CODE = "issue_us", "l1_us", "matrix_us"
 
 
@@ -24,7 +24,7 @@ def bound(record):
 
 
 def recorded(record):
-    """What budgets.toml allows for that, or None."""
+    """The bound that budgets.toml allows for a record, or None."""
     return BUDGETS["bounds_us"].get(record["case"], {}).get(record["kernel"], {}).get(record["format"])
 
 
@@ -38,9 +38,9 @@ def _applies(rule, record):
 
 
 def violations(records):
-    """A line for each budget that a record is over: where (architecture, kernel, format, case, tile) and what is wrong.
+    """A line for each budget that a record exceeds: where (architecture, kernel, format, case, tile) and what is wrong.
 
-    What depends on the compiler's mood is compared only where triton is the version that budgets.toml is for.
+    What varies between compilers is compared only where triton is the version that budgets.toml is for.
     """
     same_compiler = triton.__version__ == BUDGETS["triton"]
     for r in records:
@@ -59,7 +59,7 @@ def violations(records):
             yield f"{where}: no matrix instructions"
         yield from (f"{where}: {line}" for line in r["overwritten"])
         if r["arch"] == "sm_90" and any(name.startswith("HGMMA") for name in r["matrix"]) and not r["products"]:
-            yield f"{where}: its products were not found in Triton's dialect, so that nothing looked at their operands"
+            yield f"{where}: its products were not found in Triton's dialect, so that their operands were not checked"
         if not same_compiler:
             continue
         for rule in BUDGETS["pipelined"]:

@@ -280,7 +280,7 @@ def lenet_again(c, format, lanes, bounded, brief):
     # The block of images grows with the batch, and is largest here. Many classes have a block of their own.
     if not bounded:
         images = {"n": 2**14, "raw": not brief}
-        # Kernels for full float32 compile slowly: images have one channel here, and these kernels get no case of colours.
+        # Kernels for full float32 compile slowly: here images have one channel, and no case has colours.
         classes = 1000 if lanes and not brief else 10
         yield "LeNet step" + " of bytes" * (not brief), lambda: c.lenet(classes=classes, **images)
         yield "LeNet inference" + " of bytes" * (not brief), lambda: c.lenet_inference(**images)

@@ -1,4 +1,4 @@
-"""Launches every kernel on little, forward and backward, for the sanitizers:
+"""Launches every kernel on small tensors, forward and backward, for the sanitizers:
 
     compute-sanitizer --tool memcheck python -m bench.machine_code.every_kernel
 
@@ -15,12 +15,12 @@ from tritonnet.dispatch import float32_products
 from tritonnet.kernels import launchers
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
-# Of a step on a GPU: one that is not captured, as sanitizers' allocations forbid captures.
+# The batch of a step on a GPU, too large to be captured: captures are not possible with the sanitizers' allocations.
 BATCH = 8192
 
 
 def calls(t):
-    """Results to differentiate; t(*size) makes an input. Sizes are odd, so that the edges of tiles are met."""
+    """Results to differentiate; t(*size) makes an input. Sizes are odd, to reach the edges of tiles."""
     x, images = t(5, 7), t(3, 4, 9, 11)
     w, b = t(6, 4, 3, 3), t(6)
     last = images.to(memory_format=torch.channels_last)
@@ -41,7 +41,7 @@ def calls(t):
     yield F.cross_entropy(x, torch.arange(5, device=x.device), reduction="none", ignore_index=1)
     for mode in ("reflect", "replicate", "circular"):
         yield tritonnet.nn.Conv2d(4, 2, 3, padding=1, padding_mode=mode).to(x)(images)
-    # Long sums are split between programs and added up by a kernel of their own.
+    # Long sums are split between programs, and another kernel adds them up.
     yield F.linear(t(4096, 8), t(8, 8), t(8))
     yield F.cross_entropy(t(4096, 10), torch.arange(4096, device=x.device) % 10)
 
@@ -53,7 +53,7 @@ def train(device, batch):
 
 
 def launch_all(device, batch):
-    """Every launch on a device; `batch` is that of a step in launches of its own."""
+    """Every launch on a device; `batch` is that of the training step."""
     for dtype in DTYPES:
 
         def t(*size, dtype=dtype):

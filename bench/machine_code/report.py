@@ -5,7 +5,7 @@
     python -m bench.machine_code --record         # and writes the bounds into bench/machine_code/budgets.toml
 
 Prints one table for each architecture and writes them to bench/machine_code/report.md; every single record goes to
-machine_code.json. The exit status is 1 if one of them is over a budget of bench/machine_code/budgets.toml.
+machine_code.json. The exit status is 1 if a record exceeds a budget of bench/machine_code/budgets.toml.
 """
 
 import argparse
@@ -44,8 +44,8 @@ def compile_for(arch, formats, brief=False):
 
 
 def compile_all(archs, formats, brief=False):
-    """{architecture: records}, of as many processes at a time as there are cores."""
-    # float32 takes up to half as long as the others. The longest first, so that no core is left with one at the end.
+    """{architecture: records}, compiled by as many processes at a time as there are cores."""
+    # float32 takes up to half as long as the others. The longest jobs start first, so that none runs alone at the end.
     parts = [[f for f in formats if f != "float32"], [f for f in formats if f == "float32"]]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [(arch, pool.submit(compile_for, arch, part, brief)) for part in parts if part for arch in archs]
@@ -55,7 +55,7 @@ def compile_all(archs, formats, brief=False):
 
 
 def _one_of(values):
-    """The value that all share, or how often there is which."""
+    """The value that all share, or each value with its count."""
     counts = Counter(values)
     return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {value}" for value, n in sorted(counts.items()))
 
@@ -95,15 +95,15 @@ PAGE = """\
 # What the kernels compile to
 
 Written by `python -m bench.machine_code` with triton {triton}, from {count} compilations of {kernels} kernels for
-{targets}. No GPU took part, and nothing here was timed. [budgets.toml](budgets.toml), which the tests hold every
-compilation against, keeps it from getting worse.
+{targets}. No GPU took part, and nothing here was timed. The tests compare every compilation with
+[budgets.toml](budgets.toml), so that it does not get worse.
 
 ## Least times on an H200
 
-Microseconds that no run of this machine code can go below: its instructions at four a cycle and multiprocessor, its
-bytes through L1 and shared memory at 128 a cycle, its products at the rate of the matrix units; beside them what
-arithmetic and device memory alone would allow (sources in [sass.py](sass.py)). Waiting, conflicts and misses come on
-top. LeNet at batch 1024 unless it says so, layers of ResNet-50 at batch 64, channels_last unless it says NCHW.
+The least microseconds that this machine code can take: its instructions at four a cycle and multiprocessor, its bytes
+through L1 and shared memory at 128 a cycle, its products at the rate of the matrix units; beside them the least by
+arithmetic and by device memory alone (sources in [sass.py](sass.py)). Waits, conflicts and misses come on top. LeNet is
+at batch 1024 unless another is named, layers of ResNet-50 at batch 64; layouts are channels_last unless NCHW is named.
 
 {shapes}
 """
@@ -111,7 +111,7 @@ SECTION = """
 ## {arch}
 
 One row for each tile, with the worst of its cases. Shared memory and spilled registers in bytes; loads and stores by
-the widest instruction, in bytes a lane; asynchronous: the loop's products run while the next operands load.
+the widest instruction, in bytes a thread; asynchronous: the loop's products run while the next operands load.
 
 {table}"""
 
@@ -127,7 +127,7 @@ def page(records):
 
 
 def with_bounds(text, records):
-    """The text of budgets.toml with the bounds of `records`, which are its last section."""
+    """The text of budgets.toml with the bounds of `records` as its last section."""
     figures = defaultdict(lambda: defaultdict(dict))
     for r in records:
         if "bounds" in r:

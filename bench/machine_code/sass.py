@@ -1,8 +1,8 @@
 """Reads machine code: registers, widths of memory accesses, matrix instructions, loops, and what they cost on sm_90.
 
 The costs are lower bounds, in cycles of one SM: instructions over the four that it issues a cycle, bytes over the 128
-that its L1 and shared memory move, products over the rate of its matrix units. What waits, conflicts or misses comes
-on top.
+that its L1 and shared memory move, products over the rate of its matrix units. Waits, conflicts and misses come on
+top.
 
 Sources: rates are those of NVIDIA's H100 whitepaper (2022) and of the CUDA C++ Programming Guide, "Throughput of
 Native Arithmetic Instructions"; that mma.sync reaches about half the rate of wgmma on sm_90 is from Luo et al. 2024,
@@ -61,7 +61,7 @@ def _code(cubin):
 
 
 def disassemble(cubins, arch):
-    """The instructions of each kernel; of all at once, because starting the disassembler takes longer than its work."""
+    """The instructions of each kernel, in one run, because starting the disassembler takes longer than its work."""
     codes = [_code(cubin) for cubin in cubins]
     if not codes:
         return []
@@ -82,7 +82,7 @@ def disassemble(cubins, arch):
 
 
 def loops(instructions):
-    """(first, last) positions of each loop: a branch back and where it goes."""
+    """(first, last) positions of each loop: the target of a backward branch, and the branch."""
     at = {instruction.address: i for i, instruction in enumerate(instructions)}
     found = []
     for i, instruction in enumerate(instructions):
@@ -117,7 +117,7 @@ def products(instruction):
 
 
 def widths(instructions, names):
-    """Bytes a lane of the loads or stores whose opcodes start with one of `names`, as a Counter."""
+    """Bytes a thread of the loads or stores whose opcodes start with one of `names`, as a Counter."""
     found = Counter()
     for instruction in instructions:
         head, *modifiers = instruction.opcode.split(".")
@@ -133,8 +133,8 @@ _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 def is_asynchronous(body, arch):
     """Whether the loop with the matrix instructions goes on loading while they run, or None where it has none.
 
-    On sm_90 the products of one turn may run into the next only if no wait in the loop lets none be pending; elsewhere
-    it is that the loop copies to shared memory without passing through registers.
+    On sm_90, products of one iteration may run into the next only if no wait in the loop requires that none is pending.
+    Elsewhere the sign is that the loop copies to shared memory without passing through registers.
     """
     if not any(is_matrix(i.opcode) for i in body):
         return None
@@ -182,7 +182,7 @@ def cost(instructions, weights, num_warps, rate):
         head = instruction.opcode.split(".")[0]
         issue += weight * num_warps / 4
         if head in ("LDG", "STG", "LDS", "STS", "LDGSTS", "STSM", "LDSM"):
-            # A warp's lanes at four bytes each fill the 128 bytes of a cycle.
+            # A warp's threads at four bytes each fill the 128 bytes of a cycle.
             l1 += weight * num_warps * _lane_bytes(instruction.opcode) / 4
         elif head == "HGMMA":
             m = re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.opcode)

@@ -1,12 +1,12 @@
 """Reads Triton's GPU dialect for products on sm_90 whose operands are overwritten before they have been read.
 
 A product there (`ttng.warp_group_dot`) reads its operands from shared memory while the program goes on, until a wait
-leaves fewer products pending. In a pipelined loop the next turn's operands are copied meanwhile, into other slots of
-their buffer. Where the buffer has one slot, the copy lands on what the product still reads: no error, other numbers.
-The left operand may be in registers instead, and of those there is one set: a product that is still in flight in the
-next turn may find them overwritten (https://github.com/triton-lang/triton/issues/9433).
+leaves fewer products pending. In a pipelined loop the operands of the next iteration are copied meanwhile, into other
+slots of their buffer. Where the buffer has one slot, the copy overwrites what the product still reads: no error, but
+wrong values. The left operand may be in registers instead, of which there is one set: a product that is still in flight
+in the next iteration may find them overwritten (https://github.com/triton-lang/triton/issues/9433).
 
-What is not shown: that slots are taken in turn where there are several, and sm_100's products, which end at barriers.
+Not checked: that several slots are used in turn, and sm_100's products, which end at barriers.
 """
 
 import re
@@ -15,14 +15,14 @@ from typing import NamedTuple
 _NAME = r"%[\w$-]+(?:#\d+)?"
 _OP = re.compile(r"(?:(%[\w$-]+)(?::(\d+))? = )?\"?([a-z]\w*(?:\.\w+)+)\"?(.*)")
 _SLOTS = re.compile(r"-> !ttg\.memdesc<(\d+)x\d+x\d+x")
-# Of these the result is part of the buffer that is their first operand.
+# Operations whose result is part of the buffer of their first operand.
 _VIEWS = tuple(f"memdesc_{view}" for view in ("index", "subview", "subslice", "trans", "reshape", "reinterpret"))
-# Of these an operand is the buffer that is written.
+# Operations that write the buffer of an operand.
 _WRITES = ("async_copy_global_to_local", "async_tma_copy_global_to_local", "local_store")
 
 
 class _Buffer(NamedTuple):
-    """A place in shared memory: the name of its allocation, and how many slots it has."""
+    """A buffer in shared memory: the name of its allocation, and how many slots it has."""
 
     name: str
     slots: int
@@ -38,7 +38,7 @@ class _Line(NamedTuple):
 
 
 def _tree(lines):
-    """The operations up to the end of a region, those of inner regions within them."""
+    """The operations up to the end of a region, with those of inner regions nested in them."""
     found = []
     for line in lines:
         line = re.sub(r" loc\(.*\)$", "", line.strip())
@@ -47,7 +47,7 @@ def _tree(lines):
         match = _OP.match(line)
         name, count, op, rest = match.groups() if match else (None, None, "", line)
         results = [name, *(f"{name}#{i}" for i in range(int(count or 0)))] if name else []
-        if line.startswith("}"):  # `} else {` goes on with the region before
+        if line.startswith("}"):  # `} else {` continues the region before
             found += _tree(lines)
             return found
         found.append(_Line(results, op.split(".")[-1], rest, _tree(lines) if line.endswith("{") else []))
@@ -55,7 +55,7 @@ def _tree(lines):
 
 
 class _Walk:
-    """Goes through the operations in their order, each loop twice, and keeps what is in flight."""
+    """Walks through the operations in order, each loop twice, and tracks the products in flight."""
 
     def __init__(self):
         self.buffers, self.flight, self.found, self.products = {}, [], [], 0
@@ -76,7 +76,7 @@ class _Walk:
                 self._find(f"{line.op} writes the registers {left}, which a product in flight still reads")
         if line.op == "local_alloc":
             slots = _SLOTS.search(line.rest)
-            # One that is made from a value has no slots, and is written where it stands.
+            # A buffer that is made from a value has no slots, and is written here.
             buffer = _Buffer(line.results[0], int(slots[1]) if slots and not names else 1)
             self.buffers[line.results[0]] = buffer
             if names:
@@ -108,9 +108,9 @@ class _Walk:
 
 
 def overwritten(ttgir):
-    """(a line for each operand that is overwritten while a product reads it, how many products were passed).
+    """(a line for each operand that is overwritten while a product reads it, how many products were seen).
 
-    A loop is gone through twice, and its products count twice.
+    Loops are walked twice, and their products count twice.
     """
     walk = _Walk()
     walk.go(_tree(iter(ttgir.splitlines())))

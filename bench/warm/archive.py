@@ -1,22 +1,22 @@
-"""Compiles, without a GPU, what will be launched on one, and packs it for a machine where every minute counts.
+"""Compiles, without a GPU, the kernels that will be launched on one, and packs them for the machine that has it.
 
     python -m bench.warm pack --target sm_90      # on any machine: writes warm-sm_90.tar.xz, and checks it
-    python -m bench.warm unpack warm-sm_90.tar.xz # on the one with the GPU, before anything else; takes seconds
-    python -m bench.warm check warm-sm_90.tar.xz  # compiles all parts again, which has to find every kernel there
+    python -m bench.warm unpack warm-sm_90.tar.xz # on the machine with the GPU, before anything else; takes seconds
+    python -m bench.warm check warm-sm_90.tar.xz  # compiles all parts again; every kernel has to be in the archive
 
-`bench/warm.sh` does the first in a virtual environment of the Python, torch and Triton of the other machine: both need
-the same Python but for its last number, the same build of Triton, and the same sources of this project. Another archive
-is refused, as nothing in it would be used. Several may be unpacked, one after the other. A part is
+`bench/warm.sh` packs in a virtual environment with the Python, torch and Triton of the other machine. Both need the
+same minor version of Python, the same build of Triton, and the same sources of this project. Any other archive is
+refused, as nothing in it would be used. Several archives may be unpacked, one after the other. The parts are:
 
-    quick, full   every contestant of ours in the cases of `python -m bench --quick`, and of `python -m bench`
-    smoke         a TrainStep in three precisions, at batches that are captured and not
-    tests         the test files of the kernels, without their comparisons: as far as each comes
+    quick, full   our contestants in the cases of `python -m bench --quick`, and of `python -m bench`
+    smoke         a TrainStep in three precisions, at batches that are captured and at others
+    tests         the test files of the kernels, without their comparisons, as far as each test gets
     doctor        what `tritonnet doctor` compares on a GPU
     every_kernel  what `bench.machine_code.every_kernel` launches
-    FILE.py       of your own: its jobs() gives {name: function without arguments} that take tensors on the CPU
+    FILE.py       your own: its jobs() returns {name: function without arguments}, which run on tensors on the CPU
 
-An archive has the machine code and no code in between: what reads that, such as bench.machine_code and tests/ptx on a
-machine without a GPU, wants a cache of its own. It has the C libraries of Triton's launches too, for CUDA.
+An archive has the machine code but no intermediate code: bench.machine_code and tests/ptx, which read that, need a
+cache of their own. For CUDA it also has the C libraries that launch the kernels.
 """
 
 import argparse
@@ -42,10 +42,10 @@ from . import work
 PARTS = (*work.PARTS, "tests")
 DEFAULT = "quick", "smoke", "tests", "doctor", "every_kernel"
 MANIFEST = "manifest.json"
-# What differs in no words that would tell anybody more.
+# Hashes, whose values would say nothing in a message.
 HASHES = "build of triton", "sources"
 BINARIES = ".cubin", ".hsaco"
-# How Triton calls the file that says which others belong to a kernel, and where they are.
+# Begins the name of Triton's file that lists the other files of a kernel and their paths.
 GROUP = "__grp__"
 
 
@@ -70,7 +70,7 @@ def libraries(cache):
 
 
 def compile_parts(cache, arguments):
-    """(what was found on the way, seconds): Triton's cache then has all that the parts launch."""
+    """Compile all that the parts launch into Triton's cache; returns the findings and the seconds."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         jobs = [part for part in arguments.parts if part != "tests"]
@@ -82,7 +82,7 @@ def compile_parts(cache, arguments):
 
 
 def say(found, known=()):
-    """Prints what was found, each once; the names of the kernels, or else jobs, that have failed and are not known."""
+    """Print each finding once; returns the names of the kernels, or else jobs, that failed and are not in `known`."""
     failed = {}
     for line in found:
         if "left_out" in line:
@@ -97,7 +97,7 @@ def say(found, known=()):
 
 
 def _files(folder):
-    """[(name, bytes)] of an entry of a cache, as far as they are packed, the paths of its group as bare names."""
+    """[(name, bytes)] of the files of a cache entry that are packed; its group file gets bare names for paths."""
     kept = [path for path in folder.iterdir() if path.suffix in (*BINARIES, ".so", ".json")]
     if not any(path.suffix in (*BINARIES, ".so") for path in kept):
         return []
@@ -113,7 +113,7 @@ def _files(folder):
 
 
 def write(archive, cache, manifest):
-    """Packs a cache; alike kernels lie side by side, which makes it smaller."""
+    """Pack a cache; similar kernels are side by side, which compresses better."""
     entries = [(folder.name, _files(folder)) for folder in cache.iterdir() if folder.is_dir()]
     entries.sort(key=lambda entry: ([(name, len(content)) for name, content in entry[1]], entry[0]))
     files = [(f"{entry}/{name}", content) for entry, contents in entries for name, content in contents]
@@ -126,7 +126,7 @@ def write(archive, cache, manifest):
 
 
 def unpack(archive, cache):
-    """Unpacks into a folder of Triton's cache, where what is there already stays as it is.
+    """Unpack into a folder of Triton's cache; entries that are there already stay as they are.
 
     Returns:
         The manifest, and how many entries are new there.
@@ -143,7 +143,9 @@ def unpack(archive, cache):
                     f"other {name}" if name in HASHES else f"{name} {manifest[name]} and not {now[name]}"
                     for name in other
                 )  # fmt: skip
-                sys.exit(f"{archive} is of no use here, nothing was unpacked: it is for {', '.join(differences)}")
+                sys.exit(
+                    f"{archive} does not fit this machine, nothing was unpacked: it is for {', '.join(differences)}"
+                )
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="unpacking-", dir=cache) as folder:
                 tar.extractall(folder, filter="data")
@@ -153,14 +155,14 @@ def unpack(archive, cache):
 
 
 def _move(entry, place):
-    """Moves an unpacked entry to its place, unless there is one; whether it has."""
+    """Move an unpacked entry to `place`, unless one is there; returns whether it was moved."""
     if not entry.is_dir():
         return False
     for path in entry.glob(f"{GROUP}*"):
         group = {child: str(place / child) for child in json.loads(path.read_bytes())["child_paths"]}
         path.write_text(json.dumps({"child_paths": group}), encoding="utf-8")
     try:
-        entry.rename(place)  # onto an empty folder too, which Triton leaves where it has looked for a kernel
+        entry.rename(place)  # also onto an empty folder, which Triton leaves where it has looked for a kernel
     except OSError:
         if not place.is_dir():
             raise
@@ -173,7 +175,7 @@ def pack(arguments):
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder, "cache")
         cache.mkdir()
-        manifest = here()  # before it takes long: sources may change
+        manifest = here()  # before compiling, during which sources may change
         found, seconds = compile_parts(cache, arguments)
         failed = say(found)
         manifest |= {
@@ -192,7 +194,7 @@ def pack(arguments):
 
 
 def check(arguments, archive=None):
-    """Compiles all parts of an archive again, with what it has; prints, and returns 1 if that was not all."""
+    """Compile all parts again with the archive as the cache; returns 1 if a kernel was missing or failed."""
     archive = archive or arguments.archive
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder, "cache")
@@ -227,7 +229,7 @@ def parse(argv=None):
         command.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N")
         if packs:
             command.add_argument("--out", type=Path, metavar="FILE", help="(default: warm-TARGET.tar.xz)")
-            command.add_argument("--no-check", dest="check", action="store_false", help="afterwards")
+            command.add_argument("--no-check", dest="check", action="store_false", help="skip `check` afterwards")
         else:
             command.add_argument("archive", type=Path, metavar="FILE")
     command = commands.add_parser("unpack")
@@ -236,7 +238,7 @@ def parse(argv=None):
     arguments = parser.parse_args(argv)
     for part in getattr(arguments, "parts", None) or ():
         if part not in PARTS and not Path(part).is_file():
-            parser.error(f"there is no part {part!r}, nor such a file")
+            parser.error(f"{part!r} is neither a part nor a file")
     return arguments
 
 

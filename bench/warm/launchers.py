@@ -1,11 +1,11 @@
-"""The C that Triton builds on a machine with an NVIDIA GPU when a kernel is launched first, built without one.
+"""Builds, without a GPU, the C libraries that Triton builds at a kernel's first launch on an NVIDIA GPU.
 
-triton 3.6 makes a C function of each kind of arguments, about half a second of gcc each; a later one has the same
-function for all of them. Both have one module that speaks to the driver. They lie in Triton's cache beside the
-kernels. Where such a library cannot be loaded, Triton builds it anew, so that none of them can do harm.
+triton 3.6 compiles a C function for each signature, about half a second of gcc each; later versions have one function
+for all of them. Both have one module that calls the driver. The libraries are in Triton's cache beside the kernels.
+Triton rebuilds a library that it cannot load, so that none of them can do harm.
 
-They are linked with libcuda.so.1, which only a driver brings: a library of that name, whose functions do nothing,
-stands in for it, and what is built is not loaded here.
+They are linked with libcuda.so.1, which comes with the driver. A stub library of that name stands in for it here, and
+what is built is not loaded.
 """
 
 import os
@@ -21,14 +21,14 @@ from triton.runtime import build
 
 
 def in_a_line(error):
-    """An error whole but for its end: a compiler says in many lines what is wrong."""
+    """An error in one long line: a compiler's message has many lines."""
     return f"{type(error).__name__}: {error}".strip().replace("\n", " | ")[:2000]
 
 
 def _stand_in(folder):
-    """Makes the library, of every function that Triton's sources may mean, and leaves it where it is looked for."""
+    """Builds the stub library, with every function that Triton's sources may call, where the linker looks for it."""
     sources = [Path(driver.__file__).with_suffix(ending).read_text("utf-8") for ending in (".c", ".py")]
-    # Python starts its functions like that, too.
+    # driver.py of triton 3.6 has C code in it too.
     names = sorted({name for source in sources for name in re.findall(r"\b(cu[A-Z]\w*)\s*\(", source)})
     source = Path(folder, f"libcuda-{os.getpid()}.c")  # other processes make one too
     source.write_text("".join(f"void {name}(void) {{}}\n" for name in names), encoding="utf-8")
@@ -39,9 +39,9 @@ def _stand_in(folder):
 
 
 class Launchers:
-    """Called with a compiled kernel, builds what its launch needs, into Triton's cache.
+    """Called with a compiled kernel, builds what its launch needs into Triton's cache.
 
-    Where the first cannot be built, `findings` hears of it once, and no other is tried.
+    After the first failure `findings` gets one line, and nothing more is built.
     """
 
     def __init__(self, findings):
@@ -58,6 +58,6 @@ class Launchers:
                     driver.CudaUtils()
                 if hasattr(driver, "make_launcher"):
                     driver.CudaLauncher(kernel.src, kernel.metadata)
-            except Exception as error:  # without a compiler, Triton needs none here and has to find one there
+            except Exception as error:  # such as no C compiler: then the machine with the GPU needs one
                 self.works = False
                 self.findings.add(left_out=f"the C that Triton builds at a first launch: {in_a_line(error)}")

@@ -1,11 +1,11 @@
-"""A plugin for pytest under which tests launch nothing, and compile what they would launch for a GPU; see warm.
+"""A pytest plugin under which tests launch nothing and compile what they would launch on a GPU; see archive.py.
 
     TRITONNET_WARM="sm_90 FILE" TRITONNET_TEST_DEVICE=cpu:0 PYTHONPYCACHEPREFIX=/tmp/apart \\
         python -O -m pytest -p bench.warm.tests tests/test_relu.py
 
-What tests compute is garbage. So that they go on to their last launch, nothing that they compare or expect stops them:
-an `assert` only computes what it asks for, which may launch too. Errors of the compiler go into FILE, other failures
-mean nothing. The tests that pytest has compiled are not those of other runs, and must not lie where these look.
+What tests compute is garbage. So that they reach their last launch, no comparison stops them: an `assert` only
+evaluates its condition, which may launch too. Errors of the compiler go into FILE; other failures mean nothing. Other
+runs must not load the test modules that pytest rewrites here, hence PYTHONPYCACHEPREFIX.
 """
 
 import ast
@@ -21,13 +21,13 @@ from _pytest.assertion import rewrite
 from ..no_launch import cpu_for_gpu
 from .work import Findings, compile_for
 
-# The tests that only a GPU runs are wanted too.
+# The reason for which tests are skipped without a GPU; here they run too.
 _WANTED = "CUDA graphs need a GPU"
 _now = ["-"]
 
 
 class _ComputedOnly(ast.NodeTransformer):
-    """Makes `assert x, y` compute x, whatever comes of it."""
+    """Makes `assert x, y` evaluate x and ignore its value and its exceptions."""
 
     def visit_Assert(self, node):
         nothing = ast.ExceptHandler(ast.Name("Exception", ast.Load()), None, [ast.Pass()])
@@ -39,7 +39,7 @@ def _compute_only(module, *args):
 
 
 class _Anything(contextlib.AbstractContextManager):
-    """In the place of pytest.raises: lets the block end as it will."""
+    """Stands in for pytest.raises and pytest.warns: the block may end in any way."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -52,7 +52,7 @@ class _Anything(contextlib.AbstractContextManager):
 
 
 class _NoBands(_Anything):
-    """In the place of memory.guard_bands: nothing is stored."""
+    """Stands in for memory.guard_bands: nothing is stored."""
 
     def __enter__(self):
         return []
@@ -66,7 +66,7 @@ def _nothing(*args, **kwargs):
 
 
 def _linear_without_truth(ours, theirs, inputs, terms, dtype, device, prepare=lambda t: t, tf32=False):
-    """The launches of exact.check_linear."""
+    """The launches of exact.check_linear, without its comparison."""
     leaves = [None if t is None else prepare(t.to(device, dtype)).detach().requires_grad_() for t in inputs]
     y = ours(*leaves)
     dy = prepare(torch.zeros(y.shape, device=device, dtype=dtype)).detach()
@@ -80,12 +80,12 @@ def pytest_configure(config):
     rewrite.rewrite_asserts = _compute_only
     pytest.raises = pytest.warns = _Anything
     torch.testing.assert_close = _nothing
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which nobody reads
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which is never used
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session):
-    """The checks, before a test file imports them by name; their modules are there once conftest is."""
+    """Replaces the checks before test files import them by name; conftest has made their modules importable."""
     import exact
     import memory
 
@@ -93,12 +93,12 @@ def pytest_collection(session):
 
 
 def _backend(item):
-    """What the fixture `backend` says, None where a test does not take it."""
+    """The value of the fixture `backend`, None if a test does not use it."""
     return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
 
 
 def pytest_collection_modifyitems(items):
-    # On the reference nothing is launched, and the training of the README is a process of its own, on the CPU.
+    # The reference launches nothing, and the README's training is a process of its own, on the CPU.
     items[:] = [item for item in items if _backend(item) != "reference" and "trained" not in item.fixturenames]
     for item in items:
         for node in item.listchain():

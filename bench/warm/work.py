@@ -1,7 +1,7 @@
-"""What a machine with a GPU will launch, part by part, and the processes that compile it without one; see warm.
+"""What a machine with a GPU will launch, part by part, and the processes that compile it without one; see archive.py.
 
-A part is a function that gives {name: call}. Its calls take CPU tensors, whose values nobody reads: what is drawn at
-random is left as the memory is, so that most pages are never touched.
+A part is a function that returns {name: call}. The calls take CPU tensors whose values do not matter: random tensors
+are left uninitialised, so that most pages are never touched.
 """
 
 import contextlib
@@ -33,15 +33,15 @@ from ..record import OURS
 from ..run import entries, plan
 from .launchers import Launchers, in_a_line
 
-# The files that launch every kernel in most ways.
+# The test files that launch every kernel in the most variants.
 TESTS = *stages.STEP_TESTS, *stages.CONVOLUTION_TESTS, *stages.KERNEL_TESTS
-# What starts processes, which would launch nothing, and seconds for all of the rest.
+# Leaves out tests that start processes, in which nothing would be compiled; and seconds for all others.
 NOT_TESTS = "not from_a_data_loader and not older_flags"
 TESTS_SECONDS = 3000
 
 
 def _timed(quick):
-    """The first step of every contestant of ours in every case of the bench."""
+    """The first step of each of our contestants in every case of the bench."""
     ours = {name: library for name, library in installed().items() if name in OURS}
     device = Host()
 
@@ -61,7 +61,7 @@ def _smoke():
     def launch(precision, batch):
         smoke.train(precision, smoke.batches(batch, 1, 0, "cpu"), "cpu")
 
-    # A DataLoader's last batch is what is left.
+    # A DataLoader's last batch may be smaller.
     sizes = {(precision, size) for precision, batch, _, loaded in smoke.CASES for size in (batch, loaded % batch)}
     return {
         f"{precision}, batch {batch}": functools.partial(launch, precision, batch)
@@ -71,7 +71,7 @@ def _smoke():
 
 
 def _doctor():
-    # What it says of the results is of no interest, and an error in compiling is heard of elsewhere.
+    # Its verdict on the results does not matter, and compile_for records errors in compiling.
     return {
         f"{name} in {format}": functools.partial(doctor.check, name, format, torch.device("cpu"))
         for format in doctor.FORMATS
@@ -84,7 +84,7 @@ def _every_kernel():
     return {"all": lambda: every_kernel.launch_all("cpu", every_kernel.BATCH)}
 
 
-# Those of one long job come first, so that it does not run alone at the end.
+# Parts with one long job come first, so that it does not run alone at the end.
 PARTS = {
     "every_kernel": _every_kernel,
     "doctor": _doctor,
@@ -95,8 +95,8 @@ PARTS = {
 
 
 def calls(parts):
-    """{"part: name": call} of the parts by their names, or by the names of Python files whose jobs() gives the like."""
-    parts = [part for part in parts if not (part == "quick" and "full" in parts)]  # which has all of it
+    """{"part: name": call} of the parts, given by their names or as Python files with a function jobs()."""
+    parts = [part for part in parts if not (part == "quick" and "full" in parts)]  # which includes it
     parts.sort(key=lambda part: list(PARTS).index(part) if part in PARTS else -1)
     found = {}
     for part in parts:
@@ -107,7 +107,7 @@ def calls(parts):
 
 @contextlib.contextmanager
 def nothing_random():
-    """Inside, torch's random numbers are whatever lies in memory, and indices are 0."""
+    """Inside, torch.randn returns uninitialised memory, and torch.randint zeros."""
 
     def randn(*size, generator=None, **options):
         return torch.empty(*size, **options)
@@ -121,13 +121,13 @@ def nothing_random():
 
 
 class Findings:
-    """A file of what several processes find, a JSON object a line."""
+    """A file of the findings of several processes, a JSON object a line."""
 
     def __init__(self, path):
         self.path = path
 
     def add(self, **finding):
-        # One write of a line is not torn apart by those of others.
+        # A line in a single write is not interleaved with those of other processes.
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finding) + "\n")
 
@@ -136,7 +136,7 @@ class Findings:
 
 
 def compile_for(name, findings, label):
-    """From now on this process launches nothing and compiles for a target of TARGETS; label() says for which job."""
+    """From now on this process launches nothing and compiles for a target of TARGETS; label() names the job."""
     target = GPUTarget(*TARGETS[name])
     build, seen = Launchers(findings) if target.backend == "cuda" else None, set()
 
@@ -151,7 +151,7 @@ def compile_for(name, findings, label):
 
 
 def work(folder, target, parts):
-    """One process's share of the jobs: those that no other has claimed, one after the other."""
+    """Run one process's share of the jobs: those that no other process has claimed, one after the other."""
     findings, now = Findings(folder / "findings"), ["-"]
     compile_for(target, findings, lambda: now[0])
     torch.set_num_threads(1)
@@ -165,9 +165,9 @@ def work(folder, target, parts):
             print(f"job {name}", file=sys.stderr, flush=True)
             try:
                 call()
-            except Exception as error:  # whatever a job dies of is a finding, and the others go on
+            except Exception as error:  # any error of a job is a finding, and the others go on
                 findings.add(job=name, kernel="", error=in_a_line(error))
-            # Kernels that were compiled stay in Triton's cache, and need not be in memory too.
+            # Compiled kernels are in Triton's cache on disk, and need not stay in memory.
             launching.forget()
             for kernel in launchers.KERNELS:
                 kernel.device_caches.clear()
@@ -185,7 +185,7 @@ def _variables(folder, cache):
 
 def _start(folder, cache, target, parts, number):
     command = [sys.executable, "-m", "bench.warm.work", str(folder), target, *parts]
-    # What is heard last of a process that LLVM has ended.
+    # If LLVM ends the process, the log names its last job and kernel.
     with open(folder / f"log {number}", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment(**_variables(folder, cache)), stdout=log, stderr=log)
 
@@ -194,11 +194,11 @@ def run_jobs(folder, cache, target, parts, processes):
     """Runs the jobs of the parts in processes of their own.
 
     Args:
-        folder: an empty one, for what the processes leave for each other.
+        folder: an empty one, which the processes share.
         cache: the folder of Triton's cache.
 
     Returns:
-        What was found, dicts with an "error" of a "kernel" in a "job", or with what was "left_out".
+        The findings, dicts with the "error" of a "kernel" in a "job", or with what was "left_out".
     """
     findings, started = Findings(folder / "findings"), processes
     running = {number: _start(folder, cache, target, parts, number) for number in range(processes)}
@@ -215,7 +215,7 @@ def run_jobs(folder, cache, target, parts, processes):
             kernel = next((line[10:] for line in reversed(lines) if line.startswith("compiling ")), "")
             last = lines[-1] if lines else "it printed nothing"
             findings.add(job=job or "-", kernel=kernel, error=f"a process ended with {process.returncode}: {last}")
-            if job:  # otherwise the next would not come further
+            if job:  # otherwise the next process would get no further
                 running[started] = _start(folder, cache, target, parts, started)
                 started += 1
     return findings.read()
@@ -230,7 +230,7 @@ def run_tests(folder, cache, target, processes):
     variables = _variables(folder, cache) | {
         "TRITONNET_TEST_DEVICE": "cpu:0",
         "TRITONNET_WARM": f"{target} {findings.path}",
-        # The interpreters that xdist starts hear of -O by the environment only.
+        # Python in the workers of xdist takes -O from the environment only.
         "PYTHONOPTIMIZE": "1",
         "PYTHONPYCACHEPREFIX": str(folder / "pycache"),
     }
@@ -253,7 +253,7 @@ def run_tests(folder, cache, target, processes):
     lines = log.read_text("utf-8", "replace").splitlines()
     for line in sorted({line for line in lines if "crashed while running" in line}):
         findings.add(job="tests", kernel="", error=line)
-    # Failed tests are as good as others here, but there have to be some.
+    # Tests may fail here, but some have to run.
     if status not in (0, 1):
         findings.add(job="tests", kernel="", error=f"pytest ended with {status}: {' | '.join(lines[-3:])}")
     return findings.read()
