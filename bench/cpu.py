@@ -59,6 +59,11 @@ def small():
     ]
 
 
+def _microseconds(statement, seconds, **variables):
+    """The median time of a statement, measured for about so many seconds."""
+    return Timer(statement, globals=variables).blocked_autorange(min_run_time=seconds).median * 1e6
+
+
 def launch_overhead(seconds):
     """As overhead(), with the kernels' launchers instead of the reference, on a stub GPU that runs nothing.
 
@@ -80,12 +85,10 @@ def launch_overhead(seconds):
         for name, net in nets.items():
             for task, statement in ((BOTH, training), (FORWARD, inference)):
                 net.train(task == BOTH)
-                timer = Timer(statement, globals={**space, "net": net})
-                us = timer.blocked_autorange(min_run_time=seconds).median * 1e6
+                us = _microseconds(statement, seconds, net=net, **space)
                 found.append({"operator": name, "task": task, "torch_us": None, "tritonnet_us": us})
         with packed_before():
-            timer = Timer(inference, globals={**space, "net": nets["LeNet"]})
-            us = timer.blocked_autorange(min_run_time=seconds).median * 1e6
+            us = _microseconds(inference, seconds, net=nets["LeNet"], **space)
         found.append({"operator": "LeNet, packed before", "task": FORWARD, "torch_us": None, "tritonnet_us": us})
     return found
 
@@ -122,7 +125,7 @@ def overhead(seconds):
             for name, f in (("torch_us", unfused), ("tritonnet_us", F)):
                 space = {"f": f, "call": operator.call, "dy": dy, "leaves": leaves, "inputs": inputs, "torch": torch}
                 space["tensors"] = [t.detach() for t in leaves]
-                times[name] = Timer(statement, globals=space).blocked_autorange(min_run_time=seconds).median * 1e6
+                times[name] = _microseconds(statement, seconds, **space)
             found.append({"operator": operator.name.removesuffix(" tiny"), "task": task, **times})
     return found
 
@@ -171,8 +174,7 @@ def step_overhead(seconds):
         with without_gpu():
             model = tritonnet.LeNet()
             step = tritonnet.TrainStep(model, torch.nn.CrossEntropyLoss(), make(model.parameters()), "ieee")
-            space = {"step": step, "images": images, "labels": labels}
-            us = Timer("step(images, labels)", globals=space).blocked_autorange(min_run_time=seconds).median * 1e6
+            us = _microseconds("step(images, labels)", seconds, step=step, images=images, labels=labels)
         found.append({"optimizer": name, "us": us})
     return found
 

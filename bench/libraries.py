@@ -46,7 +46,7 @@ class TutorialLeNet(nn.Module):
 
 
 def load_compiler():
-    """Imports in advance what torch.compile imports lazily: an import that a time limit cuts short cannot be repeated."""
+    """Imports in advance what torch.compile imports lazily: an import that a time limit ends cannot be repeated."""
     for name in ("compile_fx", "lowering", "cudagraph_trees"):
         importlib.import_module(f"torch._inductor.{name}")
 

@@ -83,6 +83,13 @@ def cpu_for_gpu():
         yield
 
 
+def forget_kernels():
+    """Empties the caches of the launchers and the kernels that Triton keeps in memory."""
+    launching.forget()
+    for kernel in launchers.KERNELS:
+        kernel.device_caches.clear()
+
+
 @contextlib.contextmanager
 def gpu_that_does_nothing(arch=90, launch=_nothing):
     """Inside, tensors on the CPU stand in for those of a GPU, and launches do nothing.
@@ -100,6 +107,4 @@ def gpu_that_does_nothing(arch=90, launch=_nothing):
             yield device
         finally:
             driver._active = before
-            launching.forget()
-            for kernel in launchers.KERNELS:
-                kernel.device_caches.clear()
+            forget_kernels()

@@ -27,7 +27,7 @@ class Outcomes:
     def __init__(self, path):
         self.path, self.found = path, read_json(path)
         self.tests = self.found.setdefault("tests", {})
-        # Fixed at the start: a worker that starts late must collect the same tests as the others, or xdist rejects it.
+        # Fixed at the start: a worker that starts late must collect the same tests as the others, or it gets none.
         self.well_before = self.well()
 
     def well(self):

@@ -1,16 +1,18 @@
-"""Writes the measured results into the README:  python -m bench.results
+"""Writes the measured results into bench/README.md and README.md:  python -m bench.results
 
 Reads every JSON file in bench/results, each the record of a run on a GPU or of the stages of --verify on one, and
-replaces what stands between the comments <!-- results --> and <!-- /results -->: times, first calls, memory, what was
-proved there, and what was not measured.
+replaces the text between the comments <!-- results --> and <!-- /results -->. bench/README.md gets all of it: times,
+first calls, memory, what was proved there, and what was not measured. The project's README gets the times of a few
+cases.
 """
 
 import sys
 
 from . import stages, verify
-from .case import BOTH, FORWARD, GRAPH, HOST, INFERENCE, PACKED, TRAINING
+from .case import BOTH, CALLS, FORWARD, GRAPH, HOST, INFERENCE, PACKED, TRAINING
 from .keep import ROOT, read_json
 from .lenet import Network
+from .libraries import COMPILE
 from .record import OURS, QUICK_ENDING, Record, file_name, same_but_date
 from .report import accuracy_table, memory
 from .run import plan
@@ -21,12 +23,22 @@ NOTHING = "Nothing has been measured on a GPU yet."
 # Operators are shown in one format, networks in all.
 FORMAT = "bfloat16"
 REPLAY = "its graph alone"
+CONDITIONS = "each library in its faster layout, and in CUDA graphs where that is faster"
+PEERS = "torch", "torch.compile"
+# (case, batch) that the project's README shows, fixed here whatever their times: LeNet's training step at every batch,
+# its inference at one, and the first case in operators.catalogue() of each operator other than relu and the fused ones.
+# A case without a record is left out.
+HEADLINES = (
+    ("LeNet training step", 64), ("LeNet training step", 1024), ("LeNet training step", 65536),
+    ("LeNet inference", 1024), (f"conv2d ResNet 3x3, 64, {BOTH}", 64), (f"linear 4096 x 4096 x 4096, {BOTH}", 4096),
+    (f"max_pool2d ResNet 3x3 stride 2, {BOTH}", 64), (f"cross_entropy 1000 classes, {BOTH}", 8192),
+)  # fmt: skip
 
 
 def records(folder):
-    """The Records in `folder`, one of each machine: the newest, which of two from one day is the full run.
+    """The Records in `folder`, one for each machine: the newest, or of two from the same day the full run.
 
-    Rows of a quick run that is no older stand in the place of the full run's own, if both had the same versions.
+    Rows of a quick run that is no older replace the full run's own, if both had the same versions.
     """
     paths = [path for path in sorted(folder.glob("*.json")) if not path.stem.endswith(verify.ENDING)]
     of_machine = {}
@@ -48,10 +60,10 @@ def _one_of(runs):
 
 
 def summary(record):
-    """(header, rows): everyone at their best, in whichever layout, in CUDA graphs or not.
+    """(header, rows): each library's best time, in either layout, in CUDA graphs or not.
 
-    Of TrainStep that is the whole of its call; its graph alone, which reads its images where they lie as torch's graphs
-    do, has a row of its own. So has the forward of inference on weights that were packed before.
+    TrainStep's time is that of a whole call. Its graph alone, which like torch's graphs reads images that are already
+    in place, has a row of its own. So has the forward of inference on weights packed before.
     """
     best = {}
     for row in record.rows:
@@ -70,15 +82,38 @@ def summary(record):
     for (subject, task, batch, format, way), of_case in best.items():
         ours = of_case["ours"]
         ratios = [f"{of_case[name].ms / ours.ms:.2f}x" if name in of_case else "-" for name in peers]
-        name = subject if task in subject else f"{subject}, {task}"
+        name = name_of(subject, task)
         share = f"{ours.floor_ms(record.ceilings) / ours.ms:.0%}" if record.ceilings else "-"
         name = f"{name}, {way}" if way else name
         rows.append((name, batch, format, f"{ours.ms * 1e3:.4g}", *ratios, share))
     return ("", "batch", "format", "us", *(f"{name} takes" for name in peers), "of the floor"), rows
 
 
+def compiled_without_graphs(record, cases=None):
+    """[a line] naming the cases in which torch.compile has a time, but none in a CUDA graph of the bench or its own.
+
+    Args:
+        record: a Record.
+        cases: (name, batch) of those to consider, None for all.
+    """
+    rows = [row for row in record.rows if row.library == "torch.compile" and row.ms]
+    in_graphs = {row.key[:4] for row in rows if row.form == GRAPH or row.detail == COMPILE}
+    names = [
+        f"`{name_of(row.subject, row.task)}` at batch {row.batch} in {row.format} (mode {row.detail})"
+        for row in rows
+        if row.form == CALLS and row.key[:4] not in in_graphs
+        and (cases is None or (name_of(row.subject, row.task), row.batch) in cases)
+    ]  # fmt: skip
+    return [f"torch.compile was timed only outside CUDA graphs: {', '.join(names)}."] if names else []
+
+
+def name_of(subject, task):
+    """The name of a case, with its task unless the subject names it."""
+    return subject if task in subject else f"{subject}, {task}"
+
+
 def unmeasured(record, state):
-    """What a full run measures and this record has no time of ours for, a few words each.
+    """What a full run measures and this record has none of our times for, a few words each.
 
     Args:
         record: a Record.
@@ -88,7 +123,7 @@ def unmeasured(record, state):
     of_format, found = {}, []
     for case in plan(quick=False):
         name, batch = case.subject.name, case.subject.batch
-        # The networks are there at several batches.
+        # Networks are measured at several batches.
         shown = f"{name} at batch {batch}" if isinstance(case.subject, Network) else name
         of_format.setdefault(case.format, {})[shown] = (name, batch, case.format) in timed
     for format, names in of_format.items():
@@ -113,19 +148,20 @@ def unmeasured(record, state):
 
 
 def section(found, folder):
-    """The text between the comments, for the Records `found` in `folder`."""
+    """The results in bench/README.md, for the Records `found` in `folder`."""
     if not found:
         return NOTHING
     parts = []
     for record in found:
         header, rows = summary(record)
-        what = "everyone in the faster layout and in CUDA graphs where that is faster" if rows else "no times of ours"
-        pages = f"[all of it](bench/results/{record.name}.md)"
+        what = CONDITIONS if rows else "no times of ours"
+        pages = f"[all of it](results/{record.name}.md)"
         if not record.quick and (folder / f"{record.name}{QUICK_ENDING}.json").exists():
-            pages += f", [the quick run](bench/results/{record.name}{QUICK_ENDING}.md)"
+            pages += f", [the quick run](results/{record.name}{QUICK_ENDING}.md)"
         parts.append(f"**{record.title}**, {what} ({pages}){':' if rows else '.'}")
         if rows:
             parts.append(markdown(header, rows).strip())
+            parts += compiled_without_graphs(record)
         header, rows = memory(record) or ((), ())
         if rows := [row for row in rows if row[2] == FORMAT]:
             parts.append(
@@ -142,8 +178,31 @@ def section(found, folder):
     return "\n\n".join(parts)
 
 
-def written(text, found, folder):
-    """The README's `text` with the results of the Records `found` in `folder`.
+def headlines(found):
+    """The results in the project's README, for the Records `found`."""
+    if not found:
+        return NOTHING
+    parts = []
+    for record in found:
+        header, rows = summary(record)
+        of_case = {row[:2]: dict(zip(header, row)) for row in rows if row[2] == FORMAT}
+        lines = [
+            (*case, FORMAT, of_case[case]["us"], *(of_case[case].get(f"{peer} takes", "-") for peer in PEERS))
+            for case in HEADLINES if case in of_case
+        ]  # fmt: skip
+        parts.append(f"**{record.title}**, {CONDITIONS if lines else 'no times of ours'}{':' if lines else '.'}")
+        if lines:
+            columns = ("case", "batch", "format", "us", *(f"against {peer}" for peer in PEERS))
+            parts.append(markdown(columns, lines).strip())
+            parts += compiled_without_graphs(record, HEADLINES)
+    parts.append(
+        "Above 1x tritonnet is faster. [bench/README.md](bench/README.md) has all cases and how to measure them."
+    )
+    return "\n\n".join(parts)
+
+
+def written(text, block):
+    """A README's `text` with `block` between the comments.
 
     Raises:
         ValueError: the two comments are not both there, once and in order.
@@ -152,13 +211,18 @@ def written(text, found, folder):
     _, end, after = rest.partition(END)
     if not (start and end) or START in rest or END in after:
         raise ValueError(f"the README needs {START} and {END} after it, each once")
-    return f"{before}{START}\n{section(found, folder)}\n{END}{after}"
+    return f"{before}{START}\n{block}\n{END}{after}"
 
 
-def main(readme=ROOT / "README.md", folder=ROOT / "bench" / "results"):
+def main(root=ROOT):
+    folder = root / "bench" / "results"
     found = records(folder)
-    readme.write_text(written(readme.read_text(encoding="utf-8"), found, folder), encoding="utf-8")
-    print(f"{readme}: {len(found)} machines", file=sys.stderr)
+    for readme, block in (
+        (root / "bench" / "README.md", section(found, folder)),
+        (root / "README.md", headlines(found)),
+    ):
+        readme.write_text(written(readme.read_text(encoding="utf-8"), block), encoding="utf-8")
+        print(f"{readme}: {len(found)} machines", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ CASES = [(task, library) for task in TASKS for library in ("tritonnet", "torch")
 
 
 def once(task, library, began, device):
-    """Do the task, and print the milliseconds from `began` (by time.time()) until the device was ready and until the end."""
+    """Do the task, and print the milliseconds since `began` of time.time(): until the device is ready, and in all."""
     import torch
 
     import tritonnet
@@ -70,7 +70,7 @@ def _timed(task, library, device, cache):
 
 def table(found):
     """(header, rows) of the times that --keep saves under "start"."""
-    header = "", "library", "kernels", "ms until torch and the GPU are there", "ms until the end"
+    header = "", "library", "kernels", "ms until torch and the GPU are ready", "ms until the end"
     rows = []
     for task, library in CASES:
         for state in states(library):

@@ -202,7 +202,7 @@ def _finish(kept, planned, left_out):
         outcome = state["stages"].get(stage.name, {"status": NO_TIME, "seconds": 0.0, "said": ""})
         lines.append((stage.name, outcome["status"], f"{outcome['seconds']:.0f} s", outcome["said"][:60]))
     lines += [(name, LEFT, "", why) for name, why in left_out.items()]
-    print(f"\n{title(state['machine'])}\n\n{markdown(('stage', 'outcome', 'took', 'its last words'), lines)}")
+    print(f"\n{title(state['machine'])}\n\n{markdown(('stage', 'outcome', 'took', 'last line'), lines)}")
     for file, of_file in state.get("tests", {}).items():
         for name in of_file["failed"]:
             print(f"failed: {file}::{name}")
@@ -224,7 +224,7 @@ def in_words(state):
     if smoke := state.get("smoke"):
         agree = sum(outcome == AGREES for outcome in smoke.values())
         found.append(
-            f"`TrainStep` with CUDA graphs, without, and once more: the same bits in {agree} of {len(smoke)} cases"
+            f"`TrainStep` with CUDA graphs, without, and again with: the same bits in {agree} of {len(smoke)} cases"
         )
     if tests := state.get("tests"):
         of = counts(tests)

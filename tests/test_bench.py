@@ -692,32 +692,43 @@ def test_without_matplotlib_there_is_a_line(tmp_path, monkeypatch, capsys):
 README = f"before\n{results.START}\nold\n{results.END}\nafter\n"
 
 
-def test_results_in_the_readme(tmp_path):
+def test_results_in_the_readmes(tmp_path):
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
     nothing = f"before\n{results.START}\n{results.NOTHING}\n{results.END}\nafter\n"
-    assert results.written(README, results.records(tmp_path), tmp_path) == nothing
-    made_up(quick=True).write(tmp_path / "made-up-gpu-quick.json")
-    assert [r.quick for r in results.records(tmp_path)] == [True]
-    made_up().write(tmp_path / "made-up-gpu.json")
-    assert [r.quick for r in results.records(tmp_path)] == [False]
+    for block in (results.section(results.records(folder), folder), results.headlines(results.records(folder))):
+        assert results.written(README, block) == nothing
+    made_up(quick=True).write(folder / "made-up-gpu-quick.json")
+    assert [r.quick for r in results.records(folder)] == [True]
+    made_up().write(folder / "made-up-gpu.json")
+    assert [r.quick for r in results.records(folder)] == [False]
     other = made_up(quick=True)
     other.machine = MACHINE | {"date": "2000-02-01", "torch": "another"}
-    other.write(tmp_path / "made-up-gpu-quick.json")
-    assert [r.quick for r in results.records(tmp_path)] == [True]
-    made_up(quick=True).write(tmp_path / "made-up-gpu-quick.json")
-    (tmp_path / "README.md").write_text(README)
-    results.main(tmp_path / "README.md", tmp_path)
-    text = (tmp_path / "README.md").read_text()
+    other.write(folder / "made-up-gpu-quick.json")
+    assert [r.quick for r in results.records(folder)] == [True]
+    made_up(quick=True).write(folder / "made-up-gpu-quick.json")
+    for readme in (tmp_path, tmp_path / "bench"):
+        (readme / "README.md").write_text(README)
+    results.main(tmp_path)
+    text = (tmp_path / "bench" / "README.md").read_text()
     assert text.startswith("before\n<!-- results -->\n**Made-up GPU") and text.endswith("<!-- /results -->\nafter\n")
     line = next(line for line in text.splitlines() if "LeNet training step" in line and "65536" in line)
     assert line.split("|")[5].strip() == "2.00x" and line.split("|")[6].strip() == "3.00x"
     assert line.split("|")[7].strip() == "100%"
     assert "Not measured: in bfloat16 `conv2d ResNet stem 7x7 stride 2`, " in text and "; anything in float32; " in text
     assert text.count("; smoke, tests, memcheck, racecheck by --verify.") == 1
-    results.main(tmp_path / "README.md", tmp_path)
-    assert (tmp_path / "README.md").read_text() == text
+    short = (tmp_path / "README.md").read_text()
+    assert short.startswith("before\n<!-- results -->\n**Made-up GPU") and "](bench/README.md)" in short
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in short.splitlines() if "bfloat16" in line]
+    assert [(name, int(batch)) for name, batch, *_ in rows] == list(results.HEADLINES)
+    assert rows[0][4:] == ["4.00x", "3.00x"]  # torch's graph was wrong
+    assert {tuple(row[4:]) for row in rows[1:]} == {("2.00x", "3.00x")}
+    results.main(tmp_path)
+    assert (tmp_path / "bench" / "README.md").read_text() == text
+    assert (tmp_path / "README.md").read_text() == short
     for broken in ("", README + results.START, README.replace(results.END, "")):
         with pytest.raises(ValueError, match="the README needs"):
-            results.written(broken, [], tmp_path)
+            results.written(broken, "")
 
 
 @pytest.mark.parametrize("date, factor", [("2000-01-01", 3), ("2000-02-01", 3), ("1999-12-31", 1)])
@@ -737,7 +748,7 @@ def test_a_quick_run_that_is_no_older_counts_in_the_readme(date, factor, tmp_pat
     assert again < before.keys() == after.keys()
     for key, ms in before.items():
         assert after[key] == (ms and ms * (factor if key in again else 1))
-    pages = "/made-up-gpu.md), [the quick run](bench/results/made-up-gpu-quick.md))"
+    pages = "/made-up-gpu.md), [the quick run](results/made-up-gpu-quick.md))"
     assert pages in results.section([found], tmp_path)
 
 
@@ -757,9 +768,7 @@ def test_odd_records_in_the_readme(tmp_path, capsys):
     assert [record.machine["device"] for record in found] == ["Another", "Made-up GPU"]
     assert capsys.readouterr().err.count("is passed over: ") >= 8
     text = results.section(found, tmp_path)
-    assert (
-        "**, no times of ours ([all of it](bench/results/another.md)).\n\nNot measured: anything in bfloat16;" in text
-    )
+    assert "**, no times of ours ([all of it](results/another.md)).\n\nNot measured: anything in bfloat16;" in text
     assert "; in tf32 `LeNet inference at batch 65536`, `conv2d_relu_max_pool2d LeNet conv1`, " in text
     assert "|  |" not in text
     record.ceilings = {}
@@ -803,6 +812,26 @@ def test_the_readme_tells_a_call_from_its_graph(tmp_path):
     assert text.endswith("; racecheck by --verify.")
 
 
+def test_the_readme_says_where_torch_compile_has_no_graph():
+    """Where only its calls have a time; not where another form is in a graph, the bench's or its own."""
+    record = made_up()
+    assert not results.compiled_without_graphs(record) and "outside CUDA graphs" not in results.headlines([record])
+    small = [
+        row for row in record.rows if row.library == "torch.compile" and row.batch == 64 and row.format == "bfloat16"
+    ]
+    record.rows = [row for row in record.rows if row not in small or row.form == CALLS]
+    for row in small:
+        row.detail = "default"
+    (line,) = results.compiled_without_graphs(record)
+    for name in ("LeNet training step", "LeNet inference"):
+        assert line.count(f"`{name}` at batch 64 in bfloat16 (mode default)") == 1 and "1024" not in line
+    (line,) = results.compiled_without_graphs(record, results.HEADLINES)
+    assert line in results.headlines([record]) and "LeNet training step" in line and "inference" not in line
+    for row in small:
+        row.detail = "max-autotune"
+    assert not results.compiled_without_graphs(record)
+
+
 def test_the_readme_tells_a_call_from_a_forward_on_weights_packed_before(tmp_path):
     """A row below the whole call's, which nobody is compared with; records from before there was one have none."""
     record = made_up()
@@ -822,10 +851,22 @@ def test_the_readme_tells_a_call_from_a_forward_on_weights_packed_before(tmp_pat
     assert report.TASKS[PACKED] not in report.page(record)
 
 
-def test_the_readme_shows_what_is_recorded():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_readmes_show_what_is_recorded():
     folder = ROOT / "bench" / "results"
-    assert results.written(text, results.records(folder), folder) == text
+    found = results.records(folder)
+    for readme, block in (("bench/README.md", results.section(found, folder)), ("README.md", results.headlines(found))):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        assert results.written(text, block) == text, readme
+
+
+def test_the_readme_picks_no_cases_by_their_times():
+    """LeNet's steps, its inference, and the first case of each operator that is not relu and not fused."""
+    first = {}
+    for operator in operators.catalogue():
+        first.setdefault(operator.name.split()[0], (f"{operator.name}, {BOTH}", operator.batch))
+    networks = [("LeNet training step", batch) for batch in (64, 1024, 65536)] + [("LeNet inference", 1024)]
+    kinds = "conv2d", "linear", "max_pool2d", "cross_entropy"
+    assert list(results.HEADLINES) == networks + [first[kind] for kind in kinds]
 
 
 def test_time_to_an_accuracy():

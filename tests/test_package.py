@@ -106,7 +106,8 @@ def test_the_code_in_the_readme_runs():
     assert len(blocks) == 4 and space["loss"].isfinite()
 
 
-def test_the_files_that_the_readme_shows_are_there():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"\]\(([^)h][^)]*)\)", readme) + [".github/photo.jpg"]:
-        assert (ROOT / path).is_file() and path in readme, path
+def test_the_files_that_the_readmes_show_are_there():
+    for folder, more in ((ROOT, [".github/photo.jpg"]), (ROOT / "bench", [])):
+        readme = (folder / "README.md").read_text(encoding="utf-8")
+        for path in re.findall(r"\]\(([^)h][^)]*)\)", readme) + more:
+            assert (folder / path).is_file() and path in readme, path

@@ -19,7 +19,6 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from tritonnet.cli import doctor
-from tritonnet.kernels import launchers, launching
 
 from .. import TARGETS, smoke, stages
 from ..keep import ROOT
@@ -27,7 +26,7 @@ from ..libraries import installed
 from ..machine_code import every_kernel
 from ..machine_code.compile import compile_instead
 from ..measure import Host, precision
-from ..no_launch import cpu_for_gpu
+from ..no_launch import cpu_for_gpu, forget_kernels
 from ..processes import environment, kill_session
 from ..record import OURS
 from ..run import entries, plan
@@ -168,9 +167,7 @@ def work(folder, target, parts):
             except Exception as error:  # any error of a job is a finding, and the others go on
                 findings.add(job=name, kernel="", error=in_a_line(error))
             # Compiled kernels are in Triton's cache on disk, and need not stay in memory.
-            launching.forget()
-            for kernel in launchers.KERNELS:
-                kernel.device_caches.clear()
+            forget_kernels()
 
 
 def _variables(folder, cache):
