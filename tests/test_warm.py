@@ -151,7 +151,7 @@ def test_parts_and_targets_are_looked_at_before_anything_is_compiled(capsys):
     assert warm.parse(["pack"]).target in TARGETS
     with pytest.raises(SystemExit):
         warm.main(["pack", "--parts", "quick", "quik"])
-    assert "there is no part 'quik'" in capsys.readouterr().err
+    assert "'quik' is neither a part nor a file" in capsys.readouterr().err
 
 
 def test_the_tests_that_are_compiled_are_there():
