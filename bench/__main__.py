@@ -1,8 +1,8 @@
 """Checks and times everything against torch, on one GPU.
 
-    python -m bench             # everything, below 8 minutes; --quick takes 90 seconds
+    python -m bench             # everything, in less than 8 minutes; --quick takes 90 seconds
     python -m bench --data DIR  # and the time to 99 % on MNIST, from the four IDX files in DIR
-    python -m bench --cpu       # without a GPU: what a call costs in Python, and the reference
+    python -m bench --cpu       # without a GPU: the cost of a call in Python, and the reference
     python -m bench --verify    # on a GPU: whether it is right and how fast, in stages (see bench/verify.py)
 
 Prints tables and writes them, with JSON and pictures, to bench/results; the JSON is written after every case. Ctrl-C

@@ -25,7 +25,7 @@ def read_json(path):
     except ValueError:  # also for bytes that are not text
         found = None
     if not isinstance(found, dict):
-        print(f"{path} is passed over: it holds no JSON object", file=sys.stderr)
+        print(f"{path} is ignored: it holds no JSON object", file=sys.stderr)
         return {}
     return found
 

@@ -133,7 +133,7 @@ class Record:
             record = cls(**read_json(path))
             record.rows = [Row(**row) for row in record.rows]
         except TypeError as e:
-            print(f"{path} is passed over: it holds no record ({e})", file=sys.stderr)
+            print(f"{path} is ignored: it holds no record ({e})", file=sys.stderr)
             return None
         return record
 

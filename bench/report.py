@@ -108,15 +108,15 @@ def page(record, plots=()):
     if record.overhead:
         header = "operator", "task", "torch us", "tritonnet us", "more us"
         lines = [(*r.values(), r["tritonnet_us"] - r["torch_us"]) for r in record.overhead]
-        parts.append("## Calls on tiny tensors: the Python and the dispatch of each\n\n" + markdown(header, lines))
+        parts.append("## Calls on tiny tensors: Python and dispatch\n\n" + markdown(header, lines))
     if record.launches:
         header = "operator", "task", "torch us", "tritonnet us"
         lines = [tuple("" if value is None else value for value in r.values()) for r in record.launches]
-        parts.append("## The same on the kernels, their launches left out\n\n" + markdown(header, lines))
+        parts.append("## The same on the kernels, without their launches\n\n" + markdown(header, lines))
     if record.steps:
         lines = [tuple(r.values()) for r in record.steps]
         parts.append(
-            "## A call of TrainStep on the host, its launches left out\n\n" + markdown(("optimizer", "us"), lines)
+            "## A call of TrainStep on the host, without its launches\n\n" + markdown(("optimizer", "us"), lines)
         )
     if record.accuracy:
         parts.append("## Time to a test accuracy on MNIST\n\n" + accuracy_table(record.accuracy))

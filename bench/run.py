@@ -181,7 +181,7 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
         with precision(case.format), budget.spend(kind), limited(limit) if mode else contextlib.nullcontext():
             gate, problem = attempt(lambda: _gate(case, device), device)
             if problem:
-                record.left_out.append(f"{name}: no truth to compare with, {problem}")
+                record.left_out.append(f"{name}: no reference to compare with, {problem}")
                 return
             for entry in of_case:
                 begun.append(_rows(case, entry))

@@ -16,7 +16,7 @@ NO_TESTS = 5
 # Seconds that a stage has for its report after it was told to stop.
 GRACE = 20
 
-# Test files. If those of the step fail, it is not timed; those of the other kernels come before the rest.
+# Test files. TrainStep is timed only if those of the step pass. Those of the other kernels come before the rest.
 STEP_TESTS = "test_graphs", "test_train_step", "test_weights", "test_lenet", "test_lenet_lanes"
 CONVOLUTION_TESTS = "test_conv2d", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch"
 KERNEL_TESTS = (

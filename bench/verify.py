@@ -150,7 +150,7 @@ def _main(folder, minutes, begun):
     known = "stages" in state and same_but_date(state["machine"], here) and state["sources"] == sources()
     if known:
         to_do = still_to_do(planned, state["stages"])
-        print(f"going on with {kept}: {', '.join(stage.name for stage in to_do) or 'all is there'}")
+        print(f"going on with {kept}: {', '.join(stage.name for stage in to_do) or 'nothing is left to do'}")
     else:
         to_do = planned
         write_json(kept, {"machine": here, "sources": sources(), "stages": {}})

@@ -158,7 +158,7 @@ def test_what_is_missing_comes_first_and_then_what_failed(run, tmp_path, capfd, 
     assert run(*three()) == 0 and ran.read_text() == "one two three one "
     assert status_of(tmp_path) == dict.fromkeys(("one", "two", "three"), PASSED) and read(tmp_path)["well"]
     assert run(*three()) == 0 and ran.read_text() == "one two three one "
-    assert capfd.readouterr().out.count(": all is there\n") == 1
+    assert capfd.readouterr().out.count(": nothing is left to do\n") == 1
     # Other code is another run.
     monkeypatch.setattr(verify, "sources", lambda: "changed")
     assert run(*three(three=True)) == 1 and ran.read_text().endswith(" one two three ")

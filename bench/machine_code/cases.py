@@ -269,7 +269,7 @@ def layers(c, format, brief):
 
 
 def lenet_again(c, format, lanes, bounded, brief):
-    """(name, call) of what `shapes` compiles where there are bounds, for the rest, and of LeNet's other tiles."""
+    """(name, call) of the parts of `shapes` that are compiled without bounds too, and of LeNet's other tiles."""
     if format != "float64":
         # In full float32 this fusion has no gradient kernels, see conv2d_pool/gradient.py.
         options = {"last": False, "gradients": format != "float32"}
