@@ -80,7 +80,7 @@ def test_what_is_packed_is_what_is_launched_and_what_is_missing_is_named(tmp_pat
     (entry,) = (entry for entry, name in entries.items() if name == LINEAR)
     archive = rewritten(archive, tmp_path / "less.tar.xz", left_out=entry)
     assert warm.main(["check", str(archive), *one]) == 1
-    assert f"checked: 1 kernels were in the archive, 1 were not: {LINEAR};" in capsys.readouterr().out
+    assert f"checked: 1 kernels were packed, 1 were not: {LINEAR};" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def check(arguments, archive=None):
         new = sorted(name for entry, name in kernels(cache).items() if entry not in before)
     failed = say(found, manifest["failed"])
     print(
-        f"checked: {len(before)} kernels were in the archive, {len(new)} were not{': ' if new else ''}{', '.join(new)}; "
+        f"checked: {len(before)} kernels were packed, {len(new)} were not{': ' if new else ''}{', '.join(new)}; "
         f"{seconds:.0f} s, packing took {manifest['seconds']:.0f} s"
     )
     return int(bool(new or failed))
