@@ -104,10 +104,3 @@ def test_the_code_in_the_readme_runs():
         if "revert" in block:
             assert type(space["model"][0]) is torch.nn.Conv2d
     assert len(blocks) == 4 and space["loss"].isfinite()
-
-
-def test_the_files_that_the_readmes_show_are_there():
-    for folder, more in ((ROOT, [".github/photo.jpg"]), (ROOT / "bench", [])):
-        readme = (folder / "README.md").read_text(encoding="utf-8")
-        for path in re.findall(r"\]\(([^)h][^)]*)\)", readme) + more:
-            assert (folder / path).is_file() and path in readme, path
