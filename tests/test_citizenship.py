@@ -175,35 +175,32 @@ def per_sample_gradients(op):
     same(*results)
 
 
+def same_when_compiled(op, batches, **options):
+    """No graph break, and values and gradients for several batch sizes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(op.ours, fullgraph=True, **options)
+    for batch in batches:
+        inputs = op.inputs(batch)
+        same(value_and_grads(compiled, inputs), value_and_grads(op.theirs, inputs))
+
+
 def compiles(backend):
     def check(op):
-        """No graph break, values and gradients, and a second batch size."""
-        torch._dynamo.reset()
-        compiled = torch.compile(op.ours, fullgraph=True, backend=backend)
-        for batch in (4, 3):
-            inputs = op.inputs(batch)
-            same(value_and_grads(compiled, inputs), value_and_grads(op.theirs, inputs))
+        same_when_compiled(op, (4, 3), backend=backend)
 
     return check
 
 
 def compiles_dynamic_shapes_once(op):
     """A shorter last batch must not compile again."""
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(op.ours, fullgraph=True, backend=counter, dynamic=True)
-    for batch in (12, 11, 10):  # none of the other sizes, which would be taken for the same number
-        inputs = op.inputs(batch)
-        same(value_and_grads(compiled, inputs), value_and_grads(op.theirs, inputs))
+    # Dynamo would take a batch size that equals another size for the same symbol.
+    same_when_compiled(op, (12, 11, 10), backend=counter, dynamic=True)
     assert counter.frame_count == 1
 
 
 def compiles_dynamic_inductor(op):
-    torch._dynamo.reset()
-    compiled = torch.compile(op.ours, fullgraph=True, dynamic=True)
-    for batch in (12, 10):
-        inputs = op.inputs(batch)
-        same(value_and_grads(compiled, inputs), value_and_grads(op.theirs, inputs))
+    same_when_compiled(op, (12, 10), dynamic=True)
 
 
 def compiles_without_gradients(op):

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import tritonnet
 import tritonnet.nn as nn
 import tritonnet.nn.functional as F
+from bench.libraries import TutorialLeNet
 from tritonnet import cli, ops
 from tritonnet.data import load_digits
 from tritonnet.lenet.recognition import find_layers
@@ -119,23 +120,9 @@ def test_batched(case, device):
     assert_same_bits(ours, expected)
 
 
-class Tutorial(torch.nn.Module):
-    """A LeNet of torch's layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = torch.nn.Conv2d(1, 6, 5), torch.nn.Conv2d(6, 16, 5)
-        self.fc1, self.fc2, self.fc3 = (torch.nn.Linear(n, m) for n, m in ((400, 120), (120, 84), (84, 10)))
-
-    def forward(self, x):
-        for conv in (self.conv1, self.conv2):
-            x = torch.max_pool2d(torch.relu(conv(x)), 2)
-        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(torch.flatten(x, 1))))))
-
-
 def test_a_fused_model(device):
     """It is converted, captured, called, and told to be a LeNet."""
-    model, x, said = Tutorial().to(device), torch.randn(2, 1, 32, 32, device=device), []
+    model, x, said = TutorialLeNet().to(device), torch.randn(2, 1, 32, 32, device=device), []
 
     def run():
         model.zero_grad()

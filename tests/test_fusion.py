@@ -20,22 +20,17 @@ from tritonnet.compiler import compile_graph
 
 
 class Tutorial(tnn.Module):
-    """As in PyTorch's tutorials."""
+    """As PyTorch's tutorial has it, with one linear less and fewer features."""
 
     def __init__(self):
         super().__init__()
-        self.conv1 = tnn.Conv2d(1, 6, 5)
-        self.conv2 = tnn.Conv2d(6, 16, 5)
-        self.fc1 = tnn.Linear(16 * 4 * 4, 12)
-        self.fc2 = tnn.Linear(12, 10)
+        self.conv1, self.conv2 = tnn.Conv2d(1, 6, 5), tnn.Conv2d(6, 16, 5)
+        self.fc1, self.fc2 = tnn.Linear(16 * 4 * 4, 12), tnn.Linear(12, 10)
 
     def forward(self, input):
-        c1 = TF.relu(self.conv1(input))
-        s2 = TF.max_pool2d(c1, (2, 2))
-        c3 = TF.relu(self.conv2(s2))
-        s4 = TF.max_pool2d(c3, 2)
-        s4 = torch.flatten(s4, 1)
-        return self.fc2(TF.relu(self.fc1(s4)))
+        s2 = TF.max_pool2d(TF.relu(self.conv1(input)), (2, 2))
+        s4 = TF.max_pool2d(TF.relu(self.conv2(s2)), 2)
+        return self.fc2(TF.relu(self.fc1(torch.flatten(s4, 1))))
 
 
 class WithModules(Tutorial):

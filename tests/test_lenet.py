@@ -1,6 +1,7 @@
 """LeNet as any tutorial writes it, with the two import lines changed; the training program; the digits."""
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -8,44 +9,25 @@ import torch
 from conftest import write_mnist
 
 import tritonnet
+from bench.libraries import TutorialLeNet
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 from tritonnet import cli, data
 from tritonnet.cli import pictures
 
-TUTORIAL = """
-class Net(nn.Module):
-    def __init__(self):
-        super(Net, self).__init__()
-        self.conv1 = nn.Conv2d(1, 6, 5)
-        self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, 10)
 
-    def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv1(x)), (2, 2))
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x = torch.flatten(x, 1)
-        x = F.relu(self.fc1(x))
-        x = F.relu(self.fc2(x))
-        x = self.fc3(x)
-        return x
-"""
-
-
-def tutorial_net(imports):
+def tutorial_net(nn):
+    """The tutorial's LeNet with its layers and functions imported from `nn`."""
+    imports = f"import {nn} as nn\nimport {nn}.functional as TF\n"
     space = {"torch": torch}
-    exec(imports + TUTORIAL, space)
+    exec(imports + inspect.getsource(TutorialLeNet), space)
     torch.manual_seed(0)
-    return space["Net"]()
+    return space["TutorialLeNet"]()
 
 
 def nets():
-    ours = tutorial_net("import tritonnet.nn as nn\nimport tritonnet.nn.functional as F\n")
-    theirs = tutorial_net("import torch.nn as nn\nimport torch.nn.functional as F\n")
-    return ours, theirs
+    return tutorial_net("tritonnet.nn"), tutorial_net("torch.nn")
 
 
 def test_same_numbers_and_gradients(backend, device, full_precision):

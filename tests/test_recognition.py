@@ -4,17 +4,18 @@ import pytest
 import torch
 import torch.nn as tnn
 import torch.nn.functional as TF
-from test_train_step import Tutorial, small
+from test_train_step import small
 from written import forward_of
 
 import tritonnet
+from bench.libraries import TutorialLeNet
 from tritonnet.lenet.recognition import find_layers
 from tritonnet.lenet.weights import NotServed
 
 SEEN, COUNT = [], 0
 HEAD = "self.fc3(TF.relu(self.fc2(TF.relu(self.fc1(x)))))"
 CONVOLVED = "x = TF.max_pool2d(TF.relu(self.conv1(x)), 2); x = TF.max_pool2d(TF.relu(self.conv2(x)), 2); "
-NET = "Tutorial.forward(self, x)"
+NET = "TutorialLeNet.forward(self, x)"
 
 LENETS = {
     "as it is": f"return {NET}",
@@ -69,7 +70,7 @@ OTHERS = {
 
 def net(body):
     own = {"forward": forward_of(body, globals())}
-    model = type("Net", (Tutorial,), own)()
+    model = type("Net", (TutorialLeNet,), own)()
     model.register_buffer("template", torch.zeros(2, 1, 32, 32))
     model.down, model.calls = None, 0
     return model
@@ -109,22 +110,22 @@ def test_layers_of_all_kinds():
         tritonnet.nn.Conv2dReLUMaxPool2d(3, 6, 5, padding=2), tritonnet.nn.Conv2dReLU(6, 16, 5), tnn.MaxPool2d(2),
         tnn.Flatten(), tritonnet.nn.LinearReLU(400, 120), tritonnet.nn.LinearReLU(120, 84), tnn.Linear(84, 10),
     )  # fmt: skip
-    for model in (sequence, tritonnet.convert(sequence), fused, tritonnet.fuse(Tutorial()), small()):
+    for model in (sequence, tritonnet.convert(sequence), fused, tritonnet.fuse(TutorialLeNet()), small()):
         layers = find_layers(model)
         assert [layer.weight for layer in layers] == [p for p in model.parameters() if p.dim() > 1]
 
 
-class Called(Tutorial):
+class Called(TutorialLeNet):
     def __call__(self, x):
         return super().__call__(x) * 2
 
 
 def test_hooks_and_replaced_methods_count():
-    looks, changes, replaced = Tutorial(), Tutorial(), Tutorial()
+    looks, changes, replaced = TutorialLeNet(), TutorialLeNet(), TutorialLeNet()
     looks.conv1.register_forward_hook(lambda module, args, y: SEEN.append(1))
     changes.conv1.register_forward_hook(lambda module, args, y: y * 2)
     replaced.conv1._conv_forward = lambda x, w, b: TF.conv2d(x, w * 2, b)
-    whole, compiled = Tutorial(), Tutorial()
+    whole, compiled = TutorialLeNet(), TutorialLeNet()
     whole.register_forward_hook(lambda module, args, y: y * 2)
     compiled._compiled_call_impl = lambda x: compiled._call_impl(x) * 2
     for model in (looks, changes, replaced, whole, compiled, Called()):

@@ -12,6 +12,7 @@ from exact import ROUNDOFF
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tritonnet
+from bench.libraries import TutorialLeNet
 from tritonnet.lenet import step as lenet_step
 
 # On a GPU torch's own side of a comparison would take its convolutions in tf32.
@@ -19,26 +20,6 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 
 INFERENCE = {"lenet_pack_kernel": 1, "lenet_forward_kernel": 1}
 STEP = {f"lenet_{name}_kernel": 1 for name in ("pack", "forward", "gradient", "update")}
-
-
-class Tutorial(theirs.Module):
-    """As PyTorch's tutorial has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = theirs.Conv2d(1, 6, 5)
-        self.conv2 = theirs.Conv2d(6, 16, 5)
-        self.fc1 = theirs.Linear(16 * 5 * 5, 120)
-        self.fc2 = theirs.Linear(120, 84)
-        self.fc3 = theirs.Linear(84, 10)
-
-    def forward(self, x):
-        x = TF.max_pool2d(TF.relu(self.conv1(x)), (2, 2))
-        x = TF.max_pool2d(TF.relu(self.conv2(x)), 2)
-        x = torch.flatten(x, 1)
-        x = TF.relu(self.fc1(x))
-        x = TF.relu(self.fc2(x))
-        return self.fc3(x)
 
 
 def sequential():
@@ -53,14 +34,14 @@ def sequential():
 
 def small():
     """28 pixels without padding, the least that a step has to do: where optimisers and the host are looked at."""
-    net = Tutorial()
+    net = TutorialLeNet()
     net.fc1 = theirs.Linear(256, 120)
     return net
 
 
 def padded():
     """32 pixels padded by two."""
-    net = Tutorial()
+    net = TutorialLeNet()
     net.conv1, net.fc1 = theirs.Conv2d(1, 6, 5, padding="same"), theirs.Linear(576, 120)
     return net
 
@@ -70,7 +51,7 @@ NETS = {
     "colours, 28 pixels, 100 classes": (lambda: tritonnet.LeNet(100, channels=3, size=28), (5, 3, 28, 28)),
     "1000 classes": (lambda: tritonnet.LeNet(1000), (3, 1, 32, 32)),
     "1 class": (lambda: tritonnet.LeNet(1), (2, 1, 32, 32)),
-    "tutorial, one image": (Tutorial, (1, 1, 32, 32)),
+    "tutorial, one image": (TutorialLeNet, (1, 1, 32, 32)),
     "sequential": (sequential, (4, 1, 28, 28)),
     "padded": (padded, (2, 1, 32, 32)),
 }
@@ -502,24 +483,24 @@ def test_what_changes_in_the_optimizer(options, change, device):
     assert_same_state(optimizers[0].state_dict(), optimizers[1].state_dict(), 1e-3)
 
 
-class Branching(Tutorial):
+class Branching(TutorialLeNet):
     def forward(self, x):
         return super().forward(x) if x.mean() > 0 else super().forward(-x)
 
 
-class Twice(Tutorial):
+class Twice(TutorialLeNet):
     def forward(self, x):
         return super().forward(x) * 2
 
 
 def hooked():
-    net = Tutorial()
+    net = TutorialLeNet()
     net.fc2.register_forward_hook(lambda *_: None)
     return net
 
 
 def frozen():
-    net = Tutorial()
+    net = TutorialLeNet()
     net.fc3.bias.requires_grad_(False)
     return net
 
@@ -541,18 +522,20 @@ OTHERS = {
         sgd, None, "1176 features",
     ),
     "other widths": (lambda: wider(), sgd, None, "800 features"),
-    "another optimizer": (Tutorial, lambda net: torch.optim.RMSprop(net.parameters()), None, "RMSprop"),
+    "another optimizer": (TutorialLeNet, lambda net: torch.optim.RMSprop(net.parameters()), None, "RMSprop"),
     "groups of two rules": (
-        Tutorial, lambda net: torch.optim.SGD([{"params": p, "momentum": p.dim() % 2} for p in net.parameters()]),
+        TutorialLeNet, lambda net: torch.optim.SGD([{"params": p, "momentum": p.dim() % 2} for p in net.parameters()]),
         None, "differ",
     ),
-    "some parameters": (Tutorial, lambda net: torch.optim.SGD(net.fc1.parameters()), None, "not just the parameters"),
-    "another loss": (Tutorial, sgd, theirs.CrossEntropyLoss(label_smoothing=0.1), "label smoothing"),
+    "some parameters": (
+        TutorialLeNet, lambda net: torch.optim.SGD(net.fc1.parameters()), None, "not just the parameters",
+    ),
+    "another loss": (TutorialLeNet, sgd, theirs.CrossEntropyLoss(label_smoothing=0.1), "label smoothing"),
 }  # fmt: skip
 
 
 def wider():
-    net = Tutorial()
+    net = TutorialLeNet()
     net.conv2, net.fc1 = theirs.Conv2d(6, 32, 5), theirs.Linear(800, 120)
     return net
 
@@ -724,6 +707,6 @@ def test_errors_of_batches(device):
             step(bad_images, bad_labels)
     with pytest.raises(ValueError, match="size must be 28 or 32, got 30"):
         tritonnet.LeNet(size=30)
-    other = Tutorial().to(device)
+    other = TutorialLeNet().to(device)
     with pytest.raises(TypeError, match="images of dtype uint8 need a tritonnet.LeNet"):
         tritonnet.TrainStep(other, TF.cross_entropy, sgd(other))(images.to(torch.uint8), labels)
