@@ -2,9 +2,9 @@
 
     TRITONNET_TEST_DEVICE=sm_90 python -m pytest tests/compiled.py
 
-runs them on the machine of the package `ptx`; sm_80 and sm_100 are the other architectures. The truth, and how far a
-format may be off it, are those of the timings (bench/exactness.py). Sizes are odd, so that the edges of tiles are met,
-and sums are long enough to fill a pipeline.
+runs them on the machine of the package `ptx`; sm_80 and sm_100 are the other architectures. The float64 truth and each
+format's tolerance are those of the benchmark (bench/exactness.py). Sizes are odd, so that tiles are partly empty at the
+edges, and sums are long enough to fill a pipeline.
 """
 
 import ptx
@@ -27,7 +27,7 @@ LIBRARIES = installed()
 
 
 def operator(call, result, *sizes):
-    """An Operator of a call and of the sizes of its result and of its inputs."""
+    """An Operator from a call and the sizes of its result and its inputs."""
     return operators.Operator("", sizes[0][0], call, sizes, result, {})
 
 
@@ -48,7 +48,7 @@ def gradient_of_pooling(f, x):
 
 
 def first_layer(f, w, b):
-    """Of images that need no gradient, and are the same numbers in every format."""
+    """For images that need no gradient and have the same values in every format."""
     images = (torch.arange(2 * 3 * 9 * 11, device=w.device) % 7 - 3).to(w.dtype).view(2, 3, 9, 11)
     return f.conv2d_relu(images.contiguous(memory_format=torch.channels_last), w, b, padding=1)
 
@@ -84,14 +84,14 @@ BY_PRODUCT = (
     "place_filters", "conv2d_relu_max_pool2d_product", "filters_for_blocks",
     "conv2d_relu_max_pool2d_input_grad", "conv2d_relu_max_pool2d_weight_grad",
 )  # fmt: skip
-# Of images of few channels in the formats of matrix units, and the others'.
+# The kernels for images of few channels: in the formats of matrix units, and in the others.
 FEW_CHANNELS = {
     **dict.fromkeys(("bfloat16", "float16", "tf32"), BY_PRODUCT),
     "float32": ("conv2d_relu_max_pool2d_lanes", *POOLED[1:]),
     "float64": POOLED,
 }
 WHOLE = "lenet_pack", "lenet_forward"
-# What each case launches, in all formats or by format.
+# The kernels that each case launches, in all formats or by format.
 LAUNCHED = {
     "relu": ("relu", "relu_grad"),
     "max_pool2d": ("max_pool2d_forward", "max_pool2d_scatter"),
@@ -111,7 +111,7 @@ LAUNCHED = {
     "LeNet": dict.fromkeys(WHOLE_STEPS, WHOLE),
     "LeNet step": dict.fromkeys(WHOLE_STEPS, (*WHOLE, "lenet_gradient", "lenet_update")),
 }
-# The kernels that are not for a format; that there are others for the same arguments is seen above.
+# Kernels that do not serve a format; FEW_CHANNELS and LAUNCHED have those that take their place.
 LANES, LENET = {"conv2d_relu_max_pool2d_lanes"}, {*WHOLE, "lenet_gradient", "lenet_update"}
 OTHERS = {
     "bfloat16": LANES,
@@ -123,7 +123,7 @@ OTHERS = {
 
 
 def kernels(case, format):
-    """The names of the kernels that a case launches in a format; empty if it is not served."""
+    """The names of the kernels that a case launches in a format; empty if the format is not served."""
     names = LAUNCHED[case]
     return {f"{name}_kernel" for name in (names.get(format, ()) if isinstance(names, dict) else names)}
 
@@ -135,7 +135,7 @@ def test_every_kernel_is_here(format):
 
 
 def check(case, format):
-    """Launches a case; its results are within the gate."""
+    """Launches a case and checks its results with the gate."""
     subject, layout = CASES[case]
     library = LIBRARIES["TrainStep" if case == "LeNet step" else "tritonnet"]
     with precision(format):
@@ -147,7 +147,7 @@ def check(case, format):
     assert kernels(case, format) <= set(launches) <= kernels(case, format) | {"sum_partials_kernel"}
     complaint = gate.complaint(results, contestant.dtype or FORMATS[format][0])
     assert complaint is None, complaint
-    if format == "float64":  # where the gate's allowance for sums in float32 says little
+    if format == "float64":  # the gate's allowance for float32 sums would hide errors here
         torch.testing.assert_close(results[:2], gate.truth[:2], rtol=1e-11, atol=1e-11)
 
 
@@ -160,7 +160,7 @@ def test_against_float64(case, format):
 
 
 def test_float64_under_tf32():
-    """Torch's flag for float32 says nothing to other formats."""
+    """torch's flag for float32 does not affect other formats."""
     x, w = torch.randn(2, 40, 9, 11).double(), torch.randn(40, 40, 1, 1).double()
     with precision("tf32"), tritonnet.backend("triton"):
         torch.testing.assert_close(F.conv2d(x, w), torch.nn.functional.conv2d(x, w), rtol=1e-11, atol=1e-11)
@@ -170,7 +170,7 @@ def test_float64_under_tf32():
 
 @pytest.mark.parametrize("case", ["cross_entropy", "LeNet step"])
 def test_approximations_at_their_worst(case, memory_is_watched):
-    """Powers and quotients as far off as the ISA lets a GPU's be."""
+    """Powers and quotients with the largest errors that the ISA allows a GPU."""
     machine = memory_is_watched
     machine.worst = True
     check(case, "float32")
@@ -178,7 +178,7 @@ def test_approximations_at_their_worst(case, memory_is_watched):
 
 
 def test_each_architecture_has_its_own_code():
-    """Also where one process compiles for all."""
+    """Also where one process compiles for all of them."""
     x, seen = torch.randn(64, 64, dtype=torch.bfloat16), {}
     for arch in (*ptx.ARCHITECTURES, *ptx.ARCHITECTURES):
         with ptx.emulate(arch) as machine, tritonnet.backend("triton"):

@@ -1,6 +1,6 @@
-"""Has TrainStep meet a batch of another size on sm_90 and prints what was compiled: see test_machine_code.py.
+"""Runs TrainStep on batches of several sizes for sm_90 and prints what was compiled: see test_machine_code.py.
 
-The driver cannot launch anything: that all ends well says that nothing was launched.
+The driver cannot launch anything, so finishing without an error shows that nothing was launched.
 """
 
 import json
@@ -22,7 +22,7 @@ from tritonnet.kernels.lenet import update as lenet_update
 from tritonnet.lenet import step as lenet_step
 
 driver.set_active(NoDevice(GPUTarget("cuda", 90, 32)))
-# Tensors on the CPU stand in for a GPU's.
+# CPU tensors are served as a GPU's would be.
 lenet_step.implementation = train_step.implementation = lambda tensor: launchers
 threads = set()
 made = triton.compiler.compiler.CompiledKernel.__init__
@@ -40,7 +40,7 @@ modules = {"pack": lenet_pack, "forward": lenet_forward, "gradient": lenet_gradi
 kernels = [getattr(module, f"lenet_{name}_kernel") for name, module in modules.items()]
 compiled = []
 with tritonnet.count_launches() as launches:
-    # All but the last two share their tiles.
+    # All but the last two sizes share their tiles.
     for size in (100, 101, 110, 128, 1000, 2**14):
         images, labels = torch.empty(size, 1, 32, 32), torch.zeros(size, dtype=torch.int64)
         step._new_batch(size, images, labels, add=False, update=True)
@@ -49,7 +49,7 @@ with tritonnet.count_launches() as launches:
         compiled.append({k.fn.__name__: len(cache) for k, cache in zip(kernels, caches)})
 threads.discard(threading.get_ident())
 
-# A kernel whose compilation fails in a thread, and only there, is not kept: it is compiled again at its launch.
+# A compilation that fails in a thread is not kept: the kernel is compiled again at its launch.
 for kernel in kernels:
     kernel.device_caches.clear()
 compile, failed = triton.compiler.compile, []

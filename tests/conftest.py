@@ -1,6 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, with one on the GPU; TRITONNET_TEST_DEVICE=cpu overrules.
 
-TRITONNET_TEST_DEVICE=sm_80, sm_90 or sm_100 runs what they compile to for such a GPU, on the CPU (see emulated.py).
+TRITONNET_TEST_DEVICE=sm_80, sm_90 or sm_100 runs the kernels' compiled code for such a GPU on the CPU (emulated.py).
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-# The suite is spread over the cores by processes (pytest -n auto), not by threads; read when numpy loads its library.
+# pytest -n auto spreads the suite over the cores by processes, not threads. numpy reads this when it loads its library.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Without it torch refuses cuBLAS's products among deterministic algorithms; read when CUDA starts.
+# Without it torch refuses cuBLAS's products under deterministic algorithms. It is read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch  # noqa: E402
@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 DEVICE = os.environ.get("TRITONNET_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-# The architecture whose code is run without a GPU. Its tensors are on the CPU by another name than the interpreter's.
+# The architecture whose code is run on the CPU. Its device is "cpu:0", as "cpu" stands for the interpreter.
 EMULATED = DEVICE if DEVICE.startswith("sm_") else None
 DEVICE = "cpu:0" if EMULATED else DEVICE
-# Of all that is left open there: the order of warps and programs, and when copies land.
+# Decides all that the ISA leaves open there: the order of warps and programs, and when copies land.
 SEED = int(os.environ.get("TRITONNET_TEST_SEED", 0))
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
@@ -40,7 +40,7 @@ if DEVICE == "cpu":
 if not importlib.util.find_spec("triton"):
     pytest.exit("the tests need triton: pip install -e .[test]", returncode=4)
 
-# triton 3.6's interpreter takes no loop bound from an array of numpy 2.4.
+# triton 3.6's interpreter cannot take a loop bound from an array of numpy 2.4.
 INTERPRETER_RUNS = version("triton") >= "3.7" or version("numpy") < "2.4"
 if DEVICE == "cpu" and not INTERPRETER_RUNS:
     pytest.exit("the interpreter of triton 3.6 needs numpy before 2.4: pip install 'numpy<2.4'", returncode=4)
@@ -52,7 +52,7 @@ if EMULATED:
 
     import emulated
 
-    # Compiling and translating make many objects and little garbage, which takes long to look for as often as is usual.
+    # Compiling and translating make many objects and little garbage; collecting at the default rate would take long.
     gc.set_threshold(100_000, 50, 50)
 
 import tritonnet  # noqa: E402
@@ -61,7 +61,7 @@ from tritonnet.lenet import losses  # noqa: E402
 from tritonnet.lenet import step as lenet_step  # noqa: E402
 
 if DEVICE == "cpu":
-    # Checks of integer overflow that assert nothing outside debug mode take half of the interpreter's time.
+    # Outside debug mode these checks of integer overflow assert nothing, and take half of the interpreter's time.
     from triton.runtime import interpreter
 
     interpreter.interpreter_builder.options = dataclasses.replace(
@@ -82,17 +82,17 @@ if DEVICE == "cpu":
     lenet.address, losses.new_block = known_address, known_block
 
 
-torch.set_num_threads(1)  # for the same reason
+torch.set_num_threads(1)  # one thread, for the same reason as OPENBLAS_NUM_THREADS
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest, or what others wait for, comes first, so that it does not run alone at the end."""
+    """The slowest tests, and those that others wait for, run first, so that none of them runs alone at the end."""
     first = "test_machine_code[", "test_as_compiled[", "test_training_reaches_97_percent"
     items.sort(key=lambda item: not item.name.startswith(first))  # stable: the others keep their order
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The programs that have run as compiled code, and what tests have recorded as a "summary"."""
+    """Prints which programs have run as compiled code, and what tests have recorded as a "summary"."""
     programs = Counter()
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if getattr(report, "when", None) == "teardown":
@@ -112,13 +112,13 @@ def device():
 
 @pytest.fixture(autouse=True)
 def fresh_start():
-    """Fixed seed; results that were never written are NaN, and operators that are not deterministic raise.
+    """Fixed seed; unwritten memory is NaN, and nondeterministic operators raise.
 
-    float32 products are taken as torch takes them by default, whatever an earlier test has asked for. Sums of products
-    of 16 bits are kept in float32, as the kernels keep them; cuBLAS may round parts of them otherwise.
+    float32 products are taken as torch takes them by default, whatever an earlier test has set. Sums of 16-bit products
+    are kept in float32, as the kernels keep them; cuBLAS may otherwise round partial sums.
     """
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = True  # which sets the newer flags too, and leaves none that says otherwise
+    torch.backends.cudnn.allow_tf32 = True  # sets the newer flags too, and leaves none that contradicts it
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -129,7 +129,7 @@ def fresh_start():
 
 @pytest.fixture
 def unpoisoned():
-    """Filling 4 GiB with NaN would make every page real."""
+    """Leaves new memory unfilled: writing NaN to 4 GiB would touch every page."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -137,7 +137,7 @@ def unpoisoned():
 
 @pytest.fixture(autouse=True)
 def memory_is_watched(record_property):
-    """Fails any test in which a kernel strays from its tensors or programs race (see memory.py)."""
+    """Fails any test in which a kernel accesses memory outside its tensors or programs race (see memory.py)."""
     if EMULATED:
         with emulated.emulated(EMULATED, SEED) as emulator:
             yield emulator
@@ -150,16 +150,16 @@ def memory_is_watched(record_property):
 
 @pytest.fixture
 def full_precision():
-    """float32 products of 24 bits, so that a GPU's results can be compared with the CPU's to four digits.
+    """float32 products in full float32, so that a GPU's results can be compared with the CPU's to four digits.
 
-    By the older flag: torch.export reads it, and torch raises from that once the newer one says "ieee".
+    Uses the older flag: torch.export reads it, and torch raises there once the newer one says "ieee".
     """
     torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture
 def no_graphs(monkeypatch):
-    """TrainStep launches at every call: what a CUDA graph replays goes past `count_launches`."""
+    """TrainStep launches at every call: `count_launches` does not see what a CUDA graph replays."""
     monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ())
 
 
@@ -171,7 +171,7 @@ def backend(request):
 
 
 def run_python(*args, **variables):
-    """A fresh Python process in the project's root; variables set to None are removed from its environment."""
+    """Runs Python in a new process in the project's root; variables set to None are removed from its environment."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
     environment = {name: value for name, value in environment.items() if value is not None}
@@ -179,13 +179,13 @@ def run_python(*args, **variables):
 
 
 def write_idx(folder, name, array, zipped=False):
-    """A uint8 tensor as one of MNIST's files."""
+    """Writes a uint8 tensor as one of MNIST's files."""
     content = struct.pack(f">HBB{array.dim()}I", 0, 8, array.dim(), *array.shape) + bytes(array.flatten().tolist())
     (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
 
 
 def write_mnist(folder, train_x, train_y, test_x, test_y, zipped=False):
-    """The four files of MNIST."""
+    """Writes the four files of MNIST."""
     for part, images, labels in (("train", train_x, train_y), ("t10k", test_x, test_y)):
         write_idx(folder, f"{part}-images-idx3-ubyte", images, zipped)
         write_idx(folder, f"{part}-labels-idx1-ubyte", labels, zipped)
@@ -193,9 +193,9 @@ def write_mnist(folder, train_x, train_y, test_x, test_y, zipped=False):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """(folder of a run, what it printed): the README's command on the CPU, once for all tests.
+    """(folder of a run, what it printed): the README's command on the CPU, run once for all tests.
 
-    In one process of pytest -n, the others wait.
+    Under pytest -n one process runs it and the others wait.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "lenet"

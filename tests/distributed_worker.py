@@ -1,4 +1,4 @@
-"""What test_distributed.py runs under torchrun, in two processes over gloo; exits with 1 where a gradient differs."""
+"""Run by test_distributed.py under torchrun, in two processes over gloo; exits with 1 where a gradient differs."""
 
 import sys
 
@@ -24,7 +24,7 @@ def whole(t):
 
 
 def no_update_from_another_process(rank):
-    """A loss of one process that is not finite: its gradients are everybody's, and nobody makes an update."""
+    """One process has a loss that is not finite: all share its gradients, so no process makes an update."""
     model = DistributedDataParallel(build(nn))
     step = tritonnet.TrainStep(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
     x, target = torch.ones(2, 2, 8, 8, dtype=torch.float64), torch.tensor([0, 2])

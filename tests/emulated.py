@@ -1,6 +1,6 @@
-"""The tests on compiled kernels without a GPU: TRITONNET_TEST_DEVICE=sm_80, sm_90 or sm_100, see the package `ptx`.
+"""Runs the tests on compiled kernels without a GPU: TRITONNET_TEST_DEVICE=sm_80, sm_90 or sm_100, see package `ptx`.
 
-Tensors are on the CPU, kernels have the tiles and the layouts of that GPU, and their PTX runs in numpy.
+Tensors are on the CPU, kernels have that GPU's tiles and layouts, and their PTX runs in numpy.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from tritonnet.kernels.lenet import layout as lenet
 
 @contextlib.contextmanager
 def emulated(arch, seed):
-    """Inside, tensors on the CPU stand in for those of a GPU of this architecture."""
+    """Inside the block, CPU tensors stand in for those of a GPU of this architecture."""
     with served_by(kernels_unless_reference), ptx.emulate(arch, seed=seed) as emulator:
         address = lenet.address
 
         def known_address(tensor):
-            # Kernels find it in memory.
+            # Kernels find this address in memory.
             emulator.memory.keep(tensor)
             return address(tensor)
 

@@ -1,9 +1,9 @@
-"""Lets Triton's interpreter remember what it would find out again for each launch and each operation.
+"""Caches what Triton's interpreter would work out again for each launch and each operation.
 
-Nine tenths of its time go into Python: for each launch and each call of a helper it walks through triton.language for
-the functions that it has to replace, and for each operation it works out shapes and types that it has just had. With
-what is remembered here a launch takes a third of the time and does the same in the same order. It holds while a kernel
-runs and no longer: what compiles kernels is left alone. A release of Triton with other parts runs at its own speed.
+Nine tenths of its time are Python's: for each launch and each call of a helper it searches triton.language for the
+functions to replace, and for each operation it computes shapes and types that it has just computed. With this cache a
+launch takes a third of the time and does the same in the same order. The patches hold while a kernel runs and no
+longer: code that compiles kernels is left alone. A release of Triton without these parts runs at its own speed.
 """
 
 import functools
@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
 
-# What is replaced or relied upon, and where.
+# The parts of Triton that are replaced or relied upon.
 PARTS = {
     interpreter: ("_LangPatchScope", "_get_np_dtype", "_patch_lang", "interpreter_semantic"),
     core: ("block_type", "constexpr", "tensor", "tuple"),
@@ -31,7 +31,7 @@ def install():
 
 
 def by_name(find):
-    """numpy's type of one of Triton's."""
+    """The numpy type of a Triton type, cached by name."""
     known = {}
 
     def np_dtype(dtype):
@@ -44,14 +44,14 @@ def by_name(find):
 
 
 class Patches:
-    """Replaces what kernels call, as `interpreter._patch_lang` does, by a list that is made once."""
+    """Replaces what kernels call, as `interpreter._patch_lang` does, from a list that is made once."""
 
     def __init__(self, patch):
         self.patch, self.changes, self.hold = patch, None, False
 
     def __call__(self, fn):
         scope = interpreter._LangPatchScope()
-        if self.hold:  # fn is a helper of the kernel that runs
+        if self.hold:  # fn is a helper of the running kernel
             return scope
         if self.changes is None:
             self.changes = [*self.of_triton(), *shapes_and_types()]
@@ -74,11 +74,11 @@ class Patches:
 
 
 def with_semantic(replacement):
-    """Triton's replacement of a builtin without its copy of the arguments, anything else as it is."""
+    """Triton's replacement of a builtin without its copy of the arguments; anything else unchanged."""
     builtin = (getattr(replacement, "__kwdefaults__", None) or {}).get("member")
     if builtin is None:
         return replacement
-    function = getattr(builtin, "__wrapped__", builtin)  # without the check that there is a semantic
+    function = getattr(builtin, "__wrapped__", builtin)  # skips the check that there is a semantic
 
     def called(*args, **kwargs):
         kwargs["_semantic"] = interpreter.interpreter_semantic
@@ -88,7 +88,7 @@ def with_semantic(replacement):
 
 
 def shapes_and_types():
-    """(object, name, replacement) of what shapes and types of operands come to."""
+    """(object, name, replacement) of the functions that compute operands' shapes and types."""
     new_block, semantic = core.block_type.__init__, interpreter.interpreter_semantic
     operands, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
     computation_type = semantic.computation_type_impl
@@ -112,7 +112,7 @@ def shapes_and_types():
 
     def binary_op_type_checking_impl(lhs, rhs, *options, **named):
         if type(lhs) is type(rhs) is core.tensor and lhs.type.name == rhs.type.name:
-            # With four options it is a division, which 16 bits make in float32.
+            # A call with four options is a division, which converts 16-bit operands to float32.
             if not (lhs.type.scalar.is_ptr() or len(options) > 3 or named):
                 return lhs, rhs
         return operands(lhs, rhs, *options, **named)

@@ -1,4 +1,4 @@
-"""Kernels written by hand in PTX, for the tests of the machine that runs it (tests/ptx)."""
+"""Kernels written by hand in PTX, for the tests of the PTX machine (tests/ptx)."""
 
 import numpy as np
 import ptx
@@ -28,7 +28,7 @@ TEXT = """
 
 
 def run(code, *arguments, threads=32, programs=1, shared=4096, **choices):
-    """Runs a program whose arguments are in %rd0, %rd1, ..., the thread's number in %r0; gives the machine."""
+    """Runs a program with its arguments in %rd0, %rd1, ... and the thread index in %r0; returns the machine."""
     params = ",\n".join(f".param .u64 kernel_param_{k}" for k in range(len(arguments)))
     loads = "\n".join(f"ld.param.b64 %rd{k}, [kernel_param_{k}];" for k in range(len(arguments)))
     text = TEXT.format(params=params, loads=loads, threads=threads, code=code)
@@ -41,7 +41,7 @@ REGISTERS = {1: "%rs", 2: "%rs", 4: "%r", 8: "%rd"}
 
 
 def compute(code, result, *operands):
-    """The results, in numpy's type `result`, of code for threads with {a}, {b}, {c} from operands and {d} to be set."""
+    """Runs code for threads that sets {d} from operands {a}, {b}, {c}; returns the results in numpy's type `result`."""
     count = max(len(operand) for operand in operands)
     arrays = [np.resize(operand, -(-count // 32) * 32) for operand in operands]
     tensors = [torch.from_numpy(array.view(np.uint8).copy()) for array in arrays]
@@ -61,7 +61,7 @@ def compute(code, result, *operands):
     return out.numpy().view(result)[:count]
 
 
-# Each thread's slot of 4 bytes of shared memory, and of its result.
+# Addresses of each thread's 4 bytes in shared memory and in the result.
 SLOTS = """
     shl.b32 %r1, %r0, 2; mov.b32 %r2, memory; add.s32 %r1, %r1, %r2;
     mul.wide.u32 %rd10, %r0, 4; add.s64 %rd10, %rd10, %rd0;"""
@@ -93,7 +93,7 @@ def vectors_of(count, prefix, first):
 
 
 def wgmma(form, a, b, keep=0, n=16, flags="1, 1", before="", after="", wait="wgmma.wait_group.sync.aligned 0;"):
-    """A product of operands in %rd20.. or registers, its sums to the result."""
+    """A product of operands in %rd20.. or in registers; its sums go to the result."""
     registers = vectors_of(n // 2, "%r", 100)
     lines = [f"mov.b32 %r{100 + k}, 0f3F800000;" for k in range(n // 2)]
     lines += ["wgmma.fence.sync.aligned;", before]
@@ -106,25 +106,25 @@ def wgmma(form, a, b, keep=0, n=16, flags="1, 1", before="", after="", wait="wgm
 
 
 def fill(words, source="%rd1", fence="fence.proxy.async.shared::cta;"):
-    """Words of shared memory from a tensor, 128 threads together."""
+    """128 threads fill words of shared memory from a tensor."""
     lines = [f"mul.wide.u32 %rd11, %r0, 4; add.s64 %rd11, %rd11, {source}; shl.b32 %r1, %r0, 2;"]
     for k in range(words // 128):
         lines.append(f"ld.global.b32 %r2, [%rd11+{512 * k}]; st.shared.b32 [%r1+{512 * k}], %r2;")
     return "\n".join([*lines, fence, "bar.sync 0;"])
 
 
-# By name: the number in a descriptor of wgmma, bytes of a row, and which bits of 16-byte units are exchanged.
+# By name: the swizzle's number in a wgmma descriptor, the bytes of a row, and the 16-byte-unit bits that it exchanges.
 SWIZZLES = {"none": (0, 16, 0), "32 bytes": (3, 32, 1), "64 bytes": (2, 64, 3), "128 bytes": (1, 128, 7)}
 
 
 def lay_out(matrix, swizzle, by_k, bytes_each):
-    """(bytes of an operand in shared memory, leading and stride byte offsets), from (rows, K), by the ISA's figures.
+    """(bytes in shared memory, leading and stride byte offsets) of an operand (rows, K), by the ISA's figures.
 
-    A core matrix has 8 lines of 16 bytes. In rows of the swizzle's width, 16-byte units are exchanged by the bits of
-    the address above 128 bytes.
+    A core matrix has 8 lines of 16 bytes. Within rows of the swizzle's width, the address bits above 128 bytes permute
+    the 16-byte units.
     """
     _, width, bits = SWIZZLES[swizzle]
-    lines = matrix.T if by_k else matrix  # what runs along a line is contiguous
+    lines = matrix.T if by_k else matrix  # the dimension along a line is contiguous
     count, length = lines.shape
     across = length * bytes_each
     stripes = max(across // width, 1)
@@ -138,7 +138,7 @@ def lay_out(matrix, swizzle, by_k, bytes_each):
             place ^= (place >> 7 & bits) << 4
             memory[place : place + bytes_each] = np.frombuffer(lines[line, element].tobytes(), np.uint8)
     if by_k and width == 16:
-        leading, stride = stride, leading  # of MN-major operands without swizzle the ISA names them the other way round
+        leading, stride = stride, leading  # the ISA swaps the two names for MN-major operands without swizzle
     return memory, leading, stride
 
 

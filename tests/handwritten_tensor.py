@@ -1,14 +1,14 @@
-"""Kernels written by hand in PTX with tensor memory, for the tests of the machine that runs it (tests/ptx)."""
+"""Kernels written by hand in PTX with tensor memory, for the tests of the PTX machine (tests/ptx)."""
 
 import numpy as np
 import torch
 from handwritten import SWIZZLES, bits_of, fill, lay_out, vectors_of
 
-# The place of the address of tensor memory and of two mbarriers in shared memory, past the operands.
+# Shared memory past the operands: the slot for the tensor-memory address, and two mbarriers.
 SLOT, FIRST, SECOND = 49152, 49160, 49168
 SHARED = {"shared": 49176}
 
-# %r11: the address of the tensor memory, %r12 that of the warp's quarter; %p1: warp 0, %p2: one of its threads.
+# %r11: the address in tensor memory; %r12: the address of the warp's quarter; %p1: warp 0; %p2: one of its threads.
 START = f"""
     setp.lt.u32 %p1, %r0, 32;
     mov.b32 %r10, {SLOT};
@@ -29,7 +29,7 @@ def program(code, columns=256):
 
 
 def filled(code, *parts):
-    """Code with each HERE replaced by a part."""
+    """Code with each HERE replaced by one of the parts."""
     for part in parts:
         code = code.replace("HERE", part, 1)
     return code
@@ -54,7 +54,7 @@ def to_result(count):
 
 
 def own_values(count):
-    """Registers that are told apart: 1000 times the thread's number, and their own."""
+    """Registers with distinct values: 1000 times the thread index, plus the register's index."""
     lines = ["mul.lo.s32 %r20, %r0, 1000;"]
     return "".join([*lines, *(f"add.s32 %r{100 + k}, %r20, {k};" for k in range(count))])
 
@@ -97,7 +97,7 @@ def product(kind, a="%rd20", d="%r11", keep="%p8", guard="@%p2"):
 
 
 def ones(count, shape="32x32b", at="%r12"):
-    """Columns of ones; all threads meet behind it."""
+    """Code that stores columns of ones; all threads meet after it."""
     lines = [f"mov.b32 %r{100 + k}, 0f3F800000;" for k in range(count)]
     return "".join([*lines, store(shape, count, at), "bar.sync 0;"])
 
@@ -110,7 +110,7 @@ def operands(parts, dtype, swizzle):
     """(words of shared memory, address and descriptor of each operand), from (rows by K, whether along the rows)."""
     memory, found = np.zeros(0, np.uint8), []
     for x, across in parts:
-        # Rows of a swizzle hold more of K than one product takes.
+        # A swizzle's rows hold more of K than one product takes.
         x = x if across else padded(x, max(x.shape[1], SWIZZLES[swizzle][1] // dtype.itemsize))
         data, leading, stride = lay_out(bits_of(x), swizzle, across, dtype.itemsize)
         found.append(matrix(len(memory), leading, stride, swizzle))
@@ -123,7 +123,7 @@ def lanes_of(m, lane=0):
 
 
 def around(core, words, a=0, b=0, form=0, lane=0, before=""):
-    """A program with operands in shared memory, one mbarrier, and the sums' 64 columns of all lanes as its result."""
+    """A program with operands in shared memory and one mbarrier; its result is the sums' 64 columns of all lanes."""
     code = (
         fill(words) + before + f"mov.b32 %r16, {FIRST}; mov.b64 %rd20, {a}; mov.b64 %rd21, {b}; mov.b32 %r17, {form};"
     )
@@ -136,7 +136,7 @@ PLAIN = product("tf32", keep="%p7") + COMMIT
 
 
 def tf32_ones():
-    """(result, words, a function of a core) of programs whose operands are ones, so that a product's sums are 8."""
+    """(result, words, function that makes a program of its core); operands are ones, so that a product's sums are 8."""
     words, places = operands([(torch.ones(128, 8), False), (torch.ones(64, 8), False)], torch.float32, "32 bytes")
     form = instruction(torch.float32, 128, 64)
     return torch.zeros(64, 128), words, lambda core: around(core, len(words), *places, form)

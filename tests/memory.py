@@ -1,18 +1,18 @@
 """Watches every access that kernels make to memory.
 
-A GPU runs the programs of a launch in any order, does not stop at the end of a tensor, and hands out memory full of
-what was there before. So a kernel that passes in Triton's interpreter, where programs run one after the other over
-roomy buffers, may still be wrong. There are two watches, and a test fails if either sees anything:
+A GPU runs the programs of a launch in any order, does not stop at the end of a tensor, and hands out memory with its
+old contents. So a kernel that passes in Triton's interpreter, where programs run one after the other over large
+buffers, may still be wrong. There are two watches, and a test fails if either reports anything:
 
 - in the interpreter `Watch`, of every load and store: each tensor of a launch gets an address range of its own, far
-  from the others, so that an access is judged by the argument that its pointer came from. Pointers that a kernel finds
-  in memory are real addresses, and have to lie in a tensor that the watch `knows`;
+  from the others, so that an access is checked against the argument that its pointer came from. Pointers that a kernel
+  finds in memory are real addresses, and have to lie in a tensor that the watch `knows`;
 - on a GPU `guard_bands`, of stores only: the tensors of a launch lie between bands whose bytes must stay as they were.
-  What a CUDA graph replays is no launch that anybody could stand in front of: there the launches are looked at that run
-  before the capture, the same kernels on the same tensors.
+  A CUDA graph's replay cannot be intercepted; the launches before its capture, the same kernels on the same tensors,
+  are checked instead.
 
 Both leave results as they are. A third defence is PyTorch's own and is on in all tests (`conftest.fresh_start`):
-memory that nobody has written to holds NaN.
+unwritten memory holds NaN.
 """
 
 import contextlib
@@ -29,32 +29,32 @@ import triton
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-# One range of 2^48 bytes for each tensor of a launch, the tensor in the middle.
+# Each tensor of a launch gets a range of 2^48 bytes and lies in its middle.
 RANGE = 48
-# The program numbers of an element that several programs have loaded, and of one that none has.
+# Program indices of an element that several programs have loaded, and of one that none has loaded.
 SEVERAL, NONE = -1, 0
 NOBODY = np.zeros(0, bool)
-# Outputs of which a launch writes a part.
+# Outputs that a launch writes only in part.
 PARTLY = {
-    # Layouts that the launches of its form do not read.
+    # Layouts that the launches for its format do not read.
     ("lenet_pack_kernel", "packed_ptr"),
-    # Up to the next multiple of 128 of each filter and bias.
+    # Each filter and bias is padded to a multiple of 128, which is not written.
     ("lenet_pack_kernel", "plain_ptr"),
-    # Places of images up to a whole block of them, which nobody reads.
+    # Positions of images past the last one, up to a whole block, which are never read.
     ("lenet_forward_kernel", "dz_columns_ptr"),
     ("lenet_forward_kernel", "code2_columns_ptr"),
-    # A loss of many.
+    # One loss of many.
     ("lenet_update_kernel", "a block of losses"),
-    # What a group of calls remembers.
+    # State of a group of accumulating calls.
     ("lenet_pack_kernel", "trouble_ptr"),
     ("lenet_update_kernel", "trouble_ptr"),
 }
 
 
 def _zeros(count, dtype):
-    """Zeros, which take no memory before they are touched, nor more than a page of 4 kB then.
+    """Zeros, which take no memory until they are touched, and then no more than a 4 kB page.
 
-    numpy asks for pages of 2 MB where an array is large: a few rows of a huge matrix would be gigabytes.
+    For a large array numpy asks for 2 MB pages: a few rows of a huge matrix would take gigabytes.
     """
     if count < 2**22:
         return np.zeros(count, dtype)
@@ -62,7 +62,7 @@ def _zeros(count, dtype):
 
 
 class Tensor:
-    """A tensor argument of a launch: which of its bytes are elements, and who has loaded or stored each."""
+    """A tensor argument of a launch: which of its bytes are elements, and which program has loaded or stored each."""
 
     def __init__(self, number, name, tensor, histories):
         self.name, self.tensor, self.itemsize = name, tensor, tensor.element_size()
@@ -71,7 +71,7 @@ class Tensor:
         count = math.prod(n for n, _ in steps) if tensor.numel() else 0
         extent = sum((n - 1) * s for n, s in steps) + 1 if count else 0
         self.bytes = extent * self.itemsize
-        self.elements = None  # all of the extent
+        self.elements = None  # None: the whole extent
         if extent != count:
             at = np.zeros(1, np.int64)
             for size, stride in steps:
@@ -97,19 +97,20 @@ class Tensor:
 class Watch:
     """Stands between the interpreter and memory while a launch runs.
 
-    A violation is a line that says which kernel, where in its source, which program, which argument, and what:
+    A violation is a line with the kernel, the line of its source, the program, the argument, and one of these:
 
     - "loads outside" and "stores outside" the elements of the tensor that the pointer points into;
     - "two lanes store" to one element;
     - "stores what another program stores" or "stores what another program loads", "loads what another program stores";
-    - "stores twice" and "loads back": one program, with no barrier in between, where lanes may change places;
+    - "stores twice" and "loads back": in one program with no barrier in between, where another thread may hold the
+      element;
     - "never stores": elements of an output left as they were;
-    - "atomic": sums would depend on the order of programs.
+    - "atomic": the sums would depend on the order of programs.
     """
 
     def __init__(self):
         self.violations = []
-        self.sample = None  # how many programs of each launch to run; None for all
+        self.sample = None  # programs of each launch to run; None for all
         self.off = False
         self.known = []  # weak references to tensors, and their names
         self.real = interpreter._interpreter
@@ -118,12 +119,12 @@ class Watch:
         return getattr(self.real, name)
 
     def knows(self, tensor, name):
-        """Kernels may access this tensor by an address that they find in memory."""
+        """Allows kernels to access this tensor by an address that they find in memory."""
         if not any(known() is tensor for known, _ in self.known):
             self.known = [(weakref.ref(tensor), name), *(known for known in self.known if known[0]() is not None)]
 
     def install(self):
-        """From now on every launch in the interpreter is watched."""
+        """Watches every launch in the interpreter from now on."""
         fast_interpreter.install()
         watch, builder = self, interpreter.interpreter_builder
         to_pointer, barrier = interpreter._implicit_cvt, builder.create_barrier
@@ -172,7 +173,7 @@ class Watch:
         return grid
 
     def enter(self, tensor):
-        """The address that the kernel sees in place of the tensor's own."""
+        """The address that the kernel sees instead of the tensor's own."""
         if self.off:
             return tensor.data_ptr()
         number = len(self.tensors)
@@ -184,7 +185,7 @@ class Watch:
         self.next_phase()
 
     def next_phase(self):
-        """What runs from one barrier to the next has a number, `now`; `phases` knows the program of each."""
+        """Starts a phase, which ends at the next barrier: `now` is its index, `phases` holds the program of each."""
         self.phases.append(self.programs)
         self.now = len(self.phases)
 
@@ -203,9 +204,9 @@ class Watch:
         self.violations.append(f"{self.kernel} ({_line()}): program {program} {what} {tensor.name} {shape}{element}")
 
     def resolve(self, what, ptrs, mask):
-        """(tensor, its elements that are touched, real addresses, mask), without the lanes that go astray."""
+        """(tensor, indices of accessed elements, real addresses, mask), without the lanes at stray addresses."""
         addresses = ptrs.ravel()
-        # Masks made of other masks may come as integers.
+        # Masks computed from other masks may be integers.
         on = np.broadcast_to(mask, ptrs.shape).ravel().astype(bool, copy=False)
         first = int(addresses[0])
         if first >> RANGE == 0 and on.any():
@@ -226,7 +227,7 @@ class Watch:
         return tensor, at, real.reshape(ptrs.shape), on.reshape(ptrs.shape)
 
     def owner(self, address):
-        """The tensor that an access is judged by."""
+        """The tensor that an access is checked against."""
         number = address >> RANGE
         if number == 0:
             for tensor in self.tensors[len(self.names) :]:
@@ -241,10 +242,10 @@ class Watch:
         return self.tensors[min(max(number, 1), len(self.tensors)) - 1]
 
     def others(self, numbers):
-        """Which of these phase numbers are another program's, and which are this phase's own."""
+        """Which of these phase indices belong to another program, and which to the current phase."""
         foreign = (numbers != NONE) & (numbers != self.now)
         if len(self.phases) > self.programs and foreign.any():
-            phases = np.array([self.programs, *self.phases, 0])  # by number; SEVERAL takes the last
+            phases = np.array([self.programs, *self.phases, 0])  # by phase; SEVERAL takes the last entry
             foreign &= phases[numbers] != self.programs
         return foreign, numbers == self.now
 
@@ -274,7 +275,7 @@ class Watch:
         foreign, _ = self.others(tensor.loaded_by[at])
         if foreign.any():
             self.report("stores what another program loads from", tensor, at[foreign][0], int(foreign.sum()))
-        # Of lanes with one element the last to write its number stays; the others find a number not their own.
+        # Of lanes that store to one element the last one's index stays; the others find another index than their own.
         lanes = np.arange(at.size, dtype=np.int32)
         tensor.stored_by[at] = lanes
         lost = tensor.stored_by[at] != lanes
@@ -295,7 +296,7 @@ class Watch:
 
 
 def _line():
-    """file:line of the kernel's statement that runs now, or the kernel's end."""
+    """file:line of the kernel's current statement, or the kernel's end."""
     frame, outside = sys._getframe(1), (os.path.dirname(triton.__file__), fast_interpreter.__file__, __file__)
     while frame and frame.f_code.co_filename.startswith(outside):
         if frame.f_code.co_name == "end":
@@ -309,10 +310,10 @@ watch = Watch()
 
 @contextlib.contextmanager
 def watched(sample=None):
-    """Yields a list that fills with a line for each violation inside the block, which nobody else hears of.
+    """Yields a list that gets a line for each violation inside the block; no enclosing watch sees these.
 
-    With `sample` at most so many programs of each launch run, spread from the first to the last: enough to see whether
-    a huge launch keeps inside its tensors.
+    With `sample`, at most that many programs of each launch run, spread from the first to the last: enough to check
+    that a huge launch keeps inside its tensors.
     """
     previous = watch.violations, watch.sample
     watch.violations, watch.sample = [], sample
@@ -324,7 +325,7 @@ def watched(sample=None):
 
 @contextlib.contextmanager
 def unwatched():
-    """Lets every load and store of the block through to memory."""
+    """Lets every load and store inside the block through to memory."""
     watch.off = True
     try:
         yield
@@ -334,14 +335,14 @@ def unwatched():
 
 # A multiple of every alignment that a kernel may have been compiled for.
 BAND = 4096
-# So many bytes are compared at once: a comparison takes as much memory again.
+# Bytes compared at once: a comparison takes as much memory again.
 CHUNK = 2**28
-# Tensors of a launch take this many times the memory of their storages with bands around them, beside some chunks.
+# With bands, a launch's tensors take this many times their storages' memory, plus some chunks.
 GUARDED = 2
 
 
 class Banded:
-    """A copy of a storage amid bytes 0xFF (NaN in every floating format), and the tensors that lie in it."""
+    """A copy of a storage between bytes 0xFF (NaN in every floating format), and the tensors that lie in it."""
 
     def __init__(self, storage, device):
         size = storage.nbytes()
@@ -352,9 +353,9 @@ class Banded:
         self.pairs = []  # views of the same elements, in the storage and in the copy
 
     def moved(self, tensor):
-        """The tensor's twin in the copy."""
+        """The tensor's counterpart in the copy."""
         offset, strides = tensor.storage_offset(), tensor.stride()
-        # Not views of the tensor itself: autograd would hear of what is written through them.
+        # Not views of the tensor itself: autograd would see the writes through them.
         real, twin = (
             tensor.new_empty(0).set_(t.untyped_storage(), offset + more, tensor.shape, strides)
             for t, more in ((self.contents, 0), (self.buffer, BAND // tensor.element_size()))
@@ -365,7 +366,7 @@ class Banded:
         return twin
 
     def strayed(self):
-        """Hands the elements over to the storage; how many other bytes have changed."""
+        """Copies the elements back to the storage; returns how many other bytes have changed."""
         found = [copy.clone() for _, copy in self.pairs]
         for real, copy in self.pairs:
             copy.copy_(real)
@@ -378,19 +379,19 @@ class Banded:
 
 
 def _in_capture():
-    """Whether launches go into a CUDA graph now, where nothing can be asked of the GPU."""
+    """Whether launches go into a CUDA graph now, during which the GPU cannot be synchronised."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager
 def guard_bands():
-    """Yields a list that fills with a line for each store outside the tensors of a launch, on any device.
+    """Yields a list that gets a line for each store outside the tensors of a launch, on any device.
 
-    The kernel runs on copies of the storages between bands, and then all that is not an element of one of its tensors
-    must be as before. Of blocks inside each other the innermost looks, so that a test may plant a bug.
+    The kernel runs on copies of the storages between bands; afterwards every byte outside its tensors' elements must be
+    unchanged. Of nested blocks only the innermost checks, so that a test may plant a bug.
 
-    A launch that goes into a CUDA graph is left alone: the bytes could not be looked at before the graph runs, and the
-    graph would go on writing to copies. The launches before it, which compile the kernels, have run between bands.
+    A launch that is captured in a CUDA graph is left alone: its bytes could not be checked before the graph runs, and
+    the graph would keep writing to the copies. The launches before it, which compile the kernels, run between bands.
     """
     violations, kernel_type = [], interpreter.InterpretedFunction if triton.knobs.runtime.interpret else JITFunction
     outer = kernel_type.run

@@ -2,8 +2,8 @@
 
     python -m tests.mutations --count 3000 --seed 0 --only checkpoint.pt
 
-Each seed makes one file. Where something else happens, that is printed and the file is kept, also if the process
-crashes or hangs in it; its seed with --count 1 makes it again. The exit code is 1 if there was one.
+Each seed makes one file. Any other outcome is printed and the file is kept, even if the process crashes or hangs on it;
+its seed with --count 1 makes it again. The exit code is then 1.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from tritonnet import data
 from tritonnet.cli import checkpoint, predict, resume
 from tritonnet.cli.terminal import UserError
 
-# What reading one of these small files may take, of the processor and of memory, and when a process counts as hanging.
+# Limits of processor time and memory for reading one of these small files, and the time after which a process hangs.
 SECONDS, BYTES, HANG = 5, 2**30, 300
 SUFFIXES = "png", "jpg", "gif", "bmp", "tif", "webp", "ppm", "tga", "ico", "pcx"
 
 
 class Fault(Exception):
-    """What should not happen with a file."""
+    """Reading a file did something that it must not do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Subject:
         read: reads it, given its path, and raises Fault if what comes out is not sane.
         refusals: exceptions by which it may refuse.
         value: what torch.save has made it of.
-        beside: contents of other files that it needs, by name.
+        beside: contents of the other files that it needs, by name.
     """
 
     name: str
@@ -84,7 +84,7 @@ def read_run(path):
     run = resume.Run(state["options"], state["images"], torch.device("cpu"))
     run.load(state)
     expect(run.schedule.last_epoch == len(run.losses), "a schedule that is elsewhere")
-    resume.checked_state(run.state())  # what is loaded is what can be saved again
+    resume.checked_state(run.state())  # whatever is loaded can be saved again
     if len(run.losses) < run.options["epochs"] * run.steps:
         take_step(run)
 
@@ -116,7 +116,7 @@ def saved(value):
 
 
 def checkpoints():
-    """Weights; a run with Adam in its second epoch, and one with SGD that is finished."""
+    """Weights; a run with Adam in its second epoch; and a finished one with SGD."""
     for name, optimizer, steps in (("checkpoint.pt", "adam", 5), ("finished.pt", "sgd", 6)):
         options = {
             "epochs": 2, "batch_size": 4, "optimizer": optimizer, "lr": 1e-3, "precision": "float32", "seed": 0,
@@ -158,7 +158,7 @@ def pictures():
         content = io.BytesIO()
         picture.save(content, Image.registered_extensions()["." + suffix])
         yield Subject("picture." + suffix, content.getvalue(), read_picture)
-    for compression in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg"):  # which libtiff unpacks
+    for compression in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg"):  # libtiff unpacks these
         content = io.BytesIO()
         picture.save(content, "tiff", compression=compression)
         yield Subject(f"{compression}.tif", content.getvalue(), read_picture)
@@ -167,11 +167,11 @@ def pictures():
 CORPUS = {"checkpoints": checkpoints, "digits": digits, "pictures": pictures}
 
 
-# --- mutations of bytes: functions of a generator of random numbers and the content
+# --- mutations of bytes: functions of a random generator and the content
 
 
 def place(r, content):
-    """A position, most often in the first or last bytes, where what the others mean is written."""
+    """A position, most often in the first or last bytes, which say what the others mean."""
     near = r.randrange(min(r.choice([20, 600]), len(content)) + 1)
     return r.choice([near, len(content) - near, r.randrange(len(content) + 1)])
 
@@ -214,7 +214,7 @@ def swap(r, content):
 
 
 def overwrite(r, content):
-    """A number of one to eight bytes becomes one at a limit, or one more or less."""
+    """An integer of one to eight bytes becomes an extreme value, or one more or less."""
     size, order = r.choice([1, 2, 4, 8]), r.choice(["little", "big"])
     at = min(place(r, content), max(0, len(content) - size))
     most = 256**size
@@ -232,7 +232,7 @@ def some_bytes(r, content):
     return content
 
 
-# --- mutations of archives, with checksums that are right, so that torch sees them
+# --- mutations of archives, with correct checksums, so that torch reads them
 
 
 def members(content):
@@ -249,7 +249,7 @@ def archive(parts, compression=zipfile.ZIP_STORED):
 
 
 def change_member(r, content):
-    """Bytes of a member, most often of the pickle."""
+    """Changes bytes of a member, most often of the pickle."""
     parts = members(content)
     pickles = [i for i, (name, _) in enumerate(parts) if name.endswith("data.pkl")]
     i = r.choice(pickles * 3 + [r.randrange(len(parts))])
@@ -258,7 +258,7 @@ def change_member(r, content):
 
 
 def change_instruction(r, content):
-    """One to three instructions of the pickle become others, or go."""
+    """One to three instructions of the pickle are replaced or dropped."""
     parts = members(content)
     i = next(i for i, (name, _) in enumerate(parts) if name.endswith("data.pkl"))
     changed = bytearray(parts[i][1])
@@ -270,7 +270,7 @@ def change_instruction(r, content):
 
 
 def change_members(r, content):
-    """A member goes, gets another name or content, or comes twice; all may be compressed."""
+    """A member is dropped, renamed, replaced or repeated; all may be compressed."""
     parts = members(content)
     i = r.randrange(len(parts))
     name, inside = parts[i]
@@ -290,7 +290,7 @@ def change_members(r, content):
 
 
 def encrypt(r, content, share=0.7):
-    """The flag that says so, in a share of the headers."""
+    """Sets the flag for encryption in some of the headers."""
     changed = bytearray(content)
     for header in re.finditer(b"PK(\1\2|\3\4)", content):
         if r.random() < share:
@@ -302,7 +302,7 @@ def encrypt(r, content, share=0.7):
 
 
 def odd_tensors(like):
-    """Functions of nothing that give tensors of every kind, beginning with what `like` can become."""
+    """Functions without arguments that make tensors of every kind, first those that `like` can be converted to."""
     plain = like.detach().clone()
     number = plain.float()
     return [
@@ -321,7 +321,7 @@ def odd_tensors(like):
 
 
 class Made:
-    """What a pickle makes by a call, of the parts that __reduce__ returns."""
+    """An object that a pickle makes by a call, from the parts that __reduce__ returns."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -330,7 +330,7 @@ class Made:
         return self.parts
 
 
-# Methods, and what they are in the attributes of an object.
+# Methods, hidden by these attributes of an object.
 HIDDEN = dict.fromkeys(("to", "detach", "clone", "isfinite", "items", "keys", "get", "_metadata"), "odd")
 
 
@@ -358,14 +358,14 @@ def odd_values():
 
 
 def copied(value):
-    """Dicts and lists of a value anew."""
+    """A copy of the dicts and lists of a value."""
     if isinstance(value, dict):
         return {key: copied(entry) for key, entry in value.items()}
     return [copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def containers(value):
-    """Every dict and list in a value, with itself."""
+    """Every dict and list in a value, the value included."""
     if isinstance(value, (dict, list)):
         yield value
         for entry in value.values() if isinstance(value, dict) else value:
@@ -373,14 +373,14 @@ def containers(value):
 
 
 def change_value(r, value):
-    """An entry somewhere in the value becomes another, goes, gets another key, or comes anew."""
+    """An entry somewhere in the value is replaced, dropped, renamed or copied."""
     value = copied(value)
     found = list(containers(value))
     for _ in range(r.choice([1, 1, 2])):
         inside = r.choice([container for container in found if container])
         key = r.choice(list(inside)) if isinstance(inside, dict) else r.randrange(len(inside))
         entry = inside[key]
-        # Not what has become another kind already.
+        # Only tensors that no earlier mutation has turned into another kind.
         if checkpoint.shape_of(entry) is not None and entry.dtype in (torch.float32, torch.uint8) and r.random() < 0.7:
             inside[key] = r.choice(odd_tensors(entry))()
         elif r.random() < 0.6:
@@ -395,7 +395,7 @@ def change_value(r, value):
 
 
 def wrap_value(r, value):
-    """The whole in something, or something else in its place."""
+    """Wraps the whole value, or replaces it."""
     prefix = r.choice(["module.", "_orig_mod.", "module._orig_mod.", "net."])
     prefixed = {prefix + name: entry for name, entry in value.items()}
     others = [[value], (value,), {"model": value}, {"state_dict": value}, {"model": {"model": value}}, prefixed]
@@ -403,7 +403,7 @@ def wrap_value(r, value):
 
 
 def mutations(subject):
-    """The mutations that there are of a subject, by name: functions of a generator of random numbers."""
+    """The mutations of a subject, by name: functions of a random generator."""
     found = {change.__name__: functools.partial(change, content=subject.content) for change in BYTES_CHANGED}
     if subject.name.endswith(".gz"):
         found |= {
@@ -426,7 +426,7 @@ def in_gzip(change, content, r):
 
 @contextlib.contextmanager
 def printed():
-    """A function that tells what has been printed to stderr, from Python or from a library in C."""
+    """A function that returns what has been printed to stderr, by Python or by a library in C."""
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -446,12 +446,12 @@ def printed():
 
 
 def outcome(subject, content, folder):
-    """Whether it is "read" or "refused"; Fault if something else happens.
+    """Returns "read" or "refused"; raises Fault if anything else happens.
 
     Args:
         subject: what the content was made of.
         content: of the file.
-        folder: for it.
+        folder: to write it to.
     """
     for name, other in {**subject.beside, subject.name: content}.items():
         (folder / name).write_bytes(other)
@@ -465,7 +465,7 @@ def outcome(subject, content, folder):
         except subject.refusals as e:
             result, message = "refused", str(e)
             expect(len(message.splitlines()) == 1 and message.isprintable(), f"a message of several lines: {message!r}")
-            # Two files that do not fit each other are named by the first of them.
+            # Of two files that do not fit each other, the message names the first.
             expect(str(folder) in message, f"a message that does not name the file: {message}")
             expect(len(message) < 400 + len(str(path)), f"a message of {len(message)} characters: {message}")
         except Fault:
@@ -481,17 +481,17 @@ def outcome(subject, content, folder):
 
 
 def mutate(subjects, seed):
-    """(subject, name of a mutation, the file's content) of a seed."""
+    """(subject, name of a mutation, the file's content) for a seed."""
     r = random.Random(seed)
     subject = r.choice(subjects)
     name, change = r.choice(list(mutations(subject).items()))
-    with warnings.catch_warnings():  # of torch, about the tensors that are made
+    with warnings.catch_warnings():  # torch warns about the tensors that are made
         warnings.simplefilter("ignore")
         return subject, name, change(r)
 
 
 def trial(subjects, seed, keep):
-    """(name of the file, of the mutation, and the outcome or a Fault) of a seed; `keep`: folder for what fails."""
+    """(name of the file, name of the mutation, outcome or Fault) for a seed; `keep`: folder for the files that fail."""
     subject, name, content = mutate(subjects, seed)
     folder = keep / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -504,7 +504,7 @@ def trial(subjects, seed, keep):
 
 
 def corpus(only=""):
-    """The subjects whose kind or name has `only` in it."""
+    """The subjects whose kind or name contains `only`."""
     torch.manual_seed(0)
     return [subject for kind, make in CORPUS.items() for subject in make() if only in f"{kind} {subject.name}"]
 
@@ -517,7 +517,7 @@ def main():
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "mutations", help="for what fails")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    # Its own, as stderr is read while a file is.
+    # A copy of stderr, which is redirected while a file is read.
     errors = os.dup(2)
     faulthandler.enable(errors)
     subjects, counts = corpus(args.only), collections.defaultdict(collections.Counter)

@@ -1,4 +1,4 @@
-"""A weight gradient and its bias, of which one of two forms has an operand overwritten on sm_90.
+"""A gradient of a weight and a bias in two forms, one of which has an operand overwritten on sm_90.
 
 Compiles both and prints what bench.machine_code.ttgir finds, see test_machine_code.py; planted.py runs them.
 """
@@ -14,7 +14,7 @@ from bench.machine_code.ttgir import overwritten
 
 @triton.jit
 def gradient_kernel(dy_ptr, a_ptr, dw_ptr, db_ptr, N, AGAIN: tl.constexpr, PRECISION: tl.constexpr):
-    """dw = dy^T a and db, the sum of dy over its rows, of which AGAIN has each turn load a second time."""
+    """dw = dy^T a and db, the sum of dy over its rows; with AGAIN each iteration loads dy a second time for db."""
     rows, columns = tl.arange(0, 64), tl.arange(0, 64)
     offs = rows[:, None] * 64 + columns[None, :]
     acc, acc_b = tl.zeros((64, 64), tl.float32), tl.zeros((64, 64), tl.float32)

@@ -17,7 +17,7 @@ def photo(digit, seed, size=(640, 480), light_on_dark=False):
     large = TF.interpolate(digit[None, None].float(), (side, side), mode="bicubic").clamp(0, 1)[0, 0]
     top, left = round(between(0, height - side)), round(between(0, width - side))
     ink = TF.pad(large, (left, width - side - left, top, height - side - top))
-    # Pen and paper of any colour, but apart in lightness.
+    # Pen and paper of any colour, but of different lightness.
     pale, deep = [torch.tensor([between(*limits) for _ in range(3)]) for limits in ((0.7, 0.95), (0.05, 0.4))]
     paper, pen = (deep, pale) if light_on_dark else (pale, deep)
     picture = paper[:, None, None] + (pen - paper)[:, None, None] * ink

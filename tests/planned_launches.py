@@ -1,7 +1,7 @@
-"""Compares what planned launches launch with what Triton would have, on a GPU that does nothing: see test_launching.py.
+"""Compares planned launches with Triton's own on a GPU that does nothing: see test_launching.py.
 
-Calls that differ in one thing, such as alignment, follow one another. Each is made twice, so that the second launches
-what the first has left behind, and then once more through Triton.
+Consecutive calls differ in one property, such as alignment. Each is made twice, so that the second uses the plan that
+the first has left, and then once more through Triton.
 """
 
 import collections
@@ -26,7 +26,7 @@ WINDOW = (2, 2), (2, 2), (0, 0), (1, 1)
 
 
 def tensors(dtype):
-    """Functions that make a tensor of a size; their tensors differ in what Triton compiles kernels for."""
+    """Functions that make a tensor of a size, in variants for which Triton compiles different kernels."""
 
     def shifted(*size):
         return torch.empty(torch.Size(size).numel() + 1, dtype=dtype)[1:].view(size)
@@ -42,7 +42,7 @@ def tensors(dtype):
 
 
 def calls(t):
-    """Launchers' calls on tensors made by t: of sizes that are 1, that 16 divides and that it does not, and so on."""
+    """Launchers' calls on tensors made by t, of sizes 1, divisible by 16, not divisible, and so on."""
     for m, k, n in ((16, 32, 16), (17, 32, 16), (16, 33, 16), (1, 32, 16), (16, 1, 1), (4096, 32, 48)):
         x, w, b = t(m, k), t(n, k), t(n)
         yield launchers.linear, x, w, b
@@ -109,14 +109,14 @@ def every_call():
     yield from huge()
 
 
-# Numbers are below, addresses above.
+# Integers are below it, addresses above.
 ADDRESS = 2**40
 launched, inputs, in_full, noting = [], set(), collections.Counter(), True
 real_launch = launching.launch
 
 
 def note(x, y, z, stream, name, metadata, launch_metadata, enter, leave, *args):
-    """What a launch is made of, but for where the tensors lie, which differs from call to call."""
+    """Records a launch, without the addresses of new tensors, which differ from call to call."""
     if not noting:
         return
     args = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
@@ -141,15 +141,15 @@ def made(call):
 
 @contextlib.contextmanager
 def through_triton():
-    """Launches go through Triton inside, as they do wherever somebody looks."""
+    """Inside, launches go through Triton, as they do whenever a hook watches them."""
     with tritonnet.count_launches():
         yield
 
 
 def compare(calls):
-    """Makes every call twice, and then through Triton.
+    """Makes every call twice, and once more through Triton.
 
-    Returns (launches, different kernels, calls that did not launch the same, launches of the second time in full).
+    Returns (launches, distinct kernels, calls that did not launch the same, full launches of the second time).
     """
     calls = list(calls)
     first = [made(call) for call in calls]
@@ -164,7 +164,7 @@ def compare(calls):
 
 
 def hashes(order):
-    """{kernel: hash of its source}, as Triton finds it where no source was looked at before."""
+    """{kernel: hash of its source}, as Triton computes it when it has seen no source before."""
     for function in (value for module in list(sys.modules.values()) for value in vars(module).values()):
         if isinstance(function, JITFunction):
             function.hash, function.used_global_vals = None, {}
@@ -174,7 +174,7 @@ def hashes(order):
 
 
 def python_calls(function):
-    """How many functions, Python's and C's, a call of `function` calls: a time that does not depend on the machine."""
+    """How many Python and C functions a call of `function` calls: a cost that does not depend on the machine."""
     count = 0
 
     def profile(frame, event, arg):
@@ -193,7 +193,7 @@ def python_calls(function):
 result = {}
 with gpu_that_does_nothing(launch=note) as gpu, mock.patch.object(launching, "launch", note_in_full):
     result["calls"] = compare(every_call())
-    # The same calls in another precision, on another device, of another architecture.
+    # The same calls in another precision, on another device, and on another architecture.
     matrices = [call for t in tensors(torch.float32) for call in calls(t)]
     with tritonnet.dispatch.float32_products("tf32"):
         result["tf32"] = compare(matrices)

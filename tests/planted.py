@@ -1,10 +1,10 @@
-"""Bugs planted in the kernels' compiled code: the machine that runs it (tests/ptx) names each, and nothing else.
+"""Bugs planted in the kernels' compiled code: the PTX machine (tests/ptx) reports each, and nothing else.
 
-Run with TRITONNET_TEST_DEVICE=sm_90 or sm_80: `python -m pytest tests/planted.py`. For want of the name test_*.py it is
-not collected without.
+Run with TRITONNET_TEST_DEVICE=sm_90 or sm_80: `python -m pytest tests/planted.py`. Its name does not start with test_,
+so that it is collected only when it is named.
 
-A plant changes the PTX that a launch compiles to. It is caught if the run of every seed ends in a fault of the right
-name, in the right kernel, at the right line of Python; the same launch without the change is silent and right.
+A plant changes the PTX of a launch. It is caught if every seed ends in the right fault, in the right kernel, at the
+right line of Python; the same launch without the change must run without a fault and give the right result.
 """
 
 import inspect
@@ -46,7 +46,7 @@ KERNELS = {
 
 
 def edit(pattern, new, which=0):
-    """A function of a text that replaces one of the places that match, which has to exist, or all of them (None)."""
+    """A function of a text that replaces one of the matches, which has to exist, or all of them (None)."""
 
     def altered(text):
         places = list(re.finditer(pattern, text, re.M))
@@ -67,7 +67,7 @@ def unguarded(instruction, which=0):
 
 
 def go_around(instruction, threads, which=0):
-    """The first threads go around an instruction."""
+    """The first threads branch around an instruction."""
     declare = edit(r"^\s*\.reg \.pred.*$", r"\g<0> .reg .pred %around<1>; .reg .b32 %number<1>;")
     branch = f"mov.u32 %number0, %tid.x; setp.lt.u32 %around0, %number0, {threads}; @%around0 bra $L__around;"
     jump = edit(rf"^.*{instruction}.*$", rf"{branch}\n\g<0>\n$L__around:", which)
@@ -75,13 +75,13 @@ def go_around(instruction, threads, which=0):
 
 
 def touch(registers, instruction):
-    """Behind the first commit of products an instruction on a register that `registers` finds among their operands."""
+    """Inserts an instruction after the first commit, on a register that `registers` finds among products' operands."""
     product = rf"wgmma\.mma_async\S* {registers}(?:.|\n)*?wgmma\.commit_group\.sync\.aligned;"
     return edit(product, rf"\g<0>\n{instruction}")
 
 
 class Plant(NamedTuple):
-    """kinds: the fault, or those of which the order of the warps decides. where: a part of its line of Python."""
+    """kinds: the fault, or the faults between which the order of warps decides. where: a part of its line of Python."""
 
     launch: object
     kinds: str
@@ -91,9 +91,9 @@ class Plant(NamedTuple):
 
 linear, by_stores, tf32 = launches.linear, launches.linear_by_stores, launches.linear_in_tf32
 X, W, DOT, BIAS, STORE = "x = tl.load(", "w = tl.load(", "acc = tl.dot(", "tl.load(b_ptr", "tl.store(y_ptr"
-# Whether warps load the operands of products from shared memory, or the matrix unit reads them there.
+# The line that reads the operands in shared memory: the matrix unit's on sm_90, otherwise the warps' loads.
 READS_X, READS_W = (DOT, DOT) if SM_90 else (X, W)
-# Copies land between the loads of a warp that is ahead, or beside them.
+# Copies land between the loads of a warp that is ahead, or at the same time.
 COPIES = "race" if SM_90 else "race undelivered"
 BUFFERS = 3 if SM_90 else 2
 NEXT_BUFFER, ONE_FEWER = rf"(setp\.gt\.s32\s+%p\d+, %r\d+, ){BUFFERS - 1};", rf"\g<1>{BUFFERS - 2};"
@@ -107,7 +107,7 @@ PLANTS = {
     "no barrier behind the wait for copies": Plant(linear, COPIES, READS_X, drop(r"bar\.sync", 1)),
     "no barrier between reads and the next copies": Plant(linear, COPIES, READS_X, drop(r"bar\.sync", 2)),
     "no barrier between the sums of warps": Plant(launches.cross_entropy, "race", "tl.sum(", drop(r"bar\.sync", -1)),
-    # lenet/update.py without its tl.debug_barrier(): an H200 gave other bits from run to run.
+    # lenet/update.py without its tl.debug_barrier(): on an H200 its bits differed from run to run.
     "no barrier between loads and stores of the state": Plant(
         launches.update, "race", "tl.load(trouble_ptr", drop(r"bar\.sync", -1)
     ),
@@ -172,7 +172,7 @@ def machine(memory_is_watched):
 
 
 def run(machine, launch, seed=0, kernel=None, alter=None):
-    """What a launch gives, which is the same each time but for what the seed decides, and for the altered kernel."""
+    """Runs a launch, the same each time except for what the seed decides and for the altered kernel."""
 
     def altered(text):
         return alter(text) if f".entry {kernel.fn.__name__}(" in text else text
@@ -188,7 +188,7 @@ def check(rows):
 
 
 def lines_of(kernel, source):
-    """The lines of Python in a kernel's file that a fault names: its own, and those that have called it."""
+    """The lines of a kernel's file that a fault names: its own line, and those of its callers."""
     path = Path(inspect.getsourcefile(kernel.fn))
     lines = path.read_text(encoding="utf-8").splitlines()
     return [lines[int(number) - 1] for number in re.findall(rf"{path.name}:(\d+):", source)]
@@ -220,9 +220,9 @@ if SM_90:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_numbers(name, machine):
-    """A wrong order of operands in shared memory is no fault: nothing is touched that may not be, only the result says.
+    """A wrong order of operands in shared memory is no fault: no access is forbidden, and only the result shows it.
 
-    It is off by half of itself or more, where rounding explains a hundredth.
+    The result is off by half of its value or more, where rounding explains a hundredth.
     """
     launch, alter = WRONG[name]
     (row,) = run(machine, launch)
@@ -236,9 +236,9 @@ def test_wrong_numbers(name, machine):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_overwritten_operand(dtype, machine):
-    """The kernel that lenet_gradient.load_again is there for: an operand with another use has one buffer for all turns.
+    """Why lenet_gradient.load_again exists: an operand with a second use gets one buffer for all iterations.
 
-    On sm_90 a product still reads it there when the next turn stores.
+    On sm_90 a product still reads that buffer when the next iteration stores to it.
     """
     for seed in range(3):
         check(run(machine, partial(launches.gradient, True, dtype), seed))
@@ -249,13 +249,13 @@ def test_overwritten_operand(dtype, machine):
             check(run(machine, partial(launches.gradient, False, dtype), seed))
 
 
-# Bfloat16 and tf32 share the seeds, as a training step takes over a second; TRITONNET_TEST_SEEDS=20 takes more of them.
+# bfloat16 and tf32 share the seeds, as a training step takes over a second; TRITONNET_TEST_SEEDS=20 runs more of them.
 COUNT = int(os.environ.get("TRITONNET_TEST_SEEDS", 6))
 SEEDS = {"bfloat16": range(0, COUNT, 2), "tf32": range(1, COUNT, 2)}
 
 
 def assert_one(machine, launch, seeds):
-    """No fault and the same bits, whatever the order of warps and programs, copies and products early or late."""
+    """No fault and the same bits, for any order of warps and programs, with early or late copies and products."""
     first = run(machine, launch, seeds[0])
     for seed in seeds[1:]:
         assert all(map(torch.equal, first, run(machine, launch, seed))), f"seed {seed} differs from {seeds[0]}"
@@ -263,12 +263,12 @@ def assert_one(machine, launch, seeds):
 
 
 def batch():
-    """The smallest LeNet that there is, images and labels."""
+    """The smallest LeNet, images and labels."""
     return sequential(), random(2, 1, 28, 28), torch.randint(10, (2,))
 
 
 def step(precision):
-    """The loss of a LeNet's training step, and the gradients: what SGD at rate 1 takes off the parameters."""
+    """The loss of a LeNet's training step, and the gradients: what SGD with rate 1 subtracts from the parameters."""
     net, images, labels = batch()
     before = [p.detach().clone() for p in net.parameters()]
     train = tritonnet.TrainStep(net, TF.cross_entropy, torch.optim.SGD(net.parameters(), lr=1.0), precision)
@@ -279,7 +279,7 @@ def step(precision):
 
 @pytest.mark.parametrize("precision", SEEDS)
 def test_training_step(precision, machine):
-    """Gradients are within a quarter of float64's, as test_train_step.py has it for bfloat16."""
+    """Gradients are within a quarter of float64's, the bound of test_train_step.py for bfloat16."""
     loss, *gradients = assert_one(machine, partial(step, precision), SEEDS[precision])
     torch.manual_seed(0)
     net, images, labels = batch()

@@ -1,4 +1,4 @@
-"""Small launches of the kernels for planted.py: each gives what `assert_exact` compares, with the truth in float64."""
+"""Small launches of the kernels for planted.py: each returns what `assert_exact` compares, with the float64 truth."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def random(*size, dtype=torch.float32):
 
 
 def linear_of(K, dtype=torch.bfloat16, precision="ieee"):
-    """One tile, of which a few rows and columns are past the end."""
+    """One tile, with a few rows and columns past the end."""
     torch.backends.cuda.matmul.fp32_precision = precision
     x, w, b = random(60, K, dtype=dtype), random(60, K, dtype=dtype), random(60, dtype=dtype)
     y = launchers.linear(x, w, b)
@@ -41,12 +41,12 @@ def linear_of(K, dtype=torch.bfloat16, precision="ieee"):
 
 
 def linear():
-    """Four turns of a pipeline of copies."""
+    """Four iterations of a pipeline of copies."""
     return linear_of(200)
 
 
 def linear_by_stores():
-    """Rows that no copy can bring, as they are not aligned: operands pass through registers."""
+    """Rows that cp.async cannot copy, as they are not aligned: operands pass through registers."""
     return linear_of(75)
 
 
@@ -61,12 +61,12 @@ def cross_entropy():
     truth = TF.cross_entropy(leaf, target)
     truth.backward()
     truth = truth.detach()
-    # Of each exponential and logarithm a few units in the last place are granted.
+    # Each exponential and logarithm may be off by a few units in the last place.
     return [Row("loss", loss, truth, truth + 1, 100), Row("gradient", grad, leaf.grad, leaf.grad.abs() + 1 / 37, 100)]
 
 
 def pooled_gradient():
-    """The gradient of filters under a pooling: one operand of its products is made in registers."""
+    """The gradient of filters before a pooling: one operand of its products is made in registers."""
     geometry, dtype = ((1, 1), (0, 0, 0, 0), (1, 1), 1, "zeros", (2, 2), (2, 2), (0, 0)), torch.bfloat16
     x, dy = random(2, 8, 18, 18, dtype=dtype), random(2, 16, 8, 8, dtype=dtype)
     code = torch.randint(5, dy.shape, dtype=torch.uint8)
@@ -78,7 +78,7 @@ def pooled_gradient():
 
 
 def gradient(again, dtype):
-    """A weight's gradient and its bias's, of three turns; for the bias dy is loaded `again`, or it is not."""
+    """The gradients of a weight and a bias, of three iterations; with `again` the bias's sum loads dy a second time."""
     dy, a, dw, db = random(192, 64, dtype=dtype), random(192, 64, dtype=dtype), torch.empty(64, 64), torch.empty(64)
     tf32 = dtype == torch.float32
     gradient_kernel[(1,)](dy, a, dw, db, 192, AGAIN=again, PRECISION="tf32" if tf32 else "ieee", num_warps=4)
@@ -90,7 +90,7 @@ def gradient(again, dtype):
 
 
 def sums_of(partial, table, i):
-    """The gradient of parameter i: its partial sums, whose places the table gives (see lenet.table)."""
+    """The gradient of parameter i: its partial sums, whose positions the table gives (see lenet.table)."""
     count, D1, D2, D3, start, step, splits, *steps = table[i, 1:12].tolist()
     terms, step0, step1 = table[i, 12:15].tolist()
     n = torch.arange(count)
@@ -101,7 +101,7 @@ def sums_of(partial, table, i):
 
 
 def update():
-    """LeNet's last launch, with Adam, on top of an earlier call's gradients: it loads whatever it changes."""
+    """LeNet's last launch, with Adam, on top of an earlier call's gradients: it loads everything that it changes."""
     device, beta1, beta2, rate, eps = torch.device("cpu"), 0.9, 0.99, 0.01, 1e-3
     geometry, splits = lenet.Geometry(1, 32, 0, 10), lenet.Splits(1, 1, 1)
     table = lenet.table(geometry, splits, device)
@@ -129,6 +129,6 @@ def update():
         true_m, true_v = old_m + (1 - beta1) * (true_g - old_m), beta2 * old_v + (1 - beta2) * true_g**2
         true_w = old_w - rate / (1 - beta1) * true_m / ((true_v / (1 - beta2)).sqrt() + eps)
         truths = ("w", w, true_w), ("g", g, true_g), ("m", m, true_m), ("v", v, true_v)
-        # A gradient's error, relative to terms of about 1, goes through the square and the quotient.
+        # A gradient's error, relative to terms of about 1, passes through the square and the quotient.
         rows += [Row(f"{name} {i}", actual, true, true.abs() + 10, 30) for name, actual, true in truths]
     return rows

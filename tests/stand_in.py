@@ -1,6 +1,6 @@
 """Stands in for a GPU in the processes that `bench --verify` starts:  python tests/stand_in.py -m MODULE ARGUMENTS
 
-Kernels run on the reference, times are made up, CUDA graphs are lists of calls. What a stage does around them is real.
+Calls run on the reference, times are made up, CUDA graphs are lists of calls. The rest of a stage is real.
 """
 
 import functools
@@ -16,7 +16,7 @@ assert dash_m == "-m"
 
 
 def bench():
-    """As on a GPU, with a device whose time is made up and few cases."""
+    """As on a GPU, with made-up times and few cases."""
     import torch
     from test_bench import MACHINE, Clockwork, small_operators
 
@@ -35,7 +35,7 @@ def bench():
 
 
 def smoke():
-    """On the CPU, where the launches of a step run in the interpreter and are captured as what they are."""
+    """On the CPU, where a step's launches run in the interpreter and a capture keeps the calls."""
     os.environ["TRITON_INTERPRET"] = "1"
     from bench import no_launch, smoke
     from tritonnet.lenet import step as lenet_step
