@@ -1,14 +1,15 @@
-"""Runs the PTX that Triton compiles for sm_80, sm_90 and sm_100 on a CPU, in numpy; finds races and faults by name.
+"""Runs the PTX that Triton compiles for sm_80, sm_90 and sm_100 on a CPU, in numpy; reports races and faults by name.
 
     with ptx.emulate("sm_90", seed=3) as machine:  # TRITON_INTERPRET must not be set
         launchers.conv2d(x, w, ...)  # CPU tensors
     print(machine.instructions)
 
-parse reads the text and flow finds its blocks. translate makes a Python function of each (values, operations) by what
-arithmetic, formats, warp, matrix, memory, shared, copies, products and operands say, and for the products of sm_100
-mbarrier, tensor, tensor_products and flight. schedule runs them, and launch stands in front of Triton's launches.
+parse reads the text and flow finds its basic blocks. translate, with values and operations, makes a Python function of
+each block. What instructions do is in arithmetic, formats, warp, matrix, memory, shared, copies, products and operands,
+and for the products of sm_100 in mbarrier, tensor, tensor_products and flight. schedule runs the blocks, and launch
+takes Triton's launches.
 
-What is not known here raises; nothing is guessed.
+An unknown instruction raises; nothing is guessed.
 """
 
 from .faults import KINDS, Fault

@@ -1,8 +1,8 @@
 """The instructions that compute registers from registers: what each is in numpy.
 
-`TABLE` has a row for each opcode, written out with its modifiers and its type: one that is not in it is not known. A
-row has the form of the result, the forms of the operands, and an expression of numpy in which {0}, {1}, ... are the
-operands. A form is one of numpy's types: u2, i4, f8, ... or
+`TABLE` has a row for each opcode, written out with its modifiers and its type; any other opcode is unknown. A row has
+the form of the result, the forms of the operands, and an expression of numpy in which {0}, {1}, ... are the operands. A
+form is one of numpy's types: u2, i4, f8, ... or
     n2, n4, n8   an integer whose sign does not matter,
     b1           a predicate,
     bf           16 bits, read and written as bfloat16 through float32,
@@ -27,7 +27,7 @@ I2, I4, I8 = np.int16, np.int32, np.int64
 
 @dataclass(frozen=True)
 class Row:
-    """Forms, and an expression of the operands."""
+    """The forms of result and operands, and an expression of the operands."""
 
     result: str
     operands: tuple
@@ -42,14 +42,14 @@ def row(opcode, result, operands, expression):
 
 
 def row_of(instruction):
-    """An instruction's row, or None. Three numbers may be compared at once by what compares two otherwise."""
+    """An instruction's row, or None. Opcodes such as max have a row of their own for three operands."""
     return TABLE.get(f"{instruction.opcode} of {len(instruction.operands) - 1}") or TABLE.get(instruction.opcode)
 
 
 def quotient(a, b):
-    """a / b towards zero; all bits are set where b is 0 (the ISA leaves the result open)."""
+    """a / b rounded towards zero; all bits are set where b is 0 (the ISA leaves the result open)."""
     if a.dtype.itemsize < 8:
-        result = (a / b).astype(I8)  # float64 holds both, and never rounds up to an integer that is not the quotient
+        result = (a / b).astype(I8)  # float64 holds both, and never rounds up past the quotient
         return np.where(b == 0, -1, result).astype(a.dtype)
     a, b = np.broadcast_arrays(a, b)
     divisor = np.where(b == 0, b.dtype.type(1), b)
@@ -60,7 +60,7 @@ def quotient(a, b):
 
 
 def remainder(a, b):
-    """a - b * (a / b); a where b is 0, which the ISA leaves open."""
+    """a - b * (a / b); a where b is 0 (the ISA leaves the result open)."""
     return np.where(b == 0, a, a - b * quotient(a, b)).astype(a.dtype)
 
 
@@ -77,20 +77,20 @@ def upper_product(a, b):
 
 
 def shift_left(a, by):
-    """Zero from as many places on as the type has bits."""
+    """shl: zero if the count reaches the type's width."""
     bits = a.dtype.itemsize * 8
     return np.where(by < bits, a << np.minimum(by, bits - 1).astype(a.dtype), a.dtype.type(0))
 
 
 def shift_right(a, by):
-    """Filled with the sign, or with zeros if the type has none; a count past the type's bits is as many as it has."""
+    """shr: fills with the sign, or with zeros if the type has none; a count past the width counts as the width."""
     bits = a.dtype.itemsize * 8
     shifted = a >> np.minimum(by, bits - 1).astype(a.dtype)
     return shifted if a.dtype.kind == "i" else np.where(by < bits, shifted, a.dtype.type(0))
 
 
 def extract(a, position, length):
-    """bfe: the bits from a position on, filled with the sign (that of the last bit there is) or with zeros."""
+    """bfe: the bits from a position on, extended with the sign (that of the last existing bit) or with zeros."""
     bits = a.dtype.itemsize * 8
     position, length = (x.astype(I8) & 0xFF for x in (position, length))
     unsigned = a.view(np.dtype(f"u{bits // 8}"))
@@ -126,7 +126,7 @@ def permute(a, b, selector):
 
 
 def each_half(f):
-    """f of both 16-bit halves of 32 bits, whose halves it gives too."""
+    """f of both 16-bit halves of 32-bit words, packed again."""
 
     def both(*operands):
         low, high = (f(*parts) for parts in zip(*operands))
@@ -144,7 +144,7 @@ def signed_halves(bits):
 
 
 def to_integer(values, round, kind):
-    """A float as an integer: rounded, kept within the type, NaN as 0."""
+    """A float as an integer: rounded, clamped to the type, NaN as 0."""
     limits = np.iinfo(kind)
     rounded = round(values.astype(F8))
     top = rounded >= float(limits.max)
@@ -262,7 +262,7 @@ UNSIGNED = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 
 
 def comparisons():
-    """setp of one predicate. With bf16x2 and f16x2 it has two, of the lower and of the upper halves."""
+    """setp with one predicate. For bf16x2 and f16x2 it has two, of the lower and of the upper halves."""
     for bits in (16, 32, 64):
         size = bits // 8
         for name in ("eq", "ne"):
@@ -273,7 +273,7 @@ def comparisons():
         for name, sign in UNSIGNED.items():
             row(f"setp.{name}.u{bits}", "b1", f"u{size} u{size}", f"{{0}} {sign} {{1}}")
     for t, form in (("f32", "f4"), ("f64", "f8"), ("f16", "f2"), ("bf16", "bf"), ("bf16x2", "p2"), ("f16x2", "ph")):
-        # numpy's comparisons with NaN are false, as the ordered ones are here, but for !=.
+        # numpy's comparisons with NaN are false, as PTX's ordered ones are, except for !=.
         for name, sign in ORDERS.items():
             row(f"setp.{name}.{t}", "b1", f"{form} {form}", UNEQUAL if name == "ne" else f"{{0}} {sign} {{1}}")
         for name, opposite in OPPOSITE.items():

@@ -1,7 +1,7 @@
-"""Copies into shared memory that run beside the threads: cp.async.
+"""Asynchronous copies into shared memory: cp.async.
 
-A copy lands at once, or at the last moment that a wait allows. Until the wait nobody may touch what it writes. For
-products it is then as an ordinary store: only copies in bulk are of the proxy that products are of.
+A copy lands at once, or at the last moment that a wait allows. Until the wait no thread may touch its destination. To
+products it is then like an ordinary store: only bulk copies are of the async proxy, as products are.
 
 Source: PTX ISA 9.0, sections "Data Movement and Conversion Instructions: cp.async" and "Async Proxy".
 """
@@ -18,7 +18,7 @@ U4 = np.uint32
 
 @dataclass
 class Copy:
-    """One cp.async of some programs' threads. given: bytes that are read; the others of its size are zeros."""
+    """One cp.async of some programs' threads. given: bytes that are read; the rest of its size is filled with zeros."""
 
     rows: object
     row: object
@@ -45,7 +45,7 @@ class Copy:
         return len(self.row) * len(self.columns)
 
     def part(self, b):
-        """The copy of those of its programs and threads that are a bundle's, or None."""
+        """The part of the copy that belongs to a bundle's programs and threads, or None."""
         kept, columns = np.isin(self.row[:, 0], b.row[:, 0]), np.isin(self.columns, b.columns)
         if not kept.any() or not columns.any():
             return None
@@ -72,7 +72,7 @@ def copy(b, to, offset, source, source_offset, size, given, mask, here):
     this = Copy(b.rows, b.row, b.columns, to, offset, source, source_offset, size, given, mask, here)
     shared.touch(b, WRITE, to, offset, size, mask, b.warps, here)
     if b.batch.copies_late:
-        read(b, this)  # a stray address is one at once
+        read(b, this)  # a stray address is a fault at once
     else:
         land(b, this)
     shared.mark(b, COPY, to, offset, size, mask, True)
@@ -81,7 +81,7 @@ def copy(b, to, offset, source, source_offset, size, given, mask, here):
 
 
 def read(b, this):
-    """The bits that a copy brings; addresses that it does not read may be any."""
+    """The bits that a copy brings; addresses that it does not read may be anything."""
     memory, size = b.batch.memory, this.size
     mask, given = this.mask, this.given
     if given is None or (given == U4(size)).all():
@@ -106,7 +106,7 @@ def read(b, this):
 
 
 def land(b, this):
-    """Writes what a copy brings; b has its rows and threads."""
+    """Writes what a copy brings; b has the copy's rows and threads."""
     b.batch.shared.write(b, this.to, this.offset, this.size, read(b, this), this.mask)
 
 
@@ -115,7 +115,7 @@ def commit_copies(b):
 
 
 def wait_copies(b, pending, here):
-    """cp.async.wait_group: all groups but the last few have landed."""
+    """cp.async.wait_group: all groups except the last few have landed."""
     while len(b.copies) - 1 > pending:
         for this in b.copies.pop(0):
             shared = b.batch.shared
@@ -131,7 +131,7 @@ def wait_copies(b, pending, here):
 
 
 class Owner:
-    """A bundle as it was when it issued something: its programs and threads."""
+    """A bundle when it issued something: its programs and threads."""
 
     def __init__(self, b, this, warps=None):
         self.batch, self.rows, self.row, self.threads = b.batch, this.rows, this.row, this.threads

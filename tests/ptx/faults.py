@@ -1,4 +1,4 @@
-"""What a kernel is stopped for."""
+"""The faults that stop a kernel."""
 
 import numpy as np
 
@@ -21,17 +21,17 @@ KINDS = {
 
 
 def row_of(where):
-    """The number of a program at fault: itself, or the first that has a flag among (programs, threads)."""
+    """The index of a program at fault: given directly, or the first with a flag in (programs, threads)."""
     if isinstance(where, np.ndarray):
         return int(np.flatnonzero(where.any(axis=1))[0]) if len(where) > 1 else 0
     return where
 
 
 class Fault(Exception):
-    """A kernel does what the machine forbids.
+    """A kernel has done something that the machine forbids.
 
-    kind: a key of KINDS. kernel: its name. program: its index (x, y, z), or None if the fault is of no one program.
-    line, source: the line of the PTX, and the place in Python that it was compiled from.
+    kind: a key of KINDS. kernel: its name. program: its index (x, y, z), or None if the fault is not one program's.
+    line, source: the line of the PTX, and the position in Python that it was compiled from.
     """
 
     def __init__(self, kind, detail, kernel=None, program=None, line=None, source=None):

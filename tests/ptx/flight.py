@@ -1,11 +1,11 @@
-"""Products of tcgen05.mma in flight: what may not be touched, and which warps know that they are complete.
+"""Products of tcgen05.mma in flight: which memory may not be touched, and which warps know that they are complete.
 
 tcgen05.commit makes an mbarrier complete a phase once all earlier products of its thread are complete. A warp that has
-waited for this phase knows it, and after a barrier of the program all warps do. Until then nobody may write the shared
-memory that a product reads, nor store to the tensor memory that it reads, nor touch its sums.
+waited for this phase knows it, and after a barrier of the program all warps do. Until then no warp may write the shared
+or tensor memory that a product reads, or touch its sums.
 
-A commit arrives at once, or as late as it can, when no thread can go on without. Its products are computed then, as a
-whole, so that their sums are the same bits in both cases.
+A commit arrives at once, or as late as possible: when no thread can go on without it. Its products are computed then,
+as a whole, so that their sums have the same bits in both cases.
 
 Source: PTX ISA 9.0, section "TensorCore 5th Generation Family Instructions": "Memory Consistency Model" and
 "tcgen05.commit".
@@ -21,7 +21,7 @@ from .shared import PRODUCT, Address
 
 @dataclass(frozen=True)
 class Region:
-    """Lanes of tensor memory, as the bits of a number, and columns from the first to before the last."""
+    """Lanes of tensor memory, as a bit mask, and a half-open range of columns."""
 
     lanes: int
     first: int
@@ -33,9 +33,9 @@ class Region:
 
 @dataclass(eq=False)
 class Product:
-    """One tcgen05.mma of the programs of these numbers. a: an Address of chunks of shared memory, or a Region.
+    """One tcgen05.mma of the programs with these indices. a: an Address of chunks of shared memory, or a Region.
 
-    lanes: those of the rows of its sums, and of A if that is a Region. keep: whether it adds to what is there.
+    lanes: of the rows of its sums, and of A if that is a Region. keep: whether it adds to the old sums.
     """
 
     batch: object
@@ -61,7 +61,7 @@ class Product:
         return [address for address in (self.a, self.b) if isinstance(address, Address)]
 
     def among(self, numbers):
-        """The product of those of its programs that are among some, or None."""
+        """The part of the product that belongs to the given programs, or None."""
         kept = np.isin(self.numbers, numbers)
         if kept.all() or not kept.any():
             return self if kept.all() else None
@@ -96,12 +96,12 @@ class Flight:
         self.open, self.commits = [], []
 
     def in_flight(self):
-        """(product, its commit or None) of each."""
+        """(product, its commit or None) for each."""
         yield from ((this, commit) for commit in self.commits for this in commit.products)
         yield from ((this, None) for this in self.open)
 
     def unaware(self, rows, warp):
-        """(product, the programs in which the warp does not know that it is complete) of each, if there are any."""
+        """(product, the programs in which the warp does not know that it is complete), where there are any."""
         for this, commit in self.in_flight():
             flags = np.zeros(self.programs, bool)
             flags[this.numbers] = True if commit is None else ~commit.known[this.numbers, warp]
@@ -109,7 +109,7 @@ class Flight:
             if flags.any():
                 yield this, flags
 
-    # What happens to products.
+    # Changes of the products in flight.
 
     def issue(self, this):
         self.open.append(this)
@@ -121,7 +121,7 @@ class Flight:
         self.batch.shared.in_flight += (1 if on else -1) * len(this.addresses()) * len(this.numbers)
 
     def commit(self, part, issuer, place, here):
-        """A thread's commit, to the mbarrier at a place in each program."""
+        """A thread's commit to the mbarrier at an address in each program."""
         mine = [this for this in self.open if this.issuer == issuer]
         others = np.setdiff1d(np.arange(self.programs), part.numbers)
         left = [rest for this in mine if (rest := this.among(others))]
@@ -141,7 +141,7 @@ class Flight:
         self.batch.wake()
 
     def deliver(self):
-        """The oldest commit of each program that is yet to arrive does; gives whether there is any."""
+        """The oldest pending commit of each program arrives; returns whether there is any."""
         seen = np.zeros(self.programs, bool)
         for commit in [commit for commit in self.commits if not commit.arrived]:
             first = ~seen[commit.numbers]
@@ -155,12 +155,13 @@ class Flight:
                 self.arrive(parts[0])
         return bool(seen.any())
 
-    # Who knows of it.
+    # What warps know of completion.
 
     def observed(self, numbers, warps, places):
-        """Warps have seen the mbarriers at these places complete a phase: they know of all that had arrived there.
+        """Warps have seen the mbarriers at these addresses complete a phase: they know of all commits that had arrived
+        there.
 
-        They know of the earlier commits of the same thread as well.
+        They know of earlier commits of the same threads as well.
         """
         at, learned = np.full(self.programs, -1), {}
         at[numbers] = places
@@ -172,13 +173,13 @@ class Flight:
         self.retire()
 
     def together(self, rows):
-        """A barrier of some programs, by flags: what one warp knows all do."""
+        """A barrier of the flagged programs: whatever one warp knows, all know."""
         for commit in self.commits:
             commit.known[rows] |= commit.known[rows].any(axis=1, keepdims=True)
         self.retire()
 
     def retire(self):
-        """Products that all warps know to be complete are out of flight."""
+        """Products that all warps know to be complete are no longer in flight."""
         done, left = [], []
         for commit in self.commits:
             known = commit.known[commit.numbers].all(axis=1)
@@ -207,7 +208,7 @@ class Flight:
                 self.fault("overwritten", "writes tensor memory that is read by", this, here, flags)
 
     def judge_shared(self, b, address, offset, size, mask, here):
-        """Faults if some threads' warps may not write to shared memory."""
+        """Faults if the warps of some threads may not write to shared memory."""
         shared = self.batch.shared
         stride = shared.stride // 16
         cells = (address.value + offset >> 4) + b.row * stride
@@ -225,7 +226,7 @@ class Flight:
                         self.fault("overwritten", f"writes {size} bytes that are read by", this, here, row)
 
     def judge_product(self, new):
-        """Faults unless the products in flight whose places meet those of a new one are sure to come before it."""
+        """Faults unless the products in flight whose regions overlap a new one's are sure to complete before it."""
         rows = np.zeros(self.programs, bool)
         rows[new.numbers] = True
         for this, flags in self.unaware(rows, new.issuer // 32):
@@ -238,7 +239,7 @@ class Flight:
                 self.fault("overwritten", "writes tensor memory that is read by", this, new.here, flags)
 
     def judge_inval(self, part, place, here):
-        """Faults if a commit arrives at an mbarrier that a thread unmakes without having waited for it."""
+        """Faults if a commit arrives at an mbarrier that a thread invalidates without having waited for it."""
         at = np.full(self.programs, -1)
         at[part.numbers] = place
         for commit in self.commits:
@@ -248,7 +249,7 @@ class Flight:
                 self.batch.fault("pending", detail, here, int(commit.numbers[wrong.argmax()]))
 
     def finish(self):
-        """Faults if programs end before their products."""
+        """Faults if programs end before their products are complete."""
         for this in self.open:
             self.batch.fault("pending", "a product without tcgen05.commit", this.here, int(this.numbers[0]))
         for commit in self.commits:

@@ -1,4 +1,4 @@
-"""Basic blocks of a kernel, and which registers are alive where."""
+"""Basic blocks of a kernel, and which registers are live where."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from .parse import effects
 class Block:
     """Instructions that run one after the other.
 
-    last: the number of its last instruction. end: how control leaves it: "next", "jump", "branch" (to the target if the
+    last: the index of its last instruction. end: how control leaves it: "next", "jump", "branch" (to the target if the
     last instruction's guard holds, or else to the next block), "barrier" (and then to the next block) or "exit". alive:
     the registers that are read before they are written from the block's start on; alive_after: from its end on.
     """
@@ -48,7 +48,7 @@ def blocks(kernel):
 
 
 def close(kernel, block, number):
-    """Takes the instruction of control off the block's end."""
+    """Takes the control instruction off the block's end."""
     last = block.instructions[-1]
     if last.opcode in ("bra", "bra.uni"):
         block.end = "branch" if last.guard else "jump"
@@ -62,7 +62,7 @@ def close(kernel, block, number):
 
 
 def live(found):
-    """Fills in what is alive: read before it is written, here or in a block after this one."""
+    """Fills in the live registers: read before they are written, in a block or after it."""
     summaries = []
     for block in found:
         first_read, written = set(), set()

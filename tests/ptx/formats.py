@@ -9,19 +9,19 @@ import numpy as np
 U1, U2, U4, U8 = np.uint8, np.uint16, np.uint32, np.uint64
 F2, F4, F8 = np.float16, np.float32, np.float64
 EXPONENT, UPPER, TF32 = U4(0x7F800000), U4(0xFFFF0000), U4(0xFFFFE000)
-# The largest error of each function: relative, in float32's units of 2^-23 where the ISA gives it in units of the last
-# place. lg2's is absolute between 0.5 and 2.
+# The largest error of each function: relative, as a multiple of float32's 2^-23 where the ISA gives it in units of the
+# last place. lg2's is absolute between 0.5 and 2.
 ULP = 2.0**-23
 ERRORS = {"ex2": 2 * ULP, "rcp": ULP, "div": 2 * ULP, "sqrt": 2.0**-23, "rsqrt": 2.0**-22.9, "lg2": 2.0**-22}
 
 
 def widen_bf16(bits):
-    """float32 of bfloat16, which is float32's upper half."""
+    """bfloat16 as float32, whose upper half it is."""
     return (bits.astype(U4) << U4(16)).view(F4)
 
 
 def rounded_bf16(values):
-    """The bits of float32, rounded to bfloat16 in the upper half; to nearest, ties to even; the lower half is noise."""
+    """The bits of float32, the upper half rounded to bfloat16 (nearest, ties to even), the lower half arbitrary."""
     bits = np.asarray(values).view(U4)
     rounded = bits + (((bits >> U4(16)) & U4(1)) + U4(0x7FFF))
     nan = np.isnan(values)
@@ -51,7 +51,7 @@ def halves(bits):
 
 
 def both_halves(convert):
-    """convert(16 bits) for packed operands: an array of the lower halves and one of the upper."""
+    """Makes a function of packed operands: convert(lower halves) and convert(upper halves), 16 bits each."""
     return lambda bits: tuple(convert(half) for half in halves(bits))
 
 
@@ -60,7 +60,7 @@ f16_pair = both_halves(lambda bits: bits.view(F2))
 
 
 def f32_pair(bits):
-    """Each element of 64 bits as two float32 along a new last axis: the lower half comes first."""
+    """Each 64-bit element as two float32 along a new last axis, the lower half first."""
     bits = np.ascontiguousarray(bits)
     return bits.view(F4).reshape(*bits.shape, 2)
 
@@ -83,23 +83,23 @@ def to_tf32(values):
 
 
 def flush(values):
-    """.ftz: subnormal numbers are zeros of their sign."""
+    """.ftz: subnormal numbers become zeros of their sign."""
     return np.where(np.abs(values) < F4(2.0**-126), np.copysign(F4(0), values), values)
 
 
 def fma32(a, b, c):
     """a * b + c of float64 copies of float32, rounded to float32.
 
-    The product is exact, the sum is rounded twice: the result is at most 2^-29 of a unit in the last place further off
-    than the correctly rounded one.
+    The product is exact and the sum is rounded twice: the error exceeds that of correct rounding by at most 2^-29 of a
+    unit in the last place.
     """
     return (a * b + c).astype(F4)
 
 
 def fma_odd(a, b, c):
-    """a * b + c of numbers of 16 bits, as float32 from which another rounding to 16 bits gives the correct result.
+    """a * b + c of 16-bit numbers, as a float32 that rounds to the correct 16-bit result.
 
-    float32 of the exact sum is cut off, with its last bit set if anything was. The sum itself is float64's.
+    The sum is computed in float64 and cut off to float32, with the last bit set if anything was cut off.
     """
     exact = a.astype(F8) * b + c
     near = exact.astype(F4)
@@ -118,7 +118,7 @@ def two_sum(a, b):
 def fma64(a, b, c):
     """a * b + c of float64 with one rounding, but for a few cases in 2^50 that are one unit off.
 
-    The product's rounding error is found by splitting its factors (Dekker), which overflows above 2^996: there, and for
+    The product's rounding error comes from splitting its factors (Dekker), which overflows above 2^996: there, and for
     infinities and NaN, the product is rounded first.
     """
 
@@ -136,7 +136,7 @@ def fma64(a, b, c):
 
 
 class Approximate:
-    """The functions of which a GPU has approximations: to nearest, or as far off as the ISA allows (worst).
+    """The functions that a GPU approximates: to nearest, or with the largest error that the ISA allows (worst).
 
     In the worst case the sign of the error is a hash of the result's bits and of the seed.
     """
@@ -174,7 +174,7 @@ class Approximate:
 
     @staticmethod
     def rcp64(a):
-        """The upper half of float64's reciprocal, by the upper half of its operand; subnormal numbers are zeros."""
+        """The upper half of a float64 reciprocal, from its operand's upper half; subnormal numbers become zeros."""
         upper = (a.view(U8) & U8(0xFFFFFFFF00000000)).view(F8)
         upper = np.where(np.abs(upper) < 2.0**-1022, np.copysign(0.0, upper), upper)
         result = ((1 / upper).view(U8) & U8(0xFFFFFFFF00000000)).view(F8)

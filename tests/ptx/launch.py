@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels on CPU tensors: each is compiled for a GPU and its PTX is run here."""
+"""Launches of Triton's kernels on CPU tensors: each kernel is compiled for a GPU, and its PTX is run here."""
 
 import contextlib
 import functools
@@ -28,12 +28,12 @@ WHEN = ("early", "late")
 
 @functools.lru_cache(maxsize=64)
 def translate(text, worst, seed):
-    """The functions of a kernel's blocks. Translating takes longer than a small launch, and a kernel some megabytes."""
+    """The functions of a kernel's blocks. Translating takes longer than a small launch; each takes some megabytes."""
     return Translated(parse(text), Approximate(worst, seed))
 
 
 class AsFarAsPTX(CUDABackend):
-    """Triton's compiler for NVIDIA's GPUs without its last stage, ptxas: 40 % of the time of a compilation."""
+    """Triton's compiler for NVIDIA's GPUs without its last stage, ptxas, which takes 40 % of a compilation's time."""
 
     def __init__(self, target):
         super().__init__(target)
@@ -44,12 +44,12 @@ class AsFarAsPTX(CUDABackend):
         del stages["cubin"]
 
     def hash(self):
-        # Kept apart from what a GPU would be given, in Triton's cache.
+        # A key of its own in Triton's cache, apart from the kernels for a real GPU.
         return f"{super().hash()} without ptxas"
 
 
 class NoGPU(NoDevice):
-    """A driver of one device, which has its architecture's number: Triton keeps compiled kernels by device."""
+    """A driver with one device, whose index is its architecture: Triton caches compiled kernels by device."""
 
     def get_current_device(self):
         return self.target.arch
@@ -58,7 +58,7 @@ class NoGPU(NoDevice):
 class Emulator:
     """The machine of an `emulate`.
 
-    memory: keep(tensor) makes its real address one that kernels may find. launches, programs, instructions: how many of
+    memory: keep(tensor) allows kernels to access it by its real address. launches, programs, instructions: how many of
     each have run, by kernel; an instruction counts once for each warp. seen: the opcodes of the kernels that have run.
     """
 
@@ -75,12 +75,12 @@ class Emulator:
         self.launches, self.programs, self.instructions = Counter(), Counter(), Counter()
 
     def translated(self, text):
-        """The kernel of a text, altered if that is asked for."""
+        """The translated kernel, from the altered text if `alter` is given."""
         text = self.alter(text) if self.alter else text
         return translate(text, self.worst, self.seed if self.worst else 0)
 
     def run(self, text, shared_bytes, grid, arguments):
-        """Runs a grid of programs of a PTX text. arguments: tensors and numbers, one a parameter."""
+        """Runs a grid of programs of a PTX text. arguments: tensors and numbers, one for each parameter."""
         translated = self.translated(text)
         kernel = translated.kernel
         self.memory.forget_arguments()
@@ -99,7 +99,7 @@ class Emulator:
         machine.launch(grid, params)
 
     def bits(self, kind, value):
-        """The bits of an argument for a parameter's type."""
+        """The bits of an argument as a parameter's type."""
         size = int(re.search(r"\d+", kind)[0]) // 8
         if isinstance(value, torch.Tensor):
             value = (
@@ -112,13 +112,14 @@ class Emulator:
 
 @contextlib.contextmanager
 def emulate(arch, *, seed=0, copies=None, products=None, apart=None, worst=False, alter=None):
-    """Kernels that are launched inside run as PTX for `arch`, on CPU tensors; gives the Emulator.
+    """Kernels launched inside run as PTX for `arch`, on CPU tensors; yields the Emulator.
 
-    seed: of all that is left open: orders, and what is None of copies and products ("early" or "late") and of apart
-    (whether warps run one after the other instead of in step), drawn for each launch. worst: approximate functions are
-    as far off as the ISA allows. alter: a function of a kernel's PTX that gives the text to run instead.
+    seed: decides all that the ISA leaves open: orders and, where they are None, copies and products ("early" or "late")
+    and apart (whether warps run one after the other instead of in step), drawn for each launch. worst: approximate
+    functions have the largest errors that the ISA allows. alter: a function of a kernel's PTX that returns the text to
+    run instead.
 
-    Calls with warmup=True compile only, as ever.
+    Calls with warmup=True only compile, as always.
     """
     emulator = Emulator(arch, seed, copies, products, apart, worst, alter)
     original = JITFunction.run
@@ -132,7 +133,7 @@ def emulate(arch, *, seed=0, copies=None, products=None, apart=None, worst=False
         size = tuple(int(n) for n in (*size, 1, 1)[:3])
         arguments = [bound[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
         text = kernel.asm["ptx"].decode()
-        # What memory the compiler asks for besides is none, in the kernels that run here.
+        # The kernels that run here need no scratch memory, and so its two pointers are 0.
         emulator.run(text, kernel.metadata.shared, size, [*arguments, 0, 0])
         return kernel
 

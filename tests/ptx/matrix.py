@@ -1,7 +1,7 @@
 """Instructions of whole warps on matrices: ldmatrix, stmatrix and mma.sync.
 
-Products of one block that share operands and sums are taken together as one larger product: the terms of each sum are
-then added in another order, which the ISA leaves open, in float32.
+Products of one block that share operands and sums are computed as one larger product: the terms of each sum are then
+added in another order, which the ISA leaves open, in float32.
 
 Sources: PTX ISA 9.0, sections "Warp Level Matrix Instructions: ldmatrix", "stmatrix", and "Matrix multiply-accumulate
 operation using mma instruction", whose figures give the thread and the register of each element.
@@ -18,7 +18,7 @@ from .warp import whole
 
 
 def row_addresses(b, address, offset, count, here):
-    """(where the rows of 8 matrices of 16-byte rows are, their warps): lane i has the address of row i."""
+    """(addresses of the 16-byte rows of 8 x 8 matrices, the warps of the rows): lane i has the address of row i."""
     whole(b, here)
     lanes = np.flatnonzero(b.lane[0] < 8 * count)
     value = address.value if address.value.shape[1] == 1 else address.value[:, lanes]
@@ -27,7 +27,7 @@ def row_addresses(b, address, offset, count, here):
 
 
 def load_matrices(b, address, offset, count, transposed, here):
-    """ldmatrix: in each register two neighbours of a row, four threads a row; or of a column."""
+    """ldmatrix: a register gets two neighbours of a row, four threads share a row; transposed, of a column."""
     memory = b.batch.shared
     rows, warps = row_addresses(b, address, offset, count, here)
     rows, _ = memory.checked(b, rows, 0, 16, None, here)
@@ -42,7 +42,7 @@ def load_matrices(b, address, offset, count, transposed, here):
 
 
 def store_matrices(b, address, offset, values, transposed, here):
-    """stmatrix, ldmatrix's opposite."""
+    """stmatrix, the opposite of ldmatrix."""
     count = len(values)
     rows, warps = row_addresses(b, address, offset, count, here)
     tiles = stacked(values, b.threads)  # (matrix, program, thread)
@@ -66,7 +66,7 @@ def stacked(values, threads):
 
 @dataclass(frozen=True)
 class Fragments:
-    """How mma's operands lie in registers: M, N, K; elements a register; registers along M and K of A, along K of B."""
+    """mma's operands in registers: M, N, K; elements per register; registers along M and K of A, along K of B."""
 
     m: int
     n: int
@@ -105,7 +105,7 @@ MMA = {
 
 
 def mma(b, opcode, shape, a, b_operands, c, here):
-    """The sums of a grid of products.
+    """Computes the sums of a grid of products.
 
     shape: products along M, along N, and steps along K. a: registers by (product along M, step, half of K, half of M).
     b_operands: by (product along N, step, half of K). c: by (along M, along N, half of M, element), or None for zeros.
@@ -116,7 +116,7 @@ def mma(b, opcode, shape, a, b_operands, c, here):
     right = stacked(b_operands, b.threads)
     warps = b.threads // 32
     h = f.packed
-    # Threads are (warp, group, thread in group) and bits (element): those of a row are brought together.
+    # Threads are (warp, group, thread in group) and bits (element): the parts of each row are brought together.
     left = left.view(U2) if h == 2 else left
     left = left.reshape(m, steps, f.columns, f.rows, -1, warps, 8, 4, h).transpose(4, 5, 0, 3, 6, 1, 2, 7, 8)
     left = f.values(np.ascontiguousarray(left)).reshape(-1, warps, m * f.m, steps * f.k)
@@ -132,15 +132,15 @@ def mma(b, opcode, shape, a, b_operands, c, here):
 
 
 class Products:
-    """Gathers the products of a block while it is translated, and writes them when a result is needed.
+    """Collects the products of a block while it is translated, and emits them when a result is needed.
 
-    A product whose sums start from another's results goes on with its sums (a chain). Chains that form a grid, each of
-    some left operands with each of some right ones, are one call.
+    A product whose sums start from another's results continues its chain. Chains that form a grid, each of some left
+    operands with each of some right ones, are one call.
     """
 
     def __init__(self, translator):
         self.translator, self.chains = translator, []
-        # Results that are yet to be computed: the chain of each, and the registers that have been given it.
+        # Results that are yet to be computed: the chain of each, and the registers that hold it.
         self.waiting, self.holders = {}, {}
 
     def add(self, instruction):
@@ -172,7 +172,7 @@ class Products:
             t.put(register, form, name)
 
     def moved(self, register, name):
-        """A register is given a result."""
+        """Notes that a register now holds a result."""
         if name in self.waiting:
             self.holders.setdefault(name, set()).add(register)
 
@@ -180,7 +180,7 @@ class Products:
         return all(self.translator.bits(token) == 0 for token in tokens)
 
     def chain_of(self, tokens, form):
-        """The chain whose results are these registers, if nobody else wants them."""
+        """The chain whose results are these registers, if no other instruction needs them."""
         t = self.translator
         if not all(token in t.env for token in tokens):
             return None
@@ -198,7 +198,7 @@ class Products:
             self.flush()
 
     def flush(self):
-        """Writes what is waiting."""
+        """Emits the pending products."""
         grids = {}
         for chain in self.chains:
             rights = grids.setdefault((chain["opcode"], tuple(chain["left"]), chain["start"] is None), [])

@@ -1,7 +1,8 @@
-"""Barriers in shared memory that products arrive at: mbarrier, and elect.sync, which chooses who handles them.
+"""Barriers in shared memory that products arrive at: mbarrier, and elect.sync, which elects the thread that issues
+them.
 
-An mbarrier completes a phase at each arrival, as it expects one. A thread waits for the phase of a parity: the wait
-fails while that phase is the current one, and its bundle is put aside until some mbarrier completes a phase. Only
+An mbarrier completes a phase at each arrival, as it expects one. A thread waits for the phase of a parity: while that
+phase is the current one the wait fails, and the bundle pauses until some mbarrier completes a phase. Only
 tcgen05.commit arrives here (see flight).
 
 Sources: PTX ISA 9.0, sections "Parallel Synchronization and Communication Instructions: mbarrier" and "elect.sync".
@@ -19,7 +20,7 @@ SIZE = 8
 
 
 class Part:
-    """One thread of some of a bundle's programs: numbers are the programs', kept their numbers in the bundle."""
+    """One thread in some of a bundle's programs. numbers: the programs' indices; kept: their indices in the bundle."""
 
     def __init__(self, b, kept, thread):
         self.batch, self.kept, self.thread, self.program_count = b.batch, kept, thread, len(kept)
@@ -39,7 +40,7 @@ class Part:
 
 
 def single(b, mask, what, here):
-    """The Part of a bundle that acts, one thread of a program; None if there is none."""
+    """The Part of a bundle that executes a single-thread instruction; None if there is none."""
     chosen = np.broadcast_to(True if mask is None else mask, (1 if mask is None else len(mask), b.threads))
     count = chosen.sum(axis=1)
     if (count > 1).any():
@@ -54,18 +55,18 @@ def single(b, mask, what, here):
 
 
 def compact(values):
-    """A number of each program as a column, of one row if all are the same."""
+    """A value for each program as a column; one row if all are the same."""
     return values[:1, None] if (values == values[0]).all() else values[:, None]
 
 
 class Barriers:
-    """Of programs that run together: by its address, how many phases an mbarrier has completed in each; -1 for none."""
+    """Of programs that run together: how many phases the mbarrier at each address has completed; -1 for none."""
 
     def __init__(self, programs):
         self.programs, self.phases = programs, {}
 
     def of(self, b, place, what, here):
-        """The completed phases of the mbarrier at each program's place."""
+        """The completed phases of the mbarrier at each program's address."""
         result = np.empty(len(place), int)
         for one in np.unique(place):
             chosen = place == one
@@ -85,7 +86,7 @@ class Barriers:
 
 
 def log(b, kind, address, here):
-    """To others an mbarrier is written where it is made and unmade, and read wherever it is used."""
+    """Logs an mbarrier's use: for races with other warps init and inval are writes, and all other uses are reads."""
     shared = b.batch.shared
     if shared.many:
         shared.log.append(Access(kind, address, 0, SIZE, None, b.rows, b.warps, here))
@@ -142,7 +143,7 @@ def barrier_wait(b, address, offset, parity, here):
 
 
 def elect(b, mask, here):
-    """(the elected lane, whether a thread has it): the same one all along, but any."""
+    """(the elected lane, whether a thread has it): any lane, but the same one throughout."""
     members(b, mask, here)
     leader = U4(b.batch.tensor.leader)
     return np.full((1, 1), leader), b.lane == leader

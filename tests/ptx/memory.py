@@ -1,8 +1,8 @@
 """Global memory: the storages of the tensors that a launch is given.
 
-Each storage has a range of addresses of its own, far from the others, so that an access is stray even where the
-process's memory goes on behind a tensor with another one. What kernels find pointers to in memory lies at its real
-address, see `Memory.keep`.
+Each storage has an address range of its own, far from the others, so that an access past its end is stray even where
+another tensor follows in the process's memory. Tensors whose pointers kernels find in memory lie at their real
+addresses, see `Memory.keep`.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import ctypes
 import numpy as np
 
 U8, I8 = np.uint64, np.int64
-# numpy's type that has each size, for copying bits.
+# numpy's unsigned type of each size, for copying bits.
 BY_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 SHIFT = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 READ, WRITE = "reads", "writes"
@@ -20,7 +20,7 @@ ALIGNED = 512
 
 
 class Segment:
-    """Memory of this process that kernels see at an address. The owner is kept alive."""
+    """Memory of this process that kernels see at an address. `owner` keeps it alive."""
 
     def __init__(self, start, real, size, owner):
         if real % 16:
@@ -30,7 +30,7 @@ class Segment:
         self.views = {n: data[: size // n * n].view(kind) for n, kind in BY_SIZE.items()}
 
     def shift(self, offset):
-        """What to add to an address for its place in the segment, modulo 2^64."""
+        """What to add to an address to get its offset in the segment, modulo 2^64."""
         return np.array([[(offset - self.start) & (1 << 64) - 1]], U8)
 
 
@@ -41,7 +41,7 @@ class Memory:
         self.arguments, self.kept, self.shifts = {}, {}, {}
 
     def argument(self, storage):
-        """The address at which a launch's kernel finds a storage."""
+        """The address at which a launch's kernel sees a storage."""
         real, size = storage.data_ptr(), storage.nbytes()
         if not size:
             return real
@@ -51,7 +51,7 @@ class Memory:
         return self.arguments[real].start
 
     def keep(self, tensor):
-        """A tensor whose real address kernels may find in memory, for as long as this memory lives."""
+        """Lets kernels access a tensor by its real address while this memory lives; returns the tensor."""
         storage = tensor.untyped_storage()
         self.kept[storage.data_ptr()] = Segment(storage.data_ptr(), storage.data_ptr(), storage.nbytes(), storage)
 
@@ -62,7 +62,7 @@ class Memory:
         return [*self.arguments.values(), *self.kept.values()]
 
     def find(self, address):
-        """The segment that an address is in, or None."""
+        """The segment that contains an address, or None."""
         return next((s for s in self.segments() if s.start <= address < s.start + s.size), None)
 
     def place(self, b, address, offset, size, mask, here):
@@ -86,7 +86,7 @@ class Memory:
         return segment, (inside >> U8(SHIFT[size])).view(I8)
 
     def places(self, b, address, size, mask, here):
-        """(segment, which threads are in it, index of each element) for each segment that any are in."""
+        """(segment, which threads are in it, index of each element) for each segment with any."""
         left = mask.copy()
         misaligned(b, address, size, left, here)
         for segment in self.segments():
@@ -99,7 +99,7 @@ class Memory:
             b.fault("stray", f"{size} bytes at {int(address[left][0]):#x}, which is in no tensor", here, left)
 
     def load(self, b, address, offset, size, mask, here):
-        """The bits at each address, as numpy's type of that size; anything where the mask does not hold."""
+        """The bits at each address, as numpy's type of that size; arbitrary where the mask does not hold."""
         found = self.place(b, address, offset, size, mask, here)
         if found:
             segment, index = found
@@ -128,7 +128,7 @@ class Memory:
 
 
 def note(b, kind, segment, index, size, mask, here, data=None):
-    """Tells the watch over the warps of a program, if it has several."""
+    """Reports an access to the race check between the warps of a program, if it has several."""
     if b.batch.traffic:
         b.batch.traffic.note(b, kind, segment, index, size, mask, here, data)
 
@@ -147,7 +147,7 @@ def spread(address, offset, mask, data=None):
 
 
 def misaligned(b, address, size, mask, here):
-    """Faults if an active thread's address is no multiple of the size."""
+    """Faults if an active thread's address is not a multiple of the size."""
     wrong = (address & U8(size - 1) != 0) & mask
     if wrong.any():
         address = np.broadcast_to(address, wrong.shape)
@@ -155,19 +155,19 @@ def misaligned(b, address, size, mask, here):
 
 
 def kept_rows(array, kept):
-    """The rows of an array that are kept, if it has any of its own: one row is all programs'."""
+    """The kept rows of an array; an array with one row has it for all programs."""
     return array if array is None or len(array) == 1 else array[kept]
 
 
 def active(mask):
-    """A mask that says something: (mask or None if all are active, whether any is)."""
+    """(mask or None if all threads are active, whether any is)."""
     if mask is None or mask.all():
         return None, True
     return mask, bool(mask.any())
 
 
 def elements(raw, count, form, mask, old):
-    """The elements of vectors of bits, and what was there before where the mask does not hold."""
+    """The elements of vectors of bits, with the old values where the mask does not hold."""
     values = raw.view(form)
     values = (values,) if count == 1 else vector(values, count)
     if mask is None:
@@ -181,7 +181,7 @@ def vector(values, count):
 
 
 def joined(values, size):
-    """Vectors of bits of elements."""
+    """Elements joined to vectors of bits."""
     count = len(values)
     bits = BY_SIZE[size]
     if count == 1:

@@ -1,4 +1,5 @@
-"""Operands of wgmma and tcgen05.mma: where a descriptor says that they lie in shared memory, or in which registers.
+"""Operands of wgmma and tcgen05.mma: where their descriptors place them in shared memory, or in which registers they
+are.
 
 Sources: PTX ISA 9.0, sections "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions" (with "Register
 Fragments", "Shared Memory Matrix Layout", "Strides" and "Matrix Descriptor Format") and "TensorCore 5th Generation
@@ -14,7 +15,7 @@ from .mbarrier import compact
 from .shared import Address
 
 I8 = np.int64
-# By a descriptor's number of its swizzle: bytes of a row, and which bits of 16-byte units are exchanged.
+# By a descriptor's swizzle number: bytes of a row, and the 16-byte-unit bits that it exchanges.
 SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}
 CHUNKS = {}
 # The bits of tcgen05.mma's descriptor between its offsets and its swizzle, and those between the offsets.
@@ -23,7 +24,7 @@ FIXED = 0x7FFF << 46 | 3 << 14 | 3 << 30
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of product: N, K, the operands' format, and whether A and B lie with M or N running fastest."""
+    """A kind of product: N, K, the operands' format, and whether A and B are MN-major."""
 
     n: int
     k: int
@@ -53,7 +54,7 @@ def chunks(b, descriptor, rows, form, transposed, here):
 
 
 def tensor_chunks(part, descriptor, rows, form, transposed, here):
-    """The chunks of an operand of tcgen05.mma, whose descriptor is as wgmma's in another dress: with a swizzle."""
+    """The chunks of an operand of tcgen05.mma; its descriptor has wgmma's fields at other bits, and a swizzle."""
     layout = np.unique(descriptor & U8(0xFFFFFFFFFFFFC000))
     swizzle = int(layout[0]) >> 61
     if len(layout) != 1 or swizzle not in (2, 4, 6) or int(layout[0]) & FIXED != 1 << 46:
@@ -68,7 +69,7 @@ def tensor_chunks(part, descriptor, rows, form, transposed, here):
 
 
 def layout_of(layout, rows, form, transposed):
-    """(offsets of the chunks before the swizzle, bits that it exchanges)."""
+    """(offsets of the chunks before the swizzle, the bits that it exchanges)."""
     leading, stride = (layout >> 16 & 0x3FFF) << 4, (layout >> 32 & 0x3FFF) << 4
     width, bits = SWIZZLES[layout >> 62]
     size = 4 if form.format == "tf32" else 2

@@ -1,4 +1,4 @@
-"""Translates instructions: registers computed from registers, accesses to memory, and what whole warps do together.
+"""Translates instructions: arithmetic on registers, memory accesses, and the collective operations of warps.
 
 What an instruction does is in arithmetic, memory, shared, warp, matrix, copies and products; here it becomes a call.
 """
@@ -21,7 +21,7 @@ def address(text):
 
 
 class Computing(Values):
-    """Registers from registers."""
+    """Arithmetic on registers."""
 
     def compute(self, row):
         each = self.instruction
@@ -43,7 +43,7 @@ class Computing(Values):
             self.put(results, result, self.variable(expression))
 
     def aligned(self, form, sources):
-        """The type of integers whose sign does not matter: signed if all that is no number is already."""
+        """The type of integers whose sign does not matter: signed if all registers have a signed form already."""
         if form[0] != "n":
             return form
         values = [self.value(token) for token in sources if token.startswith("%") and token not in SPECIAL]
@@ -82,7 +82,7 @@ class Computing(Values):
         self.put(register, f"u{2 * size}", self.variable(f"{low} | {high} << u{2 * size}({8 * size})"))
 
     def op_mov(self, kind):
-        """Of a register into a vector."""
+        """mov of a register into a vector."""
         each = self.instruction
         if each.guard or len(each.operands[0]) != 2:
             raise self.unknown()
@@ -104,7 +104,7 @@ class Computing(Values):
             self.put(register, "b1", self.variable(row.expression.format(*(f"{name}[{half}]" for name in operands))))
 
     def shortcut(self, each, sources):
-        """A cheaper expression where operands are numbers, or None."""
+        """A cheaper expression where operands are literal numbers, or None."""
         base, kind = each.base, each.opcode.rsplit(".", 1)[1]
         numbers = [self.bits(token) for token in sources]
         if base in ("shl", "shr") and numbers[1] is not None and 0 <= numbers[1] < int(kind[1:]):
@@ -119,7 +119,7 @@ class Computing(Values):
         return None
 
     def permuted(self, sources, selector):
-        """prmt by a number without signs: runs of bytes that stay together, shifted and masked."""
+        """prmt by a literal number without sign bits: runs of bytes that stay together, shifted and masked."""
         terms = []
         for operand, token in enumerate(sources[:2]):
             if self.bits(token) == 0:
@@ -138,10 +138,10 @@ class Computing(Values):
 
 
 class Operations(Computing):
-    """Memory, whole warps, and what runs beside the threads."""
+    """Memory, collective operations of warps, and asynchronous operations."""
 
     def access(self, kinds):
-        """(space, form, count) of a load's or a store's modifiers."""
+        """(space, form, count) from the modifiers of a load or a store."""
         space, *vector, kind = kinds
         if space not in ("global", "shared") or kind not in MEMORY_TYPES or vector not in ([], ["v2"], ["v4"]):
             raise self.unknown()
@@ -160,7 +160,7 @@ class Operations(Computing):
         size = int(form[1])
         index = self.parent.index.get(registers[0])
         if index is not None and self.parent.forms[index][1] == form[1] and kinds[-1][0] == "b":
-            form = self.parent.forms[index]  # what it will be used as
+            form = self.parent.forms[index]  # the form in which it will be used
         place = self.get(base, "u8" if space == "global" else "address")
         mask, old = self.mask(), "None"
         if mask != "None":
@@ -199,7 +199,7 @@ class Operations(Computing):
         self.lines.append(f"{space}_store(b, {place}, {offset}, {size}, ({values}), {self.mask()}, {self.here})")
 
     def stored(self, token, form):
-        """The variable of what is stored: any type of the size will do."""
+        """The variable to store: any type of the size will do."""
         if token.startswith("%"):
             value = self.value(token)
             self.products.needed(value.name)

@@ -14,20 +14,20 @@ SCOPE = re.compile(r"\{(\s*\.reg.*\})?$")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([%\w]+)(?:<\d+>)?$")
 GUARD = re.compile(r"@(!?)(%\w+)\s+")
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+.*?(?://\s*(.*))?$")
-# What looks like a register and is none that a kernel can write.
+# Names that look like registers but cannot be written.
 SPECIAL = re.compile(r"%(tid|ctaid|nctaid|ntid|laneid)\b")
-# The directives that say nothing about what a kernel computes.
+# Directives that do not affect what a kernel computes.
 SILENT = (".pragma", ".file", ".loc")
-# Opcodes whose first operand is no destination, but for a few of their forms.
+# Opcodes whose first operand is not a destination, except for a few of their forms.
 WITHOUT_RESULT = {"st", "cp", "bra", "bar", "ret", "fence", "wgmma", "stmatrix", "trap", "tcgen05", "mbarrier"}
 WITH_RESULT = "tcgen05.ld.", "mbarrier.try_wait."
 
 
 @dataclass(slots=True)
 class Instruction:
-    """operands: strings; the elements of a vector are a tuple. guard: (register, negated), or None.
+    """operands: strings; a vector is a tuple of its elements. guard: (register, negated), or None.
 
-    touched: what `effects` has found.
+    touched: the result of `effects`.
     """
 
     opcode: str
@@ -63,7 +63,7 @@ class Kernel:
 
 
 def split(text):
-    """Operands at the commas outside brackets."""
+    """Operands, split at the commas outside brackets."""
     operands, depth, start = [], 0, 0
     for i, letter in enumerate(text):
         depth += (letter in "{[") - (letter in "}]")
@@ -81,7 +81,7 @@ def operand(text):
 
 
 def registers_of(part):
-    """The registers of an operand: of a vector, of a pair a|b, of an address or alone."""
+    """The registers of an operand: a vector, a pair a|b, an address or a single register."""
     if isinstance(part, tuple):
         return [name for one in part for name in registers_of(one)]
     if "%" not in part:
@@ -108,17 +108,17 @@ def read_and_written(instruction):
     written = registers_of(operands[0]) if has_result and operands else []
     read = [name for part in operands[has_result:] for name in registers_of(part)]
     if instruction.guard:
-        read = [*read, instruction.guard[0], *written]  # what is not written keeps its value
+        read = [*read, instruction.guard[0], *written]  # a register that is not written keeps its value
     return read, written
 
 
 def header(text):
-    """(kernel without code, where its code starts)."""
+    """(kernel without code, position where its code starts)."""
     entry = ENTRY.search(text)
     if entry is None or len(ENTRY.findall(text)) != 1:
         raise Fault("instruction", "a text without exactly one kernel")
     params = [part.split() for part in entry[2].split(",") if part.strip()]
-    # How many registers ptxas may use says nothing about what a kernel computes.
+    # How many registers ptxas may use does not affect what a kernel computes.
     threads = re.fullmatch(r"\.reqntid\s+(\d+)(?:,\s*1)*(?:\s*\.maxnreg\s+\d+)?", entry[3].strip())
     if threads is None:
         raise Fault("instruction", f"threads of a program: {entry[3].strip()}", entry[1])
@@ -157,9 +157,9 @@ def parse(text):
 
 
 def own_names(lines, suffix):
-    """The registers and labels of a scope that starts here, and the names that they have in the kernel.
+    """The registers and labels of a scope that starts here, and their names in the kernel.
 
-    Its registers have no % of their own. Several scopes of a kernel may have the same names.
+    Their names in the scope have no %. Several scopes of a kernel may use the same names.
     """
     names = {}
     for line in lines:

@@ -1,8 +1,8 @@
-"""Products of shared memory that run beside the threads: wgmma.
+"""Asynchronous products of shared memory: wgmma.
 
-A group of products is computed when it is committed, or at its wait: in both cases as a whole, so that its sums are
-the same bits. From a product's issue to its wait nobody may write the shared memory that it reads, nor touch its
-accumulators, nor write operands that are registers.
+A group of products is computed when it is committed, or at its wait: in both cases as a whole, so that its sums have
+the same bits. From a product's issue to its wait no thread may write the shared memory that it reads, touch its
+accumulators, or write the registers of its operands.
 
 Source: PTX ISA 9.0, section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 """
@@ -18,7 +18,7 @@ from .operands import Form, chunks, left_operand, right_operand
 from .shared import COPY, PRODUCT, Access, Address
 from .warp import whole
 
-# The thread number that products have in the log of shared memory: no warp's.
+# The thread index of products in the log of shared memory, which belongs to no warp.
 PRODUCTS = 1000
 
 
@@ -27,7 +27,7 @@ class Product:
     """One wgmma of some programs' warpgroups.
 
     a: the bits of registers (register, program, thread), or chunks as b: the numbers of the 16-byte chunks of shared
-    memory, (program, warpgroup, chunk). registers: the places of the accumulators in a bundle's list.
+    memory, (program, warpgroup, chunk). registers: the indices of the accumulators in a bundle's list.
     """
 
     form: Form
@@ -43,7 +43,7 @@ class Product:
     here: int
 
     def part(self, kept, columns, rows, row):
-        """The product of some of its programs; its threads have not parted."""
+        """The product in some of its programs; its threads are together."""
         a = self.a
         if isinstance(a, Address):
             a = a.kept(kept)
@@ -89,13 +89,13 @@ def regions(this):
 
 
 def touch(b, this, address):
-    """Logs a product's reads, as those of nobody's warp: even its own must have met at a barrier after writing."""
+    """Logs a product's reads as those of no warp: even its own must have met at a barrier after writing."""
     warps = np.full((1, 1), PRODUCTS)
     b.batch.shared.log.append(Access(READ, address, 0, 16, None, this.rows, warps, this.here))
 
 
 def judge_stores(b, address, here):
-    """Faults if an operand has chunks that stores or copies have written, and no fence.proxy.async since."""
+    """Faults if stores or copies have written an operand's chunks without a fence.proxy.async since."""
     shared = b.batch.shared
     in_flight = shared.in_flight and shared.cells(b, address, 0, 16)
     if in_flight:
@@ -117,10 +117,11 @@ def judge_stores(b, address, here):
 
 
 def judge_fences(b, form, names, operands, here):
-    """Faults if registers have been written since the last commit and no wgmma.fence has come since, or none at all.
+    """Faults if registers have been written since the last commit without a wgmma.fence since, or if there was no fence
+    at all.
 
-    The ISA asks for the fence behind the writes. LLVM moves copies of registers past it, as it takes it for a fence of
-    memory only, and ptxas sees by the registers what depends on what: so it may be on either side here.
+    The ISA asks for the fence after the writes. LLVM moves copies of registers past it, as it takes it for a memory
+    fence only, and ptxas sees the dependencies by the registers: so either side is accepted here.
     """
     if not b.fenced:
         b.fault("register", "a product without any wgmma.fence before it", here)
@@ -146,7 +147,7 @@ def in_flight(b):
 
 
 def segment(b, number):
-    """Instructions between one of wgmma and the next: which registers they may not touch."""
+    """The instructions between two of wgmma, and which registers they may not touch."""
     b.since_fence.add(number)
     if len(b.products) == 1 and not b.products[0]:
         return
@@ -172,7 +173,7 @@ def commit_products(b, R):
 
 
 def wait_products(b, pending, R, here):
-    """wgmma.wait_group: all groups but the last few are complete."""
+    """wgmma.wait_group: all groups except the last few are complete."""
     finished = []
     while len(b.products) - 1 > pending:
         group = b.products.pop(0)
@@ -193,7 +194,7 @@ def wait_products(b, pending, R, here):
 
 
 def run(b, products, R):
-    """Computes products in their order; those that add to the same sums together."""
+    """Computes products in order; those that add to the same sums are computed together."""
     chain = []
     for this in products:
         if chain and (this.registers != chain[0].registers or this.form != chain[0].form or not this.keep.all()):
@@ -205,7 +206,7 @@ def run(b, products, R):
 
 
 def compute(b, chain, R):
-    """The sums of a chain of products, into the registers."""
+    """Computes a chain of products into its registers."""
     first = chain[0]
     owner, form, threads = Owner(b, first), first.form, first.threads
     left = side_by_side([left_operand(owner, this) for this in chain], axis=3)
@@ -224,13 +225,13 @@ def compute(b, chain, R):
 
 
 def side_by_side(operands, axis):
-    """Operands along K, of which some may be one for all programs."""
+    """Operands joined along K; some may have one row for all programs."""
     programs = max(map(len, operands))
     return np.concatenate([np.broadcast_to(each, (programs, *each.shape[1:])) for each in operands], axis=axis)
 
 
 def sums_of(b, this, R):
-    """The accumulators as matrices: those of the last product, if no register has changed since."""
+    """The accumulators as matrices: the last product's result, if no register has changed since."""
     known = b.sums.get(this.registers)
     if known and all(R[register] is value for register, value in zip(this.registers, known[1])):
         return known[0]

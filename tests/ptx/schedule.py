@@ -1,8 +1,8 @@
-"""Runs the programs of a launch: which go together, in which order, and where their threads part and meet.
+"""Runs the programs of a launch: which run together, in which order, and where their threads diverge and meet.
 
-A `Batch` is a number of programs. A `Bundle` is threads of a batch that are at one place: the same warps of some of its
-programs. It parts at branches that its threads do not all take; of pieces that have parted, the one furthest behind
-runs first, and two that are at one place become one again.
+A `Batch` is a number of programs. A `Bundle` is the threads of a batch that are at one instruction: the same warps of
+some of its programs. It splits at branches that not all of its threads take; of the pieces the one furthest behind runs
+first, and two at one instruction are joined again.
 
 Source: PTX ISA 9.0, sections "Programming Model: Thread Hierarchy" and "Parallel Synchronization and Communication
 Instructions: bar".
@@ -17,8 +17,8 @@ from .shared import Shared
 from .tensor import Tensor
 from .traffic import Traffic
 
-# Threads that run together, so many that the overhead of arrays is small even where programs part by their numbers, and
-# bytes of their shared memory that fit a cache.
+# Threads that run together: enough that numpy's overhead is small even where programs diverge, and bytes of their
+# shared memory, which should fit a cache.
 ELEMENTS, BYTES = 32768, 1 << 23
 
 
@@ -30,7 +30,7 @@ class Machine:
     """A kernel with what it is launched with.
 
     copies, products: "early" or "late". apart: whether each warp (or warpgroup, if there are products) runs on its own.
-    count(instructions) hears of the instructions that warps have run.
+    count(instructions) is called with the number of instructions that warps have run.
     """
 
     def __init__(self, translated, shared_bytes, memory, copies, products, apart, rng, count):
@@ -44,7 +44,7 @@ class Machine:
         return f"PTX line {each.line} ({each.source})"
 
     def launch(self, grid, params):
-        """Runs a grid. params: for each parameter its bits, as an unsigned array of one element."""
+        """Runs a grid. params: each parameter's bits, as an unsigned array of one element."""
         programs = grid[0] * grid[1] * grid[2]
         threads = self.kernel.threads
         size = max(1, min(ELEMENTS // threads, BYTES // max(self.shared_bytes, 1), programs))
@@ -55,7 +55,7 @@ class Machine:
 
 
 def garbage(form):
-    """What a register holds before it is written: all bits, NaN as a float."""
+    """What a register holds before it is written: all bits set, NaN as a float."""
     if form == "b1":
         return uniform(True, bool)
     size = int(form[1])
@@ -121,17 +121,17 @@ class Batch:
             self.tensor.finish()
 
     def wake(self):
-        """An mbarrier has completed a phase: who waits for one looks again."""
+        """An mbarrier has completed a phase: bundles that wait for one check again."""
         for b in self.bundles:
             b.waits = None
 
     def go_on(self):
-        """All wait. Who is at a barrier goes on if all are; else what has been put off happens; else it is a fault."""
+        """All threads wait. Releases complete barriers, or delivers pending commits; faults if there are none."""
         if not self.release() and not (self.tensor and self.tensor.flight.deliver()):
             self.incomplete()
 
     def settle(self, rows):
-        """What some programs, or all (None), have done to memory since their last barrier is judged."""
+        """Checks the memory accesses of some programs, or of all (None), since their last barrier."""
         self.shared.settle(rows, self)
         if self.traffic:
             self.traffic.settle(rows, self)
@@ -139,7 +139,7 @@ class Batch:
             self.tensor.settle(rows)
 
     def step(self, b, alone):
-        """Runs a bundle: one block if others of its warps are about, or else up to where it parts or waits."""
+        """Runs a bundle: one block if other bundles have the same warps, or else until it splits or waits."""
         translated, count = self.machine.translated, self.machine.count
         while True:
             block = translated.blocks[b.pc]
@@ -168,7 +168,7 @@ class Batch:
                 return
 
     def part(self, b, condition, target):
-        """Threads that take a branch, and threads that do not: one piece or more of each."""
+        """Splits a bundle into threads that take a branch and threads that do not: one or more pieces of each."""
         self.bundles.remove(b)
         condition = np.broadcast_to(condition, (len(condition), b.threads))
         patterns, which = np.unique(condition, axis=0, return_inverse=True)
@@ -187,7 +187,7 @@ class Batch:
             self.bundles.append(b.piece(np.sort(np.concatenate(rows)), everyone, target if taken else b.pc))
 
     def meet(self, b, others):
-        """A bundle with those that are at the same place and may join it."""
+        """Joins a bundle with those that are at the same instruction and may join it."""
         for other in others:
             if other is not b and other.pc == b.pc and (joined := b.join(other)):
                 self.bundles.remove(b)
@@ -197,7 +197,7 @@ class Batch:
         return b
 
     def release(self):
-        """All wait, or have ended: programs whose threads are all at one barrier go on; gives whether there are any."""
+        """All wait or have ended. Releases programs whose threads are all at one barrier; returns whether any are."""
         waiting = self.waiting()
         complete = np.zeros(len(self.programs), bool)
         for number, arrived in waiting.items():
@@ -206,7 +206,7 @@ class Batch:
         if not complete.any():
             return False
         going = sum(waiting.values())
-        # Programs that have ended are judged with the others.
+        # Ended programs are checked with the others.
         everyone = bool(complete[going > 0].all())
         self.settle(None if everyone else np.flatnonzero(complete))
         for b in self.bundles:
@@ -224,7 +224,7 @@ class Batch:
         return True
 
     def waiting(self):
-        """How many threads of each program wait at a barrier, by its number; or for an mbarrier (None)."""
+        """How many threads of each program wait at a barrier, by its index, or for an mbarrier (None)."""
         waiting = {}
         for b in self.bundles:
             arrived = waiting.setdefault(b.barrier and b.barrier[0], np.zeros(len(self.programs), int))
@@ -243,7 +243,7 @@ class Batch:
 
 
 class Bundle:
-    """Threads at one place. rows: their programs in the batch, or None for all of it. columns: their numbers in each.
+    """Threads at one instruction. rows: their programs in the batch, or None for all. columns: their indices in each.
 
     registers: arrays that broadcast to (programs, threads).
     """
@@ -251,7 +251,7 @@ class Bundle:
     def __init__(self, batch, key, rows, columns, registers, pc=0):
         self.batch, self.key, self.rows, self.columns = batch, key, rows, columns
         self.registers, self.pc, self.barrier = registers, pc, None
-        self.waits = None  # the instruction that has found an mbarrier's phase incomplete
+        self.waits = None  # the instruction that found an mbarrier's phase incomplete
         own = np.arange(len(batch.programs)) if rows is None else rows
         self.row, self.program_count, self.threads = own[:, None], len(own), len(columns)
         self.tid = columns[None, :].astype(np.uint32)
@@ -266,18 +266,18 @@ class Bundle:
         index = programs % x, programs // x % y, programs // x // y
         self.ctaid = [each.astype(np.uint32) for each in index]
         self.copies, self.products, self.sums = [[]], [[]], {}
-        # Which segments have run since the last wgmma.fence, whether there was one, and one since the last commit.
+        # The segments run since the last wgmma.fence, whether there was a fence, and whether one since the last commit.
         self.since_fence, self.fenced, self.ordered = set(), False, False
 
     def fault(self, kind, detail, here, where=0):
-        """where: which (programs, threads) are at fault, or the number of a program here."""
+        """where: which (programs, threads) are at fault, or the index of a program here."""
         self.batch.fault(kind, detail, here, int(self.row[row_of(where), 0]))
 
     def busy(self):
         return any(self.products)
 
     def piece(self, kept, columns, pc):
-        """Some of the programs and threads, by their numbers here, at a place."""
+        """Some of the programs and threads, by their indices here, at an instruction."""
         everyone = len(columns) == self.threads
         if self.busy() and not everyone:
             here = self.batch.machine.translated.blocks[pc].last
@@ -295,7 +295,7 @@ class Bundle:
         return part
 
     def join(self, other):
-        """This bundle with another one at the same place, or None."""
+        """This bundle joined with another at the same instruction, or None."""
         if self.busy() or other.busy() or self.barrier != other.barrier:
             return None
         if np.array_equal(self.row, other.row):
@@ -320,7 +320,7 @@ class Bundle:
         return whole
 
     def merged(self, a, b, other, axis, order):
-        """A register of both, along programs (axis 0) or threads (1)."""
+        """A register of both, joined along programs (axis 0) or threads (1)."""
         if a is b or a.shape == b.shape and a.shape[axis] == 1 and a.tobytes() == b.tobytes():
             return a
         counts = (self.program_count, other.program_count) if axis == 0 else (self.threads, other.threads)
@@ -331,7 +331,7 @@ class Bundle:
 
 
 def merged_groups(a, b):
-    """The groups of copies of two bundles, the youngest ones with each other."""
+    """The copy groups of two bundles, paired from the youngest on."""
     n = max(len(a), len(b))
     a, b = ([[]] * (n - len(groups)) + groups for groups in (a, b))
     return [[*x, *y] for x, y in zip(a, b)]

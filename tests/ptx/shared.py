@@ -1,14 +1,14 @@
-"""Shared memory of the programs that run together, and what may not be touched in it.
+"""Shared memory of the programs that run together, and the accesses that are forbidden.
 
-Three watches:
-- what a copy in flight will write, what a product in flight reads, and what an mbarrier is in, is marked in a byte for
-  each word of 4 bytes: no copy is smaller, and products read 16 bytes at a time. Whoever touches it before the wait is
-  stopped at once;
-- all accesses since the last barrier are logged, and looked through at the next one: two warps at one byte, one of them
-  writing, are a race, whatever the order was that they came in here;
-- what stores and copies have written is remembered until fence.proxy.async, and looked for in what a product reads.
+Three checks:
+- the words that a copy in flight will write, that a product in flight reads, or that hold an mbarrier are flagged, with
+  a byte for each word of 4 bytes: no copy is smaller, and products read 16 bytes at a time. An access before the wait
+  is a fault at once;
+- all accesses since the last barrier are logged and checked at the next one: two warps at one byte, one of them
+  writing, are a race, whatever order they came in here;
+- what stores and copies have written is remembered until fence.proxy.async, and may not be read by a product before.
 
-Programs that go the same way have the same addresses: these are judged once for all of them.
+Programs that take the same branches have the same addresses, which are checked once for all of them.
 
 Sources: PTX ISA 9.0, sections "State Spaces: Shared State Space", "Memory Consistency Model", "Parallel Synchronization
 and Communication Instructions: bar, membar, fence" and "Asynchronous Operations".
@@ -21,7 +21,7 @@ from .memory import BY_SIZE, READ, SHIFT, WRITE, active, elements, joined, kept_
 COPY, PRODUCT, BARRIER = 1, 2, 4
 I8, U1 = np.int64, np.uint8
 FLAGS = {size: np.dtype(f"u{max(size // 4, 1)}") for size in BY_SIZE}
-# A flag of every word of an access.
+# A flag for every word of an access.
 EVERY = {size: int.from_bytes(bytes([1] * max(size // 4, 1)), "little") for size in BY_SIZE}
 
 
@@ -37,11 +37,11 @@ class Address:
         self.shifted = {}
 
     def kept(self, kept):
-        """The addresses of the programs that are kept."""
+        """The addresses of the kept programs."""
         return self if len(self.value) == 1 else Address(self.value[kept])
 
     def words(self, shift, offset):
-        """The number of each element, of 2**shift bytes, from an offset that is a multiple of it on."""
+        """The index of each element of 2**shift bytes, starting at an offset that is a multiple of it."""
         key = shift, offset
         if key not in self.shifted:
             self.shifted[key] = self.value + offset >> shift
@@ -49,7 +49,7 @@ class Address:
 
 
 class Access:
-    """An entry of the log: who does what to which bytes. rows: the programs, or None for all that run together."""
+    """An entry of the log: which threads access which bytes, and how. rows: the programs, or None for all."""
 
     __slots__ = ("kind", "address", "offset", "size", "mask", "rows", "warps", "here", "data", "settled")
 
@@ -62,7 +62,7 @@ class Access:
         return self.rows is not None or max(len(self.address.value), 1 if self.mask is None else len(self.mask)) > 1
 
     def part(self, chosen):
-        """The access of the chosen of all programs, or None if it is of none of them."""
+        """The part of the access in the chosen programs, or None."""
         own = np.arange(len(chosen)) if self.rows is None else self.rows
         kept = chosen[own]
         if not kept.any():
@@ -76,7 +76,7 @@ class Access:
         return part
 
     def units(self, unit, stride, programs):
-        """(the units that are touched, numbered through all programs, their warps); of one program if all agree."""
+        """(the touched units, numbered through all programs; their warps); one program's if all programs agree."""
         first = (self.address.value + self.offset) // unit
         if programs:
             own = np.arange(programs) if self.rows is None else self.rows
@@ -91,7 +91,7 @@ class Access:
         return (first.reshape(-1, 1) + np.arange(count)).ravel(), np.repeat(warps.ravel(), count)
 
     def values(self, unit, stride, programs):
-        """(the units that are written, numbered through all programs, their values)."""
+        """(the written units, numbered through all programs; their values)."""
         own = (np.arange(programs) if self.rows is None else self.rows)[:, None]
         mask = np.ones((1, 1), bool) if self.mask is None else self.mask
         arrays = (self.address.value + self.offset) // unit + own * stride, self.data, mask, self.warps
@@ -107,18 +107,18 @@ class Shared:
         self.programs, self.size, self.many, self.proxies = programs, size, warps > 1, proxies
         padded = -(-max(size, 1) // 16) * 16
         self.stride = padded
-        data = np.full((programs, padded), 0xFF, U1)  # NaN, as a float of any type
+        data = np.full((programs, padded), 0xFF, U1)  # NaN, as any floating type
         self.views = {n: data.view(kind) for n, kind in BY_SIZE.items()}
         self.flat = {n: view.reshape(-1) for n, view in self.views.items()}
         self.flags = np.zeros((1, padded // 4), U1)
-        # How many of those are marked; and of tcgen05.mma the products, each of which some warps may have waited for.
+        # How many words are flagged; and the products of tcgen05.mma, which some warps may have waited for.
         self.in_flight, self.flight = 0, None
         self.log, self.unfenced = [], []
 
-    # Where.
+    # Addresses.
 
     def checked(self, b, address, offset, size, mask, here):
-        """The address, with 0 for threads that are not active; faults unless it is in the memory and aligned."""
+        """The address, with 0 for inactive threads; faults if it is outside the memory or misaligned."""
         if address.top + offset + size <= self.size and not (address.low | offset) & (size - 1) and offset >= 0:
             return address, offset
         value = address.value + offset & 0xFFFFFFFF
@@ -134,11 +134,11 @@ class Shared:
         return Address(value if mask is None else np.where(mask, value, 0)), 0
 
     def index(self, b, words, size):
-        """The numbers of elements through all programs."""
+        """The indices of elements through all programs."""
         return words + b.row * (self.stride >> SHIFT[size])
 
     def bits(self, b, address, offset, size):
-        """What is there, as numpy's type of the size."""
+        """The bits there, as numpy's type of the size."""
         words = address.words(SHIFT[size], offset)
         if b.rows is None and len(words) == 1:
             return self.views[size].take(words[0], axis=1)
@@ -158,17 +158,17 @@ class Shared:
         index, data, mask = arrays
         self.flat[size][index[mask]] = data[mask]
 
-    # Watches.
+    # Checks.
 
     def touch(self, b, kind, address, offset, size, mask, warps, here, data=None):
-        """Judges and logs an access by ordinary instructions, or by a copy at its start; data: what it writes."""
+        """Checks and logs an access by an ordinary instruction, or by a copy at its start; data: what it writes."""
         if self.in_flight:
             self.judge_flags(b, kind, address, offset, size, mask, here)
         if self.many:
             self.log.append(Access(kind, address, offset, size, mask, b.rows, warps, here, data))
 
     def cells(self, b, address, offset, size):
-        """(flags as numbers that hold all words of an access, their indices)."""
+        """(flags, viewed as integers that each cover all words of an access; their indices)."""
         view = self.flags.view(FLAGS[size])
         words = address.words(max(SHIFT[size], 2), offset)
         if len(view) > 1:
@@ -215,7 +215,7 @@ class Shared:
         return [[access for access in part if access] for part in parts]
 
     def settle(self, rows, machine):
-        """A barrier of some programs, or of all (None): their accesses since the last one are judged."""
+        """A barrier of some programs, or of all (None): checks their accesses since the last one."""
         log, self.log = self.divide(self.log, rows)
         fenced, others = self.divide(self.unfenced, rows)
         for access in fenced:
@@ -245,9 +245,9 @@ class Shared:
             self.race(machine, log, parts, int(bad[0]), unit, stride)
 
     def contradictions(self, log, cells, unit, stride, programs):
-        """Units that several warps write, and not all the same value.
+        """Units that several warps write with different values.
 
-        One value, as of an element that a layout gives to several warps, may be written by all of them.
+        All of them may write the same value, such as an element that a layout gives to several warps.
         """
         total = stride * self.programs
         known, bad = np.zeros(total, BY_SIZE[unit]), np.zeros(total, bool)
@@ -279,7 +279,7 @@ class Shared:
     # Ordinary stores and products.
 
     def fence(self, b):
-        """fence.proxy.async: products may read what these warps have written, and all warps before the last barrier."""
+        """fence.proxy.async: products may read what these warps have written, and all before the last barrier."""
         if self.unfenced:
             own, others = self.divide(self.unfenced, b.rows)
             left = [access for access in own if not access.settled and not np.isin(access.warps, b.warps).all()]

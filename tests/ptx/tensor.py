@@ -1,10 +1,11 @@
-"""Tensor memory: 128 lanes of 512 columns of 32 bits for each program, and what may not be touched in it.
+"""Tensor memory: 128 lanes of 512 columns of 32 bits for each program, and the accesses that are forbidden.
 
-A program allocates columns. Each warp loads and stores in a quarter of the lanes, its number's modulo 4. Which warp has
-touched what since the last barrier is logged: two warps at one place, one of them writing, are a race.
+A program allocates columns. Each warp loads and stores in one quarter of the lanes, that of its index modulo 4. The
+regions that each warp touches are logged until the next barrier: two warps at one place, one of them writing, are a
+race.
 
-A store may be seen after tcgen05.wait::st only. Between that and a product of another warp, or between a product and a
-load, PTX asks for tcgen05.fence around the barrier besides. Triton emits none, and none is asked for here.
+A store is visible only after tcgen05.wait::st. Between that and a product of another warp, or between a product and a
+load, PTX also asks for tcgen05.fence around the barrier. Triton emits none, and none is required here.
 
 Source: PTX ISA 9.0, section "TensorCore 5th Generation Family Instructions": "Tensor Memory", "Data Movement Shape",
 "Tensor Memory Allocation and Management Instructions", "Tensor Memory and Register Load/Store Instructions".
@@ -30,7 +31,7 @@ def lanes_from(start, count):
 
 @dataclass
 class Touch:
-    """What a warp does to a region in some programs (a flag for each)."""
+    """A warp's access to a region in some programs (a flag for each)."""
 
     kind: str
     region: Region
@@ -40,7 +41,7 @@ class Touch:
 
 
 def without(touches, rows):
-    """Touches in the other programs than some, which are flags."""
+    """The touches without those in the flagged programs."""
     parts = (replace(touch, rows=touch.rows & ~rows) for touch in touches)
     return [part for part in parts if part.rows.any()]
 
@@ -48,8 +49,8 @@ def without(touches, rows):
 class Tensor:
     """Of programs that run together.
 
-    owners: by program and unit of columns, the first unit of the allocation that it belongs to, or -1. stores: those
-    that their warps have not waited for. compute: see Flight.
+    owners: by program and unit of columns, the first unit of its allocation, or -1. stores: those not waited for yet.
+    compute: see Flight.
     """
 
     def __init__(self, batch, compute):
@@ -62,7 +63,7 @@ class Tensor:
         self.leader = int(batch.machine.rng.integers(32))
 
     def storage(self):
-        """(programs, bits of a column of a lane); only what is allocated has been written."""
+        """(programs, bits of a column of a lane); only allocated columns have been written."""
         if self.data is None:
             self.data = np.empty((self.programs, LANES * COLUMNS), U4)
         return self.data
@@ -83,7 +84,7 @@ class Tensor:
             self.batch.fault("outside", detail, here, int(wrong.argmax()))
 
     def judge(self, kind, rows, warp, region, here):
-        """Faults if a warp may not load from a region, or store to it; notes that it does."""
+        """Faults if a warp may not load from a region, or store to it; logs the access."""
         self.allocated(rows, region, here)
         self.landed(rows, region, here)
         self.flight.judge(kind, rows, warp, region, here)
@@ -99,7 +100,7 @@ class Tensor:
                 self.batch.fault("undelivered", detail, here, int(wrong.argmax()))
 
     def alone(self, kind, rows, warp, region, here):
-        """Faults if another warp has touched a region since the last barrier, and one of the two writes."""
+        """Faults if another warp has touched a region since the last barrier, and either of them writes."""
         for touch in self.log:
             if touch.warp == warp or READ == kind == touch.kind or not touch.region.meets(region):
                 continue
@@ -117,7 +118,7 @@ class Tensor:
         self.flight.together(free)
 
     def finish(self):
-        """Faults if programs end with tensor memory of theirs, or while something is in flight."""
+        """Faults if programs end with allocated tensor memory, or while something is in flight."""
         self.flight.finish()
         for store in self.stores:
             self.batch.fault(
@@ -130,7 +131,7 @@ class Tensor:
 
 
 def one_warp(b, mask, what, here):
-    """The number of the only warp that is active, and its threads here; (None, None) if none is."""
+    """The index of the only active warp, and its threads here; (None, None) if none is active."""
     whole(b, here)
     if mask is not None and (len(mask) > 1 and (mask != mask[:1]).any()):
         b.fault("instruction", f"{what} by other warps in other programs", here)
@@ -193,10 +194,10 @@ def tensor_dealloc(b, address, columns, mask, here):
 
 
 def places(b, kind, address, shape, count, split, mask, here):
-    """The place of each thread's first element, (programs, threads), of a load or a store; judges it warp by warp.
+    """The index of each thread's first element, (programs, threads), in a load or a store; checks it warp by warp.
 
-    32x32b: each thread has a lane, and its registers are neighbours along the columns. 16x32bx2: the upper 16 threads
-    have the lanes of the lower ones again, `split` columns further on.
+    32x32b: each thread has a lane, and its registers are adjacent columns. 16x32bx2: the upper 16 threads have the same
+    lanes as the lower ones, `split` columns further on.
     """
     whole(b, here)
     height = int(shape[:2])
@@ -255,7 +256,7 @@ def tensor_store(b, address, shape, values, split, mask, here):
 
 
 def tensor_wait_store(b, here):
-    """tcgen05.wait::st: what these warps have stored is there."""
+    """tcgen05.wait::st: the stores of these warps are visible."""
     whole(b, here)
     tensor = b.batch.tensor
     rows, warps = tensor.flags(b.row[:, 0]), set(b.warps[0, ::32].tolist())

@@ -1,4 +1,4 @@
-"""Translates what sm_100 has for products: elect, mbarrier and tcgen05.
+"""Translates sm_100's instructions for products: elect, mbarrier and tcgen05.
 
 What an instruction does is in mbarrier, tensor and tensor_products; here it becomes a call.
 """
@@ -83,7 +83,7 @@ class TensorOperations(Operations):
         return f"{self.get(base, 'u4')} + {self.parent.constant(offset, 'u4')}"
 
     def tensor_shape(self, name, text, split, registers):
-        """(shape, offset of its second half) of a load's or store's modifiers and operands."""
+        """(shape, offset of its second half) from the modifiers and operands of a load or a store."""
         found = re.fullmatch(rf"{name}\.sync\.aligned\.(32x32b|16x32bx2)\.x(4|8|16|32|64|128)\.b32", text)
         if not found or len(registers) != int(found[2]) or len(split) != (found[1] == "16x32bx2"):
             raise self.unknown()

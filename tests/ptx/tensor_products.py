@@ -1,7 +1,7 @@
 """tcgen05.mma and tcgen05.commit: products of shared memory, or of tensor and shared memory, into tensor memory.
 
-Of 128 rows each has a lane. Of 64 rows, 16 are in each quarter of the lanes: in its lower or its upper half. A is in
-the same lanes as the sums if it is in tensor memory, with 32 bits of a row in each column.
+With 128 rows, each has a lane. With 64 rows, 16 are in each quarter of the lanes: in its lower or its upper half. If A
+is in tensor memory, it is in the same lanes as the sums, with 32 bits of a row in each column.
 
 Source: PTX ISA 9.0, section "TensorCore 5th Generation Family Instructions": "Matrix Shape", "Instruction Descriptor",
 "Data Path Layout Organization", "tcgen05.mma" and "tcgen05.commit".
@@ -31,7 +31,7 @@ class TensorForm(Form):
 
 @functools.lru_cache
 def form_of(descriptor, kind):
-    """The TensorForm of an instruction descriptor; None if it asks for anything that is not known here."""
+    """The TensorForm of an instruction descriptor; None if it asks for anything that is not implemented here."""
     a, b = descriptor >> 7 & 7, descriptor >> 10 & 7
     transposed = bool(descriptor >> 15 & 1), bool(descriptor >> 16 & 1)
     n, m = (descriptor >> 17 & 63) << 3, (descriptor >> 24 & 31) << 4
@@ -44,7 +44,7 @@ def form_of(descriptor, kind):
 
 
 def rows_in(form, lane):
-    """(the lanes of the rows, and those as the bits of a number) of products whose address has this lane; or None."""
+    """(lanes of the rows, their bit mask) of products whose address has this lane; or None."""
     if lane not in ((0,) if form.m == 128 else (0, 16)):
         return None
     lanes = np.arange(form.m) if form.m == 128 else lane + np.arange(64) // 16 * 32 + np.arange(64) % 16
@@ -80,7 +80,7 @@ def tensor_product(b, kind, d, a, in_tensor, right, descriptor, keep, mask, here
 
 
 def judge(part, this):
-    """Faults if a product may not read or write what it does."""
+    """Faults if a product may not read its operands or write its sums."""
     tensor, rows, here = part.batch.tensor, part.batch.tensor.flags(part.numbers), this.here
     for kind, region in ((WRITE, this.d), (READ, this.a)):
         if isinstance(region, Region):
@@ -123,7 +123,7 @@ def tensor_commit(b, address, offset, mask, here):
 
 
 def compute(products):
-    """Computes products in their order; those that add to the same sums together."""
+    """Computes products in order; those that add to the same sums are computed together."""
     chain = []
     for this in products:
         same = chain and (this.d, this.form) == (chain[0].d, chain[0].form)

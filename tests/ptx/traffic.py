@@ -1,8 +1,8 @@
-"""Global memory between the warps of one program: two of them at one address, one writing, and no barrier in between.
+"""Races in global memory between the warps of one program: two at one address, one writing, no barrier in between.
 
-Loads and stores of the programs that run together are noted, and looked through at each barrier of theirs and at their
-end. What several programs of a launch do to one address is not looked at here: the interpreter watches that, and a
-barrier says nothing about it.
+Loads and stores of the programs that run together are logged, and checked at each of their barriers and at their end.
+What several programs of a launch do to one address is not checked here: the interpreter watches that, and a barrier
+does not order it.
 
 Source: PTX ISA 9.0, sections "Memory Consistency Model" and "Parallel Synchronization and Communication Instructions:
 bar".
@@ -17,7 +17,7 @@ from .memory import BY_SIZE, WRITE, kept_rows
 
 @dataclass(slots=True)
 class Touch:
-    """What threads do to elements of a segment of memory.
+    """An access of threads to elements of a segment of memory.
 
     index: the elements' numbers, which broadcast to (programs, threads) as mask and data do. rows: the programs, or
     None for all that run together.
@@ -33,7 +33,7 @@ class Touch:
     data: object
 
     def part(self, chosen):
-        """The touch of the chosen of all programs, or None if it is of none of them."""
+        """The part of the touch in the chosen programs, or None."""
         own = np.arange(len(chosen)) if self.rows is None else self.rows
         kept = chosen[own]
         if kept.all():
@@ -44,7 +44,7 @@ class Touch:
         return Touch(self.kind, index, self.size, mask, own[kept], self.warps, self.here, data)
 
     def elements(self, unit, programs):
-        """(programs, units of the segment, warps, bytes written or zeros) of what is touched, a row a unit."""
+        """(programs, units of the segment, warps, bytes written or zeros) of the touched units, one row for each."""
         own = (np.arange(programs) if self.rows is None else self.rows)[:, None]
         mask = np.ones((1, 1), bool) if self.mask is None else self.mask
         data = np.zeros((1, 1), BY_SIZE[self.size]) if self.data is None else self.data
@@ -57,7 +57,7 @@ class Touch:
 
 
 class Traffic:
-    """Of programs that run together. segments: for each segment the touches since the last barrier."""
+    """Of programs that run together. segments: the touches of each segment since the last barrier."""
 
     def __init__(self, programs):
         self.programs, self.segments = programs, {}
@@ -66,7 +66,7 @@ class Traffic:
         self.segments.setdefault(segment, []).append(Touch(kind, index, size, mask, b.rows, b.warps, here, data))
 
     def settle(self, rows, machine):
-        """A barrier of some programs, or of all (None): their touches since the last one are judged."""
+        """A barrier of some programs, or of all (None): checks their touches since the last one."""
         chosen = np.zeros(self.programs, bool)
         chosen[slice(None) if rows is None else rows] = True
         segments, self.segments = self.segments, {}
@@ -78,9 +78,9 @@ class Traffic:
                 self.judge(segment, mine, machine)
 
     def judge(self, segment, touches, machine):
-        """Faults if an element is touched by several warps of a program and one of them writes.
+        """Faults if several warps of a program touch an element and one of them writes.
 
-        One value may be written by several, as of an element that a layout gives to each of them.
+        Several may write the same value, such as an element that a layout gives to each of them.
         """
         unit = min(touch.size for touch in touches)
         found = [touch.elements(unit, self.programs) for touch in touches]
@@ -109,7 +109,7 @@ class Traffic:
 
     @staticmethod
     def contested(owners, units, count):
-        """The numbers of the elements whose unit has another owner as well."""
+        """The indices of the elements whose unit has another owner as well."""
         last = np.empty(count, owners.dtype)
         last[units] = owners
         several = last[units] != owners

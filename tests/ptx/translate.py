@@ -1,7 +1,7 @@
-"""Translates each basic block of a kernel into one Python function of numpy's calls.
+"""Translates each basic block of a kernel into one Python function of numpy calls.
 
-Between blocks registers are in a list, each in the one of numpy's types that it is used as most. Arrays broadcast to
-(programs, threads): what is uniform has one row, one column or both, and stays cheap.
+Between blocks registers are in a list, each in the numpy type in which it is used most. Arrays broadcast to (programs,
+threads): a uniform value has one row, one column or both, and stays cheap.
 """
 
 from collections import Counter
@@ -33,9 +33,9 @@ GUARDED = {"ld", "st", "cp", "bra", "tcgen05", "mbarrier"}
 
 
 class Translated:
-    """A kernel's blocks with their functions, and what the registers hold between blocks.
+    """A kernel's blocks with their functions, and the form of each register between blocks.
 
-    forms: the type of each register of the list; index: its place.
+    forms: the type of each register in the list; index: its index there.
     """
 
     def __init__(self, kernel, approximate=None):
@@ -134,14 +134,14 @@ class BlockTranslator(TensorOperations):
         return self.number_of(self.instruction)
 
     def judge_loads(self, each):
-        """Faults if an instruction touches what tcgen05.ld has yet to load."""
+        """Faults if an instruction touches a register that tcgen05.ld has yet to load."""
         for name in self.loading.keys() & set().union(*effects(each)):
             place = f"PTX line {self.loading[name].line} ({self.loading[name].source})"
             detail = f"{name}, loaded at {place}, without tcgen05.wait::ld"
             raise Fault("register", detail, self.kernel.name, None, each.line, each.source)
 
     def count_registers(self, each):
-        """Notes which registers are touched between one instruction of wgmma and the next."""
+        """Notes which registers are touched between two instructions of wgmma."""
         if each.base == "wgmma":
             self.segment = None
             return

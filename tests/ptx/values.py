@@ -1,7 +1,7 @@
-"""What registers hold while a block is translated: the variables of its function, and the forms that they are in.
+"""What registers hold while a block is translated: variables of its function, and their forms.
 
-Every result is a variable of its own that is never written again, so that moves, reinterpretations of bits and
-conversions of one value cost nothing the second time.
+Every result is a new variable that is never written again, so that moves cost nothing, and reinterpretations and
+conversions of one value are made once.
 """
 
 import re
@@ -22,19 +22,19 @@ SPECIAL |= {f"%ctaid.{x}": f"b.ctaid[{i}]" for i, x in enumerate("xyz")}
 SPECIAL |= {f"%nctaid.{x}": f"b.batch.nctaid[{i}]" for i, x in enumerate("xyz")}
 NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$|0[fF][0-9a-fA-F]{8}$|0[dD][0-9a-fA-F]{16}$")
 
-# Forms that numpy has no type for: the function that reads them, and the form that it reads.
+# Forms without a numpy type: the function that reads them, and the form that it reads.
 READ_BY = {"bf": ("widen_bf16", "u2"), "p2": ("bf16_pair", "u4"), "ph": ("f16_pair", "u4"), "pf": ("f32_pair", "u8")}
 
 
 def bits_of(token):
-    """The bits of a number in the text."""
+    """The bits of a literal number."""
     if token[:2] in ("0f", "0F", "0d", "0D"):
         return int(token[2:], 16)
     return int(token.rstrip("U"), 0)
 
 
 class Value:
-    """What a register holds: the variable of each form that it has been asked for in; its bits if it is a number."""
+    """What a register holds: the variable of each form that has been needed; its bits if it is a literal number."""
 
     def __init__(self, form, name, bits=None):
         self.form, self.forms, self.bits = form, {form: name}, bits
@@ -73,7 +73,7 @@ class Values:
         return Fault("instruction", text.strip(), self.kernel.name, None, each.line, each.source)
 
     def wanted(self, register):
-        """Whether a register's value is read after the instruction at hand."""
+        """Whether a register's value is read after the current instruction."""
         reads, writes = self.reads_at.get(register, ()), self.writes_at.get(register, ())
         k, w = bisect_right(reads, self.place), bisect_right(writes, self.place)
         if k < len(reads) and (w == len(writes) or reads[k] <= writes[w]):
@@ -101,7 +101,7 @@ class Values:
         return self.convert(value, form)
 
     def bits(self, token):
-        """The bits of an operand that is a number, or None."""
+        """The bits of an operand that is a literal number, or None."""
         if NUMBER.match(token):
             return bits_of(token)
         return self.env[token].bits if token in self.env else None
@@ -120,7 +120,7 @@ class Values:
         return self.parent.constant(value, kind)
 
     def convert(self, value, form):
-        """A value in a form: its bits seen otherwise, or converted; remembered."""
+        """A value in another form: its bits reinterpreted, or converted; cached."""
         if form in value.forms:
             return value.forms[form]
         if value.bits is not None:
@@ -151,9 +151,9 @@ class Values:
         return name
 
     def put(self, register, form, name, merged=False):
-        """A register's new value, as wide as the register: filled with the sign, or with zeros.
+        """Sets a register's new value, extended to the register's width with the sign or with zeros.
 
-        merged: the value has what it was where the guard does not hold already.
+        merged: the value already has the old one where the guard does not hold.
         """
         if register == "_":
             return
@@ -192,14 +192,14 @@ class Values:
         return forms["not"]
 
     def save(self, registers):
-        """Stores the written ones of some registers in the list."""
+        """Stores those of the registers that have been written into the list."""
         for register in registers:
             if register in self.written:
                 index = self.parent.index[register]
                 self.lines.append(f"R[{index}] = {self.get(register, self.parent.forms[index])}")
 
     def release(self, registers):
-        """Registers that change behind the block's back: their values are in the list from here on."""
+        """From here on these registers' values are in the list, as calls change them there."""
         self.save(sorted(registers & self.written))
         for register in registers:
             self.env.pop(register, None)

@@ -10,20 +10,20 @@ U4 = np.uint32
 
 
 def whole(b, here):
-    """Faults unless all threads of the warps are here."""
+    """Faults unless all threads of the warps are active."""
     if not b.whole:
         b.fault("divergence", "threads of a warp that others have parted from", here)
 
 
 def members(b, mask, here):
-    """Faults unless an instruction's mask names the whole warp, and the whole warp is here."""
+    """Faults unless an instruction's mask names the whole warp, and the whole warp is active."""
     whole(b, here)
     if (mask != U4(0xFFFFFFFF)).any():
         b.fault("divergence", f"a mask of some threads, {int(mask.flat[0]):#x}", here)
 
 
 def shuffle(b, mode, value, by, clamp, mask, here):
-    """(the value of another thread, whether there is one in range: else it is the thread's own)."""
+    """(the value of another thread, whether that thread is in range; otherwise the thread's own value)."""
     members(b, mask, here)
     lane = b.lane.astype(np.int64)
     by, clamp = by.astype(np.int64) & 31, clamp.astype(np.int64)
