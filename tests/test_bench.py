@@ -1,6 +1,6 @@
-"""The benches without a GPU: what is counted, what the gate lets pass, times on a clock that is made up, reports.
+"""The benchmarks without a GPU: what is counted, what the gate accepts, made-up times, and reports.
 
-What only a GPU has, events and CUDA graphs, is stood in for by a device that calls functions and counts.
+A device that calls functions and counts stands in for what only a GPU has, events and CUDA graphs.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ from bench.run import Budget, compiled_entries, entries, plan, run
 
 
 class Clockwork(Host):
-    """A device whose time goes on by `tick` and between two marks, and whose graphs are lists of steps."""
+    """A device whose time advances by `tick` and between two marks, and whose graphs are lists of steps."""
 
     l2_bytes = 1000
 
@@ -100,7 +100,7 @@ def small_operators():
 
 
 def library(**replaced):
-    """torch's functions with some replaced."""
+    """torch's functions with some of them replaced."""
     functions = types.SimpleNamespace(**{name: getattr(unfused, name) for name in ("conv2d", "linear", "relu")})
     return libraries.Library(types.SimpleNamespace(**{**vars(functions), **replaced}), libraries.TutorialLeNet)
 
@@ -124,7 +124,7 @@ def test_every_case_is_named_once_and_quick_is_a_part_of_all():
     [
         # 2 images of 3 x 4 x 4, 5 filters of 3 x 3 x 3 without padding, 2 x 2 pixels left: 96, 135, 5 and 40 elements.
         (operators.conv2d("", (2, 3, 4, 4), (5, 3)), (2 * 40 * 27, 276, 0), (6 * 40 * 27, 276 + 40 + 2 * 231 + 5, 0)),
-        # One window each is left of the four pixels: 10 elements, whose gradient goes to one pixel each.
+        # Each pooling window covers all four pixels: 10 elements, whose gradients go to one pixel each.
         (
             operators.conv2d("", (2, 3, 4, 4), (5, 3), relu=True, pool=(2, 2, 0)),
             (2 * 40 * 27, 246, 0), (2 * 40 * 27 + 4 * 10 * 27, 246 + 10 + 2 * 231 + 5, 20),
@@ -133,7 +133,7 @@ def test_every_case_is_named_once_and_quick_is_a_part_of_all():
         (operators.relu("", 10), (10, 20, 0), (20, 50, 0)),
         (operators.max_pool2d("", (1, 1, 4, 4), 2, 2), (16, 20, 0), (16, 40, 8)),
         (operators.cross_entropy(2, 3), (24, 7, 16), (36, 14, 16)),
-        # 416,520 products an image forward, 267,240 backward; 61,706 parameters.
+        # Products per image: 416,520 forward, 267,240 backward; 61,706 parameters.
         (Network(False, 2), (4 * 416_520, 2 * 1024 + 61_706 + 20, 0), None),
         (Network(True, 2), None, (4 * 683_760, 2 * 1024 + 4 * 61_706 + 1, 16)),
     ],
@@ -154,7 +154,7 @@ def test_bytes_go_by_the_format():
 @pytest.mark.parametrize("format", TIMED)
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST])
 def test_what_is_right_passes_the_gate(format, layout):
-    """Ours, fused, and torch's, in parts, in every format; the interpreter's sums are those of float32."""
+    """Ours, fused, and torch's composed functions in every format; the interpreter's sums are float32's."""
     with precision(format):
         training = [Network(True, 3)] if format in libraries.WHOLE_STEPS else []
         for subject in (*small_operators(), Network(True, 3), Network(False, 3)):
@@ -172,7 +172,7 @@ def test_what_is_right_passes_the_gate(format, layout):
 @pytest.mark.parametrize("format", TIMED)
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST])
 def test_a_forward_on_weights_packed_before(format, layout):
-    """One launch a step, of the values that a whole call gives, by the gate; in one layout, where there are kernels."""
+    """One launch a step, with a whole call's values, by the gate; in one layout, and only where there are kernels."""
     subject, ours = Network(False, 3), libraries.installed()["tritonnet"]
     models = []
 
@@ -196,7 +196,7 @@ def test_a_forward_on_weights_packed_before(format, layout):
             assert sorted(launches.elements()) == launched
             assert gate.complaint(results[task], dtype) is None
         torch.testing.assert_close(results[PACKED].values, results[INFERENCE].values, rtol=0, atol=0)
-        # Weights that change now come too late for it, and the gate tells it from who is right.
+        # A change of weights comes too late for the packed ones, and the gate tells that from right results.
         with torch.no_grad():
             models[0].fc3.weight.neg_()
         assert gate.complaint(contestant.first(PACKED), dtype) is None
@@ -205,7 +205,7 @@ def test_a_forward_on_weights_packed_before(format, layout):
 
 @pytest.mark.parametrize("served", [True, False], ids=["kernels", "reference"])
 def test_rows_of_a_forward_on_weights_packed_before(served):
-    """Ours alone has them; what it has no such launch for, and the others, are not there at all."""
+    """Only tritonnet has them; where it has no such launch, and for other libraries, there are no rows."""
     record, there = Record(MACHINE), {name: of for name, of in libraries.installed().items() if not of.compiled}
     if served:
         packed = {"bfloat16": lambda model: lambda images: model(images).detach(), "float16": lambda model: None}
@@ -221,8 +221,10 @@ def test_rows_of_a_forward_on_weights_packed_before(served):
 
 
 def test_a_forward_on_wrongly_packed_weights_is_not_timed():
-    """Its rows say so; the whole call is timed. Whoever fails fails in what there is: of no other forward, in no layout
-    that has none."""
+    """Its rows say so, and the whole call is timed.
+
+    A library that fails has no rows for forwards and layouts that it does not offer.
+    """
 
     def packed(model, format):
         return lambda images: model(images).detach() * 1.5
@@ -245,7 +247,7 @@ def test_a_forward_on_wrongly_packed_weights_is_not_timed():
 
 
 def test_what_packing_costs_the_host():
-    """The same call but for the launch in front, which comes back after."""
+    """The same call without the packing launch, which is restored afterwards."""
     net, images = tritonnet.LeNet().eval(), torch.randn(2, 1, 32, 32)
     launched = []
     with torch.no_grad(), tritonnet.backend("triton"):
@@ -259,7 +261,7 @@ def test_what_packing_costs_the_host():
 
 def _in_tf32(x, w, b=None, **geometry):
     cut = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (x.detach(), w.detach())]
-    # The values of the cut operands, the gradients of the whole.
+    # The values of the cut operands, with the gradients of the whole ones.
     x, w = (t + (c - t).detach() for t, c in zip((x, w), cut))
     return torch.conv2d(x, w, b, **geometry)
 
@@ -287,7 +289,7 @@ def test_what_is_wrong_is_named_and_not_timed(way):
 
 
 def _rounded_twice(x, w, b, way=None):
-    """As where a product is rounded before the bias is added; `way` is what is wrong with its gradients."""
+    """A product that is rounded before the bias is added; `way` is what is wrong with its gradients."""
     if way == "half of a gradient":
         w = w.detach() * 0.5 + w * 0.5
     z = torch.nn.functional.linear(x, w) + b
@@ -297,7 +299,7 @@ def _rounded_twice(x, w, b, way=None):
 
 
 def test_signs_that_rounding_twice_changes_are_no_fault():
-    """Gradients are those of the signs that the result shows, and those are the truth's but next to zero."""
+    """Gradients go by the signs of the result, which may differ from the truth's only near zero."""
     subject = operators.linear("", 4096, 32, 64, relu=True)
     gate = subject.gate("bfloat16", "cpu")
 
@@ -326,9 +328,9 @@ def test_a_step_that_trains_wrongly_is_named():
 
 
 def test_train_step_takes_part_where_it_is_there(monkeypatch):
-    """Steps of float32 weights, whatever the products are in, in graphs of their own; they say which way.
+    """Steps on float32 weights in any product format, with CUDA graphs of their own; rows name the path.
 
-    Their calls are timed whole, and what they replay by itself.
+    Their whole calls are timed, and their graphs alone.
     """
 
     class Step:
@@ -361,7 +363,7 @@ def test_train_step_takes_part_where_it_is_there(monkeypatch):
     assert "(contiguous, tf32, batch 2, graph): ok: fused launches; no graph of 3 images" in text
     assert {row.ms for row in record.rows if row.form == CALLS} == {1.0}
     assert {row.ms for row in record.rows if row.form == GRAPH} == {0.25}
-    # What the step held at most, without what was held before and a set of two images with their labels.
+    # The step's peak, less what was held before and one set of two images with their labels.
     held = {row.peak_bytes for row in record.rows if row.form == CALLS}
     assert held == {10**6 - 1000 - 2 * (4 * 1024 + 8), 10**6 - 1000 - 2 * (2 * 1024 + 8)}
     assert "## Peak memory of a training step" in text and "0.9908" in text
@@ -382,7 +384,7 @@ def test_a_contestant_that_fails_is_a_line_of_the_report():
 
 
 def test_who_was_left_out_is_measured_later():
-    """Of the cases that it would have taken part in; the others are done."""
+    """Only in the cases that it would have taken part in; the others are done."""
     record, device = Record(MACHINE), Clockwork()
     cases = [Case(Network(True, 2), "tf32"), Case(Network(False, 2), "tf32")]
     there = {name: of for name, of in libraries.installed().items() if not of.compiled}
@@ -398,7 +400,7 @@ def test_who_was_left_out_is_measured_later():
 
 
 def test_a_device_that_is_lost_is_not_lost_again():
-    """Whoever goes on comes to the cases behind; what was measured before it, and who lost it, is kept."""
+    """The next run starts with the cases after it; earlier results, and who lost the device, are kept."""
 
     def lose(*args, **kwargs):
         device.synchronize = lambda: 1 // 0
@@ -426,12 +428,12 @@ def test_times_are_medians_of_calls_in_turn():
 
     def step(number):
         calls.append(number)
-        device.tick(100.0 if len(calls) == 20 else 0.25)  # once something else had the device
+        device.tick(100.0 if len(calls) == 20 else 0.25)  # the device was busy once
 
     timing = measure([lambda: step(0), lambda: step(1), lambda: step(2)], device, seconds=0.01)
     assert timing == (0.25, 0.25, 0.25)
     assert calls == [number % 3 for number in range(len(calls))]
-    # 3 to warm up, 3 to see how long one takes, then 20 pairs of events around two calls each.
+    # 3 calls to warm up, 3 to see how long one takes, then 20 pairs of events around two calls each.
     assert len(calls) == 3 + 3 + 2 * 20
 
 
@@ -456,7 +458,7 @@ def test_inputs_overflow_the_cache():
 
 def test_ceilings():
     found = ceilings(["float32", "bfloat16"], Clockwork(), size=8)
-    # Each pair of events is 1 ms apart, and so many calls are between them as one took of the first five.
+    # Each pair of events is 1 ms apart; the calls between them are chosen from the time of one of the first five.
     assert found == {
         "bytes_per_s": 2 * 4 * 2**8 * 2e3,
         "flops_per_s": dict.fromkeys(("float32", "bfloat16"), 2**10 * 2e3),
@@ -472,7 +474,7 @@ def test_precision_is_set_for_both_and_put_back():
         assert flags() == ("tf32", "tf32")
         with precision("float32"):
             assert "tf32" not in flags()
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32  # Inductor reads these
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32  # Inductor reads these flags
     assert flags() == before or before[1] == "none"
 
 
@@ -489,7 +491,7 @@ def test_time_runs_out_in_words():
 
 
 def test_the_host_is_timed_while_the_device_waits():
-    """Spans of ten calls; the wait for the device between them does not count."""
+    """Spans of ten calls; the waits for the device between them do not count."""
     device, calls = Clockwork(), []
     device.synchronize = lambda: time.sleep(0.02)
     timing = measure_host([lambda: calls.append(0), lambda: calls.append(1)], device, seconds=0.1)
@@ -501,15 +503,15 @@ def test_the_host_is_timed_while_the_device_waits():
 def test_a_limit_of_time():
     with pytest.raises(OutOfTime, match="more than 0 s"), limited(0.05):
         while True:
-            with contextlib.suppress(Exception):  # what runs inside does not catch it
+            with contextlib.suppress(Exception):  # what runs inside does not catch the exception
                 time.sleep(5)
     with limited(0.05):
         pass
-    time.sleep(0.1)  # nothing comes after the block
+    time.sleep(0.1)  # no exception comes after the block
 
 
 def test_torch_compile_is_bounded(monkeypatch):
-    """One that compiles for too long is a line, and is not tried again; without the time for it, it is missing."""
+    """A compilation that takes too long gets a line and is not tried again; without time for it, it is missing."""
     monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: lambda *args: time.sleep(5))
     monkeypatch.setitem(run_module.MOST_COMPILING, libraries.COMPILE_QUICKLY, 0.5)
     monkeypatch.setitem(run_module.EXPECTED, "compile", 0.1)
@@ -526,17 +528,17 @@ def test_torch_compile_is_bounded(monkeypatch):
 
 
 def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
-    """What is there is passed over, if machine and code are the same; a full run begins with the quick one's rows."""
+    """Earlier results are kept if machine and code are the same; a full run starts from the quick one's rows."""
     cases, kept = [Case(operator, "float32") for operator in small_operators()[::2]], []
     record = earlier(MACHINE, True, tmp_path)
     assert record == Record(MACHINE, True)
     record.sources = "of now"
     monkeypatch.setattr("bench.record.sources", lambda: "of now")
     run(record, cases[:1], {"torch": library()}, Clockwork(), Budget(1e9), seconds=0.001, keep=lambda: kept.append(1))
-    assert len(kept) == 3 and record.done == [cases[0].name]  # as it begins, with its rows, and as it is over
+    assert len(kept) == 3 and record.done == [cases[0].name]  # at the start, with its rows, and at the end
     record.missing = ["something: no time"]
     record.write(tmp_path / f"{record.name}.json")
-    assert [p.name for p in tmp_path.iterdir()] == ["made-up-gpu-quick.json"]  # nothing half-written beside it
+    assert [p.name for p in tmp_path.iterdir()] == ["made-up-gpu-quick.json"]  # no half-written file beside it
 
     more = earlier(MACHINE | {"date": "2000-01-02"}, False, tmp_path)
     assert more.rows == record.rows and not more.quick and more.machine["date"] == "2000-01-02" and not more.missing
@@ -548,7 +550,7 @@ def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
     run(more, cases, wrong, Clockwork(), Budget(1e9), seconds=0.001)
     assert more.done == [case.name for case in cases] and not more.faults
 
-    # A process that was killed may have been hanging in what it had begun.
+    # A process that was killed may have hung in the case that it had begun.
     record.begun = "what hangs"
     record.write(tmp_path / f"{record.name}.json")
     after = earlier(MACHINE, True, tmp_path)
@@ -558,7 +560,7 @@ def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
         assert not earlier(other, True, tmp_path).rows
     monkeypatch.setattr("bench.record.sources", lambda: "changed")
     assert not earlier(MACHINE, True, tmp_path).rows
-    # What was wrong is measured again, and its rows are not there twice.
+    # Wrong results are measured again, and their rows are not kept twice.
     record = Record(MACHINE)
     run(record, cases[:1], {"tritonnet": library(conv2d=broken)}, Clockwork(), Budget(1e9), seconds=0.001)
     assert not record.done and record.faults
@@ -569,7 +571,7 @@ def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "all"])
 def test_compiled_contestants_and_those_in_graphs(quick, monkeypatch):
-    """Which run in which form; torch.compile itself is stood in for, and comes after all that need not be compiled."""
+    """Which contestants run in which form. torch.compile is stubbed, and comes after all that needs no compilation."""
     modes = []
     monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: modes.append(mode) or function)
     monkeypatch.setattr(run_module, "COMPILED_QUICKLY", (2,))
@@ -589,7 +591,7 @@ def test_compiled_contestants_and_those_in_graphs(quick, monkeypatch):
     # On the reference TrainStep has no graph to replay.
     assert device.captured == 2 * len([e for e in plain if not e.library.whole]) + 1
     assert {row.status for row in record.rows} == {OK}, [row.detail for row in record.rows]
-    # In a quick run of each format.
+    # In a quick run torch.compile comes last in each format.
     assert (record.rows[-1].library == "torch.compile") != quick and not record.left_out + record.missing
     in_order = [(row.format, row.library == "torch.compile") for row in record.rows]
     assert (
@@ -597,7 +599,7 @@ def test_compiled_contestants_and_those_in_graphs(quick, monkeypatch):
         or not quick
     )
     assert {row.detail for row in record.rows if row.library == "torch.compile"} == set(modes)
-    # Memory is that of a step outside CUDA graphs of torch.compile's own, which torch does not count.
+    # Memory is measured outside torch.compile's own CUDA graphs, which torch does not count.
     held = [(row.form, row.detail) for row in record.rows if row.library == "torch.compile" and row.peak_bytes]
     assert held == [(CALLS if quick else GRAPH, modes[0])]
 
@@ -613,7 +615,7 @@ MACHINE = {
 
 
 def made_up(quick=False):
-    """A record with figures that nobody measured."""
+    """A record with made-up figures."""
     record = Record(MACHINE, quick, {"bytes_per_s": 1e12, "flops_per_s": {"bfloat16": 1e14, "tf32": 5e13}})
     for case in plan(quick=True)[:20]:
         for task, work in case.subject.works.items():
@@ -650,7 +652,7 @@ def test_floor_rates_and_ratios():
     cells = dict(zip(header, line))
     assert cells["tritonnet us"] == "4000" and cells["torch"] == "1.25x" and cells["FlagGems"] == "WRONG"
     assert cells["floor us"] == "2e+03" and cells["of it"] == "50%" and cells["GB/s"] == "500"
-    # Where TrainStep is there and faster, it is what the others are compared with.
+    # The others are compared with TrainStep where it is faster.
     record.rows.append(dataclasses.replace(ours, library="TrainStep", ms=2.5))
     assert dict(zip(header, report.table(record, FORWARD)[1][0]))["torch"] != "1.25x"
 
@@ -733,7 +735,7 @@ def test_results_in_the_readmes(tmp_path):
 
 @pytest.mark.parametrize("date, factor", [("2000-01-01", 3), ("2000-02-01", 3), ("1999-12-31", 1)])
 def test_a_quick_run_that_is_no_older_counts_in_the_readme(date, factor, tmp_path):
-    """Its rows in the place of the full run's own; the others stay, and an older one changes nothing."""
+    """Its rows replace the full run's; the other rows stay, and an older quick run changes nothing."""
     made_up().write(tmp_path / "made-up-gpu.json")
     quick = made_up(quick=True)
     quick.machine = MACHINE | {"date": date}
@@ -753,7 +755,7 @@ def test_a_quick_run_that_is_no_older_counts_in_the_readme(date, factor, tmp_pat
 
 
 def test_odd_records_in_the_readme(tmp_path, capsys):
-    """Nothing timed, nothing to compare it with, half of a file, and somebody else's; one batch of two."""
+    """Nothing timed, nothing to compare with, half of a file, another card's record, and one batch of two."""
     for number, text in enumerate(('{"machine": {', "", "[1]", '{"a": 1}')):
         (tmp_path / f"odd-{number}.json").write_text(text)
         assert earlier(MACHINE | {"device": f"odd {number}"}, False, tmp_path).rows == []
@@ -773,14 +775,14 @@ def test_odd_records_in_the_readme(tmp_path, capsys):
     assert "|  |" not in text
     record.ceilings = {}
     assert {row[-1] for row in results.summary(record)[1]} == {"-"}
-    # Outcomes of other sources are none of these.
+    # Outcomes from other sources are not counted.
     kept = {"machine": MACHINE, "sources": "other", "stages": {"memcheck": {"status": "passed"}}}
     (tmp_path / "made-up-gpu-verify.json").write_text(json.dumps(kept))
     assert "memcheck: passed" not in results.section([record], tmp_path)
 
 
 def test_the_readme_tells_a_call_from_its_graph(tmp_path):
-    """Of TrainStep the whole call counts; its graph alone is another row, and is compared with graphs."""
+    """For TrainStep the whole call counts; its graph alone is another row, compared with other graphs."""
     record = made_up()
     whole, replay, hosts = (
         dataclasses.replace(row, library="TrainStep", peak_bytes=5_000_000 if row.form == CALLS else None)
@@ -803,7 +805,7 @@ def test_the_readme_tells_a_call_from_its_graph(tmp_path):
     text = results.section(results.records(tmp_path), tmp_path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     lines = {line[0]: line[4:] for line in reversed(lines) if line[1:3] == ["64", "bfloat16"]}
-    # torch takes four floors (its graph was wrong), torch.compile's graph three, our call two and its graph one.
+    # In floors: torch takes four (its graph was wrong), torch.compile's graph three, our call two, its graph one.
     assert lines["LeNet training step"] == ["2.00x", "1.50x", "50%"]
     assert lines["LeNet training step, its graph alone"] == ["-", "3.00x", "100%"]
     assert "same bits in 1 of 2 cases; 2 tests passed, 1 failed, 0 skipped; memcheck: passed." in text
@@ -833,7 +835,7 @@ def test_the_readme_says_where_torch_compile_has_no_graph():
 
 
 def test_the_readme_tells_a_call_from_a_forward_on_weights_packed_before(tmp_path):
-    """A row below the whole call's, which nobody is compared with; records from before there was one have none."""
+    """Its row comes below the whole call's and has no comparisons; older records have none."""
     record = made_up()
     for row in (row for row in record.rows if row.task == PACKED):
         row.ms /= 2
@@ -870,7 +872,7 @@ def test_the_readme_picks_no_cases_by_their_times():
 
 
 def test_time_to_an_accuracy():
-    """Every library trains from the same numbers in the same order, until it is good enough or its epochs are over."""
+    """Every library trains from the same weights in the same order, until it is good enough or its epochs are over."""
     torch.manual_seed(0)
     labels = torch.arange(10).repeat(20)
     images = torch.randn(10, 1, 32, 32)[labels] + 0.1 * torch.randn(200, 1, 32, 32)
@@ -889,7 +891,7 @@ def test_time_to_an_accuracy():
 
 
 def test_a_gpu_that_is_lost_in_the_smoke_test(monkeypatch, tmp_path):
-    """Another process goes on with what no process has come to; what lost it comes last, and then nobody is started."""
+    """A new process takes the untried cases first and the one that lost the GPU last; then no process is started."""
     cases = [("ieee", batch, 1, 0) for batch in (1, 2, 3)]
     kept, tried, started, is_lost = tmp_path / "kept.json", [], [], []
 
@@ -919,7 +921,7 @@ def test_a_gpu_that_is_lost_in_the_smoke_test(monkeypatch, tmp_path):
 
 
 def test_a_wait_that_fails_is_a_line_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
-    """The first of tritonnet's, warm: what was timed cold is kept, and torch's are timed."""
+    """tritonnet's first, warm wait fails: the cold one is kept, and torch's are timed."""
 
     def timed(task, library, device, cache):
         calls.append((task, library))
@@ -978,7 +980,7 @@ def test_a_mistake_is_named(arguments, said, capsys):
 
 
 class Stopped:
-    """A case in the middle of which somebody ends the process."""
+    """A case in the middle of which the process is interrupted."""
 
     name, format = "stopped", "tf32"
 
@@ -995,7 +997,7 @@ class Stopped:
     ids=["whole", "lost", "stopped"],
 )  # fmt: skip
 def test_a_whole_run_on_a_made_up_device(second, end, tmp_path, monkeypatch, capsys):
-    """Everything but events and graphs; a device that is lost half-way leaves a report of what came before."""
+    """Everything but events and graphs; a device that is lost half-way leaves a report of the cases before."""
     device = Clockwork()
     cases = [Case(small_operators()[0], "bfloat16"), Case(small_operators()[2], "float32")]
     if second:
@@ -1015,7 +1017,7 @@ def test_a_whole_run_on_a_made_up_device(second, end, tmp_path, monkeypatch, cap
     assert record.done == [case.name for case in cases[: 1 if second else 2]] and record.sources
     assert (tmp_path / "made-up-gpu-quick.md").read_text().startswith("# Made-up GPU")
     assert second or e.value.code == 0
-    # Gone on with, it measures what is missing, and leaves out whom it is told to.
+    # A resumed run measures what is missing, and leaves out the contestants that it is told to.
     monkeypatch.setattr(__main__, "plan", lambda quick: [case for case in cases if case is not second])
     with tritonnet.backend("reference"), pytest.raises(SystemExit):
         __main__.main(["--quick", "--resume", "--without", "torch", "--out", str(tmp_path)])

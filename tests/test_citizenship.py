@@ -1,6 +1,6 @@
-"""Every way that PyTorch runs a function, over every operator: rows are the checks, columns the operators.
+"""Every way that PyTorch runs a function, for every operator: rows are checks, columns are operators.
 
-A new operator gets all of them by one line in OPERATORS. Truth is torch's own function under the same transform, in
+One line in OPERATORS gives a new operator all of them. The truth is torch's own function under the same transform, in
 float64. The checks run on the reference and again on the kernels.
 """
 
@@ -22,7 +22,7 @@ import tritonnet
 import tritonnet.nn.functional as F
 from bench import unfused as TF
 
-# name: function of a module of functionals and its tensors, their sizes; the first size starts with the batch.
+# name: a function of a module of functionals and its tensors; their sizes, the first of which starts with the batch.
 OPERATORS = {
     "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1, groups=2), (4, 4, 5, 3), (6, 2, 3, 2), (6,)),
     "conv2d depthwise": (lambda f, x, w: f.conv2d(x, w, padding="same", groups=4), (4, 4, 3, 4), (4, 1, 3, 3)),
@@ -48,7 +48,7 @@ OPERATORS = {
 
 
 class Operator:
-    """One column: ours and torch's function of the same tensors."""
+    """One column: our function and torch's of the same tensors."""
 
     def __init__(self, name, device):
         self.name, self.device = name, device
@@ -60,14 +60,14 @@ class Operator:
         sizes = [list(size) for size in self.sizes]
         if batch is not None:
             sizes[0][0] = batch
-        # The same values at every call, and distinct ones, so that no maximum is a tie.
+        # The same values at every call, all distinct, so that no maximum is a tie.
         seed = torch.Generator().manual_seed(0)
         made = [torch.randperm(torch.Size(s).numel(), generator=seed).view(s) for s in sizes]
         made = [(t - t.numel() / 2 + 0.25) / t.numel() for t in made]
         return [t.to(self.device, dtype).requires_grad_(grad) for t in made]
 
     def module(self, f):
-        """The same as a module, whose parameters are a factor and all tensors but the first."""
+        """The same as a module, whose parameters are a factor and all tensors except the first."""
         function, (x, *tensors) = OPERATORS[self.name][0], self.inputs()
 
         class Module(torch.nn.Module):
@@ -138,7 +138,7 @@ def hessian(op):
 
 
 def vmap_over(op, choices):
-    """A batch on the chosen arguments, at a place: value and gradients, without the slow loop's warning."""
+    """A batch on the chosen arguments at one dimension: values and gradients, without vmap's warning of a slow loop."""
     inputs = op.inputs(2)
     every = tuple(range(len(inputs)))
     for chosen, place in choices:
@@ -146,20 +146,20 @@ def vmap_over(op, choices):
         batched = [t if d is None else torch.stack([t, 2 * t, t.flip(0)], d) for t, d in zip(inputs, dims)]
         for wrap in (lambda f: f, lambda f: tf.grad(loss(f), every), lambda f: tf.grad(loss(f), every[-1])):
             with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)  # the slow loop's
+                warnings.simplefilter("error", UserWarning)  # the slow loop's warning
                 ours = tf.vmap(wrap(op.ours), dims)(*batched)
             same(ours, tf.vmap(wrap(op.theirs), dims)(*batched))
 
 
 def vmap_over_any_argument(op):
-    """Every choice of arguments, the batch at two places."""
+    """Every choice of arguments, with the batch at two dimensions."""
     every = range(len(op.sizes))
     choices = [chosen for n in every for chosen in itertools.combinations(every, n + 1)]
     vmap_over(op, itertools.product(choices, (0, 1)))
 
 
 def vmap_over_one_argument_and_all(op):
-    """The batch at two places by turns; and a batch of batches."""
+    """The batch at two dimensions by turns; and a batch of batches."""
     every = range(len(op.sizes))
     vmap_over(op, [*(((i,), i % 2) for i in every), (every, 1)])
     twice = [torch.stack([torch.stack([t, t + 1])] * 3) for t in op.inputs(2)]
@@ -192,7 +192,7 @@ def compiles(backend):
 
 
 def compiles_dynamic_shapes_once(op):
-    """A shorter last batch must not compile again."""
+    """A shorter last batch must not recompile."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     # Dynamo would take a batch size that equals another size for the same symbol.
     same_when_compiled(op, (12, 11, 10), backend=counter, dynamic=True)
@@ -255,7 +255,7 @@ def compiled_autograd(op):
 
 def exports(strict):
     def check(op):
-        """A dynamic batch, saved, loaded and run; and the program, before it is decomposed, trains."""
+        """A dynamic batch, saved, loaded and run; and the program trains before it is decomposed."""
         ours, theirs = op.module(F), op.module(TF)
         theirs.load_state_dict(ours.state_dict())
         x = op.inputs()[0]
@@ -309,7 +309,7 @@ def selective_checkpoint(op):
 
 def views(view):
     def check(op):
-        """Inputs and gradients that are views of this kind; the second gradients too."""
+        """Inputs and gradients that are views of this kind; second gradients too."""
         results = []
         for function in (op.ours, op.theirs):
             inputs = op.inputs(2, grad=True)
@@ -338,7 +338,7 @@ def inference_mode(op):
 
 
 def meta_and_fake(op):
-    """Size, strides and dtype without data, as the real call gives them."""
+    """Size, strides and dtype without data are those of the real call."""
     from torch._subclasses import FakeTensorMode
 
     real = op.ours(*op.inputs())
@@ -374,7 +374,7 @@ def frozen_parameters(op):
 
 
 def no_reference_cycles(op):
-    """What a call holds goes as the result goes, without the garbage collector."""
+    """A call's memory is freed with its result, without the garbage collector."""
     gc.disable()
     try:
         inputs = op.inputs(grad=True)
@@ -401,20 +401,20 @@ CHECKS = {
 } | {
     "compiles_eager": compiles("eager"), "compiles_aot_eager": compiles("aot_eager"),
     "compiles_inductor": compiles("inductor"), "exports": exports(False), "exports_strict": exports(True),
-    # The memory of the first holds the negatives of its elements, as that of z.conj().imag does.
+    # The memory of the first holds its elements negated, as that of z.conj().imag does.
     "views_negative": views(lambda t: torch._neg_view(-t)),
     "views_expanded": views(lambda t: t[:1].expand(t.shape) if t.dim() else t),
 }  # fmt: skip
 
-# Thousands of launches each; test_gradcheck.py and the rows of transforms and of one argument make them in fewer.
-# The rules for vmap are the same on both; what a batch of each input comes to the kernels are given there, too.
+# Thousands of launches each; test_gradcheck.py and the rows of transforms and of one argument need fewer.
+# The rules for vmap are the same on both; what they give the kernels for a batch of each input is tested there, too.
 SLOW_ON_KERNELS = {
     "gradients_forward_backward_and_batched", "second_derivatives_forward_over_reverse", "hessian",
     "vmap_over_any_argument",
 }  # fmt: skip
 
 
-# What Dynamo traces are the rules, which are the same on both.
+# Dynamo traces the rules, which are the same on both.
 SLOW_ON_BOTH = {"compiled_autograd", "compiled_transforms"}
 
 
@@ -425,7 +425,7 @@ def test_on_the_reference(check, operator, device):
         CHECKS[check](Operator(operator, device))
 
 
-# One switch in the kernels of conv2d and linear, which test_fused.py compares with those bit by bit.
+# One switch in the kernels of conv2d and linear; test_fused.py compares it bit by bit with the separate functions.
 SWITCHES = {"conv2d_relu", "linear_relu"}
 
 
@@ -492,7 +492,7 @@ def test_opcheck(backend, device):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_channels_last(dynamic, device):
-    """The compiler is told the layout that the real call gives, for input, output and gradients."""
+    """The compiler sees the real call's layout for input, output and gradients."""
     torch._dynamo.reset()
 
     def net(f, x, w, v):
@@ -518,7 +518,7 @@ def test_compiles_channels_last(dynamic, device):
 
 
 def test_lenet_trains_compiled(device):
-    """Forward, loss and backward in one compiled function, a shorter last batch, two steps: the numbers of eager."""
+    """Forward, loss and backward in one compiled function, a shorter last batch, two steps: eager's results."""
     torch._dynamo.reset()
     twins = []
     for compiles in (True, False):

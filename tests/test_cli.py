@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it writes, that nothing is lost, and how it refuses."""
+"""The command line as a user sees it: its files, resuming without loss, and its errors."""
 
 import functools
 import io
@@ -34,7 +34,7 @@ def pixels(images):
 
 @pytest.fixture
 def digits(tmp_path):
-    """A folder of 200 digits to train and 100 to test on."""
+    """A folder of 200 digits to train on and 100 to test on."""
     train_x, train_y, test_x, test_y = load_digits()
     train_x, test_x = ((255 * pixels(x)).round().byte() for x in (train_x[:200], test_x[:100]))
     folder = tmp_path / "digits"
@@ -66,7 +66,7 @@ def weights(folder):
 
 
 def assert_same_run(a, b):
-    """Two runs ended alike to the last bit: weights, every loss, every accuracy."""
+    """Two runs ended with the same bits: weights, every loss, every accuracy."""
     assert all(torch.equal(p, q) for p, q in zip(weights(a).values(), weights(b).values(), strict=True))
     a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (a, b))
     assert a["losses"] == b["losses"] and a["confusion"] == b["confusion"]
@@ -90,7 +90,7 @@ def test_training_writes_all_of_it(trained):
     assert f"{metrics['test_accuracy']:.2%}" in output and "images/s" in output and str(folder / "model.pt") in output
     for name in PICTURES:
         with Image.open(folder / name) as picture:
-            # Not blank: ink of more than one colour on white.
+            # Not blank: several colours on white.
             assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
 
 
@@ -103,7 +103,7 @@ INTERRUPTIONS = {
 
 @pytest.mark.parametrize("at, options", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
 def test_ctrl_c_and_resume_change_nothing(at, options, digits, tmp_path, capsys, monkeypatch, no_pictures):
-    """Of two epochs of 4 batches; bit for bit the uninterrupted run."""
+    """Two epochs of 4 batches have the bits of the uninterrupted run."""
     common = ["train", "--data", digits, "--epochs", 2, "--batch-size", 60, "--device", "cpu", *options]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run(capsys, *common, "--out", whole)[0] == 0
@@ -122,13 +122,13 @@ def test_ctrl_c_and_resume_change_nothing(at, options, digits, tmp_path, capsys,
         code, _, error = run(capsys, *common, "--out", halves)
     assert code == 130 and error.splitlines()[-1] == f"tritonnet train --resume {halves}", error
     assert not (halves / "model.pt").exists()
-    torch.randn(3)  # other random numbers in between change nothing
+    torch.randn(3)  # random numbers drawn in between change nothing
     assert run(capsys, "train", "--resume", halves, "--device", "cpu")[0] == 0
     assert_same_run(whole, halves)
 
 
 def test_ctrl_c_from_outside(digits, tmp_path, capsys, no_pictures):
-    """A process that is sent SIGINT in the middle of its training, and another that goes on."""
+    """A process receives SIGINT while it trains, and another continues."""
     common = ["train", "--data", digits, "--epochs", 30, "--batch-size", 20, "--device", "cpu"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run(capsys, *common, "--out", whole)[0] == 0
@@ -149,7 +149,7 @@ def test_an_unfinished_run_is_not_overwritten(digits, tmp_path, capsys, no_pictu
     out = tmp_path / "out"
     common = ["train", "--data", digits, "--batch-size", 100, "--device", "cpu"]
     assert run(capsys, *common, "--epochs", 1, "--out", out)[0] == 0
-    assert run(capsys, *common, "--epochs", 1, "--out", out)[0] == 0  # a finished one is
+    assert run(capsys, *common, "--epochs", 1, "--out", out)[0] == 0  # a finished run may be overwritten
     state = train.read_checkpoint(out / "checkpoint.pt")
     started = train.Run(state["options"], state["images"], torch.device("cpu"))
     checkpoint.save(out / "checkpoint.pt", started.state())
@@ -173,7 +173,7 @@ def test_threads_follow_from_the_batch(batch, number, monkeypatch):
 
 
 def test_a_run_keeps_its_threads(digits, tmp_path, capsys, monkeypatch, no_pictures):
-    """While it trains, and when it goes on on another day; then the process has its own again."""
+    """While it trains, and when it is resumed on another day; afterwards the process has its own number again."""
 
     class Watched(tritonnet.TrainStep):
         def __call__(self, images, labels):
@@ -195,7 +195,7 @@ def test_a_run_keeps_its_threads(digits, tmp_path, capsys, monkeypatch, no_pictu
     code, output, _ = run(capsys, *common, "--out", tmp_path / "b")
     assert code == 0 and seen[4:] == [2] * 4 and started == [2, 4] and "with 2 threads" in output
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["options"]["threads"] == 2
-    # As torch has it in a process, for runs of versions that kept none.
+    # The process's number in torch, for runs of versions that saved none.
     assert train.settle_threads(None, {"threads": None}, 1) == before
     code, _, error = run(capsys, *common, "--threads", 5, "--out", tmp_path / "c")
     assert code == 2 and "--threads 5: this machine has 4 cores" in error and error.count("\n") == 1
@@ -203,7 +203,7 @@ def test_a_run_keeps_its_threads(digits, tmp_path, capsys, monkeypatch, no_pictu
 
 @pytest.mark.parametrize("program", ["/usr/bin/tritonnet", str(ROOT / "tritonnet" / "__main__.py")])
 def test_threads_that_wait_asleep_take_a_new_process(program, monkeypatch):
-    """Of our commands, once: nobody else's program is started twice."""
+    """Only our commands are restarted, and only once."""
     begun = []
     monkeypatch.setattr(os, "execv", lambda *arguments: begun.append((*arguments, os.environ["OMP_WAIT_POLICY"])))
     monkeypatch.setattr(sys, "orig_argv", ["python", program, "train", "--batch-size", "512"])
@@ -211,7 +211,7 @@ def test_threads_that_wait_asleep_take_a_new_process(program, monkeypatch):
     machine.wait_asleep()
     monkeypatch.delenv("OMP_WAIT_POLICY")
     machine.wait_asleep()
-    assert not begun  # this is pytest's program
+    assert not begun  # the program is pytest
     monkeypatch.setattr(sys, "argv", [program, "train"])
     for _ in range(2):
         machine.wait_asleep()
@@ -223,7 +223,7 @@ def test_threads_that_wait_asleep_take_a_new_process(program, monkeypatch):
 
 
 def test_photos_are_read_right(trained, tmp_path, capsys):
-    """40 pictures of digits that the training has not seen: any colours, half of them light on dark."""
+    """40 pictures of digits that are not in the training set: any colours, half of them light on dark."""
     _, _, test_x, test_y = load_digits()
     for i, digit in enumerate(pixels(test_x[:40])):
         size = [(640, 480), (480, 640), (1200, 900), (200, 200)][i % 4]
@@ -248,7 +248,7 @@ def on_transparent(grey, value):
 
 
 def coloured(grey):
-    """Red on a green that is as light: no difference in grey."""
+    """Red on an equally light green: no difference in grey."""
     picture = Image.new("RGB", grey.size, (0, 130, 0))
     picture.paste(Image.new("RGB", grey.size, (255, 0, 0)), (0, 0), grey)
     return picture
@@ -271,7 +271,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image(kind, trained, tmp_path, capsys):
-    """A 3 in each form that image files come in."""
+    """A 3 in each form of image file."""
     digit = pixels(load_digits()[2][:1])[0]
     grey = Image.fromarray((255 * digit).byte().numpy()).resize((280, 280), Image.Resampling.BICUBIC)
     picture = KINDS[kind](grey)
@@ -283,10 +283,10 @@ def test_every_kind_of_image(kind, trained, tmp_path, capsys):
 
 
 def test_reading_leaves_mnist_as_it_is():
-    """A digit that is prepared already comes out as MNIST has it: of the same size, in the same place."""
+    """A digit that is prepared already comes out as MNIST has it: the same size and position."""
     digits = pixels(load_digits()[2][:20])
     read = torch.stack([images.centre(images.find_ink(digit)) for digit in digits])
-    # Half a pixel to the side makes 0.07 of it.
+    # A shift by half a pixel makes 0.07 of it.
     assert (read - digits).abs().mean() < 0.04
 
 
@@ -294,7 +294,7 @@ def test_exif_orientation(tmp_path):
     picture = Image.new("L", (60, 90), 255)
     picture.paste(0, (10, 10, 20, 80))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    exif[0x0112] = 6  # shown turned by 90 degrees
     picture.save(tmp_path / "a.jpg")
     picture.save(tmp_path / "b.jpg", exif=exif)
     upright, turned = (images.read_digit(tmp_path / name)[0, 0] for name in ("a.jpg", "b.jpg"))
@@ -314,7 +314,7 @@ def test_images_that_cannot_be_read(trained, tmp_path, capsys):
 
 
 def test_weights_too_large_for_numbers_are_refused(trained, tmp_path, capsys):
-    """Finite ones, whose products are not: no table of nan, and no NaN in what has to be JSON."""
+    """Finite weights whose products overflow: no table of nan, and no NaN in the JSON."""
     torch.save({name: t * 1e36 for name, t in weights(trained[0]).items()}, tmp_path / "large.pt")
     picture = ROOT / ".github" / "photo.jpg"
     code, output, error = run(capsys, "predict", picture, "--weights", tmp_path / "large.pt", "--json")
@@ -385,7 +385,7 @@ def test_a_wait_is_said_if_it_is_long(capsys):
 
 
 def test_the_first_step_on_a_gpu_says_that_it_compiles(digits, tmp_path, capsys, monkeypatch, no_pictures):
-    """As if the CPU were a GPU, with a step that takes long."""
+    """With the CPU in the place of a GPU, and a slow step."""
 
     class Slow(tritonnet.TrainStep):
         def __call__(self, images, labels):
@@ -495,7 +495,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_without_the_extra(digits, tmp_path):
-    """torch alone: training works, and says what it leaves out; predict says what to install."""
+    """torch alone: training works and says what it leaves out; predict says what to install."""
     out = tmp_path / "out"
     arguments = ["train", "--data", str(digits), "--epochs", "1", "--device", "cpu", "--out", str(out)]
     result = run_python("-c", WITHOUT_EXTRA, *arguments, TRITON_INTERPRET=None, OMP_NUM_THREADS="1")
@@ -521,7 +521,7 @@ def test_progress_bar(capsys, monkeypatch):
 
 
 def test_closed_and_full_outputs(capsys, monkeypatch):
-    """Files that a process was started without are None in Python; what cannot be written to is said once."""
+    """Files closed before the process starts are None in Python; a failure to write is reported once."""
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", None)
         patch.setattr(sys, "stderr", None)

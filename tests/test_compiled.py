@@ -1,4 +1,4 @@
-"""What the kernels compile to for an A100, an H100 and a B200, run without one: compiled.py and planted.py here."""
+"""The kernels' compiled code for an A100, an H100 and a B200 without one: runs compiled.py and planted.py."""
 
 import re
 from importlib.metadata import version
@@ -7,7 +7,7 @@ import pytest
 from conftest import run_python
 
 TRITON = version("triton")
-# Planted bugs are changes of the code that this release makes.
+# Planted bugs change the code that this release of Triton generates.
 of_this_release = pytest.mark.skipif(
     not TRITON.startswith("3.7."), reason=f"planted in triton 3.7's code, not {TRITON}'s"
 )
@@ -16,7 +16,7 @@ fenced = pytest.mark.skipif(
 )
 
 
-# sm_100 in one format: all of compiled.py on it takes longer than on the other two.
+# sm_100 in one format: all of compiled.py takes longer on it than on the other two.
 @pytest.mark.parametrize(
     "arch, file, which",
     [
@@ -28,7 +28,7 @@ fenced = pytest.mark.skipif(
     ],
 )
 def test_as_compiled(arch, file, which, record_property):
-    """In a process of its own: in this one kernels may be the interpreter's."""
+    """In a process of its own: in this one Triton's kernels may be interpreted."""
     command = "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{file}", "-k", which
     result = run_python(*command, TRITONNET_TEST_DEVICE=arch, TRITON_INTERPRET=None, PYTEST_ADDOPTS=None)
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr

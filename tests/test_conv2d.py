@@ -1,7 +1,7 @@
 """conv2d against float64, value and every gradient, on the kernels and on the reference.
 
 In the interpreter the float64, float32 and float16 cases prove the arithmetic; bfloat16 is emulated there and tf32 is
-computed in full float32, so their hardware paths are proved by these same tests on a GPU, or as compiled code.
+computed in full float32; these same tests prove their hardware paths on a GPU, or as compiled code.
 """
 
 import pytest
@@ -48,7 +48,7 @@ CASES = {
 
 
 def make(case, with_bias=True):
-    """The float64 inputs, the arguments and the longest sums of y and of its gradients."""
+    """The float64 inputs, the arguments, and the length of the sums of y and of its gradients."""
     (N, C, H, W), (OC, KH, KW), arguments = CASES[case]
     C_group = C // arguments.get("groups", 1)
     x, w = torch.randn(N, C, H, W).double(), torch.randn(OC, C_group, KH, KW).double()
@@ -72,7 +72,7 @@ def test_float64(case, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", ["lenet conv2", "wide, by taps", "stride pair (1, 3)", "wide groups", "depthwise"])
 def test_narrow_dtypes(case, dtype, backend, device):
-    # On a GPU torch rounds a sum before it adds the bias, and once more after it.
+    # On a GPU torch rounds a sum before it adds the bias, and again after it.
     rounded_once = backend == "triton" or device.type == "cpu"
     inputs, arguments, terms = make(case, with_bias=case != "wide groups" and rounded_once)
     check_linear(
@@ -83,7 +83,7 @@ def test_narrow_dtypes(case, dtype, backend, device):
 
 
 def test_full_float32(device, full_precision):
-    """With torch's flag at full precision no tf32 tolerance is granted; the flag is read at each call."""
+    """With torch's flag at full precision no tf32 tolerance is allowed; the flag is read at each call."""
     inputs, arguments, terms = make("wide, by taps")
     check_linear(
         lambda x, w, b: F.conv2d(x, w, b, **arguments),
@@ -103,7 +103,7 @@ def test_precision_follows_torch(flag, full_precision):
 
 
 def test_precision_follows_the_older_flags():
-    """In a process of its own: torch wants one kind of flags or the other."""
+    """In a process of its own: torch allows only one kind of flags."""
     code = """
 import torch
 from tritonnet.kernels import linear
@@ -134,7 +134,7 @@ def test_padding_modes(mode, groups, padding, stride, backend, device):
     pixels = 2 * theirs(x)[0, 0].numel()
     check_linear(
         call(ours), call(theirs), (x, torch.randn(OC, C, KH, KW).double(), torch.randn(OC).double()),
-        # Up to nine padded pixels copy one.
+        # Up to nine padded pixels copy one pixel.
         [C * KH * KW + 1, 9 * OC * KH * KW, pixels, pixels], torch.float64, device,
     )  # fmt: skip
 

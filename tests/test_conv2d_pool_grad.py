@@ -1,7 +1,7 @@
-"""The gradients of conv2d_relu_max_pool2d straight from the pooled gradient and the code, against float64.
+"""The gradients of conv2d_relu_max_pool2d, computed from the pooled gradient and the code, against float64.
 
-In the interpreter float32 is computed in full, where a GPU takes tf32, and bfloat16 is emulated: what the hardware
-makes of them is proved by these same tests on a GPU, or as compiled code.
+In the interpreter float32 is computed in full, where a GPU takes tf32, and bfloat16 is emulated: these same tests prove
+their hardware paths on a GPU, or as compiled code.
 """
 
 import pytest
@@ -26,7 +26,7 @@ CASES = {
     "overlapping windows": ((1, 1, 8, 7), (9, 3, 3), 1, 1, 1, 2, 1, 1, False),
     "windows apart, of three pixels": ((2, 3, 9, 10), (4, 2, 2), 1, 0, 1, (1, 3), (2, 4), (0, 1), False),
     "windows of one pixel": ((2, 2, 6, 5), (4, 1, 3), 1, 0, 1, 1, (2, 1), 0, False),
-    # Results of the convolution: 7 x 9, 9 x 7, 9 x 10, 6 x 5, 8 x 8, 6 x 5 and 1 x 2 pixels.
+    # Outputs of the convolution: 7 x 9, 9 x 7, 9 x 10, 6 x 5, 8 x 8, 6 x 5 and 1 x 2 pixels.
     "ceil_mode, one channel": ((3, 1, 8, 10), (6, 2, 2), 1, 0, 1, 2, 2, 0, True),
     "ceil_mode, padded, two blocks of filters": ((2, 4, 9, 7), (17, 3, 3), 1, 1, 1, 2, 2, 0, True),
     "ceil_mode, strided, windows apart": ((2, 1, 17, 19), (5, 3, 3), 2, 1, 1, 2, 3, 0, True),
@@ -47,13 +47,13 @@ def pair(value):
 
 
 def geometry(case):
-    """What the launchers take after their tensors."""
+    """The launchers' arguments after the tensors."""
     stride, (ph, pw), dilation, *pool = map(pair, CASES[case][2:-1])
     return stride, (ph, ph, pw, pw), dilation, 1, "zeros", *pool
 
 
 def tensors(case, dtype):
-    """x, w, and a pooled gradient and code of their convolution, in float64 of as many digits as dtype has."""
+    """x, w, and a pooled gradient and code of their convolution, in float64 but with dtype's precision."""
     size, (OC, *kernel) = CASES[case][:2]
     x, w, b = (torch.randn(s).to(dtype).double() for s in (size, (OC, size[1], *kernel), (OC,)))
     y, code = reference.conv2d_relu_max_pool2d(x, w, b, *geometry(case), CASES[case][-1])
@@ -69,7 +69,7 @@ def true_gradients(case, x, w, dy, code):
 
 
 def check(case, dtype, x, w, dy, code, prepare=lambda t: t):
-    """Our three gradients, of tensors that `prepare` lays out, against the truth."""
+    """Our three gradients, of tensors laid out by `prepare`, against the truth."""
     ours = [prepare(t.to(DEVICE, dtype)) for t in (x, w, dy)]
     our_code = prepare(code.to(DEVICE))
     with tritonnet.count_launches() as launches:
@@ -115,7 +115,7 @@ def test_any_strides(strides):
 
 
 def test_nothing_gets_through():
-    """Where the rectifier was dead everywhere not even what is infinite leaves a trace."""
+    """Where the rectifier was dead everywhere, infinite gradients leave no trace."""
     case = "two tiles of images"
     x, w, dy, code = tensors(case, torch.float32)
     code.fill_(4)

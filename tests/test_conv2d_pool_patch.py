@@ -1,4 +1,4 @@
-"""The forms of conv2d_relu_max_pool2d for few channels, against the reference to the bit and against float64."""
+"""The forms of conv2d_relu_max_pool2d for few channels: bit for bit the reference, and against float64."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 @pytest.fixture(params=FORMATS)
 def dtype(request):
-    """The dtype of a number format, whose products are taken as it says."""
+    """The dtype of a number format, with products taken in that format."""
     dtype, precision = FORMATS[request.param]
     previous = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = precision
@@ -44,7 +44,7 @@ def few_channels(launches):
 
 
 def arguments(case):
-    """Pairs, as the operator takes them."""
+    """The operator's arguments, as pairs."""
     options = {"stride": 1, "dilation": 1, "padding": 0, "pool_stride": 2, **CASES[case][2]}
     stride, dilation, padding, pool_stride = (
         (v, v) if isinstance(v := options[name], int) else v
@@ -56,7 +56,7 @@ def arguments(case):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_codes_of_integers(case, layout, dtype, device):
-    """Exact in every format, with many ties: torch's eager operators say which pixel wins."""
+    """Exact in every format, with many ties: torch's eager operators decide which pixel wins."""
     size, filters, _ = CASES[case]
     x, w = integers(size, 2).to(device, dtype).contiguous(memory_format=layout), integers(filters, 2).to(device, dtype)
     for bias in (integers(filters[:1], 9).to(device, dtype), None):
@@ -84,7 +84,7 @@ def test_values_against_float64(case, dtype, device):
 
 
 def test_what_is_not_finite(dtype, device):
-    """In lanes all is torch's; the product hands it on to the windows beside, never loses it, and names a pixel."""
+    """Lanes do as torch does; the product spreads it to neighbouring windows, never loses it, and names a pixel."""
     x = torch.randn(2, 1, 12, 12)
     x[0, 0, 3, 4], x[0, 0, 3, 5], x[1, 0, 7, 2], x[1, 0, 0, 0] = (float(v) for v in ("nan", "nan", "inf", "-inf"))
     w = torch.randn(3, 1, 3, 3)
@@ -110,7 +110,7 @@ def test_a_bias_with_gaps_and_no_images(dtype, device):
         assert F.conv2d_relu_max_pool2d(x[:0], w).shape == (0, 4, 3, 3)
 
 
-# What ceil_mode adds a window to, on one side or both, has the general form; to the others it makes no difference.
+# Cases where ceil_mode adds a window on one or both sides take the general form; the others are not affected.
 PARTIAL = "cut off on both sides", "padded, filters left over", "strided, dilated", "more filters than columns"
 
 

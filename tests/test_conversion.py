@@ -1,4 +1,4 @@
-"""convert and revert on models that others wrote."""
+"""convert and revert on other people's models."""
 
 import copy
 import pickle
@@ -78,7 +78,7 @@ def test_everything_stays(device):
     with tritonnet.count_launches() as launches:
         model.to(device)(torch.randn(2, 3, 16, 16, device=device))
     assert calls == ["fc"] and launches["conv2d_forward_kernel"] == 5 and launches["depthwise_forward_kernel"] == 1
-    assert tritonnet.convert(model) is model  # twice is once
+    assert tritonnet.convert(model) is model  # converting twice changes nothing
     assert tritonnet.revert(model) is model and type(held) is torch.nn.Conv2d
     assert not [m for m in model.modules() if isinstance(m, kinds)]
     with tritonnet.count_launches() as launches:

@@ -1,4 +1,4 @@
-"""F.cross_entropy against torch's in float64: values, gradients, and what torch serves."""
+"""F.cross_entropy against torch's in float64: values, gradients, and the arguments that torch's operator serves."""
 
 import functools
 
@@ -18,8 +18,8 @@ SIZES = {
     "LeNet": (7, 10), "one row": (1, 3), "one class": (4, 1), "many": (300, 130),
     "below a block": (5, 63), "a block": (6, 64), "above a block": (9, 65),
 }  # fmt: skip
-# As compiled: whole blocks of targets and a rest, several turns of one program, several programs, and rows that just
-# fit a block, are just too wide, and are loaded 16 bytes at a time or one by one.
+# In compiled code: whole blocks of targets and a rest, several iterations of one program, several programs, and rows
+# that just fit a block, are just too wide, and are loaded 16 bytes at a time or one by one.
 AS_COMPILED = {
     "many targets": (2100, 3), "several turns": (700, 10), "several programs": (41, 600), "below a block": (3, 4095),
     "a block": (3, 4096), "above a block": (3, 4097), "wide": (2, 8200),
@@ -36,7 +36,7 @@ def draw(size, dtype, device):
 def value_and_grad(function, x, target, **arguments):
     leaf = x.detach().requires_grad_()
     loss = function(leaf, target, **arguments)
-    # On the CPU: another device may round the same numbers otherwise.
+    # On the CPU: another device may round these values otherwise.
     dloss = torch.linspace(0.5, 2, loss.numel()).view(loss.shape).to(x)
     return loss, *torch.autograd.grad(loss, leaf, dloss)
 
@@ -99,7 +99,7 @@ def test_ignored_rows(backend, device):
 
 
 def test_far_apart_logits(backend, device):
-    """No overflow and no loss of the small ones; -inf is a class that never is."""
+    """No overflow, and small ones are not lost; -inf is a class that never occurs."""
     x = torch.tensor([[1e4, 0.0, -1e4], [-1e30, 1e30, 0.0], [5.0, float("-inf"), 5.0]], device=device)
     loss, grad = value_and_grad(F.cross_entropy, x, torch.tensor([0, 1, 2], device=device), reduction="none")
     torch.testing.assert_close(loss, torch.tensor([0.0, 0.0, 2.0], device=device).clamp(max=0.6931472))
@@ -159,7 +159,7 @@ def test_what_torch_serves(device):
 
 
 NAN, INF = float("nan"), float("inf")
-# Of four classes; those of the targets below are 0, 1 and 2, so that 3 is nobody's.
+# Of four classes. The targets below are 0, 1 and 2, so that no row has 3.
 WEIGHTS = {
     "none": None, "plain": (0.5, 1.5, 2, 1), "inf": (0.5, INF, 1, 2), "-inf": (0.5, -INF, 1, 2),
     "nobody's is inf": (0.5, 1.5, 1, INF), "0": (1, 0, 2, 1), "all 0": (0, 0, 0, 0), "nobody's alone": (0, 0, 0, 2),
@@ -198,7 +198,7 @@ def derivatives(function, x, target, **arguments):
 
 
 def check_derivatives(x, target, weight=None, ignore_index=-100, **arguments):
-    """As torch in float64, but for the zeros of ignored rows: there torch passes on a NaN of logits or weights."""
+    """As torch in float64, except for the zeros of ignored rows: there torch passes on a NaN of logits or weights."""
     arguments["ignore_index"] = ignore_index
     found = derivatives(F.cross_entropy, x, target, weight=weight, **arguments)
     weight = None if weight is None else weight.cpu().double()
@@ -224,7 +224,7 @@ def test_odd_rows_and_weights(kind, weight, backend, device):
 
 
 def test_odd_batches(backend, device):
-    """One row, rows without a batch, none at all, pixels and probabilities: whatever serves them."""
+    """One row, rows without a batch, none at all, pixels and probabilities, whatever serves them."""
     torch.use_deterministic_algorithms(False)
     x, weight = torch.randn(4, device=device), torch.tensor([0.5, 1.5, 2, 1], device=device)
     for reduction in ("mean", "sum", "none"):
@@ -241,7 +241,7 @@ def test_odd_batches(backend, device):
 
 
 def test_weights_that_cancel(backend, device):
-    """A mean that is divided by 0: torch has infinities, a large batch NaN, and neither a number."""
+    """A mean divided by 0: torch gives infinities, a large batch NaN, and neither is finite."""
     x, target, _ = odd_rows("ignored")
     weight = torch.tensor([1.0, 1.0, -1.0, 1.0], device=device)
     for smoothing in (0.0, 0.2):
@@ -251,7 +251,7 @@ def test_weights_that_cancel(backend, device):
 
 
 def test_transforms_of_ignored_rows(backend, device):
-    """One of three batches is ignored, and half of another: the derivatives of each are its own."""
+    """One of three batches is ignored, and half of another: each has its own derivatives."""
     x = torch.randn(3, 4, 5, device=device)
     target = torch.tensor([[-100] * 4, [0, -100, 1, -100], [4, 3, 2, 1]], device=device)
     x[target == -100] = NAN
@@ -267,9 +267,9 @@ def test_transforms_of_ignored_rows(backend, device):
             grads = torch.func.vmap(torch.func.grad(function))(x, target)
             for loss, grad, x_of, target_of in zip(losses, grads, x, target, strict=True):
                 true_loss, true_grad = value_and_grad(function, x_of, target_of)
-                true_grad = true_grad / 0.5  # which one loss has there
+                true_grad = true_grad / 0.5  # the dloss of a single loss
                 torch.testing.assert_close((loss, grad), (true_loss.detach(), true_grad), equal_nan=True)
-                # An ignored row's tangent has no part in it either.
+                # An ignored row's tangent is not used either.
                 tangent = torch.where((target_of == -100)[:, None], NAN, torch.randn_like(x_of))
                 _, tloss = torch.func.jvp(functools.partial(function, target=target_of), (x_of,), (tangent,))
                 true_tloss = (true_grad * tangent.nan_to_num(nan=0)).sum()
@@ -277,7 +277,7 @@ def test_transforms_of_ignored_rows(backend, device):
 
 
 def same_where_finite(actual, truth, message):
-    """Which of NaN and the infinities a number is, where it is none of the finite ones, may differ."""
+    """Where the truth is not finite, NaN and the infinities may replace each other."""
     truth = truth.to(actual)
     assert torch.equal(actual.isfinite(), truth.isfinite()), f"{message}: {actual}, not {truth}"
     actual, truth = (torch.where(truth.isfinite(), t, 0) for t in (actual, truth))
@@ -293,7 +293,7 @@ ODD_GRADIENTS = {
 @pytest.mark.parametrize("kind", ODD_GRADIENTS)
 @pytest.mark.parametrize("target", [(0, -100, 2, -100), (-100,) * 4], ids=["some ignored", "all ignored"])
 def test_ignored_rows_under_any_gradient(target, kind, backend, device):
-    """Their gradient is 0 whatever the loss is multiplied by; so are both second derivatives'."""
+    """Their gradient is 0 whatever the loss is multiplied by; so are both second derivatives."""
     x, target = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), torch.tensor(target)
     v = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
     v[target == -100] = NAN
@@ -314,12 +314,12 @@ def test_ignored_rows_under_any_gradient(target, kind, backend, device):
                 if what == "by logits":  # torch passes on the NaN of v in ignored rows
                     truth[target == -100] = 0
                 elif what == "by dloss" and reduction == "mean" and (target == -100).all():
-                    truth.zero_()  # torch divides by their number
+                    truth.zero_()  # torch divides by the number of rows that count, 0
                 same_where_finite(actual, truth, f"{what}, {reduction}, {arguments}")
 
 
 def test_a_batch_without_targets_leaves_weights_alone(backend, device):
-    """As of a masked language model: sums that are divided by a count of 0, and masked means over no tokens."""
+    """As in a masked language model: sums divided by a count of 0, and masked means over no tokens."""
     x, w = torch.randn(6, 5, device=device), torch.randn(3, 5, device=device)
     target = torch.full((6,), -100, device=device)
     kept = target != -100
@@ -339,7 +339,7 @@ def test_a_batch_without_targets_leaves_weights_alone(backend, device):
 
 
 def strided(grad):
-    """The same numbers in other places: rows of wider ones, columns, gaps, and one row for all."""
+    """The same values in other layouts: rows of wider ones, columns, gaps, and one row for all."""
     N, C = grad.shape
     yield torch.cat([grad, grad], 1)[:, :C]
     yield torch.cat([grad, grad, grad[:, :1]], 1)[:, :C]
@@ -405,7 +405,7 @@ def test_compiled_loss_of_ignored_rows(backend, device):
 
 
 def test_compiled_backward(backend, device):
-    """Dynamo traces a rule's backward, too, where autograd itself is compiled."""
+    """Dynamo also traces a rule's backward where autograd itself is compiled."""
     x, target = torch.randn(3, 4, device=device, requires_grad=True), torch.tensor([1, -100, 2], device=device)
     torch._dynamo.reset()
     loss = F.cross_entropy(x, target, reduction="sum")
@@ -415,7 +415,7 @@ def test_compiled_backward(backend, device):
 
 
 def test_classes_of_one_byte(backend, device):
-    """156 is a class, although it is the default of ignore_index modulo 256, and 255 may be ignored."""
+    """156 is a class, although it is ignore_index's default modulo 256, and 255 may be ignored."""
     x, target = torch.randn(4, 200, device=device), torch.tensor([156, 3, 255, 156], device=device)
     for ignored in (-100, 255):
         some = target if ignored == 255 else target[:2]
@@ -439,7 +439,7 @@ def test_more_rows_than_float16_counts(device):
 
 @pytest.mark.parametrize("label, ignored", [(4, -100), (-1, -100), (2**40, -100), (-100, 2), (200, -100)])
 def test_a_target_that_is_no_class(label, ignored, backend, device):
-    """An error where it can be seen in time, and else NaN in its row; never a read outside the row."""
+    """An error where it can be seen in time, otherwise NaN in its row; never a read outside the row."""
     x, target = torch.randn(3, 4, device=device), torch.tensor([1, label, 2], device=device)
     target = target.byte() if label == 200 else target
     seen = device.type == "cpu" and (backend == "reference" or EMULATED is None)

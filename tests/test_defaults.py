@@ -1,6 +1,6 @@
-"""Results have the same bits whatever a program has set as torch's default device and dtype.
+"""Results have the same bits whatever default device and dtype a program has set in torch.
 
-Libraries that load large models set the device "meta", on which nothing has values; others set a dtype.
+Libraries that load large models set the device "meta", on which tensors have no values; others set a dtype.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from tritonnet.lenet.recognition import find_layers
 
 @contextlib.contextmanager
 def other_defaults():
-    """Both at once: a tensor made without a device has no values here, and one without a dtype is float64."""
+    """Both at once: a tensor made without a device has no values, and one made without a dtype is float64."""
     dtype = torch.get_default_dtype()
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.float64)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            # torch puts a default device aside while it calls an operator; ours are not to depend on that.
+            # torch suspends a default device while it calls an operator; ours must not depend on that.
             patch.setattr(ops, "on_device", lambda device: torch.device("meta"))
             yield
     finally:
@@ -48,13 +48,13 @@ def cross_entropy(reduction):
 
 
 def layer(cls, *args, **kwargs):
-    """A layer as a function of what it is given and of its parameters."""
+    """A layer as a function of its inputs and its parameters."""
     module = cls(*args, **kwargs)
     names = [name for name, _ in module.named_parameters()]
     return lambda f, x, *tensors: tf.functional_call(module, dict(zip(names, tensors)), (x,))
 
 
-# As in OPERATORS; layers of ours take no module of functions.
+# As in OPERATORS; our layers take no module of functionals.
 CASES = {
     **OPERATORS,
     "cross_entropy, mean": (cross_entropy("mean"), (4, 5)),
@@ -79,7 +79,7 @@ CASES = {
 
 
 def everything(function, inputs):
-    """What a function gives, its gradients and theirs, by the way of torch's that leaves the defaults in force."""
+    """Results, first and second gradients, computed by a path of torch that keeps the defaults in force."""
     inputs = [t.clone().requires_grad_() for t in inputs]
     results = function(F, *inputs)
     y = results[0] if isinstance(results, tuple) else results
@@ -109,7 +109,7 @@ def test_results_and_gradients(case, backend, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_batched(case, device):
-    """The rules for vmap, which are those of both backends."""
+    """The rules for vmap, which both backends share."""
     function, *sizes = CASES[case]
     batches = [torch.randn(2, *size).to(device) for size in sizes]
     batched = tf.vmap(lambda *tensors: function(F, *tensors))
@@ -121,7 +121,7 @@ def test_batched(case, device):
 
 
 def test_a_fused_model(device):
-    """It is converted, captured, called, and told to be a LeNet."""
+    """It is converted, captured, called, and recognised as a LeNet."""
     model, x, said = TutorialLeNet().to(device), torch.randn(2, 1, 32, 32, device=device), []
 
     def run():
@@ -150,7 +150,7 @@ def test_digits():
 
 
 def test_the_command_line(tmp_path, monkeypatch, capfd):
-    """A training, and what it then reads in a picture; the caller's defaults are his again."""
+    """It trains, and reads a picture with the result; the caller's defaults are restored."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no pictures, which take seconds
     images, labels = torch.randint(256, (40, 28, 28), dtype=torch.uint8), torch.arange(40, dtype=torch.uint8) % 10
     write_mnist(tmp_path, images, labels, images[:10], labels[:10])

@@ -1,4 +1,4 @@
-"""Which implementation serves, and the counting of launches."""
+"""Which implementation is chosen, and how launches are counted."""
 
 import contextlib
 import threading
@@ -53,7 +53,7 @@ except RuntimeError as e:
 
 
 def test_other_threads_follow_the_choice():
-    """autograd runs the backward of a GPU in threads of its own."""
+    """On a GPU autograd runs the backward in threads of its own."""
     x = torch.ones(3, device=DEVICE, requires_grad=True)
     with tritonnet.count_launches() as launches, tritonnet.backend("reference"):
         y = F.relu(x).sum()
@@ -82,7 +82,7 @@ def test_counting_leaves_no_hook_behind():
 
 
 def test_operators_run_on_the_device_of_their_tensors(monkeypatch):
-    """Triton launches on the current device, which need not be that of the tensors (no second GPU is needed to see)."""
+    """Triton launches on the current device, which may differ from the tensors' (the test needs no second GPU)."""
     chosen = []
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(
@@ -104,6 +104,6 @@ def test_meta_tensors_have_shapes_only():
 @pytest.mark.skipif(DEVICE == "cpu", reason="this run is the interpreter's already")
 @pytest.mark.skipif(not INTERPRETER_RUNS, reason="the interpreter of triton 3.6 needs numpy before 2.4")
 def test_the_interpreter_too():
-    """With a GPU the suite above runs on it; the whole of it then runs in the interpreter as well."""
+    """With a GPU the suite above runs on it; all of it then also runs in the interpreter."""
     result = run_python("-m", "pytest", "-q", "-x", "tests", TRITONNET_TEST_DEVICE="cpu", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-3000:]

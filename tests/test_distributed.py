@@ -20,13 +20,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.mark.skipif(not INTERPRETER_RUNS, reason="the interpreter of triton 3.6 needs numpy before 2.4")
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_data_parallel_and_sharded(backend):
-    """Gradients of both halves of the batch, averaged, are those of one process and torch's own layers."""
+    """Gradients of both halves of the batch, averaged, are those of one process and of torch's own layers."""
     result = run_python(*TORCHRUN, "tests/distributed_worker.py", backend, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_training_under_torchrun(tmp_path):
-    """Rank 0 alone prints and saves, Ctrl-C stops both after the same batch, and two processes do what one does."""
+    """Only rank 0 prints and saves, Ctrl-C stops both after the same batch, and two processes do what one does."""
     data, out, alone = (tmp_path / name for name in ("data", "out", "alone"))
     data.mkdir()
     train_x, train_y, test_x, test_y = load_digits()
@@ -48,6 +48,6 @@ def test_training_under_torchrun(tmp_path):
     assert epochs[0] != "epoch 1" and epochs[-1] == "epoch 10" and result.stdout.count("model.pt") == 1
     assert cli.main(["train", "--device", "cpu", "--backend", "reference", *fresh, "--out", str(alone)]) == 0
     losses, true_losses = (json.loads((run / "metrics.json").read_text())["losses"] for run in (out, alone))
-    # At this rate 400 steps make a few millionths of a rounding; at the usual one, as much as the loss itself.
+    # At this rate 400 steps amplify a rounding to some millionths; at the usual one, to the size of the loss itself.
     assert losses == pytest.approx(true_losses, rel=1e-3) and len(losses) == 400
     tritonnet.LeNet().load_state_dict(torch.load(out / "model.pt", weights_only=True))

@@ -1,4 +1,4 @@
-"""A mistake gets torch's type of exception, and a message with the argument's name and the value it got."""
+"""A mistake raises torch's type of exception, with the argument's name and the value it got."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import tritonnet.nn.functional as F
 
 X, W, B = torch.zeros(2, 4, 8, 8), torch.zeros(6, 4, 3, 3), torch.zeros(6)
 
-# function, positional arguments, others, what the message must say
+# function, positional arguments, keyword arguments, what the message must contain
 CONV2D = [
     ((X[None], W), {}, ["input", "[1, 2, 4, 8, 8]"]),
     ((X[0, 0], W), {}, ["input", "[8, 8]"]),

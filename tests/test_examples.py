@@ -1,4 +1,4 @@
-"""Every example runs, and says what it shows."""
+"""Every example runs and prints what it shows."""
 
 import pkgutil
 import runpy

@@ -1,4 +1,4 @@
-"""A fused model does what the unfused one does: numbers, dtypes, gradients, side effects, errors, and later changes."""
+"""A fused model does what the unfused one does: values, dtypes, gradients, side effects, errors, and later changes."""
 
 import contextlib
 import copy
@@ -24,13 +24,13 @@ from written import forward_of
 
 import tritonnet
 
-# Forwards that are drawn at random; the suite has time for some.
+# Forwards drawn at random; the suite has time for some of them.
 DRAWN = int(os.environ.get("TRITONNET_TEST_FORWARDS", 40))
 
 
 @pytest.fixture(autouse=True)
 def on_the_reference():
-    """What runs is not the question here; and a limit of captures that others have used up, nobody's."""
+    """The implementation does not matter here. The reset restores capture limits that earlier tests have used up."""
     torch.compiler.reset()
     with tritonnet.backend("reference"):
         yield
@@ -49,7 +49,7 @@ class Part(tnn.Module):
 
 
 class Net(tnn.Module):
-    """Something of everything that a forward can reach."""
+    """Some of everything that a forward can reach."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ GLOBAL, FACTORS, SEEN = 2.0, [3.0], []
 
 # Bodies of Net's forward. Each takes x (2, 1, 8, 8); `row` is convolution and rectifier.
 FORWARDS = {
-    # Written in place in eager, and so seen under all names of what is written to.
+    # Eager writes in place, which is seen under all names of the tensor.
     "an alias": "y = self.row(x); z = y; y += 1; return z * 1",
     "a list of features": "y = self.row(x); features = [y]; y += 1; return features[0] * 2",
     "a view": "y = self.conv(x); v = y[0]; y = TF.relu_(y); return v.sum() + y",
@@ -105,7 +105,7 @@ FORWARDS = {
     "memory": "y = self.conv(x); z = TF.relu_(y); return z * (2 if y.data_ptr() == z.data_ptr() else 1)",
     "out=": "return torch.add(self.row(x).detach(), 1, out=torch.empty(0, dtype=x.dtype))",
     "strides": "y = self.row(x); return y * y.stride()[0]",
-    # What torch answers without a tensor.
+    # Values that torch gives without a tensor.
     "a random branch": "y = self.row(x)\nif torch.rand(1) < 0.5: y = y * 2\nreturn y",
     "a random number": "return self.row(x) * torch.randn(()).item()",
     "Python's random numbers": "return self.row(x) * random.random()",
@@ -132,7 +132,7 @@ FORWARDS = {
         "def body(v):\n    self.offset += 1\n    return self.row(v) * self.offset\n"
         "return checkpoint(body, x, use_reentrant=False)",
     "a reentrant checkpoint": "return checkpoint(lambda v: self.row(v) * self.slope, x, use_reentrant=True)",
-    # What changes how autograd or autocast work, in between or around.
+    # Changes of how autograd or autocast work, within or around.
     "no_grad around the rectifier": "y = self.conv(x)\nwith torch.no_grad(): z = TF.relu(y)\nreturn z + self.offset",
     "no_grad around the convolution": "with torch.no_grad(): y = self.conv(x)\nreturn TF.relu(y) + y.mean()",
     "autocast around the convolution":
@@ -142,7 +142,7 @@ FORWARDS = {
     "hooks on what is saved":
         "with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t * 2): y = self.conv(x)\n"
         "return TF.relu(y)",
-    # Modules in it.
+    # Modules within it.
     "an attribute of a layer": "return TF.dropout(self.row(x), self.drop.p, self.drop.training)",
     "a method of a part": "return self.part.features(self.row(x)) * self.part.scale",
     "an optional part": "return self.row(x) if self.down is None else self.down(x)",
@@ -175,7 +175,7 @@ FORWARDS = {
     "no such key": "return {}['a'] * self.row(x)",
     "no such attribute": "return self.row(x) + self.nothing",
     "division by zero": "return self.row(x) * (1 / 0)",
-    # Results and numbers.
+    # Results and values.
     "a dict": "return {'a': self.row(x), 'b': 3}",
     "none": "return None if x is None else self.row(x)",
     "by value": "y = self.row(x)\nreturn y * 2 if y.sum() > 0 else y",
@@ -199,7 +199,7 @@ def with_forward(body):
 
 
 def run(model, x, calls=3):
-    """All that can be seen of some calls, with their backward passes."""
+    """All that can be seen of some calls, including their backward passes."""
     global GLOBAL
     GLOBAL = 2.0
     SEEN.clear()
@@ -227,7 +227,7 @@ def run(model, x, calls=3):
 
 
 def layout(t):
-    """The strides that say where an element lies."""
+    """The strides that determine where an element lies."""
     return [stride for size, stride in zip(t.shape, t.stride()) if size > 1]
 
 
@@ -417,7 +417,7 @@ def test_fused_layers_hear_of_them_too(monkeypatch):
 
 
 def test_code_that_is_reloaded():
-    """An editor's reload puts new code into the functions that are there; and a class may lose a method."""
+    """An editor's reload puts new code into the existing functions; and a class may lose a method."""
 
     class Half(tnn.Module):
         def forward(self, x):
@@ -456,7 +456,7 @@ def test_classes_that_come_later():
 
 
 def test_replicas_and_other_copies_of_attributes():
-    """nn.DataParallel makes its replicas of the attributes of a module, the compiled call among them."""
+    """nn.DataParallel makes replicas from a module's attributes, the compiled call among them."""
     fused, x = tritonnet.fuse(Part()), torch.randn(2, 4, 3, 3)
     fused.eval()(x)
     replica = fused._replicate_for_data_parallel()
@@ -468,7 +468,7 @@ def test_replicas_and_other_copies_of_attributes():
 
 
 def test_results_are_no_views():
-    """What is done to a result in place asks what it is a view of: torch's are tensors of their own."""
+    """Writing in place to a result depends on what it is a view of: torch's results are tensors of their own."""
     linear = tritonnet.fuse(tnn.Sequential(tnn.Linear(3, 4), tnn.ReLU()))
     conv = tritonnet.fuse(tnn.Sequential(tnn.Conv2d(1, 2, 3), tnn.ReLU()))
     factor = torch.ones((), requires_grad=True)
@@ -681,7 +681,7 @@ def test_a_lock_is_no_hindrance_to_conversion():
 
 
 def test_saved_for_backward_in_a_checkpoint():
-    """A checkpoint keeps its inputs alone; it is not lost with the graph."""
+    """A checkpoint keeps only its inputs, and still does once it is in a graph."""
     model = with_forward("return checkpoint(lambda v: self.other(self.row(v)), x, use_reentrant=False)")
     kept = []
     for m in (model, tritonnet.fuse(copy.deepcopy(model))):
@@ -698,7 +698,7 @@ def test_saved_for_backward_in_a_checkpoint():
     assert kept[0] == kept[1]
 
 
-# Forwards drawn from a grammar: tensors x, y, z of (2, 4, 6, 6) and what statements may do with them.
+# Forwards drawn from a grammar: tensors x, y, z of (2, 4, 6, 6), and the statements on them.
 TENSORS = st.sampled_from(["x", "y", "z"])
 STATEMENTS = [
     "{a} = {b}", "{a} = {b} * 1", "{a} += 1", "{a}.mul_(0.5)", "{a} = TF.relu({b})", "{a} = TF.relu_({b} * 1)",
@@ -750,7 +750,7 @@ def statement(text, names):
     st.booleans(), st.booleans(), st.sampled_from(DRAWN_CHANGES), st.integers(0, 9),
 )  # fmt: skip
 def test_drawn_forwards(statements, training, converted, change, seed):
-    """Statements in any order, in training or not, on torch's layers or converted ones, and a change between calls."""
+    """Statements in any order, in training or not, on torch's layers or converted ones, with a change between calls."""
     torch.compiler.reset()
     body = "\n".join(["y, z = x * 2, x - 1", *(statement(*s) for s in statements), "return x + y + z"])
     own = {"forward": forward_of(body, globals())}
@@ -761,8 +761,8 @@ def test_drawn_forwards(statements, training, converted, change, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found, expected = run(fused, x, 2), run(model, x, 2)
-        # A gradient that eager refuses, as what it would need of a rectifier has been overwritten, a row may have: it
-        # keeps less.
+        # Where eager refuses a gradient, as an operand of a rectifier's backward has been overwritten, a row may still
+        # have it: it keeps less.
         if any(REFUSED in str(outcome[0]) for outcome in expected):
             return
         assert_same(found, expected)

@@ -1,4 +1,4 @@
-"""Files that the command line reads: in order, damaged, of another kind or made to do harm; and what is saved."""
+"""Files that the command line reads: intact, damaged, of another kind, or malicious; and what is saved."""
 
 import collections
 import contextlib
@@ -38,7 +38,7 @@ READERS = {"predict": predict.load_net, "train": resume.read_checkpoint}
 
 
 def refusal(read, path, error=UserError):
-    """The line in which a file is refused."""
+    """The line that refuses a file."""
     with pytest.raises(error) as caught:
         read(path)
     line = str(caught.value)
@@ -52,7 +52,7 @@ def saved(path, value):
 
 
 def of_parts(name):
-    """An original of the corpus, as parts that may be changed."""
+    """An original of the corpus, in parts that may be changed."""
     return mutations.copied(next(subject.value for subject in mutations.checkpoints() if subject.name == name))
 
 
@@ -86,7 +86,7 @@ def test_a_crash_while_saving_loses_nothing(step, tmp_path, monkeypatch):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
-    """With exit code 2, in a line, and without a word on stdout."""
+    """With exit code 2, one line, and nothing on stdout."""
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other net")
     torch.save(tritonnet.LeNet(), tmp_path / "whole module")
     torch.save([1, 2], tmp_path / "list")
@@ -101,7 +101,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
 
 
 def overlapping(content):
-    """One member's bytes as those of a thousand, which together are longer than the file."""
+    """A thousand members that share one member's bytes and are together longer than the file."""
     new = io.BytesIO()
     with zipfile.ZipFile(new, "w") as archive:
         archive.writestr("archive/data.pkl", bytes(10**6))
@@ -153,7 +153,7 @@ class Harmful(torch.nn.Module):
 
 
 def harmful(folder):
-    """Files that make `folder` when somebody does all that they ask for, by kind."""
+    """Files that make `folder` when all of their instructions are followed, by kind."""
     made = mutations.Made(os.mkdir, (folder,))
     old, tar = io.BytesIO(), io.BytesIO()
     torch.save(made, old, _use_new_zipfile_serialization=False)
@@ -182,7 +182,7 @@ def harmful(folder):
 
 
 def do_all(path):
-    """Read a file by all that runs what it asks for."""
+    """Reads a file with every reader that follows its instructions."""
     for read in (
         lambda: torch.load(path, weights_only=False),
         lambda: pickle.loads(path.read_bytes()),
@@ -207,7 +207,7 @@ def test_nothing_that_a_file_asks_for_is_done(tmp_path):
 
 def test_what_a_file_holds_beside_tensors_is_named(tmp_path):
     assert "'tritonnet.lenet.LeNet'" in refusal(predict.load_net, saved(tmp_path / "net.pt", tritonnet.LeNet()))
-    # torch looks for words in its message in a time that grows with the square of a name's length.
+    # torch searches its message for words in a time that is quadratic in a name's length.
     long = mutations.archive([("archive/data.pkl", b"\x80\2c" + b"x" * 10**6 + b"\nx\n.")])
     (tmp_path / "long.pt").write_bytes(long)
     refusal(predict.load_net, tmp_path / "long.pt")
@@ -235,7 +235,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-@pytest.mark.filterwarnings("ignore")  # of torch, as it makes them
+@pytest.mark.filterwarnings("ignore")  # torch warns as it makes them
 def test_weights_of_other_kinds(kind, tmp_path):
     change, says = TENSORS[kind]
     weights = tritonnet.LeNet().state_dict()
@@ -268,7 +268,7 @@ def test_weights_in_other_forms(kind, tmp_path):
 
 
 def test_weights_of_nets_in_wrappers(tmp_path):
-    """Names as DataParallel, DistributedDataParallel and torch.compile make them, in any order."""
+    """Names as DataParallel, DistributedDataParallel and torch.compile make them, nested in any order."""
     weights, path = tritonnet.LeNet().state_dict(), tmp_path / "model.pt"
     assert list(torch.nn.DataParallel(tritonnet.LeNet()).state_dict()) == ["module." + name for name in weights]
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."):
@@ -336,7 +336,7 @@ def test_runs_that_cannot_be_gone_on_with(place, value, tmp_path):
 
 
 def loaded(state):
-    """A run that goes on from a state, through the check of it."""
+    """A run that continues from a state, after its checks."""
     state = resume.checked_state(state)
     run = resume.Run(state["options"], state["images"], torch.device("cpu"))
     run.load(state)
@@ -345,7 +345,7 @@ def loaded(state):
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "finished.pt"])
 def test_the_schedule_follows_from_the_steps(name):
-    """Whatever a file says of it: those of before, too, which hold it."""
+    """Whatever a file says about it; older files contain it, too."""
     state = of_parts(name)
     run, odd = loaded(state), copy.deepcopy(state)
     odd["schedule"] = {"last_epoch": 10**9, "step": "odd"}
@@ -362,7 +362,7 @@ def test_the_schedule_follows_from_the_steps(name):
 
 
 def test_what_is_loaded_shares_no_memory():
-    """Updates are in place, and two moments of a file may be one."""
+    """Updates are in place, and a file may have one tensor for two moments."""
     state = of_parts("checkpoint.pt")
     kept = state["optimizer"]["state"][1]
     kept["exp_avg"] = kept["exp_avg_sq"] = torch.ones(()).expand(6)
@@ -379,7 +379,7 @@ def test_a_damaged_checkpoint_in_the_way(tmp_path, capsys):
     assert error.count("\n") == 1 and "a new run needs another --out" in error
 
 
-# --- any value in any place
+# --- any value at any position
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
 values = st.recursive(
@@ -410,13 +410,13 @@ ZEROS = gzip.compress(bytes(2**26))
 
 @pytest.fixture
 def digits(tmp_path):
-    """A folder of 12 digits to train and to test on."""
+    """A folder of 12 digits to train on and to test on."""
     images, labels = torch.randint(256, (12, 28, 28)), torch.arange(12) % 10
     write_mnist(tmp_path, images, labels, images, labels)
     return tmp_path
 
 
-# What is in the place of a file's content, and what is said of it.
+# What replaces a file's content, and what the message says.
 IDX = {
     "nothing": (IMAGES, lambda content: b"", "starts with nothing"),
     "a picture": (IMAGES, lambda content: b"GIF89a", "starts with 47 49 46 38"),
@@ -496,7 +496,7 @@ def test_idx_files_that_cannot_be_opened(digits, monkeypatch, capsys):
 @EVERY
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=3), zipped=st.booleans(), data_=st.data())
 def test_any_idx_file(sizes, zipped, data_, tmp_path):
-    """As it was written; none of a part of it, or of more."""
+    """Read as it was written; a part of it, or more than it, is refused."""
     content = mutations.idx(*sizes)
     path = tmp_path / "any"
     file = tmp_path / ("any" + ".gz" * zipped)
@@ -514,12 +514,12 @@ def test_any_idx_file(sizes, zipped, data_, tmp_path):
     refusal(data.read_idx, path, ValueError)
 
 
-# --- mutations of all of them
+# --- mutations of all of these files
 
 
 @pytest.mark.parametrize("kind", mutations.CORPUS)
 def test_a_sample_of_mutations(kind, tmp_path):
-    """`python -m tests.mutations` makes any number."""
+    """`python -m tests.mutations` makes any number of them."""
     subjects = mutations.corpus(kind)
     for i, subject in enumerate(subjects):
         (tmp_path / f"whole{i}").mkdir()

@@ -1,4 +1,4 @@
-"""The fused functions against the functions that they are made of: the same bits, forward and backward."""
+"""The fused functions against the separate ones: the same bits, forward and backward."""
 
 import copy
 
@@ -11,7 +11,7 @@ import tritonnet
 import tritonnet.nn as nn
 import tritonnet.nn.functional as F
 
-# name: size of input, size of weight, the convolution's arguments, the pooling's
+# name: sizes of input and weight, the convolution's arguments, the pooling's arguments
 CASES = {
     "LeNet conv1": ((3, 1, 16, 16), (6, 1, 5, 5), {}, {}),
     "LeNet conv2": ((2, 6, 14, 14), (16, 6, 5, 5), {}, {}),
@@ -23,7 +23,7 @@ CASES = {
     "depthwise": ((2, 5, 9, 8), (10, 1, 3, 3), {"groups": 5}, {}),
     "same": ((1, 3, 8, 8), (4, 3, 4, 4), {"padding": "same"}, {"kernel_size": 3}),
     "windows of one pixel": ((2, 3, 6, 6), (4, 3, 3, 3), {}, {"kernel_size": 1, "stride": 2}),
-    # Results of the convolution: 6 x 7, 8 x 9, 7 x 5, 6 x 5, 5 x 4 and 4 x 5 pixels.
+    # Outputs of the convolution: 6 x 7, 8 x 9, 7 x 5, 6 x 5, 5 x 4 and 4 x 5 pixels.
     "ceil_mode, 3x3/2, few channels": (
         (2, 3, 15, 17), (7, 3, 5, 5), {"stride": 2}, {"kernel_size": 3, "stride": 2, "ceil_mode": True},
     ),
@@ -45,7 +45,7 @@ CASES = {
 
 
 def layers(case):
-    """The fused layer, and the layers one after the other, with the same parameters."""
+    """The fused layer and the separate layers, with the same parameters."""
     (_, C, _, _), (OC, _, *kernel), conv, pool = CASES[case]
     pool = {"kernel_size": 2, "stride": None, "padding": 0, "ceil_mode": False, **pool}
     fused = nn.Conv2dReLUMaxPool2d(C, OC, kernel, **conv, **{f"pool_{name}": value for name, value in pool.items()})
@@ -70,7 +70,7 @@ def integers(size, most):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_bits(case, dtype, layout, backend, device):
-    """The layers one after the other are what test_conv2d and test_max_pool2d hold against float64."""
+    """test_conv2d and test_max_pool2d compare the separate layers with float64."""
     modules = [module.to(device, dtype) for module in layers(case)]
     for p in modules[0].parameters():
         p.data.copy_(integers(p.shape, 2))
@@ -107,9 +107,9 @@ SPECIAL = {
 @pytest.mark.parametrize("window", [(3, 2, 1), (3, 2, 0, 1, True), (2, 2, 0, 1, True)], ids=str)
 @pytest.mark.parametrize("values", SPECIAL)
 def test_special_values(values, window, backend, device):
-    """A 1x1 convolution by 1 hands them on as they are; torch on the CPU says what becomes of them.
+    """A 1x1 convolution by 1 passes them on unchanged; torch on the CPU is the truth.
 
-    Numbers of 8 bits, and gradients whose sums have no more, which a product in tf32 leaves whole.
+    Values of 8 bits, and gradients whose sums have no more, which a tf32 product does not change.
     """
     x = SPECIAL[values](torch.randn(2, 1, 9, 8, device=device).bfloat16().float())
     names = "pool_kernel_size", "pool_stride", "pool_padding", "dilation", "pool_ceil_mode"
@@ -120,7 +120,7 @@ def test_special_values(values, window, backend, device):
     dy = integers(true_y.shape, 9).float()
     (true_dx,) = torch.autograd.grad(true_y, leaf, dy)
     y, dx, _ = results(fused, x, dy.to(device))
-    # The gradient of a product by 0 * inf is nobody's business here, that of the window is.
+    # The gradient of a product by 0 * inf is not tested here, that of the window is.
     torch.testing.assert_close(y.cpu(), true_y, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(dx.cpu(), true_dx, rtol=0, atol=0, equal_nan=True)
 
@@ -143,7 +143,7 @@ def test_relu_of_conv2d_and_linear(dtype, backend, device):
         assert all(map(torch.equal, *found))
 
 
-# As of a first layer, whose images need no gradient. name: images, weights, arguments, whether the product masks dy.
+# As in a first layer, whose images need no gradient. name: images, weights, arguments, whether the product masks dy.
 FIRST_LAYERS = {
     "3x3, three channels": ((3, 3, 9, 8), (40, 3, 3, 3), {"padding": 1}, True),
     "5x5, one channel": ((2, 1, 12, 11), (6, 1, 5, 5), {}, True),
@@ -159,7 +159,7 @@ FIRST_LAYERS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", FIRST_LAYERS)
 def test_weight_gradient_alone(case, dtype, layout, device):
-    """The bits that it has beside the images' gradient, for which a masked dy is written."""
+    """The same bits as together with the images' gradient, for which a masked dy is written."""
     images, size, arguments, masks = FIRST_LAYERS[case]
     x, w, b = (torch.randn(s).to(device, dtype) for s in (images, size, size[:1]))
     x, found = x.contiguous(memory_format=layout), []
@@ -175,7 +175,7 @@ def test_weight_gradient_alone(case, dtype, layout, device):
 @pytest.mark.parametrize("layouts", [(0, 0), (1, 1), (0, 1), (1, 0), (2, 0), (0, 2), (2, 2)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_dy_counts(dtype, layouts, backend, device):
-    """Behind NaN, which is above 0 as little as below, but not behind either zero; in layouts that differ."""
+    """It counts where y is NaN, which is not above 0 either, but not where y is a zero; in layouts that differ."""
 
     def laid_out(t, layout):
         t = t.contiguous(memory_format=[torch.contiguous_format, torch.channels_last, torch.contiguous_format][layout])
@@ -209,7 +209,7 @@ def test_weight_gradients_of_each_image(backend, device):
 
 
 def test_windows_without_a_positive_value(backend, device):
-    """Their gradient goes nowhere, also where windows begin further before an image than all images are large."""
+    """Their gradient goes nowhere, even where windows begin further before an image than any image is large."""
     x, w = torch.rand(2, 4, 1, 7, device=device, requires_grad=True), -torch.ones(1, 4, 1, 1, device=device)
     y = F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=5, pool_stride=(2, 3), pool_padding=2)
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))

@@ -1,4 +1,4 @@
-"""The backend "tritonnet" of torch.compile and tritonnet.fuse: what they find in networks that people have."""
+"""The backend "tritonnet" of torch.compile and tritonnet.fuse: the rows that they find in common networks."""
 
 import copy
 import importlib.metadata
@@ -34,7 +34,7 @@ class Tutorial(tnn.Module):
 
 
 class WithModules(Tutorial):
-    """A pooling shared by two rows, dropout by mode, the functions of tritonnet."""
+    """A pooling shared by two rows, dropout by mode, tritonnet's functions."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class WithModules(Tutorial):
 
 
 class Residual(tnn.Module):
-    """A result that is used twice is no row."""
+    """A result that is used twice is not part of a row."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ def sequential():
 
 
 def mixed_widths():
-    """Chains of four layers and of two; one that is too wide in front, one that ends in a rectifier."""
+    """Chains of four and of two layers; one that is too wide at the front, and one that ends in a rectifier."""
     chain = [tnn.Linear(28, 9), tnn.ReLU(), tnn.Linear(9, 5), tnn.ReLU(inplace=True), nn.Linear(5, 4, False), nn.ReLU()]
     return tnn.Sequential(
         tnn.Sequential(*chain, tnn.Linear(4, 28)), tnn.Sequential(*chain),
@@ -107,7 +107,7 @@ def nothing_captured():
 
 
 def report_of(model, *inputs):
-    """What is reported when the model is called in training and in evaluation."""
+    """The report when the model is called in training and in evaluation."""
     lines = []
     assert tritonnet.fuse(model, lines.append) is model
     for training in (True, False):
@@ -155,7 +155,7 @@ def test_what_it_reports(name, converted):
     make, found = MODELS[name]
     model = make().double()
     lines = report_of(tritonnet.convert(model) if converted else model, images("cpu"))
-    # One graph serves both modes where they are the same.
+    # One graph serves both modes where they agree.
     assert lines == [
         f"{type(model).__name__}, graph {i + 1}: fused: {words}" for i, words in enumerate(found[: len(lines)])
     ]
@@ -209,7 +209,7 @@ def test_launches(device):
 )  # fmt: skip
 @pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
 def test_rows(body, fused, converted):
-    """What is a row and what is none; the numbers are the same."""
+    """What is fused and what is not; values are the same."""
     own = {"forward": forward_of(body, globals())}
     torch.manual_seed(0)
     model = type("Model", (Tutorial,), own)().double()
@@ -392,7 +392,7 @@ LINEARS = ("fc", "aux1", *map(str, range(15, 30)))
 @pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, converted):
-    """Every row that they have, and one graph each mode; numbers and gradients are eager's."""
+    """Every row that they have, and one graph for each mode; values and gradients are eager's."""
     make, *rows = NETWORKS[name]
     torch.manual_seed(0)
     model = make().double()
@@ -406,14 +406,14 @@ def test_networks(name, converted):
 
 
 def compiled(model, **options):
-    # By its function: where the package runs from a clone that is not installed, nobody knows its name.
+    # By its function: in a clone that is not installed, the backend's name is not registered.
     known = any(e.name == "tritonnet" for e in importlib.metadata.entry_points(group="torch_dynamo_backends"))
     return torch.compile(model, backend="tritonnet" if known else compile_graph, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"dynamic": True}, {"options": {"backend": "aot_eager"}}])
 def test_the_backend(options, device):
-    """torch.compile(model, backend="tritonnet"), for batches of more than one size."""
+    """torch.compile(model, backend="tritonnet"), for several batch sizes."""
     torch.manual_seed(0)
     model = Tutorial().double().to(device)
     ours = compiled(copy.deepcopy(model), **options)
@@ -487,7 +487,7 @@ def test_whoever_traces_sees_the_model_as_it_is_written(device):
 
 
 def test_many_models_and_sizes():
-    """A limit of graphs for one piece of code is not one for all models together."""
+    """The limit of graphs for one piece of code does not add up over models."""
     with tritonnet.backend("reference"):
         for _ in range(12):
             model = tnn.Sequential(tnn.Conv2d(1, 2, 3), tnn.ReLU())
@@ -539,7 +539,7 @@ def test_a_thread_of_its_own():
     fused, results = tritonnet.fuse(model), []
 
     threads = [threading.Thread(target=lambda: results.append(fused(x))) for _ in range(3)]
-    # The backend is the process's: threads that each set it and put it back would leave another behind.
+    # The backend is set for the process: threads that each set and restored it would leave another one behind.
     with tritonnet.backend("reference"):
         for thread in threads:
             thread.start()

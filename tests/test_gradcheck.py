@@ -14,7 +14,7 @@ def draw(*size):
 
 
 def distinct(*size):
-    """Values far enough apart that no step of a numeric derivative changes which is the largest."""
+    """Values far enough apart that no step of a numeric derivative changes which one is the largest."""
     n = torch.Size(size).numel()
     return torch.randperm(n).double().view(size) / n
 
@@ -126,7 +126,7 @@ def test_third_derivatives(device):
 
 
 def test_forward_mode_tangents_of_a_bias_alone(device):
-    """No zero tangent where a derivative was meant."""
+    """A tangent of the bias alone must not be dropped as zero."""
     import torch.autograd.forward_ad as fwAD
 
     x, w, b = draw(1, 2, 3, 3).to(device), draw(4, 2, 2, 2).to(device), draw(4).to(device)

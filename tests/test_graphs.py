@@ -1,6 +1,6 @@
-"""TrainStep with CUDA graphs and without: the same bits, whichever way the batches come.
+"""TrainStep with CUDA graphs and without: the same bits, wherever the batches come from.
 
-Only a GPU captures anything. That guard bands let a capture pass is shown with a stand-in, everything else is skipped.
+Only a GPU can capture. A stand-in shows that guard bands let a capture pass; all else is skipped without a GPU.
 """
 
 import memory
@@ -19,12 +19,12 @@ OPTIMIZERS = {
     "SGD momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
 }
-# Of a size that is captured, and of a last one that is shorter.
+# A size that is captured, and a shorter last batch.
 FULL_BATCHES, REST = 3, 3
 
 
 def data(size):
-    """Digits that were made up, three batches of them and a third of one."""
+    """Made-up digits: three full batches and a third of one."""
     count = FULL_BATCHES * size + size // REST
     seed = torch.Generator().manual_seed(1)
     images = torch.randn(count, 1, 32, 32, generator=seed)
@@ -32,7 +32,7 @@ def data(size):
 
 
 def on_the_device(size):
-    """Batches that lie on the device already."""
+    """Batches that are on the device already."""
     images, labels = (t.to(DEVICE) for t in data(size).tensors)
     return list(zip(images.split(size), labels.split(size)))
 
@@ -57,21 +57,21 @@ def train(batches, precision, optimizer, accumulate=1):
 
 @pytest.fixture
 def replays(monkeypatch):
-    """The graphs that have been replayed, one entry a time."""
+    """The replayed graphs, one entry for each replay."""
     seen, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: seen.append(graph) or replay(graph))
     return seen
 
 
 def check(make_batches, size, precision, optimizer, replays, monkeypatch, accumulate=1):
-    """With graphs and without, and both once more."""
+    """With graphs and without, each twice."""
     runs = []
     for graphs in (True, False) * 2:
         monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cuda",) if graphs else ())
         replays.clear()
         runs.append(train(make_batches(size), precision, optimizer, accumulate))
         assert len(replays) == (len(runs[-1][0]) if graphs else 0)
-        # One for each size of batch, and for each place in a group of calls that add up their gradients.
+        # One for each batch size, and for each position in a group of accumulating calls.
         assert not graphs or 2 <= len(set(map(id, replays))) <= 2 * accumulate
     assert len(runs[0][0]) == 2 * (FULL_BATCHES + 1) and runs[0][0].isfinite().all()
     for run in runs[1:]:
@@ -102,7 +102,7 @@ def test_the_same_bits_accumulated(precision, optimizer, replays, monkeypatch):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU's graphs")
 def test_a_capture_passes_the_guard_bands(monkeypatch):
-    """The launches before a capture run between bands, those in it and its replays on the tensors themselves."""
+    """Launches before a capture run between bands; those in it and its replays run on the tensors themselves."""
     capturing, banded = [False], []
 
     def capture(launch, restore, *_):
@@ -132,5 +132,5 @@ def test_a_capture_passes_the_guard_bands(monkeypatch):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optimizer, "ieee")(images, labels)
     assert not violations and banded and not any(banded)
-    # Before the capture, in it, and as the stand-in replays it.
+    # Before the capture, in it, and in the stand-in's replay.
     assert launches["lenet_forward_kernel"] == launches["lenet_gradient_kernel"] == 3

@@ -1,4 +1,4 @@
-"""Offsets of every kernel past 2^31 elements, in tensors whose pages are touched in a few places only."""
+"""Offsets of every kernel past 2^31 elements, in tensors of which only a few pages are touched."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ WINDOW = (2, 2), (1, 1), (0, 0), (1, 1)
 
 
 def plain(groups=1, stride=1, mode="zeros"):
-    """What a convolution without padding is given after its tensors."""
+    """A convolution's arguments without padding, after its tensors."""
     return (stride, stride), (0,) * 4, (1, 1), groups, mode
 
 
 def empty(*size, last=False, dtype=torch.float16):
-    """Zeros, or what happens to be there where a tensor is huge: pages that nobody touches take no memory."""
+    """Zeros, or arbitrary values where a tensor is huge: untouched pages take no memory."""
     layout = torch.channels_last if last else torch.contiguous_format
     t = torch.empty(size, dtype=dtype, memory_format=layout)
     return t.zero_() if t.numel() < 2**20 else t
@@ -34,7 +34,7 @@ def weight_grad(*arguments, with_bias=True):
 
 
 def many(*size, last=True, dtype=torch.float16):
-    """BIG images in the memory of one."""
+    """BIG images in one image's memory."""
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.zeros(1, *size, dtype=dtype).contiguous(memory_format=layout).expand(BIG, *size)
 
@@ -45,7 +45,7 @@ def pooled(x, w, b=None):
 
 
 def rows(width):
-    """Many rows in the memory of one."""
+    """Many rows in one row's memory."""
     return torch.zeros(1, width, dtype=torch.float16).expand(ROWS, width)
 
 
@@ -108,7 +108,7 @@ RESULTS = {
             empty(1, 1, 16, 16), (2**23 + 8, 1, 16, 16), *plain(), (1, 1), (1, 1), (0, 0), True,
         ),
     ],
-    "filters_for_blocks_kernel": [  # of more filters than a test has the time to sum over
+    "filters_for_blocks_kernel": [  # a test has no time to sum over more filters
         lambda: L.conv2d_relu_max_pool2d_input_grad(
             empty(1, 2**19 + 16, 0, 0), empty(1, 2**19 + 16, 0, 0), empty(2**19 + 16, 15, 2, 2), (1, 15, 2, 2),
             *plain(), *WINDOW[:3],
@@ -137,7 +137,7 @@ RESULTS = {
         lambda: L.cross_entropy_grad(
             empty(1).expand(2**24), empty(2**24, 136), torch.zeros(1, dtype=torch.int64).expand(2**24), 0
         ),
-        lambda: L.cross_entropy_grad(  # the result alone is huge
+        lambda: L.cross_entropy_grad(  # only the result is huge
             empty(1)[0], rows(136), torch.zeros(1, dtype=torch.int64).expand(ROWS), 0
         ),
     ],
@@ -146,7 +146,7 @@ RESULTS = {
         lambda: padding.fold_padding(many(16, 35, 35), empty(BIG, 16, 33, 33, last=True), (1, 1, 1, 1), "circular"),
     ],
     "max_pool2d_forward_kernel": [
-        lambda: L.max_pool2d(many(20, 28, 28), (2, 2), (1, 1), (1, 1), (1, 1), False),  # the result alone is huge
+        lambda: L.max_pool2d(many(20, 28, 28), (2, 2), (1, 1), (1, 1), (1, 1), False),  # only the result is huge
         lambda: L.max_pool2d(many(16, 34, 34, last=False), *WINDOW, False),
     ],
     "max_pool2d_scatter_kernel": [
@@ -164,11 +164,11 @@ RESULTS = {
     "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 16), True)],
     "linear_chain_forward_kernel": [
         lambda: chain_forward(rows(8), empty(128, 8), empty(128), empty(128, 128), empty(128)),
-        lambda: chain_forward(rows(8), empty(128, 8), None, empty(1, 128), None),  # the hidden layer alone is huge
+        lambda: chain_forward(rows(8), empty(128, 8), None, empty(1, 128), None),  # only the hidden layer is huge
     ],
     "linear_chain_input_grad_kernel": [
         lambda: chain_input_grad(empty(ROWS, 8), empty(ROWS, 128), empty(128, 8), empty(8, 128)),
-        # The input's gradient alone is huge.
+        # Only the input's gradient is huge.
         lambda: chain_input_grad(empty(ROWS, 8), empty(ROWS, 4), empty(4, 128), empty(8, 4)),
     ],
     "linear_chain_weight_grad_kernel": [
@@ -180,7 +180,7 @@ RESULTS = {
 
 
 def whole(*size, dtype=torch.float16):
-    """Small whole numbers, whose sums are exact in any order."""
+    """Small integers, whose sums are exact in any order."""
     return torch.randint(-3, 4, size).to(DEVICE, dtype)
 
 
@@ -213,7 +213,7 @@ def pooled_weight_grad(dy, code, x):
     return torch.cat([g.flatten() for g in gradients])
 
 
-# By kernel: calls and their tensors, each of which is tried with each of its strides too long for 32 bits.
+# By kernel: calls and their tensors; each tensor is tried with each of its strides too long for 32 bits.
 INPUTS = {
     "conv2d_forward_kernel": [
         (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
@@ -298,11 +298,11 @@ INPUTS = {
         ),
     ],
 }  # fmt: skip
-# These run over dense tensors alone, which are as long as the result.
+# These kernels take only dense tensors, which are as long as the result.
 DENSE = {"relu_kernel", "relu_grad_kernel"}
-# These run over the sums of at most some hundred programs, of as many weights as a net has, or over those.
+# These kernels take at most some hundred programs' sums for a net's weights, or the weights themselves.
 SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_pack_kernel", "lenet_update_kernel"}
-# Not tried: a single program of a batch of a million images takes the interpreter minutes.
+# Not tried: one program of a batch of a million images takes the interpreter minutes.
 UNTRIED = {"lenet_forward_kernel", "lenet_gradient_kernel"}
 
 
@@ -313,7 +313,7 @@ def test_every_kernel_is_here():
 
 @pytest.fixture
 def one_at_a_time(tmp_path_factory):
-    """Processes that share a GPU take turns at filling its memory, and leave none of it to themselves."""
+    """Processes that share a GPU take turns at filling its memory, and release it afterwards."""
     if DEVICE == "cpu":
         yield
     else:
@@ -323,7 +323,7 @@ def one_at_a_time(tmp_path_factory):
 
 
 def require(needed):
-    """Skips the test if a GPU has less memory left; on the CPU pages that nobody touches take none."""
+    """Skips the test if the GPU has less free memory; on the CPU untouched pages take none."""
     if DEVICE != "cpu":
         torch.cuda.empty_cache()
         left, _ = torch.cuda.mem_get_info()
@@ -334,7 +334,7 @@ def require(needed):
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can run a few programs of a launch")
 @pytest.mark.parametrize("kernel", RESULTS)
 def test_huge_results(kernel, unpoisoned, full_precision):
-    """The first programs, the last, and some in between keep inside their tensors."""
+    """The first programs, the last, and some in between stay inside their tensors."""
     for call in RESULTS[kernel]:
         with watched(sample=5) as violations, tritonnet.count_launches() as launches:
             call()
@@ -342,12 +342,12 @@ def test_huge_results(kernel, unpoisoned, full_precision):
         assert not violations, "\n".join(violations)
 
 
-# Elements of a storage for `far`.
+# The number of elements in a storage for `far`.
 FAR = 2**31 + 2**16
 
 
 def far(t, dim):
-    """t with its elements so far apart along one dimension that, although each stride fits 32 bits, offsets do not."""
+    """t with elements so far apart along one dimension that each stride fits 32 bits but offsets do not."""
     stride = list(t.stride())
     stride[dim] = (2**31 + 64) // (t.size(dim) - 1)
     storage = torch.empty(FAR, dtype=t.dtype, device=t.device)
@@ -355,13 +355,13 @@ def far(t, dim):
 
 
 def needed(kernel):
-    """Bytes of a GPU's memory for one call at a time, with the bands around its tensors, and for all that is small."""
+    """Bytes of GPU memory for one call at a time, with the guard bands, and for everything small."""
     widest = max(t.element_size() for _, *tensors in INPUTS[kernel] for t in tensors)
     return GUARDED * widest * FAR + 4 * CHUNK
 
 
 def test_what_is_needed_is_said(monkeypatch):
-    """No kernel asks for more than a card of 80 GB has; a card with less left is told how much."""
+    """No kernel asks for more than a card of 80 GB has; where less is free, the skip's reason says what it takes."""
     assert max(map(needed, INPUTS)) == needed("cross_entropy_kernel") < 40 * 2**30
     monkeypatch.setitem(globals(), "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -381,6 +381,6 @@ def test_far_inputs(kernel, unpoisoned, full_precision, one_at_a_time):
         for i, t in enumerate(tensors):
             for dim in range(t.dim()):
                 if t.size(dim) > 1:
-                    # No name for the huge tensor, which would keep it beside the next.
+                    # The huge tensor gets no name, which would keep it while the next one is made.
                     result = call(*(far(t, dim) if j == i else other for j, other in enumerate(tensors)))
                     torch.testing.assert_close(result, expected, rtol=0, atol=0, msg=f"tensor {i}, dimension {dim}")

@@ -1,4 +1,4 @@
-"""Pictures of digits: drawings of every kind are read right, and whatever else is in a file is refused in one line."""
+"""Pictures of digits: drawings of every kind are read correctly, and any other file is refused in one line."""
 
 import io
 import struct
@@ -18,15 +18,15 @@ from tritonnet.cli import images
 from tritonnet.cli.terminal import UserError
 from tritonnet.data import MEAN, STD, load_digits
 
-# Side in pixels and how the 28 pixels were enlarged to it.
+# Side in pixels, and how the 28 pixels were enlarged to it.
 SIZES = [(28, "NEAREST"), (56, "NEAREST"), (84, "BICUBIC"), (140, "NEAREST"), (300, "BICUBIC")]
-# Of every size, light on dark and dark on light: in bits the one, in grey the other, and 28 pixels as both.
+# Each size light on dark and dark on light, alternating one bit and grey; 28 pixels in both.
 DRAWINGS = [(*size, dark, one_bit) for size in SIZES for dark in (False, True) for one_bit in (False, True)]
 DRAWINGS = [case for i, case in enumerate(DRAWINGS) if case[0] == 28 or case[2] == case[3] ^ (i // 4 % 2)]
 
 
 def drawing(digit, side, how="NEAREST", dark=False, one_bit=False):
-    """A digit of `load_digits` as somebody would have drawn it, without noise; light on dark, or dark on light."""
+    """A digit of `load_digits` as a drawing, without noise; light on dark, or dark on light."""
     grey = (255 * (digit[0, 2:-2, 2:-2] * STD + MEAN).clamp(0, 1)).round().byte()
     picture = Image.fromarray(grey.numpy()).resize((side, side), Image.Resampling[how])
     if dark:
@@ -54,7 +54,7 @@ def answers(net, digits):
 
 @pytest.mark.parametrize("side, how, dark, one_bit", DRAWINGS)
 def test_drawings_are_read_as_the_digits_are(side, how, dark, one_bit, net, tmp_path):
-    """Of 1,000 digits at most 1 % fewer in each case, see the README; of these 40 at most one."""
+    """Of 1,000 digits at most 1 % fewer in each case, see the README; of these 40 at most one fewer."""
     _, _, digits, labels = load_digits()
     digits, labels = digits[:40], labels[:40]
     found = torch.cat([read(drawing(d, side, how, dark, one_bit), tmp_path / "digit.png") for d in digits])
@@ -63,7 +63,7 @@ def test_drawings_are_read_as_the_digits_are(side, how, dark, one_bit, net, tmp_
 
 @pytest.mark.parametrize("one_bit", [False, True])
 def test_cropped_drawings(one_bit, net, tmp_path):
-    """The ink's own box and nothing around it."""
+    """Cropped to the ink, with no margin."""
     _, _, digits, labels = load_digits()
     digits, labels, found = digits[:60], labels[:60], []
     for i, digit in enumerate(digits):
@@ -74,25 +74,25 @@ def test_cropped_drawings(one_bit, net, tmp_path):
 
 
 def test_a_frame_is_no_paper(net, tmp_path):
-    """Three pixels all around, of the ink's colour."""
+    """A border of three pixels in the ink's colour."""
     _, _, digits, labels = load_digits()
     found = []
     for i, digit in enumerate(digits[:20]):
         picture = drawing(digit, (56, 140)[i // 4 % 2], "BICUBIC", i % 4 < 2, i % 2 == 0).convert("L")
         inside = picture.crop((3, 3, picture.width - 3, picture.height - 3))
         found.append(read(ImageOps.expand(inside, 3, 0 if i % 4 < 2 else 255), tmp_path / "digit.png"))
-    assert (answers(net, torch.cat(found)) == labels[:20]).sum() >= 17  # some touch it
+    assert (answers(net, torch.cat(found)) == labels[:20]).sum() >= 17  # some digits touch it
 
 
 @pytest.mark.parametrize("margin", [1, 20])
 def test_a_thick_bar_is_no_paper(margin, net, tmp_path):
-    """A 1 that is most of the picture."""
+    """A 1 that covers most of the picture."""
     picture = ImageOps.expand(Image.new("1", (14, 64), 1), margin, 0)
     assert answers(net, read(picture, tmp_path / "digit.png")) == 1
 
 
 def printed(size):
-    """The digits in type, black on white, in the font that Pillow has in it."""
+    """The digits in type, black on white, in Pillow's built-in font."""
     font = ImageFont.load_default(size)
     for number in range(10):
         picture = Image.new("1", (2 * size, 2 * size), 1)
@@ -103,7 +103,7 @@ def printed(size):
 @pytest.mark.parametrize("size", [20, 48])
 def test_printed_digits(size, net, tmp_path):
     found = torch.cat([read(picture, tmp_path / "digit.bmp") for picture in printed(size)])
-    assert (answers(net, found) == torch.arange(10)).sum() >= 7  # in training there was handwriting alone
+    assert (answers(net, found) == torch.arange(10)).sum() >= 7  # the training set is handwritten
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 9])
@@ -135,7 +135,7 @@ def pixels_at(*places, size=(28, 28)):
 
 
 def floats(*values):
-    """A picture of 32-bit floats: a square, with the values in its first pixels."""
+    """A picture of 32-bit floats: a square, with the given values in its first pixels."""
     picture = Image.new("F", (30, 30), 1.0)
     ImageDraw.Draw(picture).rectangle((10, 5, 14, 25), 0.0)
     for x, value in enumerate(values):
@@ -177,13 +177,13 @@ def test_whatever_is_in_a_picture_is_answered_soon(name, tmp_path):
         digit = read(picture, path)
         assert name in READ and digit.shape == (1, 1, 32, 32) and digit.isfinite().all()
     except UserError as e:
-        # Whether there is a digit in noise nobody can say.
+        # Whether there is a digit in noise is undecidable.
         assert (name in REFUSED or name in EITHER) and str(path) in str(e)
     assert time.process_time() - start < 5
 
 
 def png(*chunks):
-    """A PNG file of these chunks, (name, content), with right checksums."""
+    """A PNG file of these chunks, (name, content), with correct checksums."""
     parts = [b"\x89PNG\r\n\x1a\n"]
     for name, content in chunks:
         parts += struct.pack(">I", len(content)), name, content, struct.pack(">I", zlib.crc32(name + content))
@@ -202,7 +202,7 @@ def tiff(width):
 
 
 def squeezed_tiff():
-    """One whose pixels do not come out, of which libtiff says so on stderr itself."""
+    """A TIFF whose pixels cannot be unpacked; libtiff reports that on stderr itself."""
     content = io.BytesIO()
     Image.effect_noise((20, 20), 90).save(content, "tiff", compression="tiff_deflate")
     return content.getvalue().replace(b"\x78\x9c", b"\xff\xff")
@@ -248,7 +248,7 @@ def test_our_own_errors_are_not_taken_for_broken_files(monkeypatch, tmp_path):
 
 
 def test_one_bad_file_stops_no_folder(trained, tmp_path, capsys):
-    """Each is said in a line; the picture among them is read, and the exit code says that not all were."""
+    """Each bad file gets one line; the good picture is read, and the exit code reports that not all were."""
     for name, content in BROKEN.items():
         (tmp_path / name).write_bytes(content)
     drawing(load_digits()[2][0], 84, one_bit=True).save(tmp_path / "good.png")
@@ -263,7 +263,7 @@ def test_one_bad_file_stops_no_folder(trained, tmp_path, capsys):
 
 
 def test_pillow_says_nothing_beside_our_line(tmp_path):
-    """No warnings, and no lines of its log, in a process of its own: capsys hears them later than a terminal does."""
+    """No warnings and no log lines, in a process of its own: capsys gets them later than a terminal does."""
     for name, content in BROKEN.items():
         (tmp_path / name).write_bytes(content)
     torch.save(tritonnet.LeNet().state_dict(), tmp_path / "model.pt")

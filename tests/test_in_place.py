@@ -1,4 +1,4 @@
-"""relu in place against torch's: numbers, gradients, counted writes, what other names of the memory see, and errors."""
+"""relu in place against torch's: values, gradients, counted writes, other views of the memory, and errors."""
 
 import contextlib
 
@@ -19,12 +19,12 @@ class Marked(torch.Tensor):
 
 
 def negative(t):
-    """A view of t whose memory holds the negative of its elements."""
+    """A view of t whose memory holds its elements negated."""
     return torch._neg_view(t)
 
 
 def imaginary(t):
-    """The same as a program comes by it: the imaginary part of a conjugate."""
+    """The same as it occurs in programs: the imaginary part of a conjugate."""
     return torch.complex(t * 0, t).conj().imag
 
 
@@ -51,7 +51,7 @@ VIEWS = {
 
 
 def through(view):
-    """Of a view of what gradients are taken of: result, base, both counts, and the gradient through either."""
+    """For a view of a tensor with gradients: result, base, both version counters, and the gradient through either."""
 
     def run(relu_, t):
         leaf = t.requires_grad_()
@@ -121,7 +121,7 @@ def saved_before(relu_, t):
 
 
 def saved_before_inference_mode(relu_, t):
-    """The write in inference mode is counted as any other: the gradient would be another's without a word."""
+    """The write in inference mode is counted like any other; otherwise the gradient would be silently wrong."""
     x = t.requires_grad_() * 1
     y = x.square()
     with torch.inference_mode():
@@ -230,7 +230,7 @@ CASES = {
 
 
 def outcome(case, relu_, device):
-    """The leaves of what a case gives, or the type of the exception that it raises."""
+    """The leaves of a case's result, or the type of its exception."""
     t = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         return pytree.tree_leaves(case(relu_, t))

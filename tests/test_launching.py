@@ -1,4 +1,4 @@
-"""What is remembered of launches: nothing that would launch another kernel than Triton had, and enough to be fast."""
+"""Cached launch plans: they never launch another kernel than Triton would, and save enough time."""
 
 import json
 import pathlib
@@ -16,19 +16,19 @@ def planned():
 
 @pytest.mark.parametrize("which", ["calls", "tf32", "another device"])
 def test_the_same_launches_as_through_triton(planned, which):
-    """Kernel, grid, numbers and pointers, where shapes, layouts, alignment, dtypes, precision or device differ."""
+    """Kernel, grid, integers and pointers are the same for all shapes, layouts, dtypes, precisions and devices."""
     launches, kernels, wrong, in_full = planned[which]
     assert launches > 1000 and kernels > 400 and not wrong
     assert in_full == 0, "the second time nothing is worked out anew"
 
 
 def test_whoever_looks_sees_every_launch(planned):
-    """Debugging, a hook, and twice a tensor on another device, which Triton has to refuse each time."""
+    """Debugging, a hook, and two calls with a tensor on another device, which Triton has to refuse each time."""
     assert planned["in full"] == 4 and planned["debugging"]
 
 
 def test_little_python_for_a_launch(planned):
-    """Through Triton there were three times as many for a linear; a LeNet was told to be one anew for each batch."""
+    """Through Triton a linear took three times as many calls; a LeNet was recognised anew for each batch."""
     assert planned["python calls"]["linear"] <= 45 and planned["python calls"]["LeNet"] <= 200
 
 
@@ -47,6 +47,6 @@ def test_kernels_are_found_in_triton_s_cache_whatever_was_launched_before(planne
 
 
 def test_every_launch_goes_through_launching():
-    """A kernel launched in another place would be neither fast nor compiled together with others."""
+    """A kernel launched elsewhere would be neither fast nor compiled together with others."""
     for path in (pathlib.Path(__file__).parents[1] / "kernels").glob("*.py"):
         assert path.name == "launching.py" or "_kernel[(" not in path.read_text(encoding="utf-8"), path.name

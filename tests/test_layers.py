@@ -1,4 +1,4 @@
-"""The layers and modules stand in for torch's: names, constructors, parameters, state, errors, hooks."""
+"""The layers and modules replace torch's: names, constructors, parameters, state, errors, hooks."""
 
 import copy
 import inspect
@@ -13,7 +13,7 @@ import tritonnet
 import tritonnet.nn as nn
 import tritonnet.nn.functional as F
 
-# name, arguments, size of an input
+# name, arguments, size of the input
 LAYERS = [
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=3), (2, 4, 7, 7)),
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=(3, 2), stride=(1, 2), dilation=2), (4, 7, 7)),
@@ -33,7 +33,7 @@ LAYERS = [
 
 
 def pair(name, arguments):
-    """Ours and torch's, from the same seed."""
+    """Our layer and torch's, from the same seed."""
     made = []
     for module in (nn, torch.nn):
         torch.manual_seed(3)
@@ -130,7 +130,7 @@ def test_frozen_and_half_models(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype, backend, device):
-    """bf16 autocast gives bf16, fp16 gives fp16, and gradients the parameters' dtype; float64 is left alone."""
+    """bf16 autocast gives bf16, fp16 gives fp16, gradients have the parameters' dtype; float64 is left alone."""
     conv, fc = nn.Conv2d(2, 3, 3).to(device), nn.Linear(4, 2).to(device)
     x = torch.randn(1, 2, 4, 4, device=device)
     with torch.autocast(device.type, dtype):

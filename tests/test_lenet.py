@@ -50,7 +50,7 @@ def test_same_numbers_and_gradients(backend, device, full_precision):
     "loss, optimizer", [("CrossEntropyLoss", "SGD"), ("MSELoss", "RMSprop"), ("CrossEntropyLoss", "Adam")]
 )
 def test_optimizers_and_losses_train_it(optimizer, loss, device):
-    """Two steps on the kernels keep up with torch, then fifteen on the reference bring the loss down."""
+    """Two steps on the kernels agree with torch's, then fifteen on the reference reduce the loss."""
     ours, theirs = nets()
     ours.to(device).double()
     theirs.double()
@@ -97,7 +97,7 @@ def test_a_training_step_runs_on_the_kernels(device):
 
 
 def test_training_reaches_97_percent(trained):
-    """The command of the README, on the reference as on a machine without a GPU."""
+    """The README's command, on the reference as on a machine without a GPU."""
     folder, output = trained
     assert output.splitlines()[0] == "LeNet on 8000 digits, 1 x cpu, backend: reference (plain torch)"
     assert json.loads((folder / "metrics.json").read_text())["test_accuracy"] > 0.97
@@ -105,7 +105,7 @@ def test_training_reaches_97_percent(trained):
 
 
 def test_training_on_zipped_idx_files_through_the_kernels(tmp_path, capsys, device, monkeypatch, no_graphs):
-    """Plain ones are what test_cli.py trains on."""
+    """test_cli.py trains on unzipped files."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     x, y = torch.randint(256, (15, 28, 28)), torch.randint(10, (15,))
@@ -114,7 +114,7 @@ def test_training_on_zipped_idx_files_through_the_kernels(tmp_path, capsys, devi
     monkeypatch.setattr(pictures, "draw", lambda *args: [])
     with tritonnet.count_launches() as launches:
         assert cli.main(["train", "--backend", "triton", *map(str, options)]) == 0
-    # Three batches, and the test after the epoch and at the end.
+    # Three batches, and one test batch after the epoch and one at the end.
     steps = {name: launches[f"lenet_{name}_kernel"] for name in ("pack", "forward", "gradient", "update")}
     assert steps == {"pack": 3 + 2, "forward": 3 + 2, "gradient": 3, "update": 3}
     assert not any(name.startswith(("conv2d", "linear")) for name in launches)
@@ -145,13 +145,13 @@ def test_digits():
     ids=["a value", "a parameter", "a layer", "a setting", "a hook", "the dtype"],
 )
 def test_what_changes_between_batches_is_seen(change, device):
-    """Inference in one launch remembers that the layers are a LeNet's, and looks whether they still are."""
+    """Inference in fused launches caches that the layers are a LeNet's, and checks that they still are."""
     images, net = torch.randn(2, 1, 32, 32, device=device), tritonnet.LeNet().to(device).eval()
     with torch.no_grad():
         before = net(images)
         change(net)
         images = images.to(net.conv1.weight.dtype)
         after = net(images)
-        # The same net, of which nothing is remembered.
+        # The same net without any cached state.
         assert torch.equal(after, copy.deepcopy(net)(images))
     assert after.shape != before.shape or not torch.allclose(after.float(), before, rtol=0, atol=1e-9)

@@ -1,4 +1,4 @@
-"""LeNet's launches in full float32 as NVIDIA's cards run them; the interpreter's own choice are products."""
+"""LeNet's full-float32 kernels for NVIDIA's cards; by itself the interpreter takes the products."""
 
 import copy
 
@@ -20,7 +20,7 @@ def in_lanes(monkeypatch):
 
 
 def small(channels):
-    """A LeNet for images of 20 pixels: every product in lanes is a step of the interpreter's."""
+    """A LeNet for images of 20 pixels: in lanes every product is a step of the interpreter."""
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(64, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
@@ -29,7 +29,7 @@ def small(channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
-    """As test_gradients of test_train_step, whose bounds these are."""
+    """As test_gradients in test_train_step.py, with its bounds."""
     monkeypatch.setitem(lenet_weights._SIZES, (0, 64), 20)
     net = small(channels).to(device)
     images, labels = torch.randn(5, channels, 20, 20, device=device), torch.randint(10, (5,), device=device)
@@ -49,7 +49,7 @@ def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_buffers_follow_the_form(train, monkeypatch):
-    """Also where the same net has been asked for in the other form before."""
+    """Also after the other form was asked for with the same net."""
     for form, size in (("ieee", (2, 14, 14, 8)), ("lanes", (2, 6, 14, 14)), ("ieee", (2, 14, 14, 8))):
         monkeypatch.setattr(lenet_lanes, "form", lambda format, form=form: form)
         p1 = lenet_forward.activations(2, lenet.Geometry(1, 32, 0, 7), "ieee", "cpu", train)["p1"]
@@ -57,7 +57,7 @@ def test_buffers_follow_the_form(train, monkeypatch):
 
 
 def test_bytes_in_lanes(in_lanes, device, full_precision):
-    """Patches that reach into the frame."""
+    """Patches that reach into the border."""
     net = tritonnet.LeNet(7, mean=0.2, std=0.4).to(device).eval()
     images = torch.randint(256, (2, 1, 28, 28), dtype=torch.uint8, device=device)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""linear against float64, value and every gradient, for every shape that torch takes."""
+"""linear against float64, values and every gradient, for every shape that torch takes."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from exact import DTYPES, check_linear
 import tritonnet.nn.functional as F
 from tritonnet.kernels import tiles
 
-# name: size of input, weight, bias
+# name: sizes of input, weight and bias
 CASES = {
     "matrix": ((5, 7), (4, 7), (4,)),
     "fc1": ((13, 400), (120, 400), (120,)),
@@ -49,7 +49,7 @@ def test_float64(case, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", ["fc1", "many rows", "three leading sizes"])
 def test_narrow_dtypes(case, dtype, backend, device):
-    """float32 is granted no tf32 tolerance: torch's default for matrix products is full precision."""
+    """float32 has no tf32 tolerance: torch's default for matrix products is full precision."""
     inputs, terms = make(case)
     check_linear(F.linear, TF.linear, inputs, terms, dtype, device)
 

@@ -1,4 +1,4 @@
-"""linear_chain: every layer within its format's bound of float64, forward and backward, and the layers' own bits."""
+"""linear_chain: every layer within its format's bound of float64, forward and backward; bit for bit the layers."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ import tritonnet.nn.functional as F
 from bench import unfused
 from tritonnet import ops
 
-# name: rows, features of the input and widths of the layers, which of them have a bias
+# name: rows, input features and widths of the layers, which of them have a bias
 CASES = {
     "LeNet head": (9, (400, 120, 84, 10), (1, 1, 1)),
     "two layers, no bias": (5, (7, 6, 3), (0, 0)),
@@ -37,7 +37,7 @@ def make(case, dtype, device):
 
 
 def flat(*lists):
-    """Weights, or weights and biases, as the operators take them."""
+    """Weights, or weights and biases, in the order that the operators take."""
     pairs = [t for layer in zip(*lists) for t in layer]
     return pairs + [None] * (4 * len(lists) - len(pairs))
 
@@ -49,7 +49,7 @@ def double(t):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_every_layer(case, dtype, backend, device):
-    """The truth of a layer is made from what the one before has really given; no tolerance for tf32."""
+    """A layer's truth is computed from the actual result of the one before; no tolerance for tf32."""
     x, w, b = make(case, dtype, device)
     y, hidden = ops.linear_chain(x, *flat(w, b), True)
     widths = [t.shape[0] for t in w][:-1]
@@ -88,7 +88,7 @@ def gradients(function, x, w, b, dy=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_of_the_layers(dtype, backend, device):
-    """Sums of whole numbers are exact in any order; what is left are the roundings between the layers."""
+    """Sums of integers are exact in any order, so that only the roundings between the layers remain."""
     x, w, b = ([t.mul(3).round() for t in ts] for ts in ((torch.randn(21, 50),), *make_small()))
     x, w, b = ([t.to(device, dtype) for t in ts] for ts in (x, w, b))
     dy = torch.randint(-3, 4, (21, 3)).to(device, dtype)
@@ -179,7 +179,7 @@ def test_hidden_layers_are_kept_for_backward_only(backend, device):
 
 
 def test_biases_may_be_overwritten_before_the_gradient_of_a_batch(backend, device):
-    """As by an optimiser between torch.func.vjp and the pull-back: no count of writes would tell there."""
+    """As an optimiser does between torch.func.vjp and the pull-back, where no version counter is checked."""
     x, w, b = make("two layers, biases", torch.float64, device)
     results = []
     for f in (F, unfused):
@@ -193,7 +193,7 @@ def test_biases_may_be_overwritten_before_the_gradient_of_a_batch(backend, devic
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_special_values_stay_in_their_row(value, backend, device):
-    """Lanes past a layer's width must not carry them on."""
+    """Lanes past a layer's width must not spread them."""
     x, w, b = make("four layers, some biases", torch.float32, device)
     w = [t.abs() + 1 for t in w]
     x[3, 2] = value
@@ -241,7 +241,7 @@ def test_errors(arguments, kind, message, backend):
 
 
 def test_module(device):
-    """The modules, initial values, repr and state_dict of the Sequential that it is."""
+    """The modules, initial values, repr and state_dict of the equivalent Sequential."""
     torch.manual_seed(3)
     chain = nn.LinearChain(7, 6, 5, 2)
     torch.manual_seed(3)

@@ -1,7 +1,7 @@
-"""Every kernel compiles for each GPU that is named, without one, in every tile and format, within the budgets.
+"""Every kernel compiles for each target GPU in every tile and format, within the budgets, without a GPU.
 
-What no interpreter shows: shapes that tl.dot refuses, types that change inside a loop, spilled registers, products that
-miss the matrix units, loads of single elements, times that cannot be good.
+This shows what no interpreter does: shapes that tl.dot refuses, types that change inside a loop, spilled registers,
+products that miss the matrix units, loads of single elements, times that cannot be good.
 """
 
 import importlib
@@ -22,14 +22,14 @@ from tritonnet.kernels.linear_chain import fused as linear_chain
 
 
 def every_kernel():
-    """The names of all kernels in all files of the package, whether or not a launcher knows them."""
+    """The names of all kernels in all files of the package, whether a launcher uses them or not."""
     files = pkgutil.walk_packages(tritonnet.kernels.__path__, "tritonnet.kernels.")
     modules = [importlib.import_module(file.name) for file in files]
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 # `python -m bench.machine_code` compiles every format for every target. float16 has the tiles of bfloat16, and on AMD's
-# card tf32 goes by the same kernels as float32. On sm_80 and sm_100 tf32 takes as long again: the command has it.
+# card tf32 uses the same kernels as float32. On sm_80 and sm_100 tf32 would take as long again.
 SHORT = ("bfloat16", "float32")
 BRIEF = {"sm_80": SHORT, "sm_90": (*SHORT, "tf32", "float64"), "sm_100": SHORT, "gfx942": SHORT}
 
@@ -106,7 +106,7 @@ def test_another_compiler_is_held_to_less(monkeypatch):
 
 
 def test_overwritten_operands_are_found():
-    """A product's operand that is used in registers too is overwritten on sm_90, loaded a second time it is not."""
+    """A product's operand with a second use in registers is overwritten on sm_90; with a second load it is not."""
     result = run_python("tests/overwritten_operand.py", TRITON_INTERPRET=None)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
@@ -117,7 +117,7 @@ def test_overwritten_operands_are_found():
 
 
 def test_batches_of_other_sizes_share_kernels():
-    """They are compiled by threads of their own before the first launch; few depend on the size of the batch."""
+    """Threads compile them before the first launch; few depend on the batch size."""
     result = run_python("tests/compiled_together.py", TRITON_INTERPRET=None)
     assert result.returncode == 0, result.stderr
     done = json.loads(result.stdout)
@@ -125,12 +125,12 @@ def test_batches_of_other_sizes_share_kernels():
     once = {f"lenet_{name}_kernel": 1 for name in ("pack", "forward", "gradient", "update")}
     assert done["compiled"][:4] == [once] * 4
     assert done["compiled"][5] == {**once, "lenet_forward_kernel": 3}
-    # In a second round the gradients' compilation has failed, and the error is not kept in the place of the kernel.
+    # In a second round the gradients' compilation has failed, and the error is not cached as a kernel.
     assert done["failed"] == 1 and done["kept"] == [1, 1, 0, 1]
 
 
 def test_report():
-    """The page and the recorded section of the budgets, from records of every sort."""
+    """The page and the recorded section of the budgets, from records of every kind."""
     bounds = {**TIMES, "arithmetic_us": 5e5, "memory_us": 2.0}
     more = {"num_stages": 3, "registers": 128}
     records = [

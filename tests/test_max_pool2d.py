@@ -1,4 +1,4 @@
-"""max_pool2d against torch's eager CPU operator, bit for bit: values, indices, and gradients against float64."""
+"""max_pool2d against torch's eager CPU operator, bit for bit: values and indices; gradients against float64."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ CASES = {
 
 
 def same(a, b):
-    """Bit for bit, but any NaN is NaN."""
+    """Bit for bit, but any NaN equals any other."""
     a, b = a.detach().cpu(), b.detach().cpu()
     alike = a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
     return alike and torch.equal(a.isnan(), b.isnan()) and torch.equal(a[~a.isnan()], b[~b.isnan()])
@@ -65,7 +65,7 @@ def test_case(case, dtype, backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ties_nan_and_infinities(dtype, backend, device):
-    """Equal values name the first, NaN wins and of several the last, a window of -inf names its first pixel."""
+    """Of equal values the first wins, of several NaN the last; a window of -inf gives its first pixel."""
     x = torch.randint(0, 3, (4, 3, 12, 11)).to(dtype)
     x[torch.rand(x.shape) < 0.2] = float("nan")
     x[torch.rand(x.shape) < 0.2] = float("-inf")

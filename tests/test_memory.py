@@ -1,4 +1,4 @@
-"""No kernel leaves its tensors, and no two programs meet in one address."""
+"""No kernel accesses memory outside its tensors, and no two programs race."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def gaps(*size):
 @pytest.mark.parametrize("make", [contiguous, channels_last, gaps], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("call", CALLS)
 def test_no_stray_access_and_no_race(call, make):
-    """The watch that every test runs under is all that is asserted, on layouts that other tests have less of."""
+    """Asserts nothing beyond the watch of every test, on layouts that other tests have less of."""
     with tritonnet.count_launches() as launches:
         y = CALLS[call](make)
         y.backward(gaps(*y.shape).detach())
@@ -79,7 +79,7 @@ def test_index_type():
 
 
 def test_same_bits_every_time(device):
-    """Split sums are added in a fixed order; the memory in between starts out as NaN."""
+    """Split sums are added in a fixed order; new memory starts out as NaN."""
     model = nn.Sequential(
         nn.Conv2d(3, 20, 3), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(20, 4, 3), nn.Flatten(), nn.Linear(100, 5)
     ).to(device)  # fmt: skip

@@ -36,7 +36,7 @@ main(["--version"])
 def test_wheel_installs_and_runs_outside_the_checkout(tmp_path):
     source, target = tmp_path / "source", tmp_path / "site"
     source.mkdir()
-    # A copy, so that nothing is left in the checkout and nothing of an earlier build gets in.
+    # A copy, so that nothing is left in the checkout and no earlier build gets in.
     for name in ("kernels", "tritonnet", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
@@ -59,7 +59,7 @@ def test_wheel_installs_and_runs_outside_the_checkout(tmp_path):
 
 
 def test_torch_is_all_that_the_package_needs():
-    """Not even NumPy, which a build of torch for the CPU does not bring."""
+    """Not even NumPy, which a CPU build of torch does not bring."""
     code = """
 import sys
 sys.modules.update(dict.fromkeys(("numpy", "tqdm", "rich", "matplotlib", "PIL", "triton")))
@@ -81,7 +81,7 @@ def test_style(command):
 
 
 def test_types(tmp_path):
-    """Of the package; and in a program that uses it: our layers, torch's behind them, and a mistake that is found."""
+    """Types in the package, and in a program that uses it: our layers, torch's other names, and a mistake."""
     result = run_python("-m", "mypy")
     assert result.returncode == 0, result.stdout + result.stderr
     program = tmp_path / "program.py"

@@ -1,7 +1,7 @@
-"""What other Triton libraries of these operators get wrong, one by one, on ours.
+"""Bugs of other Triton libraries with these operators, one by one, on ours.
 
-The peers are attorch, FlagGems, Inductor's templates, aiter and trident, and bugs that users reported to PyTorch and
-others; the number is that of the report.
+The peers are attorch, FlagGems, Inductor's templates, aiter and trident; other bugs are from users' reports to PyTorch
+and others, with the report's number.
 """
 
 import pytest
@@ -15,7 +15,7 @@ import tritonnet.nn.functional as F
 
 
 def check(ours, theirs, *sizes, prepare=lambda t: t, device=DEVICE):
-    """Value and every gradient in float64."""
+    """Values and every gradient in float64."""
     inputs = [torch.randn(size, dtype=torch.float64) for size in sizes]
     results = []
     for f, where in ((ours, device), (theirs, "cpu")):
@@ -27,7 +27,7 @@ def check(ours, theirs, *sizes, prepare=lambda t: t, device=DEVICE):
 
 
 def test_attorch_convolution_is_our_own_forward_and_backward(device):
-    """attorch's modules hand out torch's convolution, and its conv backward calls torch."""
+    """attorch's modules hand out torch's convolution, and its conv backward calls torch's."""
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)).to(device)
     x = torch.randn(2, 2, 6, 6, device=device, requires_grad=True)
     with tritonnet.count_launches() as forward:
@@ -61,7 +61,7 @@ def test_attorch_state_dict_of_linear_is_torchs():
 
 
 def test_attorch_import_needs_no_device():
-    """Importing asks for no driver, no device, and works where Triton is not installed at all."""
+    """Importing asks for no driver and no device, and works without Triton."""
     code = """
 import sys, importlib.util
 find = importlib.util.find_spec
@@ -130,7 +130,7 @@ def test_flaggems_strided_backward_is_one_launch(device):
     y = F.conv2d(x, w, stride=2)
     with tritonnet.count_launches() as launches:
         y.sum().backward()
-    assert launches == {"conv2d_input_grad_kernel": 1}  # and only the gradient asked for
+    assert launches == {"conv2d_input_grad_kernel": 1}  # only the requested gradient
 
 
 def test_flaggems_same_padding_through_the_layer():
@@ -224,9 +224,9 @@ def test_liger_1375_more_dimensions_than_were_tested():
 
 
 def test_the_batch_size_is_in_no_cache_key():
-    """A shorter last batch compiles nothing anew, for a GPU that need not be there, and there is nothing to tune.
+    """A shorter last batch compiles nothing new, and nothing is tuned; compiled for a GPU without one.
 
-    Kernels that walk flat memory have one form for sizes that 16 divides and one for others, and only these two.
+    Kernels that walk flat memory have exactly two forms: for sizes divisible by 16, and for others.
     """
     code = """
 import torch

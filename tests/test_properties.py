@@ -1,4 +1,4 @@
-"""Any geometry that torch takes gives torch's numbers, and any that it refuses is refused."""
+"""Any geometry that torch takes gives torch's results, and any that it refuses is refused."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def lay_out(t, layout):
 
 
 def compare(call, inputs):
-    """Outcome of torch and ours: the same numbers and gradients, or the same type of exception."""
+    """Compares torch with ours: the same values and gradients, or the same type of exception."""
     outcomes = []
     for f, device in ((F, DEVICE), (TF, "cpu")):
         leaves = [t.to(device).detach().requires_grad_() for t in inputs]
@@ -72,7 +72,7 @@ def test_conv2d(batch, groups, C, OC, size, kernel, stride, padding, dilation, l
     padding=pairs(0, 2), dilation=pairs(1, 3), ceil_mode=st.booleans(), layout=layouts,
 )  # fmt: skip
 def test_max_pool2d(batch, C, size, kernel, stride, padding, dilation, ceil_mode, layout):
-    # Few values, so that ties are common.
+    # Few distinct values, so that ties are common.
     x = lay_out(torch.randint(0, 4, (batch, C, *size)).double(), layout)
     compare(lambda f, x: f.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode), (x,))
 
@@ -85,7 +85,7 @@ def test_max_pool2d(batch, C, size, kernel, stride, padding, dilation, ceil_mode
 def test_conv2d_relu_max_pool2d(
     C, size, kernel, stride, padding, pool_kernel, pool_stride, pool_padding, ceil_mode, layout
 ):
-    """Sums of integers are exact, and full of ties."""
+    """Sums of integers are exact, and ties are common."""
     x, w, b = (torch.randint(-2, 3, s).double() for s in ((2, C, *size), (3, C, *kernel), (3,)))
     pool = dict(zip(("pool_kernel_size", "pool_stride", "pool_padding"), (pool_kernel, pool_stride, pool_padding)))
     compare(
