@@ -1,4 +1,4 @@
-"""The machine that runs PTX (tests/ptx): what its instructions on registers compute, by hand or by numpy."""
+"""The PTX machine (tests/ptx): the results of its instructions on registers, by hand or by numpy."""
 
 import numpy as np
 import ptx
@@ -15,7 +15,7 @@ BITS = {
 
 
 def pairs(bits):
-    """All pairs of some numbers of a width, as two arrays."""
+    """All pairs of some values of a width, as two arrays."""
     kind = f"u{bits // 8}"
     a, b = np.meshgrid(np.array(BITS[bits], kind), np.array(BITS[bits], kind))
     return a.ravel(), b.ravel()
@@ -48,7 +48,7 @@ def test_integers(bits, sign):
     for name, f in INTEGERS.items():
         found = compute(f"{name}.{sign}{bits} {{d}}, {{a}}, {{b}};", a.dtype, a, b)
         for (x, y), z in zip(values, found):
-            if y or name not in ("div", "rem"):  # by zero the ISA leaves the result open
+            if y or name not in ("div", "rem"):  # for division by zero the ISA leaves the result open
                 assert int(z) == f(x, y) & (1 << bits) - 1, (name, x, y)
     names = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
     for name, operator in names.items():
@@ -166,7 +166,7 @@ FLOATS = np.array(
 
 
 def equal(found, expected):
-    """Bit for bit, but for the bits of NaN."""
+    """Bit for bit, except for the bits of NaN."""
     nan = np.isnan(expected)
     assert (np.isnan(found) == nan).all()
     kind = f"u{found.dtype.itemsize}"
@@ -188,12 +188,12 @@ def test_floats():
 
 
 def test_fused():
-    """One rounding: (1 + 2^-12)^2 - 1 - 2^-11 is 2^-24, which two roundings lose."""
+    """One rounding: (1 + 2^-12)^2 - 1 - 2^-11 is 2^-24, which two roundings would lose."""
     a, c = np.float32([1 + 2**-12]), np.float32([-1 - 2**-11])
     assert compute("fma.rn.f32 {d}, {a}, {a}, {b};", np.float32, a, c)[0] == 2.0**-24
     a, c = np.array([1 + 2.0**-30]), np.array([-1 - 2.0**-29])
     assert compute("fma.rn.f64 {d}, {a}, {a}, {b};", np.float64, a, c)[0] == 2.0**-60
-    # 1.5 (1 + 2^-7) is in the middle between two bfloat16: what is added decides, though float32 would lose it.
+    # 1.5 (1 + 2^-7) is halfway between two bfloat16: the addend decides, though float32 would lose it.
     a, b, c = (
         torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16) for x in ([1.5], [1.0078125], [2.0**-24])
     )
@@ -204,7 +204,7 @@ def test_fused():
 
 
 def test_pairs_of_float32():
-    """Each half on its own, whether it comes from memory or from another instruction."""
+    """Each half separately, whether it comes from memory or from another instruction."""
     a, b = (x.ravel() for x in np.meshgrid(FLOATS[:16], FLOATS[:16]))
     pairs = a.view(np.uint64), b.view(np.uint64)
     with np.errstate(all="ignore"):
@@ -216,7 +216,7 @@ def test_pairs_of_float32():
         product = a * b
         expected = (product.astype(np.float64) * a + product).astype(np.float32)
         equal(compute(code, np.uint64, *pairs).view(np.float32), expected)
-    # One rounding; and what a guard leaves as it was.
+    # One rounding; and the guard's other threads keep the old value.
     x, c = np.float32([1 + 2**-12, 3]).view(np.uint64), np.float32([-1 - 2**-11, 1]).view(np.uint64)
     assert (compute("fma.rn.f32x2 {d}, {a}, {a}, {b};", np.uint64, x, c).view(np.float32) == [2.0**-24, 10]).all()
     code = "setp.lt.u32 %p1, %r0, 1; mov.b64 {d}, {a}; @%p1 add.f32x2 {d}, {a}, {a}; add.f32x2 {d}, {d}, {a};"
@@ -308,7 +308,7 @@ def test_vectors():
 
 
 def test_approximations():
-    """To nearest by default, and within the ISA's bounds at worst, on both sides."""
+    """Rounded to nearest by default; at worst within the ISA's bounds, with errors of both signs."""
     x = np.random.default_rng(0).uniform(0.1, 30, 256).astype(np.float32)
     out = torch.zeros(256)
     for name, f in (("ex2.approx.f32", np.exp2), ("rcp.approx.f32", np.reciprocal), ("sqrt.approx.f32", np.sqrt)):
@@ -326,7 +326,7 @@ def test_approximations():
 @pytest.mark.parametrize("mode", ("idx", "bfly", "up", "down"))
 @pytest.mark.parametrize("clamp", (0x1F, 0x0, 0x181F, 0x1C03))
 def test_shuffle(mode, clamp):
-    """As the ISA's pseudocode says, for each thread on its own."""
+    """The ISA's pseudocode, thread by thread."""
     by = np.random.default_rng(clamp).integers(0, 32, 32).astype(np.uint32)
     value = np.arange(100, 132, dtype=np.uint32)
     expected = []
@@ -355,7 +355,7 @@ def test_reduction():
 
 
 def test_scopes():
-    """Registers and labels of a scope are its own, whatever others are called."""
+    """A scope's registers and labels are its own, even if others have the same names."""
     loop = """
     {{{{
         .reg .pred more;

@@ -1,4 +1,4 @@
-"""The machine that runs PTX: each of its faults, by name, and a program that differs by what is wrong and is silent."""
+"""The PTX machine: each of its faults, by name, and a program that differs only in the bug and is silent."""
 
 import re
 
@@ -9,7 +9,7 @@ from handwritten import COPY, EXCHANGE, SLOTS, TEXT, WAIT, fill, run, wgmma
 
 
 def faulty(kind, code, *arguments, **how):
-    """Runs what has to fault, in every way that is left open; gives the last fault."""
+    """Runs code that must fault under every order that is left open; returns the last fault."""
     for seed in range(4):
         with pytest.raises(ptx.Fault) as e:
             run(code, *arguments, seed=seed, **how)
@@ -29,7 +29,7 @@ def test_stray():
     for offset in (4, -4):
         fault = faulty("stray", store.format(offset), torch.zeros(32))
         assert fault.program == (0, 0, 0)
-    # The next tensor in memory is no better than nothing; a pointer to one that is known is.
+    # An address in the next tensor is stray too; a pointer to a known tensor is not.
     both = torch.zeros(64)
     silent(store.format(64), both[:48])
     load = "ld.global.b64 %rd2, [%rd0]; st.global.b32 [%rd2], %r0;"
@@ -73,7 +73,7 @@ def test_undelivered():
     two = copy + "cp.async.commit_group; cp.async.ca.shared.global [%r1+128], [%rd12], 4;"
     silent(COPY.format(copy=two, wait="cp.async.wait_group 1;") + "cp.async.wait_group 0;", out, x)
     faulty("undelivered", COPY.format(copy=two, wait="cp.async.wait_group 2;"), out, x)
-    # Written under the copy; and a wait that is another warp's.
+    # A store to the copy's destination; and a wait in another warp only.
     faulty("undelivered", COPY.format(copy=copy + "st.shared.b32 [%r1], %r0;", wait=WAIT), out, x)
     other = "xor.b32 %r1, %r1, 128;"
     x, out = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
@@ -151,7 +151,7 @@ def test_proxy():
     silent(product(), out, x, **how)
     faulty("proxy", product(fence=""), out, x, **how)
     silent(product(fence="", before="fence.proxy.async.shared::cta;"), out, x, **how)
-    # Copies are of the proxy that stores are of.
+    # Copies are of the generic proxy, as stores are.
     load, copied = r"ld\.global\.b32 %r2, (\S+); st\.shared\.b32 (\S+), %r2;", r"cp.async.ca.shared.global \2, \1, 4;"
     landed = "cp.async.commit_group;" + WAIT
     silent(re.sub(load, copied, product(fence=landed + "fence.proxy.async.shared::cta;")), out, x, **how)
@@ -162,7 +162,7 @@ def test_race():
     out = torch.zeros(64, dtype=torch.int32)
     fault = faulty("race", EXCHANGE.format(barrier=""), out, threads=64)
     assert "without a barrier in between" in fault.detail and "kernel.py:1:0" in fault.detail
-    # Two halves of a word are two warps'; one value may be written by both, two may not.
+    # Two warps may write the two halves of a word; both may write one value to one address, but not two.
     halves = """and.b32 %r1, %r0, 31; shl.b32 %r1, %r1, 2;
     shr.u32 %r2, %r0, 5; shl.b32 %r2, %r2, 1; add.s32 %r1, %r1, %r2;
     cvt.u16.u32 %rs1, %r0; st.shared.b16 [%r1], %rs1;"""
@@ -175,7 +175,7 @@ def test_race():
     faulty("race", again.format(""), out, threads=64)
 
 
-# Two warps of 32 threads at the same 32 words of the first argument; the result is the second.
+# Two warps of 32 threads access the same 32 words of the first argument; the result is the second.
 SAME = """
     and.b32 %r1, %r0, 31; shr.u32 %r2, %r0, 5; mul.wide.u32 %rd10, %r1, 4; add.s64 %rd10, %rd10, %rd0;
     mul.wide.u32 %rd11, %r0, 4; add.s64 %rd11, %rd11, %rd1;
@@ -183,21 +183,21 @@ SAME = """
 
 
 def test_race_in_global_memory():
-    """In place: both warps load an element that one of them stores. One seed in two has a right result all the same."""
+    """In place: both warps load an element that one of them stores. One seed in two gives a right result anyway."""
     x, out = torch.zeros(32, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     in_place = SAME + "ld.global.b32 %r3, [%rd10]; add.s32 %r3, %r3, 1; {} @%p1 st.global.b32 [%rd10], %r3;"
     silent(in_place.format("bar.sync 0;"), x, out, threads=64)
     fault = faulty("race", in_place.format(""), x, out, threads=64)
     assert "of a tensor's storage" in fault.detail and fault.detail.count("kernel.py:1:0") == 1
     assert fault.program == (0, 0, 0)
-    # The same by several programs, each with a part of its own; the third strays into the second one's.
+    # The same in several programs, each with a part of its own; the third strays into the second one's.
     parts = SAME.replace("add.s64 %rd10, %rd10, %rd0;", "add.s64 %rd10, %rd10, %rd0; {}")
     own = parts.format("mov.u32 %r4, %ctaid.x; {} mul.wide.u32 %rd13, %r4, 128; add.s64 %rd10, %rd10, %rd13;")
     x = torch.zeros(4, 32, dtype=torch.int32)
     each = own.format("") + "@%p1 st.global.b32 [%rd10], %r3; bar.sync 0; ld.global.b32 %r3, [%rd10];"
     silent(each, x, out, threads=64, programs=4)
     assert faulty("race", each.replace("bar.sync 0;", ""), x, out, threads=64, programs=4).program[0] in range(4)
-    # A barrier in a loop lets go of what came before it, and only of that.
+    # A barrier in a loop clears what came before it, and only that.
     one = own.format("setp.eq.u32 %p2, %r4, 2; @%p2 bra $L1; bar.sync 0;\n $L1:\n")
     again = one + "@%p1 st.global.b32 [%rd10], %r0; bar.sync 0; ld.global.b32 %r3, [%rd10];"
     silent(again, x, out, threads=64, programs=4)
@@ -207,7 +207,7 @@ def test_one_value_of_several_warps():
     x, out = torch.zeros(33, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     silent(SAME + "st.global.b32 [%rd10], %r1;", x, out, threads=64)
     faulty("race", SAME + "st.global.b32 [%rd10], %r0;", x, out, threads=64)
-    # Bytes of one word are different addresses, and a word is at all of its bytes.
+    # Bytes of one word are different addresses, and a word is at each of its bytes.
     silent(SAME + "add.s64 %rd10, %rd10, %rd12; st.global.b8 [%rd10], %r0;", x, out, threads=64)
     mixed = SAME + "@%p1 st.global.b32 [%rd10], %r0; @!%p1 st.global.b8 [%rd10+{}], %r0;"
     faulty("race", mixed.format(3), x, out, threads=64)

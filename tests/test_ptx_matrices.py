@@ -1,4 +1,4 @@
-"""The machine that runs PTX: matrices in shared memory, products, copies, and how threads go."""
+"""The PTX machine: matrices in shared memory, products, copies, and diverging threads."""
 
 import re
 
@@ -15,7 +15,7 @@ def matrices(count, dtype=np.uint16):
 @pytest.mark.parametrize("count", (1, 2, 4))
 @pytest.mark.parametrize("transposed", (False, True), ids=("rows", "transposed"))
 def test_matrices_to_and_from_shared_memory(count, transposed):
-    """Thread t has elements 2 (t % 4) and the next of row t / 4 of each matrix, and lane i the address of row i."""
+    """Thread t has elements 2 (t % 4) and the next of row t / 4 of each matrix; lane i gives the address of row i."""
     tiles, out, back = (
         torch.from_numpy(matrices(count).view(np.int32).ravel()),
         torch.zeros(32 * count),
@@ -62,7 +62,7 @@ MMA = {
 
 @pytest.mark.parametrize("form", MMA)
 def test_mma(form):
-    """Fragments by the ISA's figures: a register's row, column and elements for each thread."""
+    """Fragments by the ISA's figures: each thread's row, column and elements of a register."""
     m, k, dtype = MMA[form]
     packed = max(1, 4 // dtype.itemsize)
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def test_mma(form):
 
 
 def test_tf32_is_cut_off():
-    """A product sees 11 bits of a factor, rounded towards zero: 1 + 2^-10 + 2^-11 is taken for 1 + 2^-10."""
+    """A product uses 11 bits of a factor, rounded towards zero: 1 + 2^-10 + 2^-11 is taken as 1 + 2^-10."""
     out = torch.zeros(32)
     code = """
     mov.b32 %r1, 0f3F803000; mov.b32 %r2, 0f3F800000; mov.b32 %r3, 0f00000000;
@@ -113,7 +113,7 @@ def test_tf32_is_cut_off():
 
 
 def test_chains_of_products():
-    """Products that go on with each other's sums, and one whose result in between is used."""
+    """Products that continue each other's sums, and one whose intermediate result is used."""
     out = torch.zeros(2, 32)
     step = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {d}, {{%r1, %r1, %r1, %r1}}, {{%r1, %r1}}, {c};"
     d = ["{%r10, %r11, %r12, %r13}", "{%r20, %r21, %r22, %r23}", "{%r30, %r31, %r32, %r33}"]
@@ -154,7 +154,7 @@ def test_wgmma(dtype, swizzle, major, products):
     k, n, size = (8 if dtype == torch.float32 else 16), 64, dtype.itemsize
     torch.manual_seed(0)
     a, b = (torch.randint(-4, 5, (rows, k)).to(dtype) for rows in (64, n))
-    # Rows of a swizzle hold more of K than one product takes.
+    # A swizzle's rows hold more of K than one product takes.
     wide = max(k, SWIZZLES[swizzle][1] // size)
     padded = [
         x if across else torch.cat([x, torch.zeros(len(x), wide - k, dtype=dtype)], 1)
@@ -200,7 +200,7 @@ def test_wgmma_of_registers(dtype):
 
 
 def test_group_of_products_is_one_sum():
-    """Whether early or late: the same bits, though their terms could be added in many orders."""
+    """Early or late, its bits are the same, though its terms could be added in many orders."""
     torch.manual_seed(0)
     x, results = torch.randn(2048), []
     code = fill(2048) + "mov.b64 %rd20, 0x4000000000010000; mov.b64 %rd21, 0x4000000000010000;"
@@ -214,7 +214,7 @@ def test_group_of_products_is_one_sum():
 
 @pytest.mark.parametrize("copies", ("early", "late"))
 def test_copies(copies):
-    """All bytes, none, which reads nothing at all, or some; the others are zeros."""
+    """All bytes, none, which reads nothing at all, or some; the rest is filled with zeros."""
     x, out = torch.arange(1, 33, dtype=torch.int32) * 0x01010101, torch.zeros(32, dtype=torch.int32)
     run(COPY.format(copy="cp.async.ca.shared.global [%r1], [%rd12], 4;", wait=WAIT), out, x, copies=copies)
     assert (out == x).all()
@@ -237,7 +237,7 @@ def test_groups_of_copies():
 
 
 def test_copies_of_threads_that_meet_and_part():
-    """Half of the threads copy, all meet, and part again before they wait."""
+    """Half of the threads copy, all meet, and diverge again before they wait."""
     x = torch.arange(64, dtype=torch.int32)
     copy = """setp.lt.u32 %p1, %r0, 32; @!%p1 bra $L1;
     cp.async.ca.shared.global [%r1], [%rd12], 4;
@@ -255,7 +255,7 @@ $L2:
 
 
 def test_threads_that_part():
-    """A loop whose length is each thread's own, in each program another one."""
+    """A loop whose length differs by thread and by program."""
     out = torch.zeros(3, 64, dtype=torch.int32)
     code = """
     mov.u32 %r1, %ctaid.x; add.s32 %r2, %r0, %r1; rem.u32 %r2, %r2, 7;

@@ -1,4 +1,4 @@
-"""The machine that runs PTX: tensor memory, the products into it, and the mbarriers that they arrive at (sm_100)."""
+"""The PTX machine: tensor memory, the products into it, and the mbarriers that they arrive at (sm_100)."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from handwritten_tensor import (
 
 @pytest.mark.parametrize("count", (4, 8, 16, 32, 64, 128))
 def test_lanes(count):
-    """32x32b: thread t of the four warps has lane t, its register k column k; of twice as few lanes, twice as many."""
+    """32x32b: thread t of four warps has lane t, register k column k. 16x32bx2: half the lanes, twice the columns."""
     out = torch.zeros(count, 128, dtype=torch.int32)
     code = own_values(count) + store("32x32b", count) + load("32x32b", count) + to_result(count)
     run(program(code), out, **HOW)
@@ -63,7 +63,7 @@ def test_half_lanes(count):
 
 
 def test_programs_apart():
-    """Programs, and warps that have not met, are at different places of one loop."""
+    """Programs, and warps that have not met, are at different positions in one loop."""
     out = torch.zeros(3, 4, 128, dtype=torch.int32)
     code = f"""
     mov.u32 %r30, %ctaid.x; mov.b32 %r31, 0; mul.wide.u32 %rd11, %r30, 2048; add.s64 %rd10, %rd10, %rd11;
@@ -113,7 +113,7 @@ def test_products(dtype, m, major, swizzle, products):
 @pytest.mark.parametrize(("m", "lane"), ((128, 0), (64, 0), (64, 16)))
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_products_of_tensor_memory(dtype, m, lane, products):
-    """A in tensor memory, 32 bits of a row in each column; twice, so that the second adds to the first."""
+    """A in tensor memory, 32 bits of a row in each column; twice, so that the second product adds to the first."""
     kind, _, k = KINDS[dtype]
     torch.manual_seed(0)
     a, b = torch.randint(-4, 5, (m, k)).to(dtype), torch.randint(-4, 5, (64, k)).to(dtype)
@@ -131,7 +131,7 @@ def test_products_of_tensor_memory(dtype, m, lane, products):
 
 
 def test_tf32_is_cut_off():
-    """A product sees 11 bits of a factor, rounded towards zero."""
+    """A product uses 11 bits of a factor, rounded towards zero."""
     a, b = torch.full((128, 8), 1 + 2**-10 + 2**-11), torch.ones(64, 8)
     words, places = operands([(a, False), (b, False)], torch.float32, "32 bytes")
     out = torch.zeros(64, 128)
@@ -143,7 +143,7 @@ def test_tf32_is_cut_off():
 @pytest.mark.parametrize("products", ("early", "late"))
 @pytest.mark.parametrize("apart", (False, True), ids=("in step", "apart"))
 def test_phases(apart, products):
-    """A loop of products into the same sums, whose waits are for the phases in turn; each adds 8 in three programs."""
+    """A loop of products into the same sums, with waits for alternating phases; each adds 8 in three programs."""
     out, words, core = tf32_ones()
     loop = f"""
     mov.b32 %r30, 0; mov.pred %p6, %p7;
@@ -157,7 +157,7 @@ $L1:
 
 @pytest.mark.parametrize("products", ("early", "late"))
 def test_programs_with_other_products(products):
-    """Programs go through a loop of products as often as their numbers say, each into its own part of the result."""
+    """Programs run a loop of products as often as their indices say, each into its own part of the result."""
     out, words, core = tf32_ones()
     out = torch.zeros(3, 64, 128)
     loop = f"""

@@ -1,4 +1,4 @@
-"""The faults of tensor memory and its products, by name, each with a program that differs by what is wrong."""
+"""The faults of tensor memory and its products, by name, each with a program that differs only in the bug."""
 
 import ptx
 import pytest
@@ -35,7 +35,7 @@ MADE = f"mov.b32 %r16, {FIRST};"
 
 
 def test_register():
-    """Sums are touched once a product is complete, and by those who know it."""
+    """Sums may be touched once a product is complete, and only by warps that know it."""
     out, words, core = tf32_ones()
     silent(core(PLAIN + wait()), out, words, **HOW)
     assert (out == 8).all()
@@ -43,7 +43,7 @@ def test_register():
     faulty("register", core(issued + load("32x32b", 4) + wait()), out, words, **HOW)
     faulty("register", core(issued + store("32x32b", 4) + wait()), out, words, **HOW)
     silent(core(issued + load("32x32b", 4, "%r12+64") + wait()), out, words, **HOW)
-    # A wait for a phase that was complete before says nothing.
+    # A wait for an earlier phase, which was complete before, is not enough.
     trivial = core(issued + wait(1) + load("32x32b", 4) + wait())
     faulty("register", trivial, out, words, products="late", **HOW)
     faulty("barrier", trivial, out, words, products="early", **HOW)
@@ -85,11 +85,11 @@ def test_overwritten():
     faulty("overwritten", core(PLAIN + write + wait()), out, words, **HOW)
     silent(core(PLAIN + "ld.shared.b32 %r30, [%r1];" + wait()), out, words, **HOW)
     silent(core(PLAIN + write.replace("[%r30]", f"[%r30+{SECOND}]") + wait()), out, words, **HOW)
-    # Another warp's wait, and a barrier after it.
+    # Another warp waits, and a barrier follows.
     other = PLAIN + "@%p1 bra $L1;" + wait() + "\n$L1:\n HERE" + write
     faulty("overwritten", core(filled(other, "") + wait()), out, words, **HOW)
     silent(core(filled(other, "bar.sync 0;")), out, words, **HOW)
-    # Products that share operands: the first one's wait does not free what the second reads.
+    # Products that share operands: waiting for the first does not free what the second reads.
     second = PLAIN + f"mov.b32 %r18, {SECOND};" + BARRIER.replace("%r16", "%r18") + product("tf32", d="%r11+64")
     second += (
         COMMIT.replace("%r16", "%r18") + wait() + "HERE" + wait(0, "%r18") + "HERE" + UNMAKE.replace("%r16", "%r18")
@@ -114,7 +114,7 @@ def test_undelivered():
     arrived = "cp.async.wait_group 0;"
     silent(core(COPY + arrived + FENCE + PLAIN + wait()), out, words, **HOW)
     faulty("undelivered", core(COPY + PLAIN + wait() + arrived), out, words, **HOW)
-    # A store to tensor memory is there after its wait.
+    # A store to tensor memory is visible after its wait.
     stored = store("32x32b", 4, wait="HERE tcgen05.wait::st.sync.aligned;")
     silent(program(filled(stored, "")), NOTHING, **HOW)
     faulty("undelivered", program(filled(stored, load("32x32b", 4))), NOTHING, **HOW)
@@ -154,7 +154,7 @@ def test_race_of_two_warps_of_a_quarter():
     faulty("race", program(store("32x32b", 4)), NOTHING, **how)
     beside = "shr.u32 %r30, %r0, 7; shl.b32 %r30, %r30, 2; add.s32 %r12, %r12, %r30;"
     silent(program(beside + store("32x32b", 4)), NOTHING, **how)
-    # All have to be done with what is deallocated.
+    # All warps must be done with columns that are deallocated.
     last = program(load("32x32b", 4))
     at = last.rindex("bar.sync 0;")
     faulty("race", last[:at] + last[at + len("bar.sync 0;") :], NOTHING, **HOW)
@@ -210,7 +210,7 @@ def test_pending():
 
 
 def test_barrier():
-    """A wait that cannot end: nothing arrives, or has done so once too few."""
+    """A wait that cannot end: nothing arrives, or one arrival is missing."""
     out, words, core = tf32_ones()
     silent(core(PLAIN + wait() + PLAIN + wait(1)), out, words, **HOW)
     faulty("barrier", core(wait()), out, words, **HOW)

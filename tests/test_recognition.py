@@ -1,4 +1,4 @@
-"""Which forwards are those of a LeNet: only if they do nothing else, in both modes, for any number of images."""
+"""Which forwards are recognised as a LeNet's: only those that do nothing else, in both modes, for any batch size."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_others(name):
     model = net(body)
     with pytest.raises(NotServed, match=reason):
         find_layers(model)
-    # It was looked at, and not run.
+    # It was inspected, not run.
     assert model.calls == 0 and not SEEN and not hasattr(model, "last")
 
 

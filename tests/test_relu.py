@@ -27,7 +27,7 @@ def special(dtype, device):
 
 
 def sign(t):
-    """Tells -0.0 from 0.0; the sign of a NaN means nothing."""
+    """Distinguishes -0.0 from 0.0; the sign of a NaN means nothing."""
     return torch.signbit(t.detach()) & ~t.detach().isnan()
 
 
@@ -39,7 +39,7 @@ def test_relu(dtype, layout, backend, device):
     y, true_y = F.relu(x), TF.relu(truth)
     assert y.stride() == true_y.stride()
     torch.testing.assert_close(y.cpu(), true_y, rtol=0, atol=0, equal_nan=True)
-    # On a GPU torch turns -0.0 into 0.0, other than on the CPU.
+    # On a GPU torch turns -0.0 into 0.0, unlike on the CPU.
     if backend == "triton" or device.type == "cpu":
         assert torch.equal(sign(y).cpu(), sign(true_y))
     for dy in (torch.randn(true_y.shape).to(dtype), torch.ones((), dtype=dtype).expand(true_y.shape)):

@@ -1,4 +1,4 @@
-"""What a training step does besides its launches: devices, streams and captures, losses, and nothing twice."""
+"""A training step apart from its launches: devices, streams and captures, losses, and no repeated work."""
 
 import contextlib
 import copy
@@ -63,7 +63,7 @@ def hooked(hook):
 
 
 def test_every_launch_is_on_the_device_of_its_tensors(device, monkeypatch):
-    """Triton launches on the current device: a step, an inference and an operator all see to it that it is theirs."""
+    """Triton launches on the current device: a step, an inference and an operator all set it to their tensors'."""
     current, seen = [], []
 
     @contextlib.contextmanager
@@ -106,7 +106,7 @@ def test_tiles_and_architectures_of_two_cards(monkeypatch):
 
 
 class Streams:
-    """As much of torch.cuda as a capture uses; the end of a capture fails as torch 2.11's does, which stays there."""
+    """As much of torch.cuda as a capture uses; one that fails raises at its end and keeps its stream, as in torch 2.11."""
 
     def __init__(self, monkeypatch, fails=False):
         self.current, self.options, self.replays, self.fails = "the caller's", None, 0, fails
@@ -219,7 +219,7 @@ def test_after_a_launch_that_fails_losses_and_counts_are_right(monkeypatch):
 
 @pytest.mark.parametrize("graphs", [False, pytest.param(True, marks=on_the_cpu)], ids=["launched", "replayed"])
 def test_a_loss_never_changes(graphs, device, monkeypatch):
-    """Over several blocks of them, and through a graph that was captured with the first."""
+    """Over several blocks of losses, and with a graph that was captured on the first."""
     monkeypatch.setattr(losses, "BLOCK", 2)
     if graphs:
         monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cpu",))
@@ -234,7 +234,7 @@ def test_a_loss_never_changes(graphs, device, monkeypatch):
 
 @on_the_cpu
 def test_what_replays_the_graph_alone_stays_in_its_blocks(monkeypatch):
-    """However often: each replay writes a loss behind the one before."""
+    """However often: each replay writes a loss after the one before."""
     monkeypatch.setattr(losses, "BLOCK", 2)
     monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cpu",))
     monkeypatch.setattr(lenet_step, "capture", lambda launch, restore, device: [launch(), restore(), launch][2])
@@ -270,7 +270,7 @@ def test_the_corrections_of_adam(device):
 
 
 class Called(TorchDispatchMode):
-    """Writes down every call of one of torch's operators."""
+    """Records every call of torch's operators."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +283,7 @@ class Called(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", cpu.OPTIMIZERS)
 def test_nothing_is_done_twice(name):
-    """Where nothing has changed a call copies images and labels, and that is all that torch is asked for."""
+    """Where nothing has changed, a call copies images and labels and makes no other call of torch's operators."""
     with cpu.without_gpu():
         net = tritonnet.LeNet()
         step = tritonnet.TrainStep(net, TF.cross_entropy, cpu.OPTIMIZERS[name](net.parameters()))
@@ -315,7 +315,7 @@ def test_the_time_of_a_launch_is_reported():
 
 
 class Far(losses.FirstBad):
-    """As on a GPU that is as far behind as it may be: what is sent arrives when it is waited for."""
+    """As on a GPU that lags as far behind as possible: what is sent arrives when it is waited for."""
 
     def __init__(self, device):
         super().__init__(device)
@@ -328,7 +328,7 @@ class Far(losses.FirstBad):
 
 @pytest.mark.parametrize("bad", [1, 31, 32, 33, 64])
 def test_a_loss_that_is_not_finite_is_heard_of_within_64_calls(bad):
-    """Without waiting for it: the stand-in sends what is known at the time and no more."""
+    """Without waiting: the stand-in sends only what is known at the time."""
     numbers = Far(torch.device("cpu"))
     with pytest.raises(FloatingPointError, match=f"the loss of call {bad} was not"):
         for call in itertools.count(1):
@@ -340,7 +340,7 @@ def test_a_loss_that_is_not_finite_is_heard_of_within_64_calls(bad):
 
 
 def test_offsets_into_every_tensor_of_the_forward_fit(monkeypatch):
-    """The gradients of 1.7 million images of 1,000 classes are the first to pass 32 bits."""
+    """The gradients of 1.7 million images of 1,000 classes are the first to exceed 32 bits."""
     indices = []
     monkeypatch.setattr(launching, "launch", lambda *args, INDEX, **kwargs: indices.append(INDEX))
     geometry = lenet.Geometry(1, 28, 0, 1000)

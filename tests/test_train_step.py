@@ -1,4 +1,4 @@
-"""tritonnet.TrainStep against autograd and torch's optimisers: values, state, launches, and what it says of itself."""
+"""tritonnet.TrainStep against autograd and torch's optimisers: values, state, launches, and its reports."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ def sequential():
 
 
 def small():
-    """28 pixels without padding, the least that a step has to do: where optimisers and the host are looked at."""
+    """28 pixels without padding, the least work for a step: for tests of optimisers and of the host."""
     net = TutorialLeNet()
     net.fc1 = theirs.Linear(256, 120)
     return net
@@ -68,7 +68,7 @@ def batch(net, size, device, seed=0):
 
 
 def by_torch(net, optimizer, images, labels):
-    """A step as torch does it; the loss."""
+    """A step as torch does it; returns the loss."""
     with tritonnet.backend("reference"):
         optimizer.zero_grad()
         loss = TF.cross_entropy(net(images), labels)
@@ -87,10 +87,10 @@ def by_torch(net, optimizer, images, labels):
     ],
 )
 def test_gradients(name, precision, device):
-    """One step of SGD at rate 1 shows the gradient; float64 autograd says what it is.
+    """One step of SGD at rate 1 shows the gradient, which is compared with float64 autograd's.
 
-    Errors of sums are relative to the sizes of their terms, which a gradient's own size stands for: 2,500 roundings of
-    half an eps, as many as the longest way through the net adds up, each independent of the others. In bfloat16 a
+    Errors of sums are relative to the sizes of their terms, which a gradient's own size approximates: 2,500 roundings
+    of half an eps, as many as the longest path through the net adds up, independent of each other. In bfloat16 a
     pixel's rounding moves some gradients to another pixel of a window, so that only the whole is compared.
     """
     make, size = NETS[name]
@@ -108,14 +108,14 @@ def test_gradients(name, precision, device):
     assert abs(loss.double() - true_loss) <= 16 * u * true_loss.abs() + 4 * u
     for (parameter, p), q, old in zip(net.named_parameters(), truth.parameters(), before):
         error = (old.double() - p.double() - q.grad).norm()
-        # What the weight's own rounding hides of the gradient.
+        # The part of the gradient that the weight's own rounding hides.
         hidden = ROUNDOFF[torch.float32] * old.double().norm() * 2
         bound = (50 * u if precision == "ieee" else 0.25) * q.grad.norm() + hidden
         assert error <= bound, f"{parameter}: off by {error:.3g} of {q.grad.norm():.3g}"
 
 
 def test_ten_steps_are_torch_s_and_the_first_three_repeat_to_the_bit(device):
-    """Of the smallest net that there is, one batch and then another, which it learns: half a second a step."""
+    """The smallest net learns one batch and then another: half a second a step."""
     runs = []
     for steps in (10, 3):
         torch.manual_seed(0)
@@ -188,7 +188,7 @@ def assert_same_state(ours, theirs_, tolerance=1e-4):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name, device):
-    """Two steps: parameters and the whole state_dict are those that torch's own optimiser comes to."""
+    """Two steps: parameters and the whole state_dict are those of torch's own optimiser."""
     make, options = OPTIMIZERS[name]
     net = small().to(device)
     twin = copy.deepcopy(net)
@@ -241,7 +241,7 @@ def test_accumulation(device):
 
 @pytest.mark.parametrize("name", ["SGD momentum", "Adam amsgrad"])
 def test_saved_and_resumed(name, device, tmp_path):
-    """A run that is saved, loaded elsewhere and goes on ends where the one without a break does, to the bit."""
+    """A run that is saved, loaded elsewhere and continued ends with the bits of the uninterrupted one."""
     make, options = OPTIMIZERS[name]
 
     def new():
@@ -256,7 +256,7 @@ def test_saved_and_resumed(name, device, tmp_path):
             torch.save([net.state_dict(), optimizer.state_dict()], tmp_path / "run.pt")
         step(*batch(net, (3, 1, 28, 28), device, i))
     again, its_optimizer, its_step = new()
-    its_step(*batch(net, (3, 1, 28, 28), device, 9))  # what is loaded replaces what it has come to
+    its_step(*batch(net, (3, 1, 28, 28), device, 9))  # what is loaded replaces this state
     for part, state in zip((again, its_optimizer), torch.load(tmp_path / "run.pt", weights_only=True)):
         part.load_state_dict(state)
     its_step(*batch(net, (3, 1, 28, 28), device, 2))
@@ -299,7 +299,7 @@ def test_the_model_stays_an_ordinary_module(device, tmp_path):
 
 
 def test_other_batches_and_ignored_labels(device, monkeypatch):
-    """Batches of two sizes by turns, of which one is kept; labels of one byte, and labels that do not count."""
+    """Batches of two sizes by turns, of which one is cached; labels of one byte, and ignored labels."""
     monkeypatch.setattr(lenet_step, "MOST_BATCHES", 1)
     net = small().to(device)
     twin = copy.deepcopy(net)
@@ -322,7 +322,7 @@ def test_other_batches_and_ignored_labels(device, monkeypatch):
 
 @pytest.mark.parametrize("side", [28, 32])
 def test_images_of_bytes(side, device):
-    """Raw digits go in and logits come out, in two launches; the layers see them normalised and framed."""
+    """Raw digits go in and logits come out, in two launches; the layers see them normalised and padded."""
     net = tritonnet.LeNet(7, mean=0.2, std=0.4).to(device)
     images = torch.randint(256, (5, 1, side, side), dtype=torch.uint8, device=device)
     net.eval()
@@ -348,7 +348,7 @@ def test_images_of_bytes(side, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inference(dtype, device):
-    """Many more images than programs; hooks, gradients and training bring the layers back."""
+    """Many more images than programs; with hooks, gradients or training the layers run again."""
     net = tritonnet.LeNet().to(device, dtype).eval()
     images = torch.randn(9, 1, 32, 32, device=device).to(dtype)
     with torch.inference_mode():
@@ -366,7 +366,7 @@ def test_inference(dtype, device):
 
 
 def test_inference_that_somebody_watches(device):
-    """What looks at the operators of a forward is shown them: transforms, tracers, compilers."""
+    """Transforms, tracers and compilers, which watch a forward's operators, see them."""
     net, images = tritonnet.LeNet().to(device).eval(), torch.randn(2, 1, 32, 32, device=device)
     with torch.no_grad():
         y = net(images)
@@ -383,7 +383,7 @@ def test_inference_that_somebody_watches(device):
 
 
 def test_what_changes_between_calls(device):
-    """Frozen parameters, another rule, another dtype: the next call goes by what is there then."""
+    """Frozen parameters, another rule, another dtype: the next call goes by the current ones."""
     net = small().to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     step = tritonnet.TrainStep(net, theirs.CrossEntropyLoss(), optimizer)
@@ -464,7 +464,7 @@ def two_groups(net, optimizer):
     ],
 )
 def test_what_changes_in_the_optimizer(options, change, device):
-    """Between two calls, behind the step's back: torch's optimiser, treated likewise, says what comes of it."""
+    """Between two calls; torch's optimiser, changed likewise, gives the expected results."""
     net = small().to(device)
     twin = copy.deepcopy(net)
     kind = torch.optim.Adam if "betas" in options else torch.optim.SGD
@@ -542,7 +542,7 @@ def wider():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_take_the_operators(name, device):
-    """Nothing that is not proved takes the short path; what does not still trains, and says why."""
+    """What is not proved for the launches does not take them; it still trains, and the step reports why."""
     make, optimizer, loss, reason = OTHERS[name]
     net = make().to(device)
     twin = copy.deepcopy(net)
@@ -568,7 +568,7 @@ def test_other_models_take_the_operators(name, device):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_hooks_on_gradients_are_called(later, device):
-    """Of parameters, before the step is made and between two calls: the launches have nowhere to call them."""
+    """Hooks of parameters, added before the step is made or between two calls: the launches could not call them."""
     torch.manual_seed(0)
     net, twin = small().to(device), small().to(device)
     twin.load_state_dict(net.state_dict())
@@ -640,10 +640,10 @@ def test_without_the_kernels_a_lenet_takes_the_operators():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU's graphs")
 def test_graphs(monkeypatch):
-    """A step is captured once for each size of batch and each part of a group of calls, and replayed from then on.
+    """A step is captured once for each batch size and each part of a group of calls, and replayed from then on.
 
-    What the first run changes has to be undone, and what a replay reads has to lie in the same place: here a graph is
-    the function that launches, with the pointers that it had when it was captured.
+    The first run's changes have to be undone, and a replay's inputs have to stay at their addresses: here a graph is
+    the function that launches, with the pointers that it captured.
     """
     captured = []
 

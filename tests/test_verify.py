@@ -1,6 +1,6 @@
-"""bench --verify without a GPU: its stages, one that fails, one that hangs, an interrupt, and going on after it.
+"""bench --verify without a GPU: its stages, one that fails, one that hangs, an interrupt, and resuming after it.
 
-Most stages here are lines of Python; in one run they are the real ones on a GPU that is stood in for.
+Most stages here are lines of Python; one run has the real ones on a stand-in for a GPU.
 """
 
 import json
@@ -35,7 +35,7 @@ def read(folder):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Function of stages, and minutes, that runs bench --verify with them on a made-up machine; the exit status."""
+    """Runs bench --verify with some stages and minutes on a made-up machine; returns the exit status."""
     monkeypatch.setattr(verify, "machine", lambda kind: MACHINE)
     monkeypatch.setattr(verify, "sources", lambda: "of now")
     monkeypatch.setattr(stages, "GRACE", 1)
@@ -56,7 +56,7 @@ STOPS = "import time\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('half
 
 
 def test_stages_follow_whatever_comes(run, tmp_path, capfd):
-    """One that fails, one that ends in a crash, one that stops when it is told to and one that does not."""
+    """One fails, one crashes, one stops when it is told to and one does not."""
     started = time.monotonic()
     status = run(
         Stage("well", line("print('7 of 7')"), 1, 0.1),
@@ -81,7 +81,7 @@ def test_stages_follow_whatever_comes(run, tmp_path, capfd):
 
 
 def test_nothing_of_a_stage_stays(run, tmp_path):
-    """Also what it has started itself is ended."""
+    """Processes that a stage has started are ended, too."""
     there = tmp_path / "pid"
     child = f"import os, pathlib; pathlib.Path({str(there)!r}).write_text(str(os.getpid())); {HANGS}"
     begins = (
@@ -98,7 +98,7 @@ def test_nothing_of_a_stage_stays(run, tmp_path):
 
 
 def test_a_stage_ends_with_what_has_started_it(tmp_path):
-    """Killed, it can tell nobody; and where its own output goes nowhere any more, the stage is read on."""
+    """bench --verify is killed and can tell no process; its own output is closed, and the stage's is still read."""
     there, kept = tmp_path / "pid", tmp_path / "made-up-gpu-verify.json"
     child = (
         "import os, pathlib, time; print('line\\n' * 100_000); "
@@ -168,7 +168,7 @@ def test_what_is_missing_comes_first_and_then_what_failed(run, tmp_path, capfd, 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_an_interrupt_and_going_on(by, run, tmp_path, capfd):
-    """In the middle of the second of three stages, which is told of it and leaves nothing."""
+    """In the middle of the second of three stages, which is told of it and leaves nothing behind."""
 
     def interrupt():
         while "second" not in (read(tmp_path)["stages"] if (tmp_path / "made-up-gpu-verify.json").exists() else ()):
@@ -193,7 +193,7 @@ def test_an_interrupt_and_going_on(by, run, tmp_path, capfd):
 
 
 def test_minutes_are_shared(run, tmp_path, monkeypatch):
-    """Each stage gets its share of what is left, and what it does not need goes to those behind it."""
+    """Each stage gets its share of the remaining time, and leaves what it does not need to those after it."""
     monkeypatch.setattr(stages, "GRACE", 0.1)
     limits = {}
 
@@ -208,7 +208,7 @@ def test_minutes_are_shared(run, tmp_path, monkeypatch):
     assert limits.keys() == {"a", "b", "c"}
     assert 1.0 < limits["a"] <= 1.2 and 1.2 < limits["b"] < 1.5 and 3.0 < limits["c"] < 4.0
     assert read(tmp_path)["summary"][3][:2] == ["d", NO_TIME]
-    # Too little for all: what the first ones need comes first.
+    # Too little for all: the first ones' needs are met first.
     assert run(stage("e", 4, 1), stage("f", 4, 1), minutes=0.1) == 0
     assert limits["e"] == 4 and 4 < limits["f"] < 6
 
@@ -221,7 +221,7 @@ def test_a_step_that_is_wrong_is_not_timed():
     for wrong in (
         planned | {"smoke": {"a": "agrees", "b": "3 of 9 losses differ"}},
         late | {"smoke": {}},  # it hangs before its first case
-        late | {"smoke": {"a": "agrees", "b": smoke.BEGUN}},  # and in a later one
+        late | {"smoke": {"a": "agrees", "b": smoke.BEGUN}},  # it hangs in a later case
         {"stages": {"smoke": {"status": FAILED}}},
         planned | {"tests": {"tests/test_train_step.py": {"passed": [], "skipped": [], "failed": {"test": "why"}}}},
     ):
@@ -238,7 +238,7 @@ def test_a_step_that_is_wrong_is_not_timed():
 
 
 def test_without_what_is_optional_there_is_one_line():
-    """Without a GPU, and without any package but torch."""
+    """Without a GPU, and without any package except torch."""
     without = "sys.modules |= dict.fromkeys(('pytest', 'xdist', 'tqdm', 'matplotlib', 'triton', 'rich', 'PIL'))"
     program = (
         f"import runpy, sys, torch; {without}; sys.argv[1:] = ['--verify']; torch.cuda.is_available = lambda: False"
@@ -251,7 +251,7 @@ def test_without_what_is_optional_there_is_one_line():
 
 
 def test_every_test_has_its_place():
-    """In a stage, or among those that see the same everywhere."""
+    """In a stage, or among those whose outcome is the same everywhere."""
     placed = [
         *stages.STEP_TESTS, *stages.CONVOLUTION_TESTS, *stages.KERNEL_TESTS, *stages.OTHER_TESTS, *stages.WITHOUT_GPU
     ]  # fmt: skip
@@ -261,7 +261,7 @@ def test_every_test_has_its_place():
 
 
 def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
-    """By the plugin, under xdist and without; tests that fail are the only ones that run again."""
+    """By the plugin, with xdist and without; only failed tests run again."""
     (tmp_path / "test_some.py").write_text(
         "import os, pytest\n"
         "@pytest.mark.parametrize('number', range(5))\n"
@@ -302,7 +302,7 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     assert again.returncode == 0 and "2 passed" in again.stdout
     assert verify.counts(json.loads(kept.read_text())["tests"]) == {"passed": 6, "failed": 0, "skipped": 1}
     assert len(outcomes.Outcomes(kept).well()) == 7
-    # Where a worker ends, such as one whose GPU is lost, another runs what is left.
+    # If a worker ends, such as one whose GPU is lost, another runs the remaining tests.
     crashed = run("-n", "1", file="test_lost.py", kept=tmp_path / "lost.json")
     assert "1 failed, 11 passed" in crashed.stdout, crashed.stdout
     of_file = json.loads((tmp_path / "lost.json").read_text())["tests"]["test_lost.py"]
@@ -331,7 +331,7 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
         "doctor", "smoke", "quick bench", "tests of the step", "tests of convolutions", "tests of the other kernels",
         "memcheck", "racecheck", "first step and image", "all other tests", "bench",
     ]  # fmt: skip
-    # Those without a file would look for every test there is.
+    # Stages of tests without a file would collect every test.
     planned = [stage for stage in planned if stage.name not in names[4:6] + names[9:10]]
 
     assert run(*planned, minutes=10) == 1
@@ -344,7 +344,7 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     assert "::test_later" in out and "KeyError" in next(iter(kept["tests"].values()))["failed"]["test_later"]
     full = Record.read(tmp_path / "made-up-gpu.json")
     assert len(full.done) == 3 and full.left_out and not full.missing
-    # The tests had found the step wrong before: what the quick run did not time is not timed at all.
+    # The tests have found the step wrong: what the quick run did not time is not timed at all.
     assert "TrainStep: by --without" in full.left_out
     assert "TrainStep: by --without" not in Record.read(tmp_path / "made-up-gpu-quick.json").left_out
 

@@ -1,4 +1,4 @@
-"""What bench.warm packs: all that its jobs launch, for whoever has the same versions; and that it says what is missing.
+"""What bench.warm packs: all that its jobs launch, for the same versions; and its report of what is missing.
 
 Two kernels of ours are compiled, and one that cannot be, in processes of their own: here kernels are interpreted.
 """
@@ -40,7 +40,7 @@ LINEAR, RELU = "linear_forward_kernel", "relu_kernel"
 
 
 def rewritten(archive, to, left_out="", **changed):
-    """A copy of an archive, without what has `left_out` in its name and with a manifest that was changed."""
+    """A copy of an archive without the members named like `left_out`, and with a changed manifest."""
     with tarfile.open(archive) as tar, tarfile.open(to, "w:xz") as copy:
         for member in tar.getmembers():
             content = tar.extractfile(member).read()
@@ -85,7 +85,7 @@ def test_what_is_packed_is_what_is_launched_and_what_is_missing_is_named(tmp_pat
 
 @pytest.fixture
 def archive(tmp_path):
-    """Of a made-up kernel, its source among the files, and of a folder in which something failed."""
+    """An archive of a made-up kernel, with its source, from a folder in which something failed."""
     cache = tmp_path / "made up"
     for name in ("K.cubin", "K.json", "K.source"):
         (cache / "ENTRY").mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def test_parts_and_targets_are_looked_at_before_anything_is_compiled(capsys):
 
 
 def test_the_tests_that_are_compiled_are_there():
-    """And the bench's jobs have names of their own, those of a quick run among those of a full one."""
+    """And the bench's jobs have distinct names; a quick run's are among those of a full one."""
     assert all((keep.ROOT / "tests" / f"{name}.py").exists() for name in warm_work.TESTS)
     full = warm_work.calls(["full", "quick", "smoke", "doctor", "every_kernel"])
     names = {part: [name for name in full if name.startswith(f"{part}: ")] for part in ("full", "quick", "smoke")}

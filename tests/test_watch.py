@@ -1,4 +1,4 @@
-"""The watch over memory (memory.py) sees each bug that is planted here, says which, and passes what is right."""
+"""The watch over memory (memory.py) reports each bug planted here, names it, and passes correct kernels."""
 
 import memory
 import pytest
@@ -147,7 +147,7 @@ def test_sees(bug, unpoisoned):
     with watched() as violations:
         launch()
     assert message in "\n".join(violations)
-    # Each bug is told apart from the others, by the kernel, the line and the argument.
+    # Reports distinguish the bugs by kernel, line and argument.
     assert all("_kernel (test_watch.py:" in line or "_kernel (at its end)" in line for line in violations)
     assert {other for _, other in BUGS.values() if any(other in line for line in violations)} <= {
         message, "loads outside x_ptr", "stores what another program loads"
@@ -171,7 +171,7 @@ def test_passes_what_is_right(unpoisoned):
 
 @interpreted
 def test_results_are_as_without():
-    """Lanes that go astray read the mask's value and write nothing; all others are untouched."""
+    """Lanes at stray addresses read the mask's value and write nothing; all others are untouched."""
     x, storage = torch.randn(20), torch.zeros(40)
     with watched() as violations:
         copy(x, storage[:20], mask_load=False, mask_store=False)
@@ -215,7 +215,7 @@ def test_guard_bands_of_what_is_repeated_or_shared(device):
 
 
 def test_guard_bands_let_autograd_be(device):
-    """What autograd has kept of a tensor that a kernel reads is not written to."""
+    """Tensors that autograd has saved and a kernel reads are not written to."""
     x = torch.ones(20, device=device, requires_grad=True)
     y = x.square()
     with unwatched(), guard_bands():
@@ -225,7 +225,7 @@ def test_guard_bands_let_autograd_be(device):
 
 
 def test_the_innermost_guard_bands_look(device):
-    """Or else no test could plant a bug among those that guard the tests on a GPU."""
+    """Otherwise no test could plant a bug under the bands that guard every test on a GPU."""
     with unwatched(), guard_bands() as outer:
         with guard_bands() as inner:
             copy(torch.ones(32, device=device), torch.zeros(20, device=device), block=32, mask_store=False)
@@ -234,7 +234,7 @@ def test_the_innermost_guard_bands_look(device):
 
 
 def test_guard_bands_stand_aside_in_a_capture(device, monkeypatch):
-    """A graph is to replay launches on the tensors themselves, and nothing may be asked of the GPU before it has."""
+    """A graph must replay launches on the tensors themselves, and the GPU cannot be synchronised during a capture."""
     storage = torch.full((40,), 5.0, device=device)
     monkeypatch.setattr(memory, "_in_capture", lambda: True)
     with unwatched(), guard_bands() as violations:
@@ -243,7 +243,7 @@ def test_guard_bands_stand_aside_in_a_capture(device, monkeypatch):
 
 
 def test_guard_bands_take_one_copy_and_chunks(device, monkeypatch):
-    """Two times a huge storage is what a test may need of a GPU's memory, not seven."""
+    """A test may need twice a huge storage of GPU memory, not seven times."""
     size = 2**18
     x, y, made = torch.ones(size, device=device), torch.zeros(8, device=device), {}
 
@@ -265,7 +265,7 @@ def test_guard_bands_take_one_copy_and_chunks(device, monkeypatch):
 
 @interpreted
 def test_what_the_interpreter_remembers_changes_nothing(monkeypatch):
-    """The same bits from kernels with helpers, reductions and products, and from a bug the same line."""
+    """The same bits from kernels with helpers, reductions and products, and the same line for a bug."""
 
     def run():
         torch.manual_seed(0)

@@ -1,5 +1,7 @@
-"""Weights that are never stale and never poisoned: whatever writes to a LeNet's parameters or to the optimiser's state,
-the next evaluation and the next step go by it, and no batch spoils them. torch's own, treated likewise, is the truth.
+"""Weights are never stale and never spoilt: the next evaluation and step use whatever was written to them.
+
+Writes go to a LeNet's parameters and the optimiser's state; batches with a loss that is not finite change neither.
+torch's own net and optimiser, treated likewise, are the truth.
 """
 
 import contextlib
@@ -30,14 +32,14 @@ from tritonnet.lenet import step as lenet_step
 pytestmark = pytest.mark.usefixtures("full_precision")
 
 SIZE = (2, 1, 28, 28)
-# Examples of drawn interleavings, of which every run makes one, and steps with a write between each two.
+# Drawn interleavings, of which every run makes one, and steps with a write between each two.
 EXAMPLES = int(os.environ.get("TRITONNET_TEST_INTERLEAVINGS", 1))
 STEPS = 50 if EXAMPLES > 50 else 14
 
 
 @pytest.fixture(autouse=True)
 def unfused(monkeypatch):
-    """Other models take the operators as they are: Dynamo's captures take seconds, and are looked at elsewhere."""
+    """Models on the operators are not fused: Dynamo's captures take seconds, and are tested elsewhere."""
     monkeypatch.setattr(train_step, "fuse", lambda model, report: model)
 
 
@@ -64,7 +66,7 @@ def in_another_order(p):
 
 
 def in_a_larger_one(p):
-    """A view of other memory, with an offset that 16 bytes do not divide."""
+    """A view of other memory, at an offset that is not divisible by 16 bytes."""
     whole = torch.zeros(p.numel() + 3, dtype=p.dtype, device=p.device)
     whole[1:-2] = p.detach().flatten() * 1.1
     p.data = whole[1:-2].view(p.shape)
@@ -80,10 +82,10 @@ def without_gradients(p):
     p.add_(0.01)
 
 
-# What torch's counter of versions does not see, and what it does.
+# Writes that torch's version counter does not see, and writes that it does.
 WRITES = {
-    # Not the first filter: a convolution of constant images gives pixels that differ by roundoff alone, and torch's
-    # and ours would send their gradients to different ones.
+    # Not the first filter: a convolution of constant images gives pixels that differ only by roundoff, and torch and
+    # the kernels would send their gradients to different ones.
     "data.zero_": lambda p: p.data[1:].zero_(),
     "data.copy_": lambda p: p.data.copy_(torch.linspace(-0.2, 0.3, p.numel(), device=p.device).view(p.shape)),
     "data.clamp_": lambda p: p.data.clamp_(-0.05, 0.05),
@@ -103,7 +105,7 @@ WRITES = {
 
 
 def assert_evaluates(net, images, launched=INFERENCE):
-    """The logits, which are those of torch's layers with the weights as they are."""
+    """Checks the logits against torch's layers with the current weights."""
     with torch.no_grad(), tritonnet.count_launches() as launches:
         found = net(images)
     assert launched is None or launches == launched
@@ -114,7 +116,7 @@ def assert_evaluates(net, images, launched=INFERENCE):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_evaluation_sees_every_write(dtype, device):
-    """To each parameter in turn; the same net is evaluated in between, on the kernels of its own."""
+    """To each parameter in turn; the net is also evaluated before, so that its kernels' weights could be stale."""
     net = tritonnet.LeNet(size=28).to(device, dtype).eval()
     images = batch(net, SIZE, device)[0].to(dtype)
     state = copy.deepcopy(net.state_dict())
@@ -125,7 +127,7 @@ def test_an_evaluation_sees_every_write(dtype, device):
         assert launches == INFERENCE
         with torch.no_grad(), tritonnet.backend("reference"):
             truth = copy.deepcopy(net).double()(images.double())
-        # Sixteen roundings, as test_inference has it.
+        # Sixteen roundings, as in test_inference.
         assert (found.double() - truth).norm() < 16 * ROUNDOFF[dtype] * truth.norm()
         return found
 
@@ -154,19 +156,19 @@ def test_an_evaluation_sees_what_is_loaded_and_moved(device):
     vector = torch.linspace(-0.1, 0.1, sum(p.numel() for p in parameters), device=device)
     torch.nn.utils.vector_to_parameters(vector, parameters)
     assert_evaluates(net, images)
-    # What its layer does not say it is: torch's layers go by the parameter.
+    # A size other than its layer's attribute says: torch's layers go by the parameter.
     net.fc3.weight, net.fc3.bias = (torch.nn.Parameter(torch.ones(size, device=device)) for size in ((12, 84), (12,)))
     assert assert_evaluates(net, images, None).shape == (2, 12)
 
 
 def written(net, twin, name, i):
-    """Parameter i of both is written to likewise."""
+    """Writes to parameter i of both nets in the same way."""
     for n in (net, twin):
         WRITES[name](list(n.parameters())[i])
 
 
 def test_steps_see_every_write(device, monkeypatch):
-    """Weights clipped, averaged, moved or loaded between calls; a replayed graph follows where they lie."""
+    """Weights clipped, averaged, moved or loaded between calls; a replayed graph uses their current addresses."""
     if device.type == "cpu":
         monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cpu",))
         monkeypatch.setattr(lenet_step, "capture", lambda launch, restore, device: [launch(), restore(), launch][2])
@@ -174,7 +176,7 @@ def test_steps_see_every_write(device, monkeypatch):
     twin = copy.deepcopy(net)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.02, momentum=0.9) for n in (net, twin)]
     step = tritonnet.TrainStep(net, TF.cross_entropy, optimizers[0], "ieee")
-    # The kernels do not update what does not lie in torch's order.
+    # The kernels do not update parameters in other layouts than torch's.
     names = [name for name in WRITES if name != "another order"]
     for i in range(STEPS):
         name = names[i % len(names)]
@@ -192,7 +194,7 @@ OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-3),
     "fused Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-3, amsgrad=True, fused=True),
 }
-# Batches whose loss is not finite, by what is done to good ones; two for each optimizer.
+# Batches whose loss is not finite, by the change that makes them so; two for each optimizer.
 SPOILT = {
     "an image": lambda images, labels: images[0, 0, 3].fill_(math.nan),
     "an infinite image": lambda images, labels: images[1].fill_(math.inf),
@@ -220,7 +222,7 @@ def steps_alike(net, step, twin, true, device, seeds):
 @pytest.mark.parametrize("path", ["fused launches", "operators"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_update_from_a_loss_that_is_not_finite(name, path, device):
-    """The twin never sees the batches that are spoilt, not even the first of all."""
+    """The twin never sees the spoilt batches, not even the first of all."""
     with tritonnet.backend("reference" if path == "operators" else "triton"):
         net, step, twin, true = pair(name, device)
         for i, spoilt in enumerate(list(SPOILT)[name == "Adam" :: 2]):
@@ -239,7 +241,7 @@ def test_no_update_from_a_loss_that_is_not_finite(name, path, device):
 @pytest.mark.parametrize("path", ["fused launches", "operators"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_batch_in_which_every_label_is_ignored(name, path, device):
-    """As torch has it the loss is NaN and the gradients zeros: momentum and decay go on. It is reported, too."""
+    """As in torch, the loss is NaN and the gradients zeros: momentum and decay go on. It is reported, too."""
     with tritonnet.backend("reference" if path == "operators" else "triton"):
         net, step, twin, true = pair(name, device)
         steps_alike(net, step, twin, true, device, [0])
@@ -250,7 +252,7 @@ def test_a_batch_in_which_every_label_is_ignored(name, path, device):
         assert by_torch(twin, true, images, labels).isnan()
         steps_alike(net, step, twin, true, device, [2])
         if name == "Adam":
-            # Times images that are not finite zeros are NaN, in torch.
+            # In torch, zeros times images that are not finite are NaN.
             with pytest.raises(FloatingPointError):
                 step(torch.full_like(images, math.inf), labels)
                 step.check()
@@ -291,7 +293,7 @@ def test_running_statistics_are_not_spoilt():
 
 
 def test_gradients_of_a_group_that_somebody_changes(device):
-    """Clipped, replaced and dropped in the middle of a group, each by turns, as autograd would find them."""
+    """Clipped, replaced and dropped in the middle of a group, by turns, as with autograd."""
     net, step, twin, true = pair("SGD", device, accumulate=2)
     changes = (
         lambda p: p.grad.mul_(0.5),
@@ -313,7 +315,7 @@ def test_gradients_of_a_group_that_somebody_changes(device):
 
 
 def test_parameters_that_are_replaced(device):
-    """As load_state_dict(assign=True) does: the optimizer has the old ones, for torch and for the step."""
+    """As load_state_dict(assign=True) does: the optimizer keeps the old ones, in torch and in the step."""
     net, step, twin, true = pair("Adam", device)
     steps_alike(net, step, twin, true, device, [0])
     for n in (net, twin):
@@ -367,7 +369,7 @@ def test_files_hold_what_they_should(device):
 
 @pytest.mark.skipif(DEVICE != "cpu" or not hasattr(os, "fork"), reason="needs the interpreter, and fork")
 def test_updates_reach_other_processes():
-    """Of parameters that lie in shared memory."""
+    """With parameters in shared memory."""
     with tritonnet.backend("triton"):
         net = small()
         net.share_memory()
@@ -389,7 +391,7 @@ def test_updates_reach_other_processes():
 
 
 def test_defaults_of_torch(device):
-    """A default device of "meta", which transformers sets while a model is loaded, and a default dtype of float64."""
+    """A default device of "meta", which transformers sets while it loads a model, and a default dtype of float64."""
     results = []
     for changed in (False, True):
         torch.manual_seed(0)
@@ -409,7 +411,7 @@ def test_defaults_of_torch(device):
 
 
 def test_images_and_modes_of_torch(device, no_graphs):
-    """Images that are negative views, and what was first made in inference mode."""
+    """Images that are negative views, and tensors made in inference mode."""
     net = small().to(device)
     twin, model = copy.deepcopy(net), tritonnet.LeNet(size=28).to(device).eval()
     images, labels = batch(net, SIZE, device)
@@ -428,7 +430,7 @@ def test_images_and_modes_of_torch(device, no_graphs):
 
 
 def assert_as_one_update(net, twin, true, batches):
-    """The twin's, of the gradients of a group of calls, has come to the same weights."""
+    """One update of the twin, by the gradients of a group of calls, gives the same weights."""
     true.zero_grad()
     with tritonnet.backend("reference"):
         for images, labels in batches:
@@ -438,7 +440,7 @@ def assert_as_one_update(net, twin, true, batches):
 
 
 def test_a_group_that_goes_on_with_the_operators(device):
-    """A call of it was not finite before the launches were left: its gradients are in the sum."""
+    """One of its calls was not finite before the step left the launches: its gradients are in the sum."""
     net, step, twin, true = pair("Adam", device, accumulate=2)
     good, (bad, labels) = batch(net, SIZE, device, 1), batch(net, SIZE, device, 2)
     bad[0] = math.nan
@@ -456,7 +458,7 @@ def test_a_group_that_goes_on_with_the_operators(device):
 
 @pytest.mark.parametrize("change", ["resumed", "set back"])
 def test_a_state_that_others_brought_outlives_a_bad_batch(change, device):
-    """Counts of 0 do not say that nothing is there: a group's first call has not looked, and counts are set back."""
+    """A count of 0 does not mean an empty state: a group's first call has not read it, and counts may be set back."""
     net, step, twin, true = pair("Adam", device)
     steps_alike(net, step, twin, true, device, [0])
     if change == "resumed":
@@ -474,10 +476,10 @@ def test_a_state_that_others_brought_outlives_a_bad_batch(change, device):
 
 
 def test_the_operators_find_no_state_that_the_launches_made(device):
-    """torch's first momentum buffer is the gradient, of which dampening takes nothing."""
+    """torch's first momentum buffer is the gradient, without dampening."""
     net, step, twin, true = pair("SGD", device)
     for n in (net, twin):
-        # Not at the same address, but within.
+        # Within the other's memory, at another address.
         n.fc1.bias.data = n.fc2.weight.data[1]
     steps_alike(net, step, twin, true, device, [0])
     assert step.path == "operators" and "share" in step.reason
@@ -485,7 +487,7 @@ def test_the_operators_find_no_state_that_the_launches_made(device):
 
 @pytest.mark.parametrize("turn", [0, 1])
 def test_a_call_that_was_interrupted(turn, device, no_graphs, monkeypatch):
-    """It is made once more: what is left of the group before is not in the sum."""
+    """It is made once more: the earlier part of its group is not in the sum."""
     net, step, twin, true = pair("SGD", device, accumulate=2)
     batches = [batch(net, SIZE, device, i) for i in range(4)]
 
@@ -532,7 +534,7 @@ def test_a_call_without_a_loss_is_none_of_its_group():
 
 
 class Replacing(torch.nn.Module):
-    """Its forward puts other tensors in place of its buffers."""
+    """Its forward replaces its buffers by other tensors."""
 
     def __init__(self):
         super().__init__()
@@ -560,7 +562,7 @@ def test_buffers_that_are_replaced_are_not_spoilt():
 
 @pytest.mark.parametrize("how, graphs", [("pickle", False), ("deepcopy", True)])
 def test_copies_of_a_step(how, graphs, device, monkeypatch):
-    """They go on from where the step is, and reach neither its model nor its losses; nor does it reach theirs."""
+    """They continue from the step's state, and share neither its model nor its losses, in either direction."""
     if graphs and device.type == "cpu":
         monkeypatch.setattr(lenet_step.FusedLaunches, "graphs_on", ("cpu",))
         monkeypatch.setattr(lenet_step, "capture", lambda launch, restore, device: [launch(), restore(), launch][2])
@@ -630,7 +632,7 @@ def test_a_scheduler_that_is_made_later(device, recwarn):
 
 
 def test_an_evaluation_keeps_no_model(device):
-    """A hook on a parameter may have the model; a parameter that was replaced may go, too."""
+    """A parameter's hook may refer to the model, and a parameter that was replaced may be freed, too."""
     net = tritonnet.LeNet(size=28).to(device).eval()
     net.fc1.weight.register_hook(lambda g, net=net: g)
     images, _ = batch(net, SIZE, device)
@@ -646,7 +648,7 @@ def test_an_evaluation_keeps_no_model(device):
 
 
 def test_an_evaluation_that_is_the_layers(device):
-    """Under autocast to float16, with a method put on a layer, and of bytes of another size than the layers take."""
+    """Under autocast to float16, with a method set on a layer, and for bytes of another size than the layers take."""
     net = tritonnet.LeNet().to(device).eval()
     images, _ = batch(net, (2, 1, 32, 32), device)
     assert_evaluates(net, images)
