@@ -106,7 +106,7 @@ def test_tiles_and_architectures_of_two_cards(monkeypatch):
 
 
 class Streams:
-    """As much of torch.cuda as a capture uses; one that fails raises at its end and keeps its stream, as in torch 2.11."""
+    """As much of torch.cuda as a capture uses; if it fails it raises at its end and keeps its stream, as in 2.11."""
 
     def __init__(self, monkeypatch, fails=False):
         self.current, self.options, self.replays, self.fails = "the caller's", None, 0, fails
@@ -327,7 +327,7 @@ class Far(losses.FirstBad):
 
 
 @pytest.mark.parametrize("bad", [1, 31, 32, 33, 64])
-def test_a_loss_that_is_not_finite_is_heard_of_within_64_calls(bad):
+def test_a_loss_that_is_not_finite_is_reported_within_64_calls(bad):
     """Without waiting: the stand-in sends only what is known at the time."""
     numbers = Far(torch.device("cpu"))
     with pytest.raises(FloatingPointError, match=f"the loss of call {bad} was not"):

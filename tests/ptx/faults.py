@@ -5,7 +5,7 @@ import numpy as np
 KINDS = {
     "instruction": "an instruction, or a form of one, that is not known here",
     "stray": "an access to global memory outside every tensor",
-    "misaligned": "an address that is no multiple of the access's size",
+    "misaligned": "an address that is not a multiple of the access's size",
     "outside": "an access past the end of shared memory, or to tensor memory that is not allocated or another warp's",
     "undelivered": "an access to shared memory that a copy in flight has yet to write, or to tensor memory, a store",
     "overwritten": "a write to shared or tensor memory that a product in flight still reads",

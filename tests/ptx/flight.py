@@ -256,4 +256,4 @@ class Flight:
             lost = ~commit.known[commit.numbers].any(axis=1)
             if lost.any():
                 row = int(commit.numbers[lost.argmax()])
-                self.batch.fault("pending", "a commit of products that nobody waits for", commit.here, row)
+                self.batch.fault("pending", "a commit of products that no warp waits for", commit.here, row)

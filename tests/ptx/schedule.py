@@ -156,7 +156,7 @@ class Batch:
                     return
             elif block.end == "barrier":
                 if not b.whole:
-                    b.fault("barrier", "threads of a warp that others have parted from", block.last)
+                    b.fault("barrier", "threads that have diverged from others of their warp", block.last)
                 b.barrier = block.barrier, block.last
                 return
             elif block.end == "exit":
@@ -281,7 +281,7 @@ class Bundle:
         everyone = len(columns) == self.threads
         if self.busy() and not everyone:
             here = self.batch.machine.translated.blocks[pc].last
-            self.fault("instruction", "threads that part while a product is in flight", here)
+            self.fault("instruction", "threads that diverge while a product is in flight", here)
         registers = list(self.batch.machine.garbage)
         for k in self.batch.machine.translated.alive[pc]:
             value = kept_rows(self.registers[k], kept)

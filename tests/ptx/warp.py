@@ -12,7 +12,7 @@ U4 = np.uint32
 def whole(b, here):
     """Faults unless all threads of the warps are active."""
     if not b.whole:
-        b.fault("divergence", "threads of a warp that others have parted from", here)
+        b.fault("divergence", "threads that have diverged from others of their warp", here)
 
 
 def members(b, mask, here):
