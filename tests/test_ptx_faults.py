@@ -140,7 +140,7 @@ def test_products_in_flight_at_a_branch_and_at_the_end():
     out, x, how = products_of()
     branch = "setp.lt.u32 %p1, %r0, {}; @%p1 bra $L9; bar.warp.sync 0xffffffff;\n$L9:\n"
     silent(product(after=branch.format(128)), out, x, **how)
-    with pytest.raises(ptx.Fault, match="instruction: threads that part while a product is in flight"):
+    with pytest.raises(ptx.Fault, match="instruction: threads that diverge while a product is in flight"):
         run(product(after=branch.format(64)), out, x, **how)
     ends = product(before="setp.lt.u32 %p2, %r0, 128;", after="@%p2 bra $L9;").replace("ret;", "")
     faulty("pending", ends + "\n$L9:\n", out, x, **how)

@@ -199,7 +199,7 @@ def test_pending():
     head, tail = core("HERE").split("HERE")
     silent(head + PLAIN + wait() + tail, out, words, **HOW)
     cases = {
-        "a commit of products that nobody waits for": head + PLAIN,
+        "a commit of products that no warp waits for": head + PLAIN,
         "a product without tcgen05.commit": head + product("tf32", keep="%p7"),
         "tensor memory that is not deallocated": head + PLAIN + wait(),
         "mbarrier.inval without a wait for the commit": head + PLAIN + UNMAKE,

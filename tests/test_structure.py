@@ -255,15 +255,16 @@ def missing_names(text, folder=""):
     """What `text` names in backticks, or in a block of commands, and is not there.
 
     That is paths of this repository, and functions: `path.py:name`, or a name in the second cell of a table's row whose
-    first cell is a path. `folder`: that names of files without one are relative to.
+    first cell is a path. `folder`: has the files whose names stand alone, at any depth.
     """
     found = []
     prose = without_blocks(text)
     commands = " ".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).split()
     for name in [*re.findall(r"`([^`\n]+)`", prose), *commands]:
         path, _, function = name.partition(":")
-        if folder and re.fullmatch(r"\w+\.py", path):
-            path = f"{folder}/{path}"
+        if folder and re.fullmatch(r"\w+\.(py|sh)", path):
+            below = next((ROOT / folder).rglob(path), ROOT / folder / path)
+            path = below.relative_to(ROOT).as_posix()
         if not PATH.fullmatch(path) or "NAME" in path:
             continue
         if not (ROOT / path).exists():
@@ -299,7 +300,8 @@ def defined_in(path):
 def test_what_a_document_names_is_there(document):
     if not (ROOT / document).exists():
         pytest.skip("not written yet")
-    found = missing_names((ROOT / document).read_text(encoding="utf-8"))
+    folder = Path(document).parent.as_posix().removeprefix(".")
+    found = missing_names((ROOT / document).read_text(encoding="utf-8"), folder)
     assert not found, "\n".join(found)
 
 
@@ -308,7 +310,7 @@ def test_what_the_docstring_of_a_family_of_kernels_names_is_there(sources):
     for path in sources:
         if fnmatchcase(path, "kernels/*/__init__.py"):
             docstring = ast.get_docstring(ast.parse(sources[path])) or ""
-            found += [f"{path}: {what}" for what in missing_names(docstring, str(Path(path).parent.as_posix()))]
+            found += [f"{path}: {what}" for what in missing_names(docstring, Path(path).parent.as_posix())]
     assert not found, "\n".join(found)
 
 
