@@ -22,7 +22,8 @@ from conftest import DEVICE
 from exact import ROUNDOFF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train_step import INFERENCE, assert_same_state, batch, by_torch, small
+from test_train_step import INFERENCE, batch, by_torch, small
+from test_train_step_optimizers import assert_same_state
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tritonnet
