@@ -1,8 +1,8 @@
-"""Every kernel as compiled for a GPU that need not be there, in every format that it serves, against float64.
+"""Every kernel's compiled code, run without a GPU in every format that the kernel serves, against float64.
 
     TRITONNET_TEST_DEVICE=sm_90 python -m pytest tests/compiled.py
 
-runs them on the machine of the package `ptx`; sm_80 and sm_100 are the other architectures. The float64 truth and each
+runs them on the PTX machine (package `ptx`); sm_80 and sm_100 are the other architectures. The float64 truth and each
 format's tolerance are those of the benchmark (bench/exactness.py). Sizes are odd, so that tiles are partly empty at the
 edges, and sums are long enough to fill a pipeline.
 """

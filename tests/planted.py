@@ -236,7 +236,7 @@ def test_wrong_numbers(name, machine):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_overwritten_operand(dtype, machine):
-    """Why lenet_gradient.load_again exists: an operand with a second use gets one buffer for all iterations.
+    """Why the kernels have `load_again`: an operand with a second use gets one buffer for all iterations.
 
     On sm_90 a product still reads that buffer when the next iteration stores to it.
     """

@@ -115,7 +115,7 @@ def test_any_strides(strides):
 
 
 def test_nothing_gets_through():
-    """Where the rectifier was dead everywhere, infinite gradients leave no trace."""
+    """Where relu was 0 everywhere, infinite gradients leave no trace."""
     case = "two tiles of images"
     x, w, dy, code = tensors(case, torch.float32)
     code.fill_(4)

@@ -85,7 +85,7 @@ class Scaled(tnn.Sequential):
 
 GLOBAL, FACTORS, SEEN = 2.0, [3.0], []
 
-# Bodies of Net's forward. Each takes x (2, 1, 8, 8); `row` is convolution and rectifier.
+# Bodies of Net's forward. Each takes x (2, 1, 8, 8); `row` is a convolution and relu.
 FORWARDS = {
     # Eager writes in place, which is seen under all names of the tensor.
     "an alias": "y = self.row(x); z = y; y += 1; return z * 1",
@@ -761,7 +761,7 @@ def test_drawn_forwards(statements, training, converted, change, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found, expected = run(fused, x, 2), run(model, x, 2)
-        # Where eager refuses a gradient, as an operand of a rectifier's backward has been overwritten, a row may still
+        # Where eager refuses a gradient, as an operand of a relu's backward has been overwritten, a row may still
         # have it: it keeps less.
         if any(REFUSED in str(outcome[0]) for outcome in expected):
             return

@@ -71,7 +71,7 @@ def sequential():
 
 
 def mixed_widths():
-    """Chains of four and of two layers; one that is too wide at the front, and one that ends in a rectifier."""
+    """Chains of four and of two layers; one that is too wide at the front, and one that ends in relu."""
     chain = [tnn.Linear(28, 9), tnn.ReLU(), tnn.Linear(9, 5), tnn.ReLU(inplace=True), nn.Linear(5, 4, False), nn.ReLU()]
     return tnn.Sequential(
         tnn.Sequential(*chain, tnn.Linear(4, 28)), tnn.Sequential(*chain),

@@ -23,7 +23,7 @@ STEP = {f"lenet_{name}_kernel": 1 for name in ("pack", "forward", "gradient", "u
 
 
 def sequential():
-    """Pooled before the rectifier, at 28 pixels without padding, nested."""
+    """Pooled before relu, at 28 pixels without padding, nested."""
     features = theirs.Sequential(
         theirs.Conv2d(1, 6, 5), theirs.MaxPool2d(2), theirs.ReLU(),
         theirs.Conv2d(6, 16, 5), theirs.ReLU(), theirs.MaxPool2d((2, 2), stride=2),
