@@ -254,8 +254,8 @@ PATH = re.compile(r"(?:kernels|tritonnet|bench|tests|\.ci|\.github)/(?:[\w./-]*\
 def missing_names(text, folder=""):
     """What `text` names in backticks, or in a block of commands, and is not there.
 
-    That is paths of this repository, and functions: `path.py:name`, or a name in the second cell of a table's row whose
-    first cell is a path. `folder`: has the files whose names stand alone, at any depth.
+    That is paths of this repository, and what they define: `path.py:name`, or `path.py` and names after a colon or in
+    the next cell of a table. `folder`: has the files whose names stand alone, at any depth.
     """
     found = []
     prose = without_blocks(text)
@@ -271,9 +271,10 @@ def missing_names(text, folder=""):
             found.append(f"{path} is not there")
         elif function.isidentifier() and function not in defined_in(path):
             found.append(f"{path} defines no {function}")
-    for path, cell in re.findall(r"^\| *`([^`]+\.py)` *\|([^|]*)\|", prose, re.MULTILINE):
-        names = [name.removesuffix("()") for name in re.findall(r"`([^`]+)`", cell)] if (ROOT / path).is_file() else []
-        found += [f"{path} defines no {n}" for n in names if n.isidentifier() and n not in defined_in(path)]
+    for path, names in re.findall(r"`([^`\n]+\.py)`(?::| *\|)((?:,? *`\w+`)+)", prose):
+        path = path if (ROOT / path).is_file() else f"{folder}/{path}"
+        if (ROOT / path).is_file():
+            found += [f"{path} defines no {name}" for name in re.findall(r"\w+", names) if name not in defined_in(path)]
     return found
 
 
@@ -316,11 +317,13 @@ def test_what_the_docstring_of_a_family_of_kernels_names_is_there(sources):
 
 def test_a_name_that_is_not_there_is_found():
     text = "`kernels/no.py` `tests/ptx/` `kernels/relu.py:forward` `kernels/relu.py:backwards` `elsewhere/no.py`\n"
-    table = "| `kernels/relu.py` | `forward`, `other`; `relu_kernel` |\n"
+    table = (
+        "| `kernels/relu.py` | `forward`, `other`: both |\n| 2 | `tritonnet/ops.py`: `conv2d`, `conv4d` | calls it |\n"
+    )
     block = "```bash\npython tests/no.py --help\n```\n"
     assert missing_names(text + table + block) == [
         "kernels/no.py is not there", "kernels/relu.py defines no backwards", "tests/no.py is not there",
-        "kernels/relu.py defines no other",
+        "kernels/relu.py defines no other", "tritonnet/ops.py defines no conv4d",
     ]  # fmt: skip
     assert missing_names("`padding.py`, `no.py`", "kernels/conv2d") == ["kernels/conv2d/no.py is not there"]
 
