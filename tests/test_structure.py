@@ -254,8 +254,8 @@ PATH = re.compile(r"(?:kernels|tritonnet|bench|tests|\.ci|\.github)/(?:[\w./-]*\
 def missing_names(text, folder=""):
     """What `text` names in backticks, or in a block of commands, and is not there.
 
-    That is paths of this repository, and what they define: `path.py:name`, or `path.py` and names after a colon or in
-    the next cell of a table. `folder`: has the files whose names stand alone, at any depth.
+    That is paths of this repository, and what they define: `path.py:name`, or in a table's row names after `path.py`
+    and a colon, or in the cell beside it. `folder`: has the files whose names stand alone, at any depth.
     """
     found = []
     prose = without_blocks(text)
@@ -271,7 +271,8 @@ def missing_names(text, folder=""):
             found.append(f"{path} is not there")
         elif function.isidentifier() and function not in defined_in(path):
             found.append(f"{path} defines no {function}")
-    for path, names in re.findall(r"`([^`\n]+\.py)`(?::| *\|)((?:,? *`\w+`)+)", prose):
+    rows = "".join(re.findall(r"^\|.*\n", prose, re.MULTILINE))
+    for path, names in re.findall(r"`([^`\n]+\.py)`(?::| *\|)((?:,? *`\w+`)+)", rows):
         path = path if (ROOT / path).is_file() else f"{folder}/{path}"
         if (ROOT / path).is_file():
             found += [f"{path} defines no {name}" for name in re.findall(r"\w+", names) if name not in defined_in(path)]
@@ -317,9 +318,7 @@ def test_what_the_docstring_of_a_family_of_kernels_names_is_there(sources):
 
 def test_a_name_that_is_not_there_is_found():
     text = "`kernels/no.py` `tests/ptx/` `kernels/relu.py:forward` `kernels/relu.py:backwards` `elsewhere/no.py`\n"
-    table = (
-        "| `kernels/relu.py` | `forward`, `other`: both |\n| 2 | `tritonnet/ops.py`: `conv2d`, `conv4d` | calls it |\n"
-    )
+    table = "| `kernels/relu.py` | `forward`, `other`: a |\n| 2 | `tritonnet/ops.py`: `conv2d`, `conv4d` | b |\n"
     block = "```bash\npython tests/no.py --help\n```\n"
     assert missing_names(text + table + block) == [
         "kernels/no.py is not there", "kernels/relu.py defines no backwards", "tests/no.py is not there",
