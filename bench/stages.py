@@ -17,7 +17,9 @@ NO_TESTS = 5
 GRACE = 20
 
 # Test files. TrainStep is timed only if those of the step pass. Those of the other kernels come before the rest.
-STEP_TESTS = "test_graphs", "test_train_step", "test_weights", "test_lenet", "test_lenet_lanes"
+STEP_TESTS = (
+    "test_graphs", "test_train_step", "test_train_step_optimizers", "test_weights", "test_lenet", "test_lenet_lanes"
+)  # fmt: skip
 CONVOLUTION_TESTS = "test_conv2d", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch"
 KERNEL_TESTS = (
     "test_max_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu", "test_memory"
