@@ -11,7 +11,7 @@ import tritonnet
 from tritonnet.kernels.lenet import forward as lenet_forward
 from tritonnet.kernels.lenet import lanes as lenet_lanes
 from tritonnet.kernels.lenet import layout as lenet
-from tritonnet.lenet import weights as lenet_weights
+from tritonnet.lenet import served
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def small(channels):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
     """As test_gradients in test_train_step.py, with its bounds."""
-    monkeypatch.setitem(lenet_weights._SIZES, (0, 64), 20)
+    monkeypatch.setitem(served._SIZES, (0, 64), 20)
     net = small(channels).to(device)
     images, labels = torch.randn(5, channels, 20, 20, device=device), torch.randint(10, (5,), device=device)
     truth = copy.deepcopy(net).double()

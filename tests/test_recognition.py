@@ -10,7 +10,7 @@ from written import forward_of
 import tritonnet
 from bench.libraries import TutorialLeNet
 from tritonnet.lenet.recognition import find_layers
-from tritonnet.lenet.weights import NotServed
+from tritonnet.lenet.served import NotServed
 
 SEEN, COUNT = [], 0
 HEAD = "self.fc3(TF.relu(self.fc2(TF.relu(self.fc1(x)))))"

@@ -12,8 +12,8 @@ from .fusion import fuse
 from .lenet import LeNet
 from .lenet.losses import not_finite, send
 from .lenet.recognition import find_layers
+from .lenet.served import FORMATS, NotServed
 from .lenet.step import NOTHING_YET, FusedLaunches, Progress
-from .lenet.weights import FORMATS, NotServed
 
 
 def _products_in(precision, device):

@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..dispatch import launchers
-from .weights import NotServed
+from .served import NotServed
 
 if launchers is not None:
     from ..kernels.lenet import layout
@@ -95,6 +95,19 @@ def _numbers(group, rule):
 def _powers(beta):
     """1 - beta^(2^k) for each bit of a step's number but its sign."""
     return [1 - beta**2**k for k in range(layout.BITS - 1)] + [0.0]
+
+
+def tell_schedulers(optimizer, parameters):
+    """A scheduler, which puts a step of its own on the optimiser, warns if that was never called."""
+    grads = [p.grad for p in parameters]
+    try:
+        # Without gradients it does nothing.
+        for p in parameters:
+            p.grad = None
+        optimizer.step()
+    finally:
+        for p, grad in zip(parameters, grads):
+            p.grad = grad
 
 
 # What Python counts with in a tensor's memory.

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from .. import nn
 from ..dispatch import implementation, launchers, on_device
-from ..nn import functional as F
-from ..nn._plain import is_plain
+from .graph import NotCaptured, capture
 from .losses import FirstBad, Losses
-from .optimizer import Moments, have_hooks, numbers_of, rate_on_device, rule_of, settings_of
-from .weights import NotServed, buffers, default_format, geometry_of, parameters_of
+from .optimizer import Moments, have_hooks, numbers_of, rate_on_device, rule_of, settings_of, tell_schedulers
+from .served import NotServed, check_batch, default_format, geometry_of, ignored_target, parameters_of
+from .weights import buffers
 
 if launchers is not None:
     from ..kernels._common import INTERPRETED
@@ -35,18 +34,6 @@ _BYTES, _REQUIRES_GRAD, _GRAD = attrgetter("nbytes"), attrgetter("requires_grad"
 _ON_GRADIENT, _ON_SUM = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
-def ignored_target(loss):
-    """The ignore_index of a plain mean cross-entropy; NotServed for any other loss."""
-    if loss in (F.cross_entropy, torch.nn.functional.cross_entropy):
-        return -100
-    is_module = isinstance(loss, torch.nn.Module)
-    if not is_module or not is_plain(loss, (torch.nn.CrossEntropyLoss, nn.CrossEntropyLoss)):
-        raise NotServed(f"the loss is a {getattr(loss, '__name__', type(loss).__name__)} or has hooks")
-    if loss.weight is not None or loss.reduction != "mean" or loss.label_smoothing:
-        raise NotServed("the loss has class weights, label smoothing or no mean")
-    return loss.ignore_index
-
-
 def _have_hooks(parameters):
     """Whether somebody is to be called with a gradient of these, whom the launches do not call."""
     return any(map(_ON_GRADIENT, parameters)) or any(map(_ON_SUM, parameters))
@@ -55,36 +42,6 @@ def _have_hooks(parameters):
 def _lie_in_order(tensors, sizes):
     """Whether tensors have so many bytes each, in the order that torch begins with."""
     return list(map(_BYTES, tensors)) == sizes and all(map(_IS_CONTIGUOUS, tensors))
-
-
-class NotCaptured(Exception):
-    """Why there is no graph of a step."""
-
-
-def capture(launch, restore, device):
-    """A function that replays what launch() launches, as one CUDA graph; what a first run changes is restored.
-
-    Raises:
-        NotCaptured: the launches run, but their capture failed. The current stream is the one before.
-    """
-    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        # Compiles and loads the kernels, which a capture does not allow.
-        launch()
-        restore()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # Other threads, such as a DataLoader's that pins memory, may do meanwhile what would spoil a global capture.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            launch()
-    except Exception as e:
-        raise NotCaptured(str(e)) from e
-    finally:
-        # Where ending the capture fails, torch leaves its stream the current one.
-        torch.cuda.set_stream(current)
-    return graph.replay
 
 
 class Batch:
@@ -172,7 +129,7 @@ class FusedLaunches:
             key = images.shape, images.dtype, labels.shape, labels.dtype
             batch = self._batches.get(key)
             if batch is None:
-                self._check_batch(images, labels)
+                check_batch(images, labels, self.geometry, self.pixels)
             turn = self.calls % self.accumulate
             last = turn == self.accumulate - 1
             if self.grads:
@@ -267,22 +224,6 @@ class FusedLaunches:
         )
         self._settings, self._settled = settings, False
 
-    def _check_batch(self, images, labels):
-        C, size = self.geometry.channels, self.geometry.size
-        raw = images.dtype == torch.uint8
-        if raw and self.pixels is None:
-            raise TypeError("images of dtype uint8 need a tritonnet.LeNet, which knows their mean and deviation")
-        if not raw and images.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"images must be floating or uint8, got {images.dtype}")
-        some = images.dim() == 4 and len(images) > 0
-        side = size - 2 * self.pixels(images).frame if raw and some else size
-        if not some or tuple(images.shape[1:]) != (C, side, side):
-            raise ValueError(f"images must be (N, {C}, {size}, {size}) with N > 0, got {list(images.shape)}")
-        if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.uint8):
-            raise ValueError(
-                f"labels must be ({len(images)}) of int64 or uint8, got {list(labels.shape)} of {labels.dtype}"
-            )
-
     def _prepare_update(self):
         """The optimiser's state and numbers for the coming update."""
         self.moments.load()
@@ -297,7 +238,8 @@ class FusedLaunches:
         if self._rates:
             self._fetch_rates()
         if self._told != vars(self.optimizer).get("step"):
-            self._tell_schedulers()
+            tell_schedulers(self.optimizer, self.parameters)
+            self._told = vars(self.optimizer).get("step")
 
     def _fetch_rates(self):
         """Learning rates that are on a device, in one call where all parameters have the same."""
@@ -308,19 +250,6 @@ class FusedLaunches:
         for place, rate in zip(places, self._rates):
             if rate_on_device(rate):
                 place.copy_(rate)
-
-    def _tell_schedulers(self):
-        """A scheduler, which puts a step of its own on the optimiser, warns if that was never called."""
-        grads = [p.grad for p in self.parameters]
-        try:
-            # Without gradients it does nothing.
-            for p in self.parameters:
-                p.grad = None
-            self.optimizer.step()
-        finally:
-            for p, grad in zip(self.parameters, grads):
-                p.grad = grad
-        self._told = vars(self.optimizer).get("step")
 
     def _new_batch(self, key, images, labels, add, update):
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)

@@ -1,119 +1,23 @@
-"""Which LeNets have launches of their own, where those find their weights, and the whole forward in two launches."""
+"""A LeNet's evaluation in two launches: the buffers for its weights, and what is known of its layers between calls."""
 
 import weakref
-from itertools import pairwise, repeat
+from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 
 import torch
 
-from .. import nn
 from ..dispatch import implementation, launchers, on_device
-from ..nn._plain import _HOOKS, global_hooks, is_plain
+from ..nn._plain import _HOOKS, global_hooks
 from ..registration import watched
+from .served import NotServed, default_format, geometry_of, parameters_of
 
 if launchers is not None:
-    from ..kernels.conv2d.patches import precision as conv_precision
     from ..kernels.lenet import forward as lenet_forward
     from ..kernels.lenet import layout
     from ..kernels.lenet import pack as lenet_pack
-    from ..kernels.linear import precision as linear_precision
 
 _ADDRESS, _STRIDE = torch.Tensor.data_ptr, torch.Tensor.stride
 _REFERRED = weakref.ref.__call__
-
-FORMATS = ("ieee", "tf32", "bfloat16")
-# Pixels a side by what the first convolution pads with and the features of the first linear.
-_SIZES = {(0, 256): 28, (2, 400): 28, (0, 400): 32, (2, 576): 32}
-
-
-_PADDINGS = {"valid": (0, 0), "same": (2, 2)}
-_CONVOLUTIONS = torch.nn.Conv2d, nn.Conv2d, nn.Conv2dReLUMaxPool2d, nn.Conv2dReLU
-_LINEARS = torch.nn.Linear, nn.Linear, nn.LinearReLU
-
-
-class NotServed(Exception):
-    """Why a net, a loss or an optimiser has no launches of its own."""
-
-
-def default_format(device):
-    """What products are taken in unless told: bfloat16 under autocast to it, tf32 where torch's flags allow it to both
-    convolutions and linears, full float32 otherwise."""
-    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16:
-        return "bfloat16"
-    return "tf32" if conv_precision() == linear_precision() == "tf32" else "ieee"
-
-
-def side_of(padding, features):
-    """Pixels a side of a LeNet's images, by the padding of its first convolution and the features of its first linear.
-
-    Raises:
-        NotServed: no LeNet has these.
-    """
-    pixels = _PADDINGS.get(padding, padding) if isinstance(padding, str) else padding
-    pixels = pixels[0] if isinstance(pixels, tuple) else pixels
-    if (pixels, features) not in _SIZES:
-        raise NotServed(f"{features} features after padding by {padding} are those of no image of 28 or 32 pixels")
-    return _SIZES[pixels, features]
-
-
-def _check_convolution(name, layer, filters, paddings):
-    """The padding in pixels; NotServed unless it is a plain 5 x 5 convolution to so many filters."""
-    if not is_plain(layer, _CONVOLUTIONS):
-        raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
-    padding = _PADDINGS.get(layer.padding, layer.padding)
-    plain = layer.kernel_size == (5, 5) and layer.stride == layer.dilation == (1, 1) and layer.groups == 1
-    if not plain or layer.padding_mode != "zeros" or layer.bias is None or layer.out_channels != filters:
-        raise NotServed(f"{name} is not a 5 x 5 convolution with bias to {filters} filters: {layer}")
-    if padding[0] != padding[1] or padding[0] not in paddings:
-        raise NotServed(f"{name} has padding {layer.padding}")
-    return padding[0]
-
-
-def _check_linear(name, layer, inputs, outputs):
-    if not is_plain(layer, _LINEARS):
-        raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
-    if layer.bias is None or (layer.in_features, layer.out_features) != (inputs, outputs):
-        raise NotServed(f"{name} is not a linear layer with bias from {inputs} to {outputs}: {layer}")
-
-
-def geometry_of(layers):
-    """The kernels' Geometry of conv1, conv2, fc1, fc2 and fc3; NotServed if they are not a LeNet's."""
-    conv1, conv2, fc1, fc2, fc3 = layers
-    padding = _check_convolution("the first convolution", conv1, 6, (0, 2))
-    _check_convolution("the second convolution", conv2, 16, (0,))
-    if conv1.in_channels not in (1, 3) or conv2.in_channels != 6:
-        raise NotServed(f"the convolutions take {conv1.in_channels} and {conv2.in_channels} channels, not 1 or 3 and 6")
-    features = getattr(fc1, "in_features", None)
-    size = side_of(padding, features)
-    _check_linear("the first linear", fc1, features, 120)
-    _check_linear("the second linear", fc2, 120, 84)
-    _check_linear("the last linear", fc3, 84, classes := getattr(fc3, "out_features", 0))
-    if classes > 1024:
-        raise NotServed(f"{classes} classes are more than 1024")
-    return layout.Geometry(conv1.in_channels, size, padding, classes)
-
-
-def parameters_of(layers, geometry, dtypes=(torch.float32,), strided=False):
-    """Weights and biases in the kernels' order; NotServed if they are not of one of the dtypes, apart and dense.
-
-    With `strided` they may have other strides, as weights in channels_last have, and lie in the same place.
-    """
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-    dtype, device = parameters[0].dtype, parameters[0].device
-    if len(set(map(id, parameters))) < 10:
-        raise NotServed("layers share parameters")
-    for p, shape in zip(parameters, geometry.shapes):
-        ordinary = type(p) is torch.nn.Parameter and p.layout == torch.strided and not (p.is_inference() or p.is_neg())
-        if not ordinary or not (strided or p.is_contiguous()):
-            raise NotServed("a parameter is not an ordinary one")
-        if p.shape != shape:
-            raise NotServed(f"a parameter of shape {list(p.shape)} is not of {list(shape)}, which its layer says")
-        if p.dtype != dtype or p.device != device or dtype not in dtypes:
-            raise NotServed(f"parameters of {p.dtype} on {p.device}")
-    places = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters)
-    if not strided and any(end > start for (_, end), (start, _) in pairwise(places)):
-        raise NotServed("parameters share their memory")
-    return parameters
 
 
 def buffers(geometry, format, device):
