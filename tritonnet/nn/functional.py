@@ -3,7 +3,6 @@
 Some of them come fused into one too; every other name is torch's.
 """
 
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,39 +14,25 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
 from ..registration import in_transforms
+from ._checks import (
+    as_batch,
+    as_pair,
+    check_alike,
+    check_conv2d,
+    check_linear,
+    check_linear_chain,
+    check_max_pool2d,
+    check_tensors,
+    conv2d_padding,
+    is_served,
+    positive,
+)
 from ._stand_in import stand_in
 
 Pixels = int | Sequence[int]
-# The dtypes of the kernels; torch serves the others.
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
 __all__ += ["conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_relu"]
-
-
-def _check_tensors(function, **tensors):
-    for name, t in tensors.items():
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{function}: {name} must be a Tensor, got {type(t).__name__}")
-
-
-def _check_alike(function, **tensors):
-    """All of one dtype and on one device, as torch asks."""
-    (first_name, first), *rest = ((name, t) for name, t in tensors.items() if t is not None)
-    for name, t in rest:
-        if t.dtype != first.dtype:
-            raise RuntimeError(
-                f"{function}: {first_name} and {name} must have the same dtype, got {first.dtype} and {t.dtype}"
-            )
-        if t.device != first.device:
-            raise RuntimeError(
-                f"{function}: {first_name} and {name} must be on the same device, got {first.device} and {t.device}"
-            )
-
-
-def _served(*tensors):
-    """Whether the kernels or their reference take these tensors; torch's own operator does otherwise."""
-    return all(t is None or (t.dtype in _DTYPES and t.layout is torch.strided and not t.is_nested) for t in tensors)
 
 
 def _autocast(*tensors):
@@ -57,35 +42,6 @@ def _autocast(*tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-
-
-def _pair(function, name, value):
-    """value, an integer or a sequence of one or two, as a pair."""
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    if len(values) not in (1, 2):
-        raise RuntimeError(f"{function}: {name} must be an integer or a pair of them, got {value}")
-    if any(isinstance(v, (bool, float)) for v in values):
-        raise TypeError(f"{function}: {name} must be made of integers, got {value}")
-    try:
-        values = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values]
-    except TypeError:
-        raise TypeError(f"{function}: {name} must be made of integers, got {value!r}") from None
-    return (values[0], values[-1])
-
-
-def _positive(function, name, pair, least=1):
-    if any(v < least for v in pair):
-        raise RuntimeError(f"{function}: {name} must be {'positive' if least else 'non-negative'}, got {pair}")
-    return pair
-
-
-def _batched(function, input):
-    """input as (N, C, H, W), and whether that took a batch of one."""
-    if input.dim() not in (3, 4):
-        raise RuntimeError(
-            f"{function}: input must be (N, C, H, W) or, unbatched, (C, H, W), got size {list(input.shape)}"
-        )
-    return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
 
 
 def _sized(t, size):
@@ -132,19 +88,19 @@ def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
 
 def _convolve(name, operator, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode):
     """operator(x, weight, bias, *geometry) of checked arguments, or `rest` of torch's own convolution of them."""
-    _check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     input, weight, bias = _autocast(input, weight, bias)
-    if not _served(input, weight, bias) or input.shape[-3:-2] == (0,):
+    if not is_served(input, weight, bias) or input.shape[-3:-2] == (0,):
         return rest(_torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode))
-    _check_alike(name, input=input, weight=weight, bias=bias)
+    check_alike(name, input=input, weight=weight, bias=bias)
     if weight.dim() != 4:
         raise RuntimeError(f"{name}: weight must be (OC, C / groups, KH, KW), got size {list(weight.shape)}")
-    x, unbatched = _batched(name, input)
-    stride = _positive(name, "stride", _pair(name, "stride", stride))
-    dilation = _positive(name, "dilation", _pair(name, "dilation", dilation))
-    (groups,) = _positive(name, "groups", _pair(name, "groups", groups)[:1])
-    padding = _conv2d_padding(name, padding, weight.shape[2:], stride, dilation)
-    _check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode)
+    x, unbatched = as_batch(name, input)
+    stride = positive(name, "stride", as_pair(name, "stride", stride))
+    dilation = positive(name, "dilation", as_pair(name, "dilation", dilation))
+    (groups,) = positive(name, "groups", as_pair(name, "groups", groups)[:1])
+    padding = conv2d_padding(name, padding, weight.shape[2:], stride, dilation)
+    check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode)
     y = operator(x, weight, bias, stride, padding, dilation, groups, pad_mode)
     return _sized(y, y.shape[1:]) if unbatched else y
 
@@ -218,7 +174,7 @@ def _conv2d_relu_max_pool2d(
     def fused(x, weight, bias, *geometry):
         size = shapes.conv2d_size(x.shape[2:], weight.shape[2:], *geometry[:3])
         images = x.shape[0], weight.shape[0], *size
-        *window, _ = _check_max_pool2d(name, "pool_", images, *pool)
+        *window, _ = check_max_pool2d(name, "pool_", images, *pool)
         return ops.conv2d_relu_max_pool2d(x, weight, bias, *geometry, *window, pool_ceil_mode)[0]
 
     def rest(z):
@@ -229,55 +185,11 @@ def _conv2d_relu_max_pool2d(
 
 def _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
     if pad_mode != "zeros":
-        top, bottom, left, right = _conv2d_padding(
-            "conv2d", padding, weight.shape[2:], (1, 1), _pair("conv2d", "dilation", dilation)
+        top, bottom, left, right = conv2d_padding(
+            "conv2d", padding, weight.shape[2:], (1, 1), as_pair("conv2d", "dilation", dilation)
         )
         input, padding = _torch.pad(input, (left, right, top, bottom), mode=pad_mode), 0
     return _torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _conv2d_padding(name, padding, kernel, stride, dilation):
-    """(top, bottom, left, right)."""
-    if padding == "valid":
-        return (0, 0, 0, 0)
-    if padding == "same":
-        if any(s != 1 for s in stride):
-            raise RuntimeError(f"{name}: padding='same' needs stride 1, got stride {stride}")
-        # What does not divide evenly goes to the bottom and to the right.
-        (top, bottom), (left, right) = ((d * (k - 1) // 2, (d * (k - 1) + 1) // 2) for k, d in zip(kernel, dilation))
-        return (top, bottom, left, right)
-    if isinstance(padding, str):
-        raise RuntimeError(f"{name}: padding must be 'same', 'valid' or integers, got {padding!r}")
-    h, w = _positive(name, "padding", _pair(name, "padding", padding), least=0)
-    return (h, h, w, w)
-
-
-def _check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode):
-    (OC, C, KH, KW), (H, W) = weight.shape, x.shape[2:]
-    if x.shape[1] != C * groups:
-        raise RuntimeError(
-            f"{name}: input must have {C * groups} channels for weight {list(weight.shape)} and groups={groups}, "
-            f"got {x.shape[1]} in size {list(x.shape)}"
-        )
-    if OC < 1 or OC % groups != 0:
-        raise RuntimeError(f"{name}: weight must have a multiple of groups={groups} filters, got {OC}")
-    if bias is not None and tuple(bias.shape) != (OC,):
-        raise RuntimeError(f"{name}: bias must have size [{OC}], one for each filter, got {list(bias.shape)}")
-    if KH < 1 or KW < 1 or H < 1 or W < 1:
-        raise RuntimeError(
-            f"{name}: only batch and channels may be empty, got input {list(x.shape)} and weight {list(weight.shape)}"
-        )
-    top, bottom, left, right = padding
-    extent = (dilation[0] * (KH - 1) + 1, dilation[1] * (KW - 1) + 1)
-    if H + top + bottom < extent[0] or W + left + right < extent[1]:
-        raise RuntimeError(
-            f"{name}: the dilated kernel must fit the padded input, got kernel {extent} over "
-            f"({H + top + bottom}, {W + left + right})"
-        )
-    # What is read in the padding must lie in the image: its mirror leaves out the edge, its copy may take it all.
-    most = {"reflect": (H - 1, W - 1), "circular": (H, W)}.get(pad_mode)
-    if most and (max(top, bottom) > most[0] or max(left, right) > most[1]):
-        raise RuntimeError(f"{name}: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
 
 
 def max_pool2d(
@@ -308,11 +220,11 @@ def max_pool2d(
     if has_torch_function((input,)):
         return handle_torch_function(max_pool2d, (input,), input, *arguments)
     name = "max_pool2d"
-    _check_tensors(name, input=input)
-    if not _served(input):
+    check_tensors(name, input=input)
+    if not is_served(input):
         return _torch.max_pool2d(input, *arguments)
-    x, unbatched = _batched(name, input)
-    window = _check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    x, unbatched = as_batch(name, input)
+    window = check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
     y, code = ops.max_pool2d(x, *window, ceil_mode)
     results = (y, ops.max_pool2d_indices(code, x.shape[3], *window)) if return_indices else (y,)
     if unbatched:
@@ -326,33 +238,6 @@ def max_pool2d_with_indices(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """max_pool2d with return_indices=True, whatever the last argument, as in torch."""
     return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
-
-
-def _check_max_pool2d(name, prefix, images, kernel, stride, padding, dilation, ceil_mode):
-    """The four pairs of the window over `images`, a size; the arguments' names start with `prefix`."""
-    if not isinstance(ceil_mode, bool):
-        raise TypeError(f"{name}: {prefix}ceil_mode must be a bool, got {ceil_mode!r}")
-    if any(size == 0 for size in images[1:]):
-        raise RuntimeError(f"{name}: only the batch of input may be empty, got size {list(images)}")
-
-    def pair(argument, value, least=1):
-        return _positive(name, prefix + argument, _pair(name, prefix + argument, value), least)
-
-    kernel = pair("kernel_size", kernel)
-    no_stride = stride is None or (isinstance(stride, (tuple, list)) and not stride)
-    stride = kernel if no_stride else pair("stride", stride)
-    padding, dilation = pair("padding", padding, least=0), pair("dilation", dilation)
-    if any(p > k // 2 for p, k in zip(padding, kernel)):
-        raise RuntimeError(
-            f"{name}: {prefix}padding must be at most half of {prefix}kernel_size {kernel}, got {padding}"
-        )
-    size = shapes.max_pool2d_size(images[2:], kernel, stride, padding, dilation, ceil_mode)
-    if size[0] < 1 or size[1] < 1:
-        raise RuntimeError(
-            f"{name}: {prefix}kernel_size {kernel} is too large for images of size {list(images)}, "
-            f"the output would be {size}"
-        )
-    return kernel, stride, padding, dilation
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -373,8 +258,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if has_torch_function((input,)):
         return handle_torch_function(relu, (input,), input, inplace)
-    _check_tensors("relu", input=input)
-    if not _served(input):
+    check_tensors("relu", input=input)
+    if not is_served(input):
         return _torch.relu(input, inplace)
     if not inplace:
         return ops.relu(input)
@@ -428,20 +313,12 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _linear(name, operator, rest, input, weight, bias):
     """operator(rows, weight, bias) of checked arguments, or `rest` of the sum where a bias has to be added apart."""
-    _check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     input, weight, bias = _autocast(input, weight, bias)
-    if not _served(input, weight, bias):
+    if not is_served(input, weight, bias):
         return rest(_torch.linear(input, weight, bias))
-    _check_alike(name, input=input, weight=weight, bias=bias)
-    if input.dim() < 1 or weight.dim() not in (1, 2) or (weight.dim() == 1 and bias is not None):
-        raise RuntimeError(
-            f"{name}: input must be (..., K) and weight (N, K), or (K) without bias, "
-            f"got input {list(input.shape)}, weight {list(weight.shape)} and {'a' if bias is not None else 'no'} bias"
-        )
-    if input.shape[-1] != weight.shape[-1]:
-        raise RuntimeError(
-            f"{name}: the last sizes of input and weight must agree, got {list(input.shape)} and {list(weight.shape)}"
-        )
+    check_alike(name, input=input, weight=weight, bias=bias)
+    check_linear(name, input, weight, bias)
     if weight.dim() == 1:
         return _linear(name, operator, rest, input, weight.unsqueeze(0), None).squeeze(-1)
     usual = bias is None or bias.shape == weight.shape[:1]
@@ -495,15 +372,15 @@ def linear_chain(input, weights, biases=None):
         )
     named = {f"weights[{i}]": w for i, w in enumerate(weights)}
     named |= {f"biases[{i}]": b for i, b in enumerate(biases) if b is not None}
-    _check_tensors(name, input=input, **named)
+    check_tensors(name, input=input, **named)
     input, *tensors = _autocast(*tensors)
     weights, biases = tensors[: len(weights)], tensors[len(weights) :]
-    if not _served(input, *tensors):
+    if not is_served(input, *tensors):
         for w, b in zip(weights[:-1], biases):
             input = _torch.relu(_torch.linear(input, w, b))
         return _torch.linear(input, weights[-1], biases[-1])
-    _check_alike(name, input=input, **dict(zip(named, [t for t in tensors if t is not None])))
-    _check_linear_chain(name, input, weights, biases)
+    check_alike(name, input=input, **dict(zip(named, [t for t in tensors if t is not None])))
+    check_linear_chain(name, input, weights, biases)
     while len(weights) > shapes.MOST_LAYERS:
         input, weights, biases = linear_relu(input, weights[0], biases[0]), weights[1:], biases[1:]
     if len(weights) == 1:
@@ -516,21 +393,6 @@ def linear_chain(input, weights, biases=None):
     keep = torch.is_grad_enabled() and recorded
     y, _ = ops.linear_chain(rows, *layers, keep)
     return _sized(y, (*input.shape[:-1], weights[-1].shape[0]))
-
-
-def _check_linear_chain(name, input, weights, biases):
-    if input.dim() < 1:
-        raise RuntimeError(f"{name}: input must be (..., K), got size {list(input.shape)}")
-    features = input.shape[-1]
-    for i, (w, b) in enumerate(zip(weights, biases)):
-        if w.dim() != 2 or w.shape[1] != features:
-            raise RuntimeError(
-                f"{name}: weights[{i}] must be (N, {features}) for the {features} features before it, "
-                f"got size {list(w.shape)}"
-            )
-        features = w.shape[0]
-        if b is not None and tuple(b.shape) != (features,):
-            raise RuntimeError(f"{name}: biases[{i}] must have size [{features}], got {list(b.shape)}")
 
 
 def cross_entropy(
@@ -576,9 +438,9 @@ def cross_entropy(
     tensors = input, target, weight
     if has_torch_function(tensors):
         return handle_torch_function(cross_entropy, tensors, input, target, *arguments)
-    _check_tensors("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
+    check_tensors("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
     served = (
-        _served(input, weight)
+        is_served(input, weight)
         and input.dim() in (1, 2) and target.dim() == input.dim() - 1 and target.shape == input.shape[:-1]
         and input.numel() > 0 and target.dtype in (torch.int64, torch.uint8) and target.device == input.device
         and (weight is None or (weight.shape == input.shape[-1:] and not weight.requires_grad))

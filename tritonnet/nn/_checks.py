@@ -1,0 +1,162 @@
+"""What the functions accept: checks of their arguments, with torch's exception types."""
+
+import operator
+
+import torch
+
+from ..kernels import shapes
+
+# The dtypes of the kernels; torch serves the others.
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensors(function, **tensors):
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{function}: {name} must be a Tensor, got {type(t).__name__}")
+
+
+def check_alike(function, **tensors):
+    """All of one dtype and on one device, as torch asks."""
+    (first_name, first), *rest = ((name, t) for name, t in tensors.items() if t is not None)
+    for name, t in rest:
+        if t.dtype != first.dtype:
+            raise RuntimeError(
+                f"{function}: {first_name} and {name} must have the same dtype, got {first.dtype} and {t.dtype}"
+            )
+        if t.device != first.device:
+            raise RuntimeError(
+                f"{function}: {first_name} and {name} must be on the same device, got {first.device} and {t.device}"
+            )
+
+
+def is_served(*tensors):
+    """Whether the kernels or their reference take these tensors; torch's own operator does otherwise."""
+    return all(t is None or (t.dtype in _DTYPES and t.layout is torch.strided and not t.is_nested) for t in tensors)
+
+
+def as_pair(function, name, value):
+    """value, an integer or a sequence of one or two, as a pair."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{function}: {name} must be an integer or a pair of them, got {value}")
+    if any(isinstance(v, (bool, float)) for v in values):
+        raise TypeError(f"{function}: {name} must be made of integers, got {value}")
+    try:
+        values = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values]
+    except TypeError:
+        raise TypeError(f"{function}: {name} must be made of integers, got {value!r}") from None
+    return (values[0], values[-1])
+
+
+def positive(function, name, pair, least=1):
+    if any(v < least for v in pair):
+        raise RuntimeError(f"{function}: {name} must be {'positive' if least else 'non-negative'}, got {pair}")
+    return pair
+
+
+def as_batch(function, input):
+    """input as (N, C, H, W), and whether that took a batch of one."""
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            f"{function}: input must be (N, C, H, W) or, unbatched, (C, H, W), got size {list(input.shape)}"
+        )
+    return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
+
+
+def conv2d_padding(name, padding, kernel, stride, dilation):
+    """(top, bottom, left, right)."""
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        if any(s != 1 for s in stride):
+            raise RuntimeError(f"{name}: padding='same' needs stride 1, got stride {stride}")
+        # What does not divide evenly goes to the bottom and to the right.
+        (top, bottom), (left, right) = ((d * (k - 1) // 2, (d * (k - 1) + 1) // 2) for k, d in zip(kernel, dilation))
+        return (top, bottom, left, right)
+    if isinstance(padding, str):
+        raise RuntimeError(f"{name}: padding must be 'same', 'valid' or integers, got {padding!r}")
+    h, w = positive(name, "padding", as_pair(name, "padding", padding), least=0)
+    return (h, h, w, w)
+
+
+def check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode):
+    (OC, C, KH, KW), (H, W) = weight.shape, x.shape[2:]
+    if x.shape[1] != C * groups:
+        raise RuntimeError(
+            f"{name}: input must have {C * groups} channels for weight {list(weight.shape)} and groups={groups}, "
+            f"got {x.shape[1]} in size {list(x.shape)}"
+        )
+    if OC < 1 or OC % groups != 0:
+        raise RuntimeError(f"{name}: weight must have a multiple of groups={groups} filters, got {OC}")
+    if bias is not None and tuple(bias.shape) != (OC,):
+        raise RuntimeError(f"{name}: bias must have size [{OC}], one for each filter, got {list(bias.shape)}")
+    if KH < 1 or KW < 1 or H < 1 or W < 1:
+        raise RuntimeError(
+            f"{name}: only batch and channels may be empty, got input {list(x.shape)} and weight {list(weight.shape)}"
+        )
+    top, bottom, left, right = padding
+    extent = (dilation[0] * (KH - 1) + 1, dilation[1] * (KW - 1) + 1)
+    if H + top + bottom < extent[0] or W + left + right < extent[1]:
+        raise RuntimeError(
+            f"{name}: the dilated kernel must fit the padded input, got kernel {extent} over "
+            f"({H + top + bottom}, {W + left + right})"
+        )
+    # What is read in the padding must lie in the image: its mirror leaves out the edge, its copy may take it all.
+    most = {"reflect": (H - 1, W - 1), "circular": (H, W)}.get(pad_mode)
+    if most and (max(top, bottom) > most[0] or max(left, right) > most[1]):
+        raise RuntimeError(f"{name}: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
+
+
+def check_max_pool2d(name, prefix, images, kernel, stride, padding, dilation, ceil_mode):
+    """The four pairs of the window over `images`, a size; the arguments' names start with `prefix`."""
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"{name}: {prefix}ceil_mode must be a bool, got {ceil_mode!r}")
+    if any(size == 0 for size in images[1:]):
+        raise RuntimeError(f"{name}: only the batch of input may be empty, got size {list(images)}")
+
+    def pair(argument, value, least=1):
+        return positive(name, prefix + argument, as_pair(name, prefix + argument, value), least)
+
+    kernel = pair("kernel_size", kernel)
+    no_stride = stride is None or (isinstance(stride, (tuple, list)) and not stride)
+    stride = kernel if no_stride else pair("stride", stride)
+    padding, dilation = pair("padding", padding, least=0), pair("dilation", dilation)
+    if any(p > k // 2 for p, k in zip(padding, kernel)):
+        raise RuntimeError(
+            f"{name}: {prefix}padding must be at most half of {prefix}kernel_size {kernel}, got {padding}"
+        )
+    size = shapes.max_pool2d_size(images[2:], kernel, stride, padding, dilation, ceil_mode)
+    if size[0] < 1 or size[1] < 1:
+        raise RuntimeError(
+            f"{name}: {prefix}kernel_size {kernel} is too large for images of size {list(images)}, "
+            f"the output would be {size}"
+        )
+    return kernel, stride, padding, dilation
+
+
+def check_linear(name, input, weight, bias):
+    if input.dim() < 1 or weight.dim() not in (1, 2) or (weight.dim() == 1 and bias is not None):
+        raise RuntimeError(
+            f"{name}: input must be (..., K) and weight (N, K), or (K) without bias, "
+            f"got input {list(input.shape)}, weight {list(weight.shape)} and {'a' if bias is not None else 'no'} bias"
+        )
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"{name}: the last sizes of input and weight must agree, got {list(input.shape)} and {list(weight.shape)}"
+        )
+
+
+def check_linear_chain(name, input, weights, biases):
+    if input.dim() < 1:
+        raise RuntimeError(f"{name}: input must be (..., K), got size {list(input.shape)}")
+    features = input.shape[-1]
+    for i, (w, b) in enumerate(zip(weights, biases)):
+        if w.dim() != 2 or w.shape[1] != features:
+            raise RuntimeError(
+                f"{name}: weights[{i}] must be (N, {features}) for the {features} features before it, "
+                f"got size {list(w.shape)}"
+            )
+        features = w.shape[0]
+        if b is not None and tuple(b.shape) != (features,):
+            raise RuntimeError(f"{name}: biases[{i}] must have size [{features}], got {list(b.shape)}")
