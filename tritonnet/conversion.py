@@ -79,14 +79,7 @@ def convert(model: Model) -> Model:
 def revert(model: Model) -> Model:
     """Undo `convert` and `fuse`: make tritonnet's layers in `model` torch.nn's again, and run the forwards as written.
 
-    Args:
-        model: torch.nn.Module, changed in place.
-
-    Returns:
-        model.
-
-    Raises:
-        TypeError: model is not a torch.nn.Module.
+    Args, Returns, Raises: as for `convert`.
     """
     check_model(model)
     for module in model.modules():

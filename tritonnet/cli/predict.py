@@ -3,9 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from .images import SUFFIXES, read_digit
 from .machine import compiling, find_device, threads, threads_for
 from .terminal import Parser, UserError, say, table
 
+T = TypeVar("T")
 # Under what names files hold a state_dict beside other things.
 HOLDERS = "model", "state_dict"
 # What DataParallel, DistributedDataParallel and torch.compile put before the names of the net that they wrap.
@@ -80,20 +81,21 @@ def read_all(net: LeNet, paths: Iterable[Path], device: torch.device) -> tuple[l
     """(what is in each image of the files and folders, why others could not be read)."""
     results: list[dict[str, Any]] = []
     unread: list[str] = []
-    for path in paths:
+
+    def attempt(read: Callable[[Path], T], path: Path) -> T | None:
+        """read(path), or None where that fails; the reason is added to `unread`."""
         try:
-            files = image_files(path)
+            return read(path)
         except UserError as e:
             unread.append(str(e))
-            continue
         except OSError as e:
             unread.append(f"{path} cannot be looked into ({e.strerror or e})")
-            continue
-        for file in files:
-            try:
-                digit = read_digit(file)
-            except UserError as e:
-                unread.append(str(e))
+        return None
+
+    for path in paths:
+        for file in attempt(image_files, path) or ():
+            digit = attempt(read_digit, file)
+            if digit is None:
                 continue
             with compiling(device, shown=not results):
                 probabilities = net(digit.to(device)).softmax(1)[0].tolist()
