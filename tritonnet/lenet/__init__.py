@@ -1,4 +1,8 @@
-"""LeNet."""
+"""LeNet: the module in model.py, its evaluation in two launches in weights.py, its training step in four in step.py.
+
+recognition.py finds a LeNet in other models, and served.py checks whether it has launches of its own. The step uses
+graph.py to capture a CUDA graph, optimizer.py to follow torch's optimisers, and losses.py to report losses.
+"""
 
 from .model import LeNet
 

@@ -1,4 +1,4 @@
-"""The losses of a training step's calls: where they lie on the device, and which was the first that is not finite."""
+"""The losses of a training step's calls: their memory on the device, and the first that is not finite."""
 
 import torch
 
@@ -7,23 +7,23 @@ from ..dispatch import launchers, on_device
 if launchers is not None:
     from ..kernels.lenet import layout
 
-# Losses that lie side by side.
+# Losses in one allocation.
 BLOCK = 64
-# Calls between two looks at whether a loss was not finite; what one finds is heard of at the next.
+# Calls between two checks for a loss that is not finite. What one check copies to the host is read at the next.
 LOOK_EVERY = 32
 
 
 def new_block(device):
-    """Places for the next losses; the kernel that fills them finds their address in memory."""
+    """Memory for the next losses; the kernel reads its address from device memory."""
     return torch.empty(BLOCK, dtype=torch.float32, device=device)
 
 
 class Losses:
-    """Hands out a place for each call's loss, so that no loss is copied and none ever changes.
+    """Gives each call's loss memory of its own, so that losses are neither copied nor overwritten.
 
     Attributes:
-        place: (1) int64 on the device, the address of the place that the coming call's kernel writes to. The kernel
-            moves it on, so that a captured launch needs nothing from the host but a fresh block now and then.
+        place: (1) int64 on the device, the address that the next call's kernel writes its loss to. The kernel
+            advances it, so that a captured launch needs nothing from the host but a new block now and then.
     """
 
     def __init__(self, device):
@@ -31,7 +31,7 @@ class Losses:
         self._block, self._left = None, []
 
     def next(self):
-        """The place that `place` stands for, (), for one launch that fills it."""
+        """The tensor () at the address in `place`, for one launch that fills it."""
         if not self._left:
             self._block = new_block(self.device)
             self.place.fill_(layout.address(self._block))
@@ -39,12 +39,12 @@ class Losses:
         return self._left.pop()
 
     def start_anew(self):
-        """Begin another block: whether a launch that failed has moved `place` on is not known."""
+        """Begin another block, as a launch that failed may or may not have advanced `place`."""
         self._left = []
 
 
 def send(numbers):
-    """(copy of a GPU's tensor on the host, event after which it holds the numbers), without waiting for them."""
+    """(copy of a GPU's tensor on the host, event after which the copy is complete), without waiting for it."""
     with on_device(numbers.device):
         event = torch.Event(numbers.device)
         there = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
@@ -57,8 +57,8 @@ class FirstBad:
     """The number of the first call whose loss was not finite, kept on the device.
 
     Attributes:
-        numbers: (4) int32 on the device, see kernels/lenet/update.py: the number of that call, 0 while there is none
-            and negative if every label was ignored; how many calls there were; what a group of calls remembers.
+        numbers: (4) int32 on the device, see `trouble` in kernels/lenet/update.py: the number of that call, 0 while
+            there is none and negative if every label was ignored; the calls so far; two flags of the group of calls.
     """
 
     def __init__(self, device, calls=0, spoiled=False):
@@ -69,8 +69,8 @@ class FirstBad:
     def look(self, calls):
         """After call number `calls`: raises what `check` does for a call at most 64 calls old.
 
-        On the CPU there is nothing to wait for. On a GPU the numbers are sent to the host in time to be there at the
-        next look: only a host that is so far ahead waits for them, while the GPU has work left.
+        On the CPU there is nothing to wait for. On a GPU the copy that one look starts is read at the next look: the
+        host waits for it only if it is that far ahead, while the GPU still has work queued.
         """
         if not self._far:
             self.check()
@@ -86,11 +86,11 @@ class FirstBad:
         return send(self.numbers)
 
     def in_group(self):
-        """Whether a call of the last group was in trouble; waits for the device."""
+        """Whether a call of the last group had a loss that was not finite; waits for the device."""
         return bool(self.numbers[2])
 
     def check(self):
-        """FloatingPointError if the loss of a call was not finite since the last time; waits for the device."""
+        """FloatingPointError if a call since the last check had a loss that was not finite; waits for the device."""
         first = int(self._first)
         if first:
             self._first.zero_()
@@ -98,6 +98,6 @@ class FirstBad:
 
 
 def not_finite(call, ignored):
-    """The FloatingPointError of a call whose loss was not finite, as all of its labels were ignored or otherwise."""
+    """The FloatingPointError for a call whose loss was not finite; `ignored`: because every label was ignored."""
     what = "an update by gradients of zero, as torch makes it: every label was ignored" if ignored else "no update"
     return FloatingPointError(f"the loss of call {call} was not a finite number, and it made {what}")

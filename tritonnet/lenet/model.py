@@ -18,17 +18,17 @@ if launchers is not None:
 class LeNet(nn.Module):
     """LeNet-5 for images (N, channels, size, size), with logits (N, classes).
 
-    Numbers, gradients and state_dict are those of the LeNet of PyTorch's tutorials, which calls relu and max_pool2d in
-    its forward; here they belong to the layers. In evaluation without gradients the kernels take all layers in two
-    launches, of which the first packs the weights as they are then, unless layers have hooks or were replaced.
+    Results, gradients and state_dict are those of the LeNet in PyTorch's tutorials, which calls relu and max_pool2d in
+    its forward; here they are fused into the layers. In evaluation without gradients, all layers run in two launches,
+    the first of which packs the current weights, unless layers have hooks or were replaced.
 
     Args:
-        classes: 1 to 1024 have the launches of their own; more go layer by layer.
-        channels: of the images.
-        size: pixels a side, 32, or 28: these the first convolution pads with 2 pixels of zeros, which gives the layers
-            of 32 and so the same state_dict.
-        mean, std: of the training pixels from 0 to 1. Images of dtype uint8 may be given as they come: they are
-            normalised, and framed with black pixels where they are smaller than `size`.
+        classes: number of classes. Up to 1024 use the fused launches; more run layer by layer.
+        channels: channels of the images. 1 and 3 use the fused launches; others run layer by layer.
+        size: height and width of the images in pixels, 32 or 28. For 28 the first convolution pads with 2 pixels of
+            zeros, so that all layers have the same shapes as for 32, and the state_dict is the same.
+        mean, std: of the training pixels, scaled to 0..1. Images of dtype uint8 are normalised with these, and padded
+            with black pixels if they are smaller than `size`.
 
     Source: LeCun et al. 1998, Gradient-based learning applied to document recognition, with max-pooling and relu.
 
@@ -52,12 +52,12 @@ class LeNet(nn.Module):
     @property
     def layers(self) -> list[torch.nn.Module]:
         """conv1, conv2, fc1, fc2 and fc3."""
-        # Not through Module.__getattr__, which takes longer than the rest of a call's look at its layers.
+        # Module.__getattr__ would take longer than all the other checks of the layers in a call.
         modules: Any = self._modules
         return [modules[name] for name in ("conv1", "conv2", "fc1", "fc2", "fc3")]
 
     def frame(self, images: torch.Tensor) -> int:
-        """Pixels of black around images (..., H, W) of bytes; ValueError if they are not squares that fit."""
+        """Black pixels to add on each side of uint8 images (..., H, W); ValueError if they are not squares that fit."""
         frame, rest = divmod(self.size - images.shape[-1], 2)
         if images.shape[-2] != images.shape[-1] or frame < 0 or rest:
             raise ValueError(
@@ -67,13 +67,13 @@ class LeNet(nn.Module):
         return frame
 
     def pixels(self, images):
-        """How the kernels read these images: as they are, or bytes normalised and framed."""
+        """How the kernels read these images: unchanged, or normalised and padded if they are uint8."""
         if images.dtype != torch.uint8:
             return Pixels()
         return Pixels(self.frame(images), 1 / (255 * self.std), -self.mean / self.std)
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """Images of bytes as float images of `size` pixels; others as they are."""
+        """uint8 images, normalised and padded to `size` pixels; other images unchanged."""
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
             return images
         framed, dtype = nn.functional.pad(images, (self.frame(images),) * 4), self.conv1.weight.dtype
@@ -88,7 +88,7 @@ class LeNet(nn.Module):
         head = self.fc1, self.fc2, self.fc3
         if all(is_plain(fc, (cls,)) for fc, cls in zip(head, (nn.LinearReLU, nn.LinearReLU, nn.Linear))):
             return F.linear_chain(x, [fc.weight for fc in head], [fc.bias for fc in head])
-        return self.fc3(self.fc2(self.fc1(x)))  # with whatever has been attached to them
+        return self.fc3(self.fc2(self.fc1(x)))  # module calls, which run hooks
 
     def _whole(self, x):
         if self.training or torch.is_grad_enabled():

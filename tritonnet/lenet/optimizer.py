@@ -1,4 +1,4 @@
-"""torch's optimisers as LeNet's last launch follows them: which rule it is, its numbers, and the state of it."""
+"""How LeNet's last launch follows torch's optimisers: the update rule, its hyperparameters, and the state."""
 
 import ctypes
 import functools
@@ -23,7 +23,7 @@ _ADDRESS, _VALUE = torch.Tensor.data_ptr, attrgetter("value")
 
 
 def have_hooks(optimizer):
-    """Whether somebody is to be called with each update, of this optimizer or of all."""
+    """Whether this optimizer, or all optimizers, have hooks on their step."""
     return bool(
         optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
@@ -31,7 +31,7 @@ def have_hooks(optimizer):
 
 
 def rule_of(optimizer, parameters):
-    """(what the kernel is compiled for, the group of each parameter); NotServed if it is no rule of the kernel's."""
+    """(constants for the kernel, the group of each parameter); NotServed if the kernel does not have this rule."""
     kind = {torch.optim.SGD: "SGD", torch.optim.Adam: "Adam", torch.optim.AdamW: "Adam"}.get(type(optimizer))
     if kind is None:
         raise NotServed(f"the optimizer is a {type(optimizer).__name__}")
@@ -55,23 +55,23 @@ def rule_of(optimizer, parameters):
 
 
 def rate_on_device(rate):
-    """Whether a learning rate is a tensor whose value would have to be waited for."""
+    """Whether a learning rate is a tensor on a device, which the host would have to wait for to read."""
     return isinstance(rate, torch.Tensor) and rate.device.type != "cpu"
 
 
 def settings_of(optimizer):
-    """Every object that an optimizer's groups hold: as long as they are the same, only tensors may have changed."""
+    """Every object in an optimizer's groups: while these are the same objects, only tensors may have changed."""
     settings = []
     for group in optimizer.param_groups:
         settings += group.values()
         settings += group["params"]
-        # A list may have been changed in place.
+        # betas may be a list that is changed in place.
         settings += group.get("betas", ())
     return settings
 
 
 def numbers_of(groups, rule):
-    """The kernel's numbers for each parameter, given its group; a rate that is on a GPU counts as 0."""
+    """The kernel's hyperparameters, a row for each parameter's group; a learning rate on a GPU is left as 0."""
     rows = {id(group): _numbers(group, rule) for group in groups}
     return array("f", chain.from_iterable(rows[id(group)] for group in groups))
 
@@ -93,15 +93,15 @@ def _numbers(group, rule):
 
 @functools.lru_cache(16)
 def _powers(beta):
-    """1 - beta^(2^k) for each bit of a step's number but its sign."""
+    """1 - beta^(2^k) for each bit k of a step number except its sign."""
     return [1 - beta**2**k for k in range(layout.BITS - 1)] + [0.0]
 
 
 def tell_schedulers(optimizer, parameters):
-    """A scheduler, which puts a step of its own on the optimiser, warns if that was never called."""
+    """Calls optimizer.step() without gradients: a scheduler wraps it, and warns if it was never called."""
     grads = [p.grad for p in parameters]
     try:
-        # Without gradients it does nothing.
+        # Without gradients it changes nothing.
         for p in parameters:
             p.grad = None
         optimizer.step()
@@ -110,18 +110,18 @@ def tell_schedulers(optimizer, parameters):
             p.grad = grad
 
 
-# What Python counts with in a tensor's memory.
+# The ctypes through which Python counts in a tensor's memory.
 _COUNTERS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
 class Moments:
-    """The optimiser's state as the kernels change it: in the tensors that torch has, made where they are missing.
+    """The optimiser's state, which the kernels change in torch's own tensors; missing ones are created.
 
     Attributes:
-        names: of the moments that the rule has, as torch calls them.
-        addresses: of all that is in the state, as they were when it was last looked at.
-        steps: (10) float32 on the device, the updates of each parameter so far, by which the kernels count unless torch
-            itself keeps its counts there: those of a fused optimiser. Others are on the CPU, and SGD has none.
+        names: torch's names of the rule's moments.
+        addresses: of all tensors in the state, when it was last taken over.
+        steps: (10) float32 on the device, the updates of each parameter so far. The kernels count here unless torch's
+            own count is on the device, as a fused optimiser's is. Others keep it on the CPU, and SGD has none.
     """
 
     def __init__(self, parameters, optimizer, rule):
@@ -129,13 +129,14 @@ class Moments:
         self.names = _MOMENTS[rule["rule"]][: rule["moments"] if self._adam else int(rule["momentum"])]
         self.device, n = parameters[0].device, len(parameters)
         self.steps = torch.zeros(n, dtype=torch.float32, device=self.device)
-        # Of each parameter the moments, and where the kernel counts; where torch counts on the CPU, and of whom.
+        # For each parameter: its moments, and the count that the kernel updates. For each count that torch keeps on
+        # the CPU: its ctypes object, and the index of its parameter.
         self._moments, self._counts, self._counters, self._counter_of = [()] * n, list(self.steps.unbind()), [], []
         self._own_counts = list(self._counts)
         self._seen, self._tensors, self._counted, self.addresses = [None], [], [], []
 
     def load(self):
-        """Take over what was loaded into the optimiser or changed in it since the last step."""
+        """Take over what was loaded into the optimiser's state or changed in it since the last step."""
         if not all(map(is_, self._values(), self._seen)) or self._moved():
             self._take_over()
         counts = list(map(_VALUE, self._counters))
@@ -146,11 +147,11 @@ class Moments:
             self._counted = counts
 
     def _moved(self):
-        """Whether a tensor has got other memory, as one does that is shared with another process."""
+        """Whether a tensor has new memory, such as after being shared with another process."""
         return list(map(_ADDRESS, self._tensors)) != self.addresses
 
     def _take_over(self):
-        """Look at the whole state: whether it is there, and is what the kernels read."""
+        """Go through the whole state: create what is missing, and convert what the kernels cannot read."""
         tensors, self._counters, self._counter_of = [], [], []
         fused = {id(p) for group in self.optimizer.param_groups if group.get("fused") for p in group["params"]}
         for i, p in enumerate(self.parameters if self.names or self._adam else ()):
@@ -160,7 +161,7 @@ class Moments:
                 state["step"] = self._find_count(i, state.get("step", 0.0), id(p) in fused)
                 tensors.append(state["step"])
             elif not (self._moments[i] and found[0] is self._moments[i][0]):
-                # What matters to SGD is whether there was an update.
+                # For SGD it only matters whether there was an update.
                 self.steps[i] = float(found[0] is not None)
             self._moments[i] = [_like(value, p) for value in found]
             state.update(zip(self.names, self._moments[i]))
@@ -168,7 +169,7 @@ class Moments:
         self._seen, self._tensors, self.addresses = list(self._values()), tensors, list(map(_ADDRESS, tensors))
 
     def _find_count(self, i, step, fused):
-        """The count of parameter i in the optimiser's state, or one like it that can be counted on."""
+        """The count of parameter i in the optimiser's state, or an equal one of a kind that can be updated."""
         fits = isinstance(step, torch.Tensor) and step.dim() == 0
         if fused:
             if not (fits and step.dtype == torch.float32 and step.device == self.device):
@@ -178,13 +179,13 @@ class Moments:
             self._counts[i] = self._own_counts[i]
             if not (fits and step.dtype in _COUNTERS and step.device.type == "cpu"):
                 step = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-            # In the tensor's own memory Python counts faster than torch.
+            # Writing to the tensor's memory from Python is faster than an operation of torch's.
             self._counters.append(_COUNTERS[step.dtype].from_address(step.data_ptr()))
             self._counter_of.append(i)
         return step
 
     def of(self, i):
-        """(the moments of parameter i, where the kernel counts its updates)."""
+        """(the moments of parameter i, the tensor in which the kernel counts its updates)."""
         return self._moments[i], self._counts[i]
 
     def changed(self):
@@ -192,21 +193,21 @@ class Moments:
         return [*chain.from_iterable(self._moments), *self._counts]
 
     def _values(self):
-        """Every object of the optimiser's state, and an end, so that one that is missing or new is seen, too."""
+        """Every object in the optimiser's state, then an end mark, so that a missing or new object is noticed."""
         return chain(chain.from_iterable(map(dict.values, self.optimizer.state.values())), _END)
 
     def start_anew(self):
-        """Take everything over from the optimiser again, its counts among it."""
+        """Have the next load take over everything from the optimiser again, including counts."""
         self._seen, self._counted = [None], []
 
     def count(self):
-        """There was an update: count it where torch does, as the kernel does on the device."""
+        """Count an update where torch does, as the kernel has done on the device."""
         self._counted = [count + 1 for count in self._counted]
         for counter, count in zip(self._counters, self._counted):
             counter.value = count
 
     def settle(self):
-        """Take back counts of updates that were not made, as the loss was not finite; waits for the device."""
+        """Correct the counts for updates that were not made, as the loss was not finite; waits for the device."""
         if self._moved():
             self._take_over()
         made = [int(count) for count in self._counts]
@@ -215,11 +216,11 @@ class Moments:
                 counter.value = self._counted[k] = made[i]
         for p, count, moments in zip(self.parameters, made, self._moments):
             state = self.optimizer.state.get(p)
-            # What somebody else has brought, such as a count that was set back, holds more than zeros.
+            # State that a user has put there, such as one with its count reset, is not all zeros and stays.
             if not state or count or not moments or state.get(self.names[0]) is not moments[0]:
                 continue
             if not any(moment.any() for moment in moments):
-                # As torch has it in front of the first update.
+                # torch has no state before the first update.
                 for name in ("step", *self.names):
                     state.pop(name, None)
                 if not state:
@@ -227,7 +228,7 @@ class Moments:
 
 
 def _like(value, parameter):
-    """A state's tensor as the kernels read it: itself, if it is float32 and lies like its parameter."""
+    """A tensor of the state as the kernels read it: itself if it is contiguous and like its parameter, else a copy."""
     if value is None:
         return torch.zeros_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)
     fits = value.dtype == parameter.dtype and value.device == parameter.device and value.shape == parameter.shape

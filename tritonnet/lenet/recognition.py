@@ -1,4 +1,4 @@
-"""Finds a LeNet in a model that is written as in any tutorial, and proves that its forward does nothing else."""
+"""Finds a LeNet in a model written as in any tutorial, and proves that its forward does nothing else."""
 
 import contextlib
 import functools
@@ -13,10 +13,10 @@ from .served import NotServed, side_of
 
 FLATTEN = "flatten"
 _FLATTENING = (torch.flatten, torch.reshape, "flatten", "view", "reshape")
-# Of images, by which a forward might tell batches apart.
+# Batch sizes for which to evaluate what a forward asserts about the number of images.
 _NUMBERS = [*range(1, 300), *(2**i for i in range(9, 32))]
 _STEPS = [CONV, RELU, POOL, CONV, RELU, POOL, FLATTEN, LINEAR, RELU, LINEAR, RELU, LINEAR]
-# What a call of a module goes through before it comes to its forward, and what may be there of a compiled one.
+# What a module's call runs before its forward, and the types that _compiled_call_impl may have.
 _CALLED, _COMPILED = ("__call__", "_wrapped_call_impl", "_call_impl"), (FusedCall, type(None))
 
 
@@ -28,11 +28,11 @@ class _Found(NamedTuple):
 
 
 def _steps(node):
-    """What a call does; NotServed for what no LeNet does."""
+    """The steps that a call does; NotServed for a call that no LeNet makes."""
     steps = list(steps_of(node))
     if node.target in _FLATTENING:
         before, after = node.args[0].meta["example_value"], node.meta["example_value"]
-        # Whichever way it is told to make one row of each image.
+        # Any arguments that make one row of each image.
         steps = [FLATTEN] if before.dim() == 4 and after.dim() == 2 and before.shape[0] == after.shape[0] else []
     if not steps:
         raise NotServed(f"its forward calls {getattr(node.target, '__name__', node.target)}, which no LeNet does")
@@ -44,12 +44,12 @@ def _steps(node):
 
 
 def _is_of_sizes(node):
-    """Whether a call is of numbers of images alone; NotServed if it asserts what is not so for all."""
+    """Whether a call only computes with the batch size; NotServed if it asserts what does not hold for every size."""
     inputs = [i.meta.get("example_value") for i in node.all_input_nodes]
     if not inputs or not all(isinstance(value, torch.SymInt | torch.SymBool) for value in inputs):
         return False
     if not node.users:
-        # Dynamo itself asserts what is so, such as that there are as many pixels in another shape.
+        # Dynamo itself asserts facts that always hold, such as that a view has as many elements.
         expression = inputs[0].node.expr
         for symbol in expression.free_symbols:
             if not all(expression.subs(symbol, number) == True for number in _NUMBERS):  # noqa: E712  (sympy's own)
@@ -58,7 +58,7 @@ def _is_of_sizes(node):
 
 
 def _chain(graph):
-    """[(step, node)] of a graph that hands images from call to call; NotServed for any other."""
+    """[(step, node)] of a graph that passes images from call to call; NotServed for any other graph."""
     chain = []
     for node in graph.nodes:
         if node.op in ("placeholder", "output") or _is_of_sizes(node):
@@ -69,7 +69,7 @@ def _chain(graph):
         chain += [(step, node) for step in steps]
     kinds = [step for step, _ in chain]
     for first in (0, 3):
-        # The largest pixel is the same before and after a rectifier.
+        # Max-pooling and relu commute.
         if kinds[first : first + 3] == [CONV, POOL, RELU]:
             kinds[first : first + 3] = _STEPS[:3]
     if kinds != _STEPS:
@@ -78,7 +78,7 @@ def _chain(graph):
 
 
 def _layers_of(graph):
-    """A function of the graph's inputs that makes the five layers of a LeNet of them; NotServed for another graph."""
+    """A function that builds a LeNet's five layers from the graph's inputs; NotServed for any other graph."""
     simplify(graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     makers, chain = [], _chain(graph)
@@ -121,7 +121,7 @@ def _layers_of(graph):
 
 
 def _backend(graph_module, example_inputs):
-    """A backend of torch.compile whose graphs have five layers for a result."""
+    """A backend of torch.compile whose graphs return the five layers."""
     from ..compiler import asks_if_compiled, only_computes
 
     if asks_if_compiled() or not only_computes():
@@ -132,7 +132,7 @@ def _backend(graph_module, example_inputs):
 
 @contextlib.contextmanager
 def _modes(model, training):
-    """Has all modules be in training or in evaluation; their methods are not called."""
+    """Puts all modules into training or evaluation mode, without calling their methods."""
     before = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in before:
@@ -144,10 +144,10 @@ def _modes(model, training):
 
 
 def _captured(model, channels, side):
-    """The five layers of a model for images of so many pixels a side; NotServed if its forward is no LeNet's."""
+    """The five layers of a model for images of `side` x `side` pixels; NotServed if its forward is not a LeNet's."""
     p = next(model.parameters())
     images = torch.zeros(2, channels, side, side, dtype=p.dtype, device=p.device)
-    # For any number of images: a forward to which it makes a difference cannot be captured.
+    # The batch size is unbacked: a forward that branches on it cannot be captured.
     torch._dynamo.decorators.mark_unbacked(images, 0)
     torch._dynamo.mark_static(images, [1, 2, 3])
     try:
@@ -163,9 +163,9 @@ def _captured(model, channels, side):
 
 
 def find_layers(model):
-    """conv1, conv2, fc1, fc2 and fc3 that compute what a model does, with its parameters; NotServed if they may not.
+    """conv1, conv2, fc1, fc2 and fc3 that compute what a model does, with its parameters; NotServed if there are none.
 
-    Dynamo captures the forward, in training and in evaluation, for any number of images; it is not run.
+    Dynamo captures the forward, in training and in evaluation, for any number of images. It is not run.
     """
     if global_hooks() or any(getattr(model, name) for name in _HOOKS):
         raise NotServed("the model has hooks")

@@ -1,4 +1,4 @@
-"""Which LeNets, losses and batches have launches of their own: every check, and the reason where there are none."""
+"""Which LeNets, losses and batches the fused launches take: every check, and the reason where they do not."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ if launchers is not None:
     from ..kernels.linear import precision as linear_precision
 
 FORMATS = ("ieee", "tf32", "bfloat16")
-# Pixels a side by what the first convolution pads with and the features of the first linear.
+# (padding of the first convolution, input features of the first linear): height and width of the images.
 _SIZES = {(0, 256): 28, (2, 400): 28, (0, 400): 32, (2, 576): 32}
 _PADDINGS = {"valid": (0, 0), "same": (2, 2)}
 _CONVOLUTIONS = torch.nn.Conv2d, nn.Conv2d, nn.Conv2dReLUMaxPool2d, nn.Conv2dReLU
@@ -23,19 +23,22 @@ _LINEARS = torch.nn.Linear, nn.Linear, nn.LinearReLU
 
 
 class NotServed(Exception):
-    """Why a net, a loss or an optimiser has no launches of its own."""
+    """Why the fused launches do not take a net, a loss or an optimiser."""
 
 
 def default_format(device):
-    """What products are taken in unless told: bfloat16 under autocast to it, tf32 where torch's flags allow it to both
-    convolutions and linears, full float32 otherwise."""
+    """The format of products where none is given.
+
+    That is bfloat16 under autocast to it, tf32 if torch's flags allow it for both convolutions and linears, and float32
+    ("ieee") otherwise.
+    """
     if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16:
         return "bfloat16"
     return "tf32" if conv_precision() == linear_precision() == "tf32" else "ieee"
 
 
 def side_of(padding, features):
-    """Pixels a side of a LeNet's images, by the padding of its first convolution and the features of its first linear.
+    """Height and width of a LeNet's images, from the padding of its first convolution and the features of fc1.
 
     Raises:
         NotServed: no LeNet has these.
@@ -48,7 +51,7 @@ def side_of(padding, features):
 
 
 def _check_convolution(name, layer, filters, paddings):
-    """The padding in pixels; NotServed unless it is a plain 5 x 5 convolution to so many filters."""
+    """The padding in pixels; NotServed unless the layer is a plain 5 x 5 convolution with `filters` filters."""
     if not is_plain(layer, _CONVOLUTIONS):
         raise NotServed(f"{name} is a {type(layer).__name__} or has hooks")
     padding = _PADDINGS.get(layer.padding, layer.padding)
@@ -68,7 +71,7 @@ def _check_linear(name, layer, inputs, outputs):
 
 
 def geometry_of(layers):
-    """The kernels' Geometry of conv1, conv2, fc1, fc2 and fc3; NotServed if they are not a LeNet's."""
+    """The kernels' Geometry for conv1, conv2, fc1, fc2 and fc3; NotServed if they are not a LeNet's."""
     conv1, conv2, fc1, fc2, fc3 = layers
     padding = _check_convolution("the first convolution", conv1, 6, (0, 2))
     _check_convolution("the second convolution", conv2, 16, (0,))
@@ -85,9 +88,9 @@ def geometry_of(layers):
 
 
 def parameters_of(layers, geometry, dtypes=(torch.float32,), strided=False):
-    """Weights and biases in the kernels' order; NotServed if they are not of one of the dtypes, apart and dense.
+    """Weights and biases in the kernels' order; NotServed unless they are contiguous, disjoint and of one of `dtypes`.
 
-    With `strided` they may have other strides, as weights in channels_last have, and lie in the same place.
+    With `strided` they may have any strides, such as channels_last, and share memory.
     """
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     dtype, device = parameters[0].dtype, parameters[0].device
@@ -120,7 +123,7 @@ def ignored_target(loss):
 
 
 def check_batch(images, labels, geometry, pixels):
-    """TypeError or ValueError for a batch that the launches do not take; `pixels` as for FusedLaunches."""
+    """Raises TypeError or ValueError for a batch that the launches do not take; `pixels` as in FusedLaunches."""
     C, size = geometry.channels, geometry.size
     raw = images.dtype == torch.uint8
     if raw and pixels is None:

@@ -1,4 +1,4 @@
-"""A LeNet's training step in four launches: its buffers, the optimiser's state and numbers, the graph of it all."""
+"""A LeNet's training step in four launches: its buffers, and how it follows parameters, gradients and optimiser."""
 
 import warnings
 from operator import attrgetter, is_
@@ -22,30 +22,30 @@ if launchers is not None:
     from ..kernels.lenet import pack as lenet_pack
     from ..kernels.lenet import update as lenet_update
 
-# Larger batches keep the GPU busy for longer than the host takes to queue four launches, and are read where they are.
+# Larger batches keep the GPU busy for longer than the host takes to queue four launches, and are not copied.
 GRAPH_BELOW = 8192
-# Sizes of batches whose buffers and graphs are kept, those used last.
+# Kinds of batches whose buffers and graphs are kept, the most recently used.
 MOST_BATCHES = 8
 
 _ADDRESS, _IS_CONTIGUOUS = torch.Tensor.data_ptr, torch.Tensor.is_contiguous
-# Another number of bytes is another shape or dtype; on another device they lie elsewhere.
+# A change of shape or dtype shows in the size in bytes, and a change of device in the address.
 _BYTES, _REQUIRES_GRAD, _GRAD = attrgetter("nbytes"), attrgetter("requires_grad"), attrgetter("grad")
-# Of a parameter: hooks on its gradient, and on that it has been added up.
+# A parameter's hooks on its gradient, and on the gradient after accumulation.
 _ON_GRADIENT, _ON_SUM = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 
 
 def _have_hooks(parameters):
-    """Whether somebody is to be called with a gradient of these, whom the launches do not call."""
+    """Whether these parameters have hooks on their gradients, which the launches would not call."""
     return any(map(_ON_GRADIENT, parameters)) or any(map(_ON_SUM, parameters))
 
 
 def _lie_in_order(tensors, sizes):
-    """Whether tensors have so many bytes each, in the order that torch begins with."""
+    """Whether the tensors are contiguous and have these sizes in bytes."""
     return list(map(_BYTES, tensors)) == sizes and all(map(_IS_CONTIGUOUS, tensors))
 
 
 class Batch:
-    """The buffers for batches of one shape, between the launches and, if they are a graph, before them."""
+    """The buffers for batches of one shape: between the launches, and for a graph's inputs if `static`."""
 
     def __init__(self, images, labels, geometry, format, static):
         N, device = len(images), images.device
@@ -59,7 +59,7 @@ class Batch:
 
 
 class Progress(NamedTuple):
-    """How far a step has come: its calls, whether one of the group of calls was in trouble, the launches' format."""
+    """State of a step: its calls, whether one of the current group had a loss that was not finite, and the format."""
 
     calls: int = 0
     spoiled: bool = False
@@ -70,13 +70,13 @@ NOTHING_YET = Progress()
 
 
 class FusedLaunches:
-    """The step of a net that `geometry_of` knows; NotServed, when it is made or called, where there is none.
+    """The step of a net that `geometry_of` accepts; raises NotServed, when made or called, for any other.
 
     Args:
         layers: conv1, conv2, fc1, fc2 and fc3 of the model.
-        pixels: function of images that gives how the kernels read them, or None where bytes are not taken.
-        report: function that hears of a capture that failed, in place of a warning.
-        progress: how far the step has come that this one goes on from.
+        pixels: function of images that returns how the kernels read them, or None where uint8 is not accepted.
+        report: function that is called when a capture fails, in place of a warning.
+        progress: of the step that this one continues.
     """
 
     graphs_on = ("cuda",)
@@ -107,7 +107,7 @@ class FusedLaunches:
         self.report, self._said, self._told, self._unsettled = report, False, None, False
         self._settings, self._rows, self._batches, self._latest = [], None, {}, None
         self._bytes, self._addresses = list(map(_BYTES, parameters)), []
-        # Where the model has its parameters, which may be replaced.
+        # The dicts and names of the model's parameters, to notice if one is replaced.
         own = [(m._parameters, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
         self._registers, self._names, self._registered = zip(*own)
 
@@ -145,25 +145,24 @@ class FusedLaunches:
                     self._batches[key] = self._batches.pop(key)
                 self._latest = batch
                 self._run(batch, images, labels, turn > 0, last)
-            except BaseException:
-                # How far the launches came is not known.
+            except BaseException:  # it is not known which launches ran
                 self.losses.start_anew()
                 self.moments.start_anew()
                 raise
-            # A call that fails is none of its group: what comes next takes its turn.
+            # A call that fails does not count: the next call takes its turn in the group.
             self.calls += 1
             if last:
                 self.moments.count()
                 if self._unsettled:
                     self.moments.settle()
                     self._unsettled = False
-                # As an in-place operator of torch's does, for autograd to notice.
+                # As torch's in-place operators do, so that autograd notices the write.
                 torch.autograd.graph.increment_version(self.parameters)
             self._report_bad(self.bad.look, self.calls)
             return loss
 
     def _report_bad(self, look, *args):
-        """Where a loss that was not finite is reported, the optimiser's counts are those of the updates made."""
+        """Calls look(*args); before it raises, the optimiser's counts are corrected to the updates made."""
         try:
             look(*args)
         except FloatingPointError:
@@ -174,23 +173,22 @@ class FusedLaunches:
             raise
 
     def _follow_memory(self):
-        """Tell the kernels where parameters, gradients and state lie, unless it is where they were."""
+        """Update the table of addresses if parameters, gradients or state have moved."""
         addresses = [*map(_ADDRESS, self.parameters), *map(_ADDRESS, self.grads), *self.moments.addresses]
         if addresses == self._addresses:
             return
-        # Such as two that have been made views of one tensor.
-        parameters_of(self.layers, self.geometry)
+        parameters_of(self.layers, self.geometry)  # two of them may have become views of one tensor
         rows = []
         for i, p in enumerate(self.parameters):
             moments, count = self.moments.of(i)
             rows.append(layout.place(p, self.grads[i] if self.grads else None, moments, count))
-        # From pageable memory: copied aside before the call returns, so that the next may follow at once.
+        # A copy from pageable memory is staged before the call returns, so the next call may follow at once.
         rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self.places.copy_(rows, non_blocking=True)
         self._addresses = addresses
 
     def _follow_gradients(self, turn):
-        """Show the gradients of a group of calls in p.grad, and take up there what has become of them since."""
+        """Put the group's gradients into p.grad, and take over what has been changed there since."""
         grads = self.grads
         if all(map(is_, map(_GRAD, self.parameters), grads)) and _lie_in_order(grads, self._bytes):
             return
@@ -202,7 +200,7 @@ class FusedLaunches:
             p.grad = grads[i]
 
     def _follow_optimizer(self):
-        """Take over what has changed about the optimizer; most calls find nothing."""
+        """Take over what has changed in the optimizer; in most calls nothing has."""
         optimizer = self.optimizer
         if have_hooks(optimizer):
             raise NotServed("the optimizer has hooks")
@@ -215,7 +213,7 @@ class FusedLaunches:
             self._addresses = []
         rates = [group["lr"] for group in self._groups]
         self._rates = rates if any(map(rate_on_device, rates)) else None
-        # Numbers that may change where they are.
+        # Whether hyperparameters are tensors, which may change in place.
         self._loose = any(
             isinstance(value, torch.Tensor) and not (name == "lr" and rate_on_device(value))
             for group in optimizer.param_groups
@@ -225,12 +223,12 @@ class FusedLaunches:
         self._settings, self._settled = settings, False
 
     def _prepare_update(self):
-        """The optimiser's state and numbers for the coming update."""
+        """Bring the optimiser's state and hyperparameters up to date for the next update."""
         self.moments.load()
         if not self._settled or self._loose:
             rows = numbers_of(self._groups, self.rule)
             if rows != self._rows:
-                # From pageable memory: copied aside before the call returns, so that the next may follow at once.
+                # A copy from pageable memory is staged before the call returns, so the next call may follow at once.
                 rows_now = torch.frombuffer(rows, dtype=torch.float32).view_as(self.numbers)
                 self.numbers.copy_(rows_now, non_blocking=True)
                 self._rows = rows
@@ -242,7 +240,7 @@ class FusedLaunches:
             self._told = vars(self.optimizer).get("step")
 
     def _fetch_rates(self):
-        """Learning rates that are on a device, in one call where all parameters have the same."""
+        """Copy learning rates that are on a device, in one call if all parameters share one."""
         places, first = self.numbers[:, lenet_update.LR], self._rates[0]
         if all(rate is first for rate in self._rates):
             places.copy_(first)
@@ -258,7 +256,7 @@ class FusedLaunches:
             del self._batches[next(iter(self._batches))]
         batch = Batch(images, labels, self.geometry, self.format, static)
         if not INTERPRETED:
-            # One after the other they would take seconds each.
+            # In parallel, as each kernel takes seconds to compile.
             with compiled_together():
                 where = (batch.images, batch.labels) if static else (images, labels)
                 self._launch(batch, *where, add, update)
@@ -271,7 +269,7 @@ class FusedLaunches:
             labels = labels.to(self.device, non_blocking=True).resolve_neg().contiguous()
             self._launch(batch, images, labels, add, update)
             return
-        # One call for both copies would be no faster: torch takes tensors of two dtypes one after the other.
+        # One call for both copies would be no faster: torch copies tensors of two dtypes one after the other.
         batch.images.copy_(images, non_blocking=True)
         batch.labels.copy_(labels, non_blocking=True)
         replay = batch.replays.get((add, update))
@@ -325,27 +323,27 @@ class FusedLaunches:
         )  # fmt: skip
 
     def latest_replay(self):
-        """What replays the step of the last batch where it lies, for whoever measures it; None where it has no graph.
+        """A function that replays the last batch's step in its buffers, for measurements; None without a graph.
 
-        For steps that do not accumulate: the host's part of a call, such as counting it, is left out.
+        Only for steps that do not accumulate. The host's part of a call, such as counting it, is left out.
         """
         graph = self._latest.replays.get((False, True))
         if graph is None or not self._latest.captured:
             return None
 
         def replay():
-            self.losses.next()  # a replay writes its loss to the next place, and behind a block's last lies anything
+            self.losses.next()  # so that the replay does not write its loss past the end of a block
             graph()
 
         return replay
 
     def progress(self):
-        """Where another step may go on, with the optimiser's state that of the updates made; waits for the device."""
+        """The Progress that another step can continue from, with corrected counts of updates; waits for the device."""
         with on_device(self.device):
             self.moments.settle()
         spoiled = self.calls % self.accumulate > 0 and self.bad.in_group()
         return Progress(self.calls, spoiled, self.format)
 
     def check(self):
-        """FloatingPointError if the loss of a call was not finite since the last time; waits for the GPU."""
+        """FloatingPointError if a call since the last check had a loss that was not finite; waits for the GPU."""
         self._report_bad(self.bad.check)

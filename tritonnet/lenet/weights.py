@@ -1,4 +1,4 @@
-"""A LeNet's evaluation in two launches: the buffers for its weights, and what is known of its layers between calls."""
+"""A LeNet's evaluation in two launches: buffers for the packed weights, and a cache of the checks of its layers."""
 
 import weakref
 from itertools import repeat
@@ -21,40 +21,40 @@ _REFERRED = weakref.ref.__call__
 
 
 def buffers(geometry, format, device):
-    """(plain, packed): what a forward reads its weights from, see kernels/lenet/layout.py."""
+    """(plain, packed): the buffers that a forward reads its weights from, see kernels/lenet/layout.py."""
     plain = torch.empty(geometry.plain[-1], dtype=torch.float32, device=device)
     dtype = torch.bfloat16 if format == "bfloat16" else torch.float32
     return plain, torch.empty(geometry.packed[-1], dtype=dtype, device=device)
 
 
 class _Seen:
-    """Layers that were found to be a LeNet's, where their parameters lie, and all that this was told by.
+    """Layers that passed the checks for a LeNet, the addresses of their parameters, and all that was checked.
 
-    To look whether any of it has changed takes a third of the time that it takes to be told again. The values of the
-    parameters are no part of it: each forward reads them anew.
+    Checking for changes takes a third of the time of a full check. The parameters' values are not part of it: each
+    forward reads them anew.
     """
 
     convolution = itemgetter(
         *_HOOKS, "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "in_channels", "out_channels"
     )  # fmt: skip
     linear = itemgetter(*_HOOKS, "in_features", "out_features")
-    # With their strides another number of bytes is another shape; on another device they lie elsewhere.
+    # A change of shape shows in the strides or in the size in bytes, and a change of device in the address.
     kind = attrgetter("dtype", "nbytes")
 
     def __init__(self, layers, places):
         self.geometry = geometry_of(layers)
         parameters = parameters_of(layers, self.geometry, (torch.float32, torch.bfloat16), strided=True)
         self.dtype, self.device = parameters[0].dtype, parameters[0].device
-        # A hook on a parameter may have the model: held here, it would never go.
+        # Weak references: a hook on a parameter may refer to the model, which would then never be freed.
         self.parameters = list(map(weakref.ref, parameters))
         rows = torch.tensor(list(map(layout.place, parameters)), dtype=torch.int64, device="cpu")
-        # The same table for as long as it can be: a CUDA graph that somebody has captured reads it at every replay.
+        # The table is reused if possible: a CUDA graph that a user has captured reads it at every replay.
         self.places = places
         if places is None or places.device != self.device:
             with torch.inference_mode(False):
                 self.places = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
         self.places.copy_(rows)
-        # Hooks are added to dicts that stay the same: none of them is kept.
+        # Hooks are added to the same dicts in place, so each dict is later compared with an empty one.
         self.attributes = [tuple({} if isinstance(a, dict) else a for a in part) for part in self._attributes(layers)]
         self.before = self._others(layers, parameters)
 
@@ -70,7 +70,7 @@ class _Seen:
         return types, list(map(self.kind, parameters)), where
 
     def still(self, layers):
-        """Whether it would be found to be the same again."""
+        """Whether a full check would give the same result."""
         parameters = [layer._parameters.get(name) for layer in layers for name in ("weight", "bias")]
         if any(map(is_, parameters, repeat(None))) or not all(map(is_, parameters, map(_REFERRED, self.parameters))):
             return False
@@ -78,12 +78,12 @@ class _Seen:
         return same and self._attributes(layers) == self.attributes and not global_hooks()
 
 
-# By net; they go when it goes, and are no part of its state.
+# The _Seen of each model, freed with the model and not part of its state.
 _SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _seen(model, layers):
-    """The _Seen of a model; NotServed if its layers are not a LeNet's."""
+    """The current _Seen of a model; NotServed if its layers are not a LeNet's."""
     seen = _SEEN.get(model)
     if seen is None or not seen.still(layers):
         seen = _SEEN[model] = _Seen(layers, seen and seen.places)
@@ -93,12 +93,12 @@ def _seen(model, layers):
 def predict(model, layers, images, pixels):
     """The logits of a LeNet in two launches, or None where its layers have to compute them.
 
-    The first packs the weights, at every call: nothing tells whether anybody has written to them since the last.
+    The first launch packs the weights at every call, as they may have been written to since the last one.
 
     Args:
         layers: conv1, conv2, fc1, fc2 and fc3 of the model.
-        images: (N, channels, size, size) of the parameters' dtype, float32 or bfloat16, or what `pixels` takes.
-        pixels: function of uint8 images that gives how the kernel reads them.
+        images: (N, channels, size, size) of the parameters' dtype, float32 or bfloat16, or uint8.
+        pixels: function of uint8 images that returns how the kernel reads them.
     """
     if type(images) is not torch.Tensor or images.dim() != 4 or torch.compiler.is_compiling():
         return None
