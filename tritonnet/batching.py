@@ -1,7 +1,7 @@
-"""The batching rules of torch.func.vmap: a batch becomes images where one filter serves all, and groups where not.
+"""The batching rules for torch.func.vmap: a batch becomes more images if the filters are shared, and groups if not.
 
-A rule takes the batch size, the batch dimension of each argument (None for one without) and the arguments, and returns
-the results with their batch dimensions. All of them end in the same operators.
+A rule takes an object with the batch size, the batch dimension of each argument (None for one without) and the
+arguments, and returns the results and their batch dimensions. All rules call the same operators.
 """
 
 import math
@@ -15,7 +15,7 @@ from .registration import register_batching
 
 
 def _front(info, t, dim):
-    """t with the batch in front, expanded where it has none."""
+    """t with the batch dimension first, expanded if it has none."""
     return t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
 
 
@@ -149,7 +149,7 @@ def _relu_grad(info, dims, dy, y):
     return ops.relu_grad(*(_front(info, t, dim) for t, dim in zip((dy, y), dims))), 0
 
 
-# A matrix product for each element of the batch is a convolution of 1 x 1 pixels in as many groups.
+# A batch of matrix products is a convolution of 1 x 1 pixels, with a group for each element of the batch.
 _PIXEL = ((1, 1), (0, 0, 0, 0), (1, 1))
 
 
@@ -183,7 +183,7 @@ def _linear_weight_grad(info, dims, dy, x, with_bias):
 
 
 class _Layers:
-    """The operators of single layers, for tensors that all have the batch in front."""
+    """The operators of single layers, for tensors whose first dimension is the batch."""
 
     relu_grad = staticmethod(ops.relu_grad)
 
@@ -202,7 +202,7 @@ class _Layers:
 
 
 def _over_layers(operator, of_layers, batched):
-    """The rule of a chain: as more rows of the first `batched` tensors, or layer by layer where others have a batch."""
+    """The rule of a chain: the batch becomes rows of the first `batched` tensors; layer by layer if others have one."""
 
     def rule(info, dims, *args):
         front = [_front(info, t, dim) for t, dim in zip(args[:batched], dims)]
@@ -236,11 +236,11 @@ def _cross_entropy(info, dims, x, target, weight, reduction, ignore_index, smoot
     loss, grad = ops.cross_entropy(_as_images(x), _as_images(target), weight, "none", *rest)
     loss, grad = loss.view(target.shape), grad.view(x.shape)
     if reduction == "mean":
-        # Sums over rows may be more than 16 bits hold.
+        # Sums over rows may exceed the range of 16-bit formats.
         wide = torch.promote_types(x.dtype, torch.float32)
         kept, _, w_target = targets.weights_of(target, weight, x.shape[2], wide, ignore_index)
         total = w_target.sum(1, keepdim=True)
-        # Where the targets' classes have no weight, the kernel's 0 / 0, whatever smoothing has added to a row.
+        # If the targets' weights sum to 0, the result is NaN like the kernel's 0 / 0, even if smoothing adds to a row.
         total = torch.where(total == 0, math.nan, total)
         loss, grad = (loss / total).to(x.dtype), torch.where(kept[..., None], grad / total[..., None], 0).to(x.dtype)
     return (loss if reduction == "none" else loss.sum(1), grad), (0, 0)
@@ -249,7 +249,7 @@ def _cross_entropy(info, dims, x, target, weight, reduction, ignore_index, smoot
 @register_batching(ops.cross_entropy_grad)
 def _cross_entropy_grad(info, dims, dloss, grad, target, ignore_index):
     dloss, grad, target = (_front(info, t, dim) for t, dim in zip((dloss, grad, target), dims))
-    # Rows of several batches have no loss in common.
+    # Rows of different batch elements do not share a loss.
     dloss = dloss.view(info.batch_size, -1).expand(target.shape)
     dx = ops.cross_entropy_grad(*map(_as_images, (dloss, grad, target)), ignore_index)
     return dx.unflatten(0, target.shape), 0

@@ -1,4 +1,4 @@
-"""Swaps the torch.nn layers inside an existing model for tritonnet's, and back."""
+"""Replaces the torch.nn layers in an existing model by tritonnet's, and back."""
 
 import functools
 from typing import Any
@@ -21,7 +21,7 @@ def _rebuild(original):
 
 
 def _reduce_ex(module, protocol):
-    """Pickle and copy by the class that has a name; the converted one is made anew on the other side."""
+    """Pickle and copy a module as its original class; unpickling makes the converted class anew."""
     return (
         _rebuild,
         (type(module)._original,),
@@ -30,7 +30,7 @@ def _reduce_ex(module, protocol):
 
 
 class _Unheard:
-    """First of the bases of a class that is made here, of which those of others are not to be told."""
+    """First base of the classes made here: stops __init_subclass__ of the other bases from being called."""
 
     def __init_subclass__(cls, **kwargs):
         pass
@@ -38,13 +38,13 @@ class _Unheard:
 
 @functools.cache
 def _converted(cls):
-    """The class that does on our kernels what `cls` does, or `cls` where there is none."""
+    """The class that does what `cls` does on our kernels, or `cls` if there is none."""
     for theirs, ours in _LAYERS.items():
         if cls is theirs:
             return ours
         # torch's Conv2d.forward calls _conv_forward, which subclasses override as well.
         kept = all(getattr(cls, name, None) is getattr(theirs, name, None) for name in ("forward", "_conv_forward"))
-        # A metaclass may do anything with a class of which it is told.
+        # A metaclass may do anything when a subclass is made.
         if issubclass(cls, theirs) and kept and type(cls) is type:
             members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
             return type(cls.__name__, (_Unheard, cls, ours), {**members, "_original": cls, "__reduce_ex__": _reduce_ex})
@@ -52,12 +52,12 @@ def _converted(cls):
 
 
 def convert(model: Model) -> Model:
-    """Make every torch.nn layer in `model` that tritonnet serves one of tritonnet's.
+    """Convert every torch.nn layer in `model` that tritonnet has kernels for into tritonnet's layer.
 
-    A module stays the same object: parameters, buffers, hooks, training mode, device, dtype, names and state_dict are
-    untouched, and references to it held elsewhere follow. A subclass of such a layer is converted if it leaves forward
-    as it is, and stays an instance of its class. Left alone are subclasses that override forward, layers under
-    torch.nn.utils.parametrize (convert first) and lazy layers (run them once first).
+    Each module stays the same object: parameters, buffers, hooks, training mode, device, dtype, names and state_dict
+    do not change, and references to it stay valid. A subclass of such a layer is converted if it does not override
+    forward, and stays an instance of its class. Subclasses that override forward, layers under
+    torch.nn.utils.parametrize (convert first) and lazy layers (run them once first) are left unchanged.
 
     Args:
         model: torch.nn.Module of any depth, or one layer; changed in place.

@@ -1,4 +1,4 @@
-"""Which implementation serves a call: the Triton kernels, compiled or interpreted, or the reference in plain torch."""
+"""Chooses the implementation of a call: Triton kernels, compiled or interpreted, or the reference in plain torch."""
 
 import collections
 import contextlib
@@ -20,8 +20,8 @@ else:
     launchers = None
 
 _BACKENDS = ("auto", "triton", "reference")
-# One value for the process, as torch keeps its backend flags: autograd runs a GPU's backward in threads of its own,
-# which would not see a value that belongs to the caller's thread.
+# One value for the process, like torch's backend flags: autograd runs a GPU's backward in its own threads, which would
+# not see a value local to the caller's thread.
 _backend = "auto"
 
 
@@ -30,11 +30,12 @@ def backend(name: str) -> Iterator[None]:
     """Choose the implementation inside a `with` block, for the whole process and for compiled code too.
 
     Args:
-        name: "auto", Triton on a GPU, and on the CPU if Triton's interpreter is on (TRITON_INTERPRET=1 set before
-            triton is imported), the reference elsewhere; "triton", which raises where it cannot run; "reference".
+        name: "auto" for the Triton kernels on a GPU, and on the CPU if Triton's interpreter is on (TRITON_INTERPRET=1
+            set before triton is imported), and the reference elsewhere; "triton" for the kernels, or an error where
+            they cannot run; "reference" for plain torch.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: name is not one of these.
         RuntimeError: from a call inside the block, if "triton" cannot serve its tensors.
     """
     global _backend
@@ -48,10 +49,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def implementation(tensor: torch.Tensor) -> ModuleType:
-    """The module whose functions serve an operator on this tensor."""
+    """The module whose functions compute an operator on this tensor: the kernels' launchers or the reference."""
     if _backend == "reference":
         return reference
-    # ROCm's devices go by the name of cuda.
+    # ROCm's devices are of type cuda, too.
     device = tensor.device.type
     if launchers is not None and (device in ("cuda", "xpu") or (device == "cpu" and knobs.runtime.interpret)):
         return launchers
@@ -67,21 +68,21 @@ _ALREADY = contextlib.nullcontext()
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Makes `device` the current one in a `with` block: Triton launches there, whichever the tensors are on."""
+    """Makes `device` current in a `with` block, as Triton launches on the current device, not on the tensors'."""
     if device.type == "cpu" or device.index in (None, torch.accelerator.current_device_index()):
         return _ALREADY
     return torch.accelerator.device_index(device.index)
 
 
 def backend_name(device: torch.device) -> str:
-    """What serves tensors on this torch.device now, in words."""
+    """The implementation that serves tensors on this device now, in words."""
     if implementation(torch.empty(0, device=device)) is reference:
         return "reference (plain torch)"
     return "Triton kernels" if device.type != "cpu" else "Triton kernels (interpreter)"
 
 
 def backend_reason(device: torch.device) -> str:
-    """Why that serves them, in words."""
+    """Why that implementation serves them, in words."""
     if _backend != "auto":
         return f'tritonnet.backend("{_backend}")'
     if launchers is None:
@@ -97,8 +98,8 @@ def backend_reason(device: torch.device) -> str:
 def count_launches() -> Iterator[collections.Counter[str]]:
     """Count the kernel launches inside a `with` block.
 
-    What a CUDA graph replays is not counted, only what is launched before it is captured and meanwhile: a TrainStep on
-    a GPU captures in its first call for a size of batch, and replays in the calls after it.
+    Launches that a CUDA graph replays are not counted, only those before and during its capture. A TrainStep on a GPU
+    captures in its first call for a size of batch, and replays in later calls.
 
     Yields:
         collections.Counter: launches so far by kernel name, such as "conv2d_forward_kernel".
@@ -123,8 +124,8 @@ def count_launches() -> Iterator[collections.Counter[str]]:
 
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Have float32 products taken in "ieee" or "tf32" in a `with` block: torch's flags, which the kernels follow."""
-    # torch's annotations do not know the first.
+    """Set torch's flags in a `with` block so that float32 products are in "ieee" or "tf32"; the kernels follow them."""
+    # torch's annotations lack backends.cudnn.conv.
     owners = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     previous = [owner.fp32_precision for owner in owners]
     for owner in owners:

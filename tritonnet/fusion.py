@@ -1,4 +1,4 @@
-"""Has rows of layers in an existing model run as one kernel: convolution, rectifier, pooling; linears, rectifiers."""
+"""Runs sequences of layers in an existing model as one kernel: convolution, relu, max-pooling; linears, relus."""
 
 import operator
 import sys
@@ -12,19 +12,19 @@ import torch
 from .nn._plain import Model, check_model, global_hooks
 from .registration import watched
 
-# What calls a FusedCall.
+# The code that calls a FusedCall.
 _CALL = torch.nn.Module._wrapped_call_impl.__code__
 
 
 def _methods_of(model):
-    """[(function that fetches the methods of a class and their code, the class, what it fetches)] of all modules."""
+    """[(function that gets the methods of a class and their code, the class, what it gets)] of all modules."""
     found = []
     for cls in dict.fromkeys(type(module) for module in model.modules()):
         names = {"forward", "__call__"}
         for base in cls.__mro__[: cls.__mro__.index(torch.nn.Module)]:
             kinds = FunctionType, property, staticmethod, classmethod
             own = {name: value for name, value in vars(base).items() if isinstance(value, kinds)}
-            # An editor's reload puts other code into the function that is there.
+            # An editor's reload puts new code into the existing function.
             code = (f"{name}.__code__" for name, value in own.items() if isinstance(value, FunctionType))
             names |= {*own, *(code if not base.__module__.startswith("torch.") else ())}
         fetch = operator.attrgetter(*sorted(names))
@@ -40,12 +40,12 @@ def _unchanged(methods):
 
 
 def calling(function):
-    """A function that calls this one, for Dynamo, which does not look into torch's own where it is told to begin."""
+    """A function that calls `function`, as Dynamo does not capture a function of torch's own that it starts from."""
 
     def call(*args, **kwargs):
         return function(*args, **kwargs)
 
-    # What is captured is kept with the code, a limited number of graphs, and so is that there is nothing to capture.
+    # Dynamo caches graphs by code object, up to a limit, and also that there is nothing to capture.
     call.__code__ = call.__code__.replace()
     return call
 
@@ -53,7 +53,7 @@ def calling(function):
 class FusedCall:
     """What a fused model does when it is called: Module._call_impl through Dynamo and the backend "tritonnet".
 
-    The model keeps it where Module.compile keeps what it makes, so that neither its class nor its state changes.
+    It is stored where Module.compile stores its result, so that the model's class and state do not change.
     """
 
     def __init__(self, model, report, options):
@@ -61,13 +61,13 @@ class FusedCall:
         self._capture()
 
     def _capture(self):
-        # Dynamo takes longer to import than all else.
+        # Importing Dynamo takes longer than all other imports.
         from .compiler import Backend, faithful
 
         self.faithful = faithful
         self._look()
-        # A new one, for which nothing is captured yet.
-        # Dynamo keeps every backend for good, and would keep the model with it.
+        # A new backend, for which nothing is captured yet. Dynamo keeps every backend for good, so it must not hold a
+        # strong reference to the model.
         look = weakref.WeakMethod(self._look)
         self.backend = Backend(type(self.model).__name__, self.report, faithful=True, captured=lambda: look()())
         self.compiled = torch.compile(calling(self.model._call_impl), backend=self.backend, **self.options)
@@ -78,13 +78,13 @@ class FusedCall:
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return self.model._call_impl(*args, **kwargs)
-        # DataParallel and others make modules of a copy of the model's attributes, this one among them.
+        # DataParallel and others create modules from a copy of the model's attributes, including this one.
         frame = sys._getframe(1)
         caller = frame.f_locals["self"] if frame.f_code is _CALL else self.model
-        # Whoever traces the model sees it as it is written; and Dynamo does not hear of hooks on all modules.
+        # Tracers see the model as it is written, and Dynamo does not notice global hooks.
         if caller is not self.model or torch.jit.is_tracing() or watched() or global_hooks():
             return caller._call_impl(*args, **kwargs)
-        # Nor does it hear of methods that are replaced on classes.
+        # Dynamo does not notice methods that are replaced on classes either.
         if not _unchanged(self.methods):
             self._capture()
         with self.faithful:
@@ -98,7 +98,7 @@ class FusedCall:
         return None
 
     def __reduce__(self):
-        """A model whose own __getstate__ hands this on is copied and pickled without it, as others are."""
+        """Makes this None in copies and pickles of a model whose own __getstate__ includes it."""
         return type(None), ()
 
 
@@ -106,28 +106,28 @@ def fuse(
     model: Model, report: Callable[[str], object] | None = None, *, fullgraph: bool = False,
     dynamic: bool | None = None, options: dict[str, Any] | None = None,
 ) -> Model:  # fmt: skip
-    """Have convolution, rectifier and max-pooling in a row run as one kernel, linear with rectifier, chains of these.
+    """Run each sequence of convolution, relu and max-pooling, of linear and relu, or of several linears as one kernel.
 
     The model is compiled in place, as by Module.compile, with the backend "tritonnet": its class, parameters,
-    state_dict, hooks and modes stay, and so do its numbers, side effects and errors. Dynamo captures what it computes
-    when it is called, and anew when an attribute, a layer, a hook or a method has changed since; code that it cannot
-    capture runs as Python. Copies and unpickled models are not fused, and neither is a call of one of its layers, or of
-    `forward`, by itself.
+    state_dict, hooks and modes stay the same, and so do its results, side effects and errors. Dynamo captures what the
+    model computes when it is called, and again when an attribute, a layer, a hook or a method has changed; code that it
+    cannot capture runs as Python. Copies and unpickled models are not fused. Calling one of the layers, or `forward`,
+    directly runs unfused.
 
     Args:
         model: torch.nn.Module of torch.nn's layers or tritonnet's, changed in place.
-        report: function that is called with a line for each graph when it is captured, such as print: what was fused,
-            what was not and why, and where Python runs between graphs.
-        fullgraph, dynamic: as torch.compile takes them.
-        options: {"backend": name} of another backend of torch.compile, which compiles what is fused and what is not,
-            and options of that one; None runs the rest as it is.
+        report: function such as print, called with a line for each captured graph: what was fused, what was not and
+            why, and where Python runs between graphs.
+        fullgraph, dynamic: as for torch.compile.
+        options: {"backend": name} of another backend of torch.compile, which then compiles the whole graph, fused calls
+            included, and that backend's own options. With None, the rest of the graph runs as it is.
 
     Returns:
         model. `tritonnet.revert(model)` undoes it.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: options without a backend that takes them.
+        ValueError: options do not name a backend.
     """
     check_model(model)
     if options and "backend" not in options:

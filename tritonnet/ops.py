@@ -1,4 +1,4 @@
-"""The operators: a schema, the shapes of the results, and at run time the kernels or the reference."""
+"""The operators: a schema, the shapes of the results, and the choice of kernels or reference at run time."""
 
 import torch
 
@@ -13,13 +13,13 @@ def _operator(schema, fake):
     def run(*args):
         device = args[0].device
         if lists:
-            # The dispatcher makes lists of pairs and sizes; plans of launches are remembered by what can be hashed.
+            # The dispatcher turns pairs and sizes into lists, but launch plans are cached by hashable values.
             args = [tuple(a) if isinstance(a, list) else a for a in args]
         function = getattr(implementation(args[0]), name)
         with on_device(device):
             if not torch.is_autocast_enabled(device.type):
                 return function(*args)
-            # torch's operators inside the reference do not cast again: the public functions have done it.
+            # torch's operators in the reference must not cast again: the public functions have done so.
             with torch.autocast(device.type, enabled=False):
                 return function(*args)
 

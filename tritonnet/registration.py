@@ -1,20 +1,19 @@
 """Registers an operator and its autograd rule with PyTorch.
 
-Every private name of PyTorch that this package uses stands in this file:
+Private names of PyTorch in this file:
 
-- `_SingleLevelFunction`, `enable_single_level_autograd_function`: the dispatcher has peeled off one functorch level
-  when it calls an Autograd kernel, so the kernel must record on that level alone; the public Function.apply would start
-  again from the outermost one. `_are_functorch_transforms_active` tells when.
-- `_AutoDispatchBelowAutograd`: from inside an autograd rule to the operator's own body. The public way, a second
-  operator without an Autograd kernel, doubles the calls and the names. `_AutoDispatchBelowADInplaceOrView` is past the
-  counting of writes too, and `_after_ADInplaceOrView_keyset` is where a call goes on from there.
-- `_set_fwd_grad_enabled`: apply turns recording off during forward, on every level; the levels below must go on
+- `_SingleLevelFunction`, `enable_single_level_autograd_function`: when the dispatcher calls an Autograd kernel, it has
+  peeled off one functorch level, so the kernel must record on that level alone. The public Function.apply would start
+  again from the outermost level. `_are_functorch_transforms_active` tells whether there are levels.
+- `_AutoDispatchBelowAutograd`: calls the operator's own body from inside an autograd rule. The public way, a second
+  operator without an Autograd kernel, doubles the calls and the names. `_AutoDispatchBelowADInplaceOrView` also skips
+  the counting of writes, and `_after_ADInplaceOrView_keyset` holds the dispatch keys that follow it.
+- `_set_fwd_grad_enabled`: apply turns recording off during forward, on every level, but the levels below must go on
   recording, backward (torch.enable_grad) and forward mode (this). Without it a gradient of a gradient is silently zero.
-- `OpOverload._schema`: the operator's name and results, and whether it overwrites an argument, as they were defined
-  here.
-- `forward_ad._current_level`: whether forward mode records; without it and requires_grad nothing does, and a Function,
-  which takes longer than the kernel of a small batch, is left out.
-- `_len_torch_dispatch_stack`: whether a mode, such as make_fx's, wants to see the operators that are called.
+- `OpOverload._schema`: the operator's name and results, and whether it overwrites an argument.
+- `forward_ad._current_level`: whether forward mode records. Without it and requires_grad nothing records, and the
+  Function, which takes longer than the kernel of a small batch, is skipped.
+- `_len_torch_dispatch_stack`: whether a dispatch mode, such as make_fx's, sees the operators that are called.
 """
 
 import torch
@@ -37,9 +36,9 @@ def register_operator(schema, fake, run):
     """Define the operator `tritonnet::NAME`.
 
     Args:
-        schema: "NAME(arguments) -> results", without default values, which Python kernels would not be passed.
+        schema: "NAME(arguments) -> results", without default values, as those are not passed to Python kernels.
         fake: function of the arguments that returns uninitialised results, for meta and fake tensors.
-        run: function of the arguments that does the work, on real tensors below autograd.
+        run: function of the arguments that computes the results, on real tensors below autograd.
 
     Returns:
         The operator, torch.ops.tritonnet.NAME.default.
@@ -55,7 +54,7 @@ def register_operator(schema, fake, run):
 
 
 def _register_writes(operator):
-    """What torch does by itself for operators that return what they overwrite, and for no others.
+    """Register what torch only does by itself for operators that return the argument that they overwrite.
 
     Args:
         operator: overwrites its one argument and returns nothing.
@@ -63,7 +62,7 @@ def _register_writes(operator):
     name = operator._schema.name.partition("::")[2]
 
     def count(keys, x):
-        """The write is counted where no autograd rule does it: in inference mode, of a tensor from outside."""
+        """Counts a write that no autograd rule counts: in inference mode, to a tensor from outside it."""
         if x.is_inference():
             raise RuntimeError(f"{name}: a tensor made in inference mode can be overwritten there only")
         torch.autograd.graph.increment_version(x)
@@ -71,7 +70,7 @@ def _register_writes(operator):
             operator.redispatch(keys & _after_ADInplaceOrView_keyset, x)
 
     def through_a_copy(x):
-        """Of a tensor whose memory holds the negative of its elements, as that of z.conj().imag does."""
+        """Runs on a copy of a tensor whose memory holds its negated elements, such as z.conj().imag."""
         y = x.resolve_neg()
         operator(y)
         x.copy_(y)
@@ -81,29 +80,29 @@ def _register_writes(operator):
 
 
 def in_transforms():
-    """Whether torch.func's transforms are at work."""
+    """Whether torch.func's transforms are active."""
     return _are_functorch_transforms_active()
 
 
 def watched():
-    """Whether torch.func's transforms or dispatch modes stand between the caller and real tensors."""
+    """Whether torch.func's transforms or dispatch modes are active, so that tensors may not be real ones."""
     return _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
 
 
 def _recorded(args):
-    """Whether autograd has anything to record of an operator on these arguments, outside torch.func's transforms."""
+    """Whether autograd records an operator on these arguments, outside torch.func's transforms."""
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
 
 
 def register_autograd(operator):
-    """Class decorator: make an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule."""
+    """Class decorator: makes an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule."""
 
     def decorate(function):
         rules = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
         single_level = type(function.__name__, (_SingleLevelFunction,), rules)
-        # What Function.apply calls once it has looked for levels and found none, which takes microseconds.
+        # What Function.apply calls after checking for functorch levels, which takes microseconds.
         record = super(torch.autograd.Function, function).apply
         returns_nothing, overwrites = not operator._schema.returns, operator._schema.is_mutable
 
@@ -124,7 +123,7 @@ def register_autograd(operator):
 
 
 def register_batching(operator):
-    """Decorator: make rule(info, dims, *args) -> (results, their dims) what torch.func.vmap does with the operator."""
+    """Decorator: makes rule(info, dims, *args) -> (results, their dims) the operator's rule for torch.func.vmap."""
 
     def decorate(rule):
         torch.library.register_vmap(operator, rule, lib=_LIBRARY)
@@ -137,7 +136,7 @@ def below_autograd(operator, *args, counted=False):
     """Call the operator's own body from inside its autograd rule.
 
     Args:
-        counted: whether the rule counts what is overwritten itself, as ctx.mark_dirty does.
+        counted: whether the rule itself counts writes, as ctx.mark_dirty does.
     """
     below = _AutoDispatchBelowADInplaceOrView if counted else _AutoDispatchBelowAutograd
     if _are_functorch_transforms_active():
@@ -148,11 +147,11 @@ def below_autograd(operator, *args, counted=False):
 
 
 def in_backward(operator, *args):
-    """operator(*args) in the backward of a rule: past its Autograd kernel where nothing records a second derivative.
+    """operator(*args) in the backward of a rule, skipping its Autograd kernel if no second derivative is recorded.
 
-    Python takes as long to find that out there as the launch of a kernel.
+    Finding that out in the Autograd kernel takes Python as long as a kernel launch.
     """
     if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _are_functorch_transforms_active():
         return operator(*args)
-    # Dynamo, which comes here in compiled autograd, does not know the guard.
+    # Dynamo, which traces this in compiled autograd, does not support the guard in below_autograd.
     return operator(*args) if torch.compiler.is_compiling() else below_autograd(operator, *args)

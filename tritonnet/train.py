@@ -1,4 +1,4 @@
-"""Train LeNet: the command `tritonnet train`, by another name.
+"""Train LeNet: the same as the command `tritonnet train`.
 
 python -m tritonnet.train
 torchrun --nproc-per-node 2 -m tritonnet.train

@@ -17,17 +17,17 @@ from .lenet.step import NOTHING_YET, FusedLaunches, Progress
 
 
 def _products_in(precision, device):
-    """Has the operators take products in a format of TrainStep's, None for what torch's flags say."""
+    """A context in which the operators take products in one of FORMATS, or as torch's flags say for None."""
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return float32_products(precision) if precision else contextlib.nullcontext()
 
 
 def _group_of(model):
-    """The processes whose gradients a model averages, or None."""
+    """The process group over which a model averages gradients, or None."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
-    # DistributedDataParallel and its like have a group; what fully_shard has sharded is everybody's.
+    # DistributedDataParallel and its like have a group; for fully_shard, take all processes.
     sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
     return getattr(model, "process_group", torch.distributed.group.WORLD if sharded else None)
 
@@ -36,7 +36,7 @@ _KIND = attrgetter("shape", "dtype", "device")
 
 
 class _Sent:
-    """A number of a device's on its way to the host, which waits for what was queued before it and no more."""
+    """A copy of a value to the host. Reading it waits only for work queued before the copy."""
 
     def __init__(self, number):
         self._there, self._event = (number, None) if number.device.type == "cpu" else send(number)
@@ -48,7 +48,7 @@ class _Sent:
 
 
 class Operators:
-    """The step of any model, through autograd and the optimiser."""
+    """The training step of any model, through autograd and the optimiser."""
 
     def __init__(self, model, loss, optimizer, precision, accumulate, progress):
         self.model, self.loss, self.optimizer = model, loss, optimizer
@@ -66,16 +66,16 @@ class Operators:
         self._keep_buffers()
         with _products_in(self.precision, device):
             loss = self.loss(self.model(images), labels)
-            # In front of the backward, so that a GPU has work left while the host waits for the forward.
+            # Before the backward, so that the GPU has work while the host waits for the loss.
             value = _Sent(loss.detach())
             others = _Sent(self._spoils_any(loss.detach(), labels)) if self.group else None
-            # A call that has failed before this is none of its group: what comes next takes its turn.
+            # A call that fails before this does not count: the next call takes its turn in the group.
             self.calls += 1
             (loss / self.accumulate).backward()
         finite = math.isfinite(value.read())
         own = not finite and bool(self._spoils(loss.detach(), labels))
         if not (finite or own or self.group):
-            # Gradients of 0 become NaN where images are not finite.
+            # Gradients that should be 0 are NaN where images are not finite.
             own = not all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters())
         if own or (others and others.read()):
             self._spoiled = True
@@ -89,18 +89,18 @@ class Operators:
         return loss.detach()
 
     def _spoils(self, loss, labels):
-        """() bool on the device: whether a loss makes no update. Where every label is ignored the gradients are 0."""
+        """() bool on the device: whether the loss prevents an update. If every label is ignored it does not."""
         bad = ~loss.isfinite().all()
         return bad if labels.is_floating_point() else bad & ~(labels == self.ignore_index).all()
 
     def _spoils_any(self, loss, labels):
-        """The same of all processes: the gradients are everybody's."""
+        """`_spoils` in any process, as they share the gradients."""
         spoils = self._spoils(loss, labels).int()
         torch.distributed.all_reduce(spoils, torch.distributed.ReduceOp.MAX, self.group)
         return spoils
 
     def _keep_buffers(self):
-        """Copies of what a forward itself changes, such as the running statistics of batch norm."""
+        """Copy the buffers, which a forward may change, such as the running statistics of batch norm."""
         self._registered = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items()]
         buffers = [b for *_, b in self._registered if b is not None]
         kinds = list(map(_KIND, buffers))
@@ -114,9 +114,9 @@ class Operators:
     def _restore_buffers(self):
         copies = iter(self._copies)
         for register, name, b in self._registered:
-            # A forward may put another tensor in a buffer's place.
+            # A forward may replace a buffer by another tensor.
             register[name] = b
-            # What is constant may be expanded, and cannot be written to.
+            # A constant buffer may be expanded, and cannot be written to.
             if b is not None and not torch.equal(b, before := next(copies)):
                 b.copy_(before)
 
@@ -124,7 +124,7 @@ class Operators:
         return Progress(self.calls, self._spoiled)
 
     def check(self):
-        """Nothing is left to be found out: a call raises by itself."""
+        """Nothing to check: each call raises by itself."""
 
 
 class TrainStep:
@@ -134,34 +134,35 @@ class TrainStep:
     channels, 28 or 32 pixels, 6 and 16 filters of 5 x 5, 120 and 84 hidden units, up to 1,024 classes), with the mean
     cross-entropy and torch's SGD, Adam or AdamW. On a GPU they are captured as one CUDA graph for each size of batch
     below 8,192. The same inputs give the same bits. Any other model goes through autograd, its layers converted and
-    fused in place (`tritonnet.revert` undoes it). `path` says which it is, `reason` why, and `report` hears of both.
+    fused in place (`tritonnet.revert` undoes it). `path` names the path taken, `reason` says why, and `report` is
+    called with both.
 
-    The model stays as it is: parameters and the optimiser's state are read and written where torch has them, for
-    state_dict() and load_state_dict() at any time. Whoever writes to them between two calls, however that is done, has
-    written to what the next call reads; schedulers and changes of the optimiser's groups act on it too. What else may
-    change the model, such as hooks on its layers, or the loss belongs before the step is built: both are looked at
-    once.
+    Parameters and the optimiser's state stay in torch's tensors, so state_dict() and load_state_dict() work at any
+    time. The next call sees every write to them between two calls, as well as schedulers and changes of the optimiser's
+    groups. Other changes of the model or the loss, such as hooks on layers, must come before the step is built, as both
+    are checked only once.
 
-    No update is made from a loss that is not finite: parameters, the optimiser's state and the model's buffers stay as
-    they were, and the call is reported by a FloatingPointError. Of a group of calls none may have such a loss. Where
-    every label is ignored the loss is NaN and the gradients are zeros, as in torch, and so there is an update.
+    A loss that is not finite makes no update: parameters, the optimiser's state and the model's buffers stay as they
+    were, and the call is reported by a FloatingPointError. With `accumulate`, one such loss in a group of calls
+    prevents the group's update. If every label is ignored, the loss is NaN and the gradients are zeros, as in torch,
+    and there is an update.
 
     Args:
         model: torch.nn.Module on the device to train on.
         loss: function of (logits, labels), or a module such as torch.nn.CrossEntropyLoss().
         optimizer: torch.optim.Optimizer of the model's parameters.
-        precision: what products are taken in, sums and weights staying float32: "ieee" (float32), "tf32" (operands cut
-            off to 10 bits behind the point, not rounded) or "bfloat16" (rounded to 7).
-            None for bfloat16 if autocast to it is on now, tf32 if torch's flags allow it to both convolutions and
-            matrix products, and ieee otherwise.
-        accumulate: calls whose gradients are averaged into one update, which the last of them makes. `p.grad` then
-            holds the gradients so far. With 1 they are nowhere to be seen on the short path.
-        report: function that is called with a line on the path taken, such as print, and on a CUDA graph that could not
-            be captured, which is a RuntimeWarning otherwise.
+        precision: format of the products, while sums and weights stay float32: "ieee" (float32), "tf32" (operands
+            truncated to 10 bits of mantissa, not rounded) or "bfloat16" (rounded to 7). None for bfloat16 if autocast
+            to it is on now, tf32 if torch's flags allow it for both convolutions and matrix products, and ieee
+            otherwise.
+        accumulate: number of calls whose gradients are averaged into one update, which the last of them makes. If it is
+            above 1, `p.grad` holds the gradients so far. With 1, the four launches do not write `p.grad`.
+        report: function such as print, called with a line on the path taken, and with one if a CUDA graph cannot be
+            captured, which is a RuntimeWarning otherwise.
 
     Raises:
-        TypeError: model or optimizer is none.
-        ValueError: precision or accumulate is not one of those above.
+        TypeError: model is not a torch.nn.Module, or optimizer not a torch.optim.Optimizer.
+        ValueError: precision or accumulate is not one of the values above.
     """
 
     def __init__(self, model, loss, optimizer, precision=None, accumulate=1, report=None):
@@ -176,7 +177,7 @@ class TrainStep:
         self.model, self.loss, self.optimizer, self.precision = model, loss, optimizer, precision
         self.accumulate, self._report, self._step = accumulate, report, None
         try:
-            # Buffers that are made in inference mode could not be written to outside of it.
+            # Buffers made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
                 fused = self._fused_launches(NOTHING_YET)
             self._step, self.path, self.reason = fused, "fused launches", "the model is a LeNet"
@@ -186,7 +187,7 @@ class TrainStep:
             self._say()
 
     def __getstate__(self):
-        # A copy gets launches of its own: these write to where this model and this optimizer lie.
+        # A copy gets its own FusedLaunches: this one writes to this model and this optimizer.
         return {**vars(self), "_step": self._step.progress()}
 
     def __setstate__(self, state):
@@ -195,7 +196,7 @@ class TrainStep:
         try:
             if self.path == "operators":
                 self._step = self._operators(progress)
-                # Of a model that is copied or pickled this is left behind.
+                # Copies and pickles of a model are not fused.
                 self._fuse()
             else:
                 with torch.inference_mode(False):
@@ -219,7 +220,7 @@ class TrainStep:
         return Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate, progress)
 
     def _use_operators(self, reason, progress):
-        # All at once: what follows may be interrupted.
+        # Set together, as what follows may be interrupted.
         self.path, self.reason, self._step = "operators", reason, self._operators(progress)
         self._say()
         self._fuse()
@@ -237,19 +238,19 @@ class TrainStep:
         """One step on a batch.
 
         Args:
-            images: (N, C, H, W) on the model's device, or on the CPU, pinned to be copied without waiting; floating, or
-                uint8 for a tritonnet.LeNet (see there). Do not write into a pinned batch before the copy is over.
-            labels: (N), classes as int64 or uint8.
+            images: (N, C, H, W) on the model's device or on the CPU, pinned to be copied without waiting; floating, or
+                uint8 for a tritonnet.LeNet (see there). Do not write to a pinned batch before the copy is complete.
+            labels: (N), classes, int64 or uint8.
 
         Returns:
             (), the mean loss over the batch, before the update.
 
         Raises:
-            FloatingPointError: the loss of a call was no finite number; from the four launches on a GPU up to 64 calls
-                later, or by `check`, before which counts in the optimiser's state on the CPU may be ahead. On the four
-                launches a label that is no class counts as that too.
+            FloatingPointError: the loss of a call was not finite. The four launches on a GPU report this up to 64 calls
+                later, or in `check`; until then, update counts in the optimiser's state on the CPU may be too high.
+                On the four launches, a label that is not a class has the same effect.
             RuntimeError: inference mode is on.
-            TypeError, ValueError: images or labels are not of the kinds above.
+            TypeError, ValueError: images or labels are not as described above.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("TrainStep: a step in inference mode, which has no gradients")
@@ -261,10 +262,10 @@ class TrainStep:
         except NotServed as e:
             self._use_operators(str(e), fused.progress())
         loss = self._step(images, labels)
-        # Calls that the launches made and nobody has looked at yet.
+        # Report calls of the launches that have not been checked yet.
         fused.bad.check()
         return loss
 
     def check(self):
-        """Wait for all calls so far, and raise FloatingPointError if the loss of one was not a finite number."""
+        """Wait for all calls so far, and raise FloatingPointError if one since the last check had a loss not finite."""
         self._step.check()

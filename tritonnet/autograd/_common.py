@@ -1,4 +1,4 @@
-"""What the rules share."""
+"""Helpers of the rules."""
 
 
 def total(*terms):

@@ -1,4 +1,4 @@
-"""The derivatives of convolutions, with a rectifier and with pooling behind them too."""
+"""The derivatives of convolutions, and of convolutions followed by relu and max-pooling."""
 
 import torch
 
@@ -67,7 +67,7 @@ class Conv2dReLU(torch.autograd.Function):
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         if needs_x or not needs_w:
             return _conv2d_grads(ctx, ops.relu_grad(dy, y), x, w)
-        # As of a first layer, whose images need no gradient: nothing else reads a masked dy.
+        # A first layer, whose images need no gradient: only the weight's gradient reads the masked dy.
         dw, db = ops.conv2d_relu_weight_grad(dy, y, x, w.shape, *ctx.geometry, needs_bias)
         return None, dw, db if needs_bias else None, *(None,) * len(ctx.geometry)
 
@@ -78,9 +78,9 @@ class Conv2dReLU(torch.autograd.Function):
 
 
 class _Pooled:
-    """How the operators that end in a pooling reach the convolution in front of it: geometry is both of theirs.
+    """From the result of an operator that ends in pooling to its convolution's result and back.
 
-    Of ceil_mode a code's size is all that gradients have to know.
+    geometry is the convolution's, then the pooling's. Gradients need no ceil_mode, as it shows in the size of the code.
     """
 
     @staticmethod
@@ -265,7 +265,7 @@ class Conv2dWeightGrad(torch.autograd.Function):
 
 
 def _conv2d_of(ctx, x, ddw, ddb, size):
-    """What the gradients ddw and ddb of the results of a weight's gradient, either may be None, give to its dy."""
+    """The gradient of dy, given the gradients ddw and ddb of a weight's gradient; either may be None."""
     ddb = ddb if ctx.with_bias else None
     if ddw is not None:
         return ops.conv2d(x, ddw, ddb, *ctx.geometry)

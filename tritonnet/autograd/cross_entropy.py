@@ -11,13 +11,13 @@ from ._common import save, total
 
 
 def _along(v, grad, target, ignore_index):
-    """What each row's loss has of v, in the direction of its logits: nothing in an ignored row, whatever v is there."""
+    """The derivative of each row's loss in the direction v of its logits: 0 in an ignored row, whatever v is there."""
     return torch.where((target.long() != ignore_index)[:, None], grad * v, 0).sum(1)
 
 
 @register_autograd(ops.cross_entropy)
 class CrossEntropy(torch.autograd.Function):
-    """The loss and its gradient, a result like any other: the derivatives of that are the second ones of the loss."""
+    """The loss and its gradient, also a result: the derivatives of the gradient are the loss's second derivatives."""
 
     @staticmethod
     def forward(ctx, x, target, weight, reduction, ignore_index, smoothing):
@@ -29,11 +29,11 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def curvature(ctx, v):
-        """The second derivative of the loss times v: a factor of each row times that of the log of its sum of exp."""
+        """The second derivative of the loss times v: for each row, a factor times that of log-sum-exp."""
         x, target, weight, _ = ctx.saved_tensors
         reduction, ignore_index, smoothing = ctx.arguments
         C = x.shape[1]
-        # Sums over rows may be more than 16 bits hold.
+        # Sums over rows may exceed the range of 16-bit formats.
         wide = torch.promote_types(x.dtype, torch.float32)
         kept, valid, w_target = targets.weights_of(target, weight, C, wide, ignore_index)
         scale = 1 / w_target.sum() if reduction == "mean" else 1
@@ -41,7 +41,7 @@ class CrossEntropy(torch.autograd.Function):
         if smoothing:
             w = x.new_ones(C, dtype=wide) if weight is None else weight.to(wide)
             factor = factor + (w * (smoothing / C * scale)).sum()
-        # NaN where the factor is infinite: torch adds its products with numbers of both signs.
+        # NaN where the factor is infinite: torch adds its products with values of both signs.
         factor = torch.where(valid, factor + 0 * factor, math.nan).to(x.dtype)
         p = x.softmax(1)
         return torch.where(kept[:, None], factor[:, None] * p * (v - (p * v).sum(1, keepdim=True)), 0)
@@ -63,7 +63,7 @@ class CrossEntropy(torch.autograd.Function):
 
 @register_autograd(ops.cross_entropy_grad)
 class CrossEntropyGrad(torch.autograd.Function):
-    """dx = dloss * grad, and 0 in ignored rows: a product, linear in each of the two."""
+    """dx = dloss * grad, and 0 in ignored rows; linear in each factor."""
 
     @staticmethod
     def forward(ctx, dloss, grad, target, ignore_index):

@@ -1,4 +1,4 @@
-"""The derivatives of linear, with a rectifier behind it too."""
+"""The derivatives of linear, and of linear followed by relu."""
 
 import torch
 
@@ -8,7 +8,7 @@ from ._common import save, total
 
 
 def _save(ctx, x, w, *result):
-    """As torch's linear, a frozen weight leaves x to whoever overwrites it, and frozen rows the weight."""
+    """Like torch's linear, does not save x if w is frozen, nor w if x is, so that they may be overwritten."""
     needs_x, needs_w, _ = ctx.needs_input_grad
     ctx.save_for_backward(x if needs_w else None, w if needs_x else None, *result)
     ctx.save_for_forward(x, w, *result)

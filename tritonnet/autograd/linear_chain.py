@@ -11,7 +11,7 @@ from .linear import linear_tangent
 
 
 def _as_layers(*lists):
-    """Weights, or weights and biases, of a chain as its operators take them, None for the layers that lack."""
+    """Weights, or weights and biases, of a chain as its operators take them, with None for missing layers."""
     pairs = [item for layer in zip(*lists) for item in layer]
     return pairs + [None] * (len(lists) * shapes.MOST_LAYERS - len(pairs))
 
@@ -22,20 +22,20 @@ def _present(weights):
 
 @register_autograd(ops.linear_chain)
 class LinearChain(torch.autograd.Function):
-    """y = max(max(x w1T + bias1, 0) w2T + bias2, 0) ..., over matrices; the hidden layers are a result of their own."""
+    """y = max(max(x w1T + bias1, 0) w2T + bias2, 0) ..., over matrices; the hidden layers are the second result."""
 
     @staticmethod
     def forward(ctx, x, *layers_keep):
         *layers, ctx.keep = layers_keep
         y, hidden = below_autograd(ops.linear_chain, x, *layers_keep)
         ctx.set_materialize_grads(False)
-        # Biases are there for hidden layers that have to be computed anew.
+        # Biases are saved to recompute hidden layers that were not kept.
         save(ctx, x, hidden, *(t if i % 2 == 0 or not ctx.keep else None for i, t in enumerate(layers)))
         return y, hidden
 
     @staticmethod
     def saved(ctx):
-        """x, the hidden layers, computed anew where they were not kept, and the weights."""
+        """x, the hidden layers, recomputed if they were not kept, and the weights."""
         x, hidden, *layers = ctx.saved_tensors
         if not ctx.keep:
             _, hidden = ops.linear_chain(x, *layers, True)
@@ -66,7 +66,7 @@ class LinearChain(torch.autograd.Function):
             dw = [d.view_as(w) for d, w in zip(every[0].split([w.numel() for w in weights]), weights)]
             db = every[1].split(widths) if any(needs_bias) else db
         elif any(needs_w) or any(needs_bias):
-            # Of some layers only.
+            # Only some layers need gradients.
             d, a = (*(dz.split(widths[:-1], 1) if dz is not None else db[:-1]), dy), (x, *hidden.split(widths[:-1], 1))
             for i in layers:
                 if needs_w[i]:
@@ -91,7 +91,7 @@ class LinearChain(torch.autograd.Function):
 
 @register_autograd(ops.linear_chain_input_grad)
 class LinearChainInputGrad(torch.autograd.Function):
-    """dx = dz1 w1 and dz: dy back through all layers but the first, where a rectifier let something through."""
+    """dx = dz1 w1 and dz: dy propagated back through all layers but the first, masked by each relu."""
 
     @staticmethod
     def forward(ctx, dy, hidden, *weights_needs_dx):
@@ -114,7 +114,7 @@ class LinearChainInputGrad(torch.autograd.Function):
         h, dz, weights = LinearChainInputGrad.saved(ctx)
         needs_dy, _, *needs_w, _ = ctx.needs_input_grad
         dw, d = [None] * len(weights), ddx if ctx.needs_dx else None
-        # d is the gradient of dz[i] w[i], first for dx and then, from layer to layer, for what the rectifiers let past.
+        # d is the gradient of dz[i] w[i]: of dx at first, then, layer by layer, of what each relu masks.
         for i, w in enumerate(weights):
             if d is not None:
                 dw[i] = ops.linear_weight_grad(dz[i], d, False)[0] if needs_w[i] else None
@@ -129,7 +129,7 @@ class LinearChainInputGrad(torch.autograd.Function):
         h, dz, weights = LinearChainInputGrad.saved(ctx)
 
         def before(i, t):
-            """The tangent of dz[i] w[i], when that of dz[i] is t."""
+            """The tangent of dz[i] w[i], given the tangent t of dz[i]."""
             return linear_tangent(dz[i], weights[i].t(), t, None if tweights[i] is None else tweights[i].t(), None)
 
         t, tdz = tdy, []

@@ -76,7 +76,7 @@ class MaxPool2dGather(torch.autograd.Function):
 
 @register_autograd(ops.relu)
 class ReLU(torch.autograd.Function):
-    """y = max(x, 0); its result says all that the gradient needs."""
+    """y = max(x, 0); the gradient needs only the result."""
 
     @staticmethod
     def forward(ctx, x):
@@ -111,7 +111,7 @@ class ReLUInplace(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tx):
         tx.copy_(ReLU.jvp(ctx, tx))
-        # The engine tells by its version that the tangent was overwritten, and that of a batch does not count copies.
+        # The engine checks by its version that the tangent was overwritten, and a batched tensor does not count copies.
         torch.autograd.graph.increment_version(tx)
         return tx
 

@@ -1,4 +1,4 @@
-"""torch.nn with Conv2d, MaxPool2d, ReLU and Linear on tritonnet's kernels, and some of them fused into one.
+"""torch.nn with Conv2d, MaxPool2d, ReLU, Linear and CrossEntropyLoss on tritonnet's kernels, and fused layers of these.
 
 Every other name is torch's.
 
@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
 __all__ += ["Conv2dReLU", "Conv2dReLUMaxPool2d", "LinearChain", "LinearReLU"]
 
 
-# What torch's layers do by themselves. Others replace it, on torch's classes or on a layer, and mean ours as well.
+# torch's own forwards. Where another library has replaced one, on torch's class or on a layer, ours follow it.
 _CONVOLVE, _CONV2D, _MAX_POOL2D, _RELU, _LINEAR, _CROSS_ENTROPY = (
     _torch.Conv2d._conv_forward, _torch.Conv2d.forward, _torch.MaxPool2d.forward, _torch.ReLU.forward,
     _torch.Linear.forward, _torch.CrossEntropyLoss.forward,
@@ -27,7 +27,7 @@ _CONVOLVE, _CONV2D, _MAX_POOL2D, _RELU, _LINEAR, _CROSS_ENTROPY = (
 
 
 def _is_replaced(conv):
-    """Whether somebody has replaced how convolutions are computed, by this layer or by all."""
+    """Whether the computation of convolutions has been replaced, on this layer or on torch's class."""
     by_all = _torch.Conv2d._conv_forward is not _CONVOLVE or _torch.Conv2d.forward is not _CONV2D
     return by_all or "_conv_forward" in vars(conv)
 
@@ -35,7 +35,7 @@ def _is_replaced(conv):
 class Conv2d(_torch.Conv2d):
     """torch.nn.Conv2d on tritonnet's kernels: the same arguments, parameters and state_dict.
 
-    Padding of any mode is read in place; the input (N, C, H, W) or (C, H, W) is never copied to be padded.
+    The input (N, C, H, W) or (C, H, W) is never copied to be padded, in any padding mode.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
@@ -101,11 +101,11 @@ class Conv2dReLUMaxPool2d(Conv2d):
     """Conv2d followed by ReLU and MaxPool2d, in one kernel: the parameters and state_dict of Conv2d.
 
     Args:
-        in_channels ... padding_mode, device, dtype: as Conv2d takes them.
+        in_channels ... padding_mode, device, dtype: as for Conv2d.
         pool_kernel_size: pixels, an integer or a pair (height, width).
         pool_stride: the same; None for pool_kernel_size.
         pool_padding: pixels on every side, up to half of pool_kernel_size.
-        pool_ceil_mode: count a last window that overlaps the edge.
+        pool_ceil_mode: include a last window that overlaps the edge.
     """
 
     def __init__(
@@ -145,14 +145,14 @@ class LinearReLU(Linear):
 
 
 class LinearChain(_torch.Sequential):
-    """Linear layers with ReLU between them, in one kernel: the modules, parameters and state_dict of the Sequential.
+    """Linear layers with ReLU between them, in one kernel: the modules, parameters and state_dict of a Sequential.
 
     LinearChain(400, 120, 84, 10) is Sequential(Linear(400, 120), ReLU(), Linear(120, 84), ReLU(), Linear(84, 10)).
-    Modules that are added, exchanged or given hooks later run one after the other as in any Sequential.
+    Once modules of other classes or hooks are added, all modules run one after the other, as in any Sequential.
 
     Args:
-        widths: features of the input and of each layer, at least two numbers.
-        bias, device, dtype: as Linear takes them.
+        widths: features of the input and of each layer, at least two integers.
+        bias, device, dtype: as for Linear.
 
     Raises:
         ValueError: fewer than two widths.
@@ -167,7 +167,7 @@ class LinearChain(_torch.Sequential):
         super().__init__(*layers[:-1])
 
     def __getitem__(self, index):
-        # A part of it is a Sequential like any other, whose class Sequential itself would take to be this one.
+        # Sequential.__getitem__ would make a slice a LinearChain, calling it with modules for widths.
         return _torch.Sequential(*self)[index]
 
     def forward(self, input):
@@ -194,5 +194,5 @@ class CrossEntropyLoss(_torch.CrossEntropyLoss):
         )  # fmt: skip
 
 
-if TYPE_CHECKING:  # what stand_in does, for type checkers and editors; the names above come first
+if TYPE_CHECKING:  # what stand_in does, for type checkers and editors; the names above take precedence
     from torch.nn import *  # type: ignore[assignment, no-redef]  # noqa: F403

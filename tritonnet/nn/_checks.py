@@ -1,4 +1,4 @@
-"""What the functions accept: checks of their arguments, with torch's exception types."""
+"""Checks of the functions' arguments, with torch's exception types."""
 
 import operator
 
@@ -17,7 +17,7 @@ def check_tensors(function, **tensors):
 
 
 def check_alike(function, **tensors):
-    """All of one dtype and on one device, as torch asks."""
+    """Raises unless all are of one dtype and on one device, as torch does."""
     (first_name, first), *rest = ((name, t) for name, t in tensors.items() if t is not None)
     for name, t in rest:
         if t.dtype != first.dtype:
@@ -31,12 +31,12 @@ def check_alike(function, **tensors):
 
 
 def is_served(*tensors):
-    """Whether the kernels or their reference take these tensors; torch's own operator does otherwise."""
+    """Whether the kernels or their reference take these tensors; otherwise torch's own operator does."""
     return all(t is None or (t.dtype in _DTYPES and t.layout is torch.strided and not t.is_nested) for t in tensors)
 
 
 def as_pair(function, name, value):
-    """value, an integer or a sequence of one or two, as a pair."""
+    """value, an integer or a sequence of one or two integers, as a pair."""
     values = value if isinstance(value, (tuple, list)) else (value,)
     if len(values) not in (1, 2):
         raise RuntimeError(f"{function}: {name} must be an integer or a pair of them, got {value}")
@@ -56,7 +56,7 @@ def positive(function, name, pair, least=1):
 
 
 def as_batch(function, input):
-    """input as (N, C, H, W), and whether that took a batch of one."""
+    """input as (N, C, H, W), and whether it was unbatched."""
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"{function}: input must be (N, C, H, W) or, unbatched, (C, H, W), got size {list(input.shape)}"
@@ -71,7 +71,7 @@ def conv2d_padding(name, padding, kernel, stride, dilation):
     if padding == "same":
         if any(s != 1 for s in stride):
             raise RuntimeError(f"{name}: padding='same' needs stride 1, got stride {stride}")
-        # What does not divide evenly goes to the bottom and to the right.
+        # An odd pixel goes to the bottom or to the right.
         (top, bottom), (left, right) = ((d * (k - 1) // 2, (d * (k - 1) + 1) // 2) for k, d in zip(kernel, dilation))
         return (top, bottom, left, right)
     if isinstance(padding, str):
@@ -102,14 +102,14 @@ def check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode):
             f"{name}: the dilated kernel must fit the padded input, got kernel {extent} over "
             f"({H + top + bottom}, {W + left + right})"
         )
-    # What is read in the padding must lie in the image: its mirror leaves out the edge, its copy may take it all.
+    # Padding is read from the image: a reflection leaves out the edge pixel, a circular copy may take all of it.
     most = {"reflect": (H - 1, W - 1), "circular": (H, W)}.get(pad_mode)
     if most and (max(top, bottom) > most[0] or max(left, right) > most[1]):
         raise RuntimeError(f"{name}: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
 
 
 def check_max_pool2d(name, prefix, images, kernel, stride, padding, dilation, ceil_mode):
-    """The four pairs of the window over `images`, a size; the arguments' names start with `prefix`."""
+    """The four pairs of a window over images of size `images`; names in messages start with `prefix`."""
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"{name}: {prefix}ceil_mode must be a bool, got {ceil_mode!r}")
     if any(size == 0 for size in images[1:]):

@@ -1,4 +1,4 @@
-"""Tells whether layers may be run as one: what somebody has attached to them would not be heard of."""
+"""Tells whether layers may run as one kernel, in which hooks on the layers would not be called."""
 
 from typing import TypeVar
 
@@ -12,11 +12,11 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def is_plain(module, classes):
-    """Whether calling the module does what its class, one of `classes`, does and nothing else."""
+    """Whether the module is of one of `classes` exactly, and calling it runs that class's forward and no hooks."""
     attributes = vars(module)
     if type(module) not in classes or "forward" in attributes or "_conv_forward" in attributes:
         return False
-    # A loop: a LeNet of one launch asks five times for each batch, and generators take as long as the launch.
+    # A loop, as a LeNet checks five layers for each batch, and generators would take as long as a launch.
     for name in _HOOKS:
         if attributes[name]:
             return False

@@ -1,4 +1,4 @@
-"""Lets a module stand in for one of torch's: the names that it does not define are torch's."""
+"""Lets a module stand in for one of torch's: names that it does not define are torch's."""
 
 import sys
 

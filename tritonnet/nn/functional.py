@@ -1,6 +1,6 @@
 """torch.nn.functional with conv2d, max_pool2d, relu, linear and cross_entropy on tritonnet's kernels.
 
-Some of them come fused into one too; every other name is torch's.
+Fused functions are added; every other name is torch's.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ __all__ += ["conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_rel
 
 
 def _autocast(*tensors):
-    """The tensors in autocast's dtype where it is on, cast as torch does before its own conv2d and linear."""
+    """The tensors, cast to autocast's dtype if it is on, as torch does before its own conv2d and linear."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # a meta tensor cannot be asked
         return tensors
@@ -45,7 +45,7 @@ def _autocast(*tensors):
 
 
 def _sized(t, size):
-    """t in another size, no view of anything: what is done to a result in place asks what it is a view of."""
+    """t in another size, but not as a view: in-place operations on a result depend on whether it is one."""
     return torch.ops.aten._unsafe_view.default(t, size)
 
 
@@ -56,19 +56,19 @@ def conv2d(
     """torch.nn.functional.conv2d on tritonnet's kernels.
 
     Args:
-        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. torch serves other dtypes.
+        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. Other dtypes go to torch.
         weight: (OC, C / groups, KH, KW), of input's dtype.
         bias: (OC), of input's dtype, or None.
         stride, dilation: pixels, an integer or a pair (height, width).
         padding: pixels of zeros on every side, an integer or a pair, or "valid" (none) or "same" (OH = H, OW = W).
-        groups: how many blocks of channels are convolved apart from each other.
+        groups: number of groups of channels that are convolved separately.
 
     Returns:
         (N, OC, OH, OW) or (OC, OH, OW), of input's dtype; channels_last if input or weight is.
 
     Raises:
-        TypeError: an argument that is not of the kinds above.
-        RuntimeError: sizes, dtypes, devices or values that do not fit, as torch raises it.
+        TypeError: an argument is not of a type above.
+        RuntimeError: sizes, dtypes, devices or values do not fit together, as in torch.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.conv2d.html
     """
@@ -80,14 +80,14 @@ def conv2d(
 
 
 def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
-    """conv2d whose padding follows `pad_mode`: "zeros", "reflect", "replicate" or "circular"."""
+    """conv2d with padding by `pad_mode`: "zeros", "reflect", "replicate" or "circular"."""
     return _convolve(
         "conv2d", ops.conv2d, lambda y: y, input, weight, bias, stride, padding, dilation, groups, pad_mode
     )
 
 
 def _convolve(name, operator, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode):
-    """operator(x, weight, bias, *geometry) of checked arguments, or `rest` of torch's own convolution of them."""
+    """operator(x, weight, bias, *geometry) of checked arguments, or `rest` of torch's convolution if not served."""
     check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     input, weight, bias = _autocast(input, weight, bias)
     if not is_served(input, weight, bias) or input.shape[-3:-2] == (0,):
@@ -109,16 +109,16 @@ def conv2d_relu(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pixels = 1, padding: Pixels | str = 0,
     dilation: Pixels = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """relu(conv2d(...)) in one kernel: the same numbers and gradients, one pass over memory less.
+    """relu(conv2d(...)) in one kernel: the same results and gradients, with one pass over memory less.
 
     Args:
-        All arguments: as in conv2d.
+        All arguments: as for conv2d.
 
     Returns:
-        (N, OC, OH, OW) or (OC, OH, OW), as conv2d's.
+        (N, OC, OH, OW) or (OC, OH, OW), as conv2d.
 
     Raises:
-        TypeError, RuntimeError: as conv2d does.
+        TypeError, RuntimeError: as conv2d.
     """
     tensors = input, weight, bias
     if has_torch_function(tensors):
@@ -136,25 +136,25 @@ def conv2d_relu_max_pool2d(
     pool_kernel_size: Pixels = 2, pool_stride: Pixels | None = None, pool_padding: Pixels = 0,
     pool_ceil_mode: bool = False,
 ) -> Tensor:  # fmt: skip
-    """max_pool2d(relu(conv2d(...))) in one kernel, which writes the pooled result and one byte a window.
+    """max_pool2d(relu(conv2d(...))) in one kernel, which writes the pooled result and one byte per window.
 
-    Numbers and gradients are those of the three functions one after the other: the convolution's result is rounded to
-    its dtype before it is compared. Below 16 channels, in whole 2x2 windows and in tf32, float16 or bfloat16, a
-    faster kernel compares before it rounds, and hands what is not finite in an image on to the windows beside it.
+    Results and gradients are those of the three functions one after the other: the convolution's result is rounded to
+    its dtype before the maximum is taken. Below 16 channels, in whole 2x2 windows and in tf32, float16 or bfloat16, a
+    faster kernel rounds after taking the maximum, and values that are not finite spread to the neighbouring windows.
 
     Args:
-        input, weight, bias, stride, padding, dilation, groups: as in conv2d.
+        input, weight, bias, stride, padding, dilation, groups: as for conv2d.
         pool_kernel_size: pixels, an integer or a pair (height, width).
         pool_stride: the same; None for pool_kernel_size.
         pool_padding: pixels of -inf on every side of the convolution's result, up to half of pool_kernel_size.
-        pool_ceil_mode: count a last window that overlaps the edge, as max_pool2d does.
+        pool_ceil_mode: include a last window that overlaps the edge, as in max_pool2d.
 
     Returns:
         (N, OC, QH, QW) or (OC, QH, QW), of input's dtype; channels_last if input or weight is.
 
     Raises:
-        TypeError: an argument that is not of the kinds above.
-        RuntimeError: sizes, dtypes, devices or values that do not fit.
+        TypeError: an argument is not of a type above.
+        RuntimeError: sizes, dtypes, devices or values do not fit together.
     """
     tensors = input, weight, bias
     pool: Any = (pool_kernel_size, pool_stride, pool_padding, pool_ceil_mode)
@@ -199,20 +199,20 @@ def max_pool2d(
     """torch.nn.functional.max_pool2d on tritonnet's kernels.
 
     Args:
-        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. torch serves other dtypes.
+        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. Other dtypes go to torch.
         kernel_size, dilation: pixels, an integer or a pair (height, width).
         stride: the same; None or an empty sequence for kernel_size.
         padding: pixels of -inf on every side, up to half the kernel.
-        ceil_mode: count a last window that overlaps the edge.
-        return_indices: return the place of every maximum too.
+        ceil_mode: include a last window that overlaps the edge.
+        return_indices: also return the index of every maximum.
 
     Returns:
-        (N, C, OH, OW) or (C, OH, OW), of input's dtype and layout; with return_indices also the int64 indices
-        ih * W + iw, of the same shape. A NaN wins, of several the last; of equal values the first wins.
+        (N, C, OH, OW) or (C, OH, OW), of input's dtype and memory format; with return_indices also the int64 indices
+        ih * W + iw, of the same shape. NaN is the maximum, the last of several; of equal values the first is taken.
 
     Raises:
-        TypeError: an argument that is not of the kinds above.
-        RuntimeError: sizes or values that do not fit, as torch raises it.
+        TypeError: an argument is not of a type above.
+        RuntimeError: sizes or values do not fit together, as in torch.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.max_pool2d.html
     """
@@ -236,7 +236,7 @@ def max_pool2d_with_indices(
     input: Tensor, kernel_size: Pixels, stride: Pixels | None = None, padding: Pixels = 0, dilation: Pixels = 1,
     ceil_mode: bool = False, return_indices: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """max_pool2d with return_indices=True, whatever the last argument, as in torch."""
+    """max_pool2d with return_indices=True; the argument of that name is ignored, as in torch."""
     return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
 
@@ -244,7 +244,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """torch.nn.functional.relu on tritonnet's kernels.
 
     Args:
-        input: any shape and strides; float64, float32, float16 or bfloat16. torch serves other dtypes.
+        input: any shape and strides; float64, float32, float16 or bfloat16. Other dtypes go to torch.
         inplace: overwrite input and return it.
 
     Returns:
@@ -252,7 +252,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
     Raises:
         TypeError: input is not a Tensor.
-        RuntimeError: in place on a leaf that requires grad, or on elements that share memory.
+        RuntimeError: inplace, on a leaf that requires grad or on elements that share memory.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.relu.html
     """
@@ -276,16 +276,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear on tritonnet's kernels.
 
     Args:
-        input: (..., K); float64, float32, float16 or bfloat16, any strides. torch serves other dtypes.
+        input: (..., K); float64, float32, float16 or bfloat16, any strides. Other dtypes go to torch.
         weight: (N, K) or (K), of input's dtype.
-        bias: (N), or anything that broadcasts to the result, of input's dtype, or None.
+        bias: (N), or any shape that broadcasts to the result, of input's dtype, or None.
 
     Returns:
         (..., N), or (...) for a weight of one dimension, of input's dtype.
 
     Raises:
-        TypeError: an argument that is not a Tensor.
-        RuntimeError: sizes, dtypes or devices that do not fit, as torch raises it.
+        TypeError: an argument is not a Tensor.
+        RuntimeError: sizes, dtypes or devices do not fit together, as in torch.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.linear.html
     """
@@ -295,16 +295,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(linear(...)) in one kernel: the same numbers and gradients, one pass over memory less.
+    """relu(linear(...)) in one kernel: the same results and gradients, with one pass over memory less.
 
     Args:
-        input, weight, bias: as in linear.
+        input, weight, bias: as for linear.
 
     Returns:
         (..., N), or (...) for a weight of one dimension, of input's dtype.
 
     Raises:
-        TypeError, RuntimeError: as linear does.
+        TypeError, RuntimeError: as linear.
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
@@ -312,7 +312,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _linear(name, operator, rest, input, weight, bias):
-    """operator(rows, weight, bias) of checked arguments, or `rest` of the sum where a bias has to be added apart."""
+    """operator(rows, weight, bias) of checked arguments, or `rest` of the sum where bias has to be added separately."""
     check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     input, weight, bias = _autocast(input, weight, bias)
     if not is_served(input, weight, bias):
@@ -339,23 +339,23 @@ def _linear(name, operator, rest, input, weight, bias):
 
 
 def linear_chain(input, weights, biases=None):
-    """linear layers with relu between them, relu(linear(...)) again and again and linear at last, in one kernel.
+    """linear layers with relu between them, but not after the last, in one kernel.
 
-    One launch takes two to four layers of up to 128 features each, over any number of input features: what lies between
-    the layers is not read back from memory. Other chains run layer by layer. Numbers and gradients are those of linear
-    and relu one after the other, and so is the rounding.
+    One launch computes two to four layers of up to 128 features each, with any number of input features, without
+    reading the hidden layers back from memory. Other chains run layer by layer. Results, gradients and rounding are
+    those of linear and relu one after the other.
 
     Args:
-        input: (..., K); float64, float32, float16 or bfloat16, any strides. torch serves other dtypes.
-        weights: sequence of (N, K), K being the N of the weight before; of input's dtype.
-        biases: sequence of (N) or None, one for each weight, or None for none at all.
+        input: (..., K); float64, float32, float16 or bfloat16, any strides. Other dtypes go to torch.
+        weights: list or tuple of (N, K), K being the N of the weight before; of input's dtype.
+        biases: list or tuple of (N) or None, one for each weight; or None for no biases.
 
     Returns:
         (..., N of the last weight), of input's dtype.
 
     Raises:
-        TypeError: weights or biases that is no sequence, or of something else than Tensors.
-        RuntimeError: sizes, dtypes or devices that do not fit.
+        TypeError: weights or biases is not a list or tuple, or holds something other than Tensors.
+        RuntimeError: sizes, dtypes or devices do not fit together.
     """
     name = "linear_chain"
     for argument, value in (("weights", weights), ("biases", biases)):
@@ -387,8 +387,8 @@ def linear_chain(input, weights, biases=None):
         return linear(input, weights[0], biases[0])
     layers = [t for layer in zip(weights, biases) for t in layer] + [None, None] * (shapes.MOST_LAYERS - len(weights))
     rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
-    # Backward needs what lies between the layers; without one it is not even written. A batch of torch.func's does not
-    # say that gradients are taken of what is in it, and biases may have been overwritten until they are.
+    # The hidden layers are written only if backward may need them. Inside torch.func's transforms a batched tensor does
+    # not show whether gradients are taken, and recomputing later would be wrong if biases were overwritten meanwhile.
     recorded = in_transforms() or any(t is not None and t.requires_grad for t in (input, *tensors))
     keep = torch.is_grad_enabled() and recorded
     y, _ = ops.linear_chain(rows, *layers, keep)
@@ -403,34 +403,34 @@ def cross_entropy(
 
     Args:
         input: logits, (N, C) or (C); float64, float32, float16 or bfloat16, any strides.
-        target: classes from 0 to C - 1, (N) or (), int64 or uint8. On a GPU, where seeing another number would take a
-            wait, its row's loss and derivatives are NaN, and so is the loss that adds it up.
+        target: classes from 0 to C - 1, (N) or (), int64 or uint8. On a GPU, where raising an error would make the host
+            wait, any other target makes its row's loss and derivatives NaN, and with them a mean or sum.
         weight: (C), of input's dtype, or None.
-        ignore_index: rows with this target count for nothing, as a number and not, as in torch's smoothing, modulo 256
-            for targets of uint8.
-        reduction: "mean" (by weight), "sum" or "none".
-        label_smoothing: the share, from 0 to 1, of all classes alike.
+        ignore_index: rows with this target are ignored. It is compared as an integer; torch with label smoothing
+            takes it modulo 256 for targets of uint8.
+        reduction: "mean" (weighted), "sum" or "none".
+        label_smoothing: the share of the target, from 0 to 1, that is spread evenly over all classes.
         size_average, reduce: torch's deprecated arguments.
 
-    Anything else, such as class probabilities, pixels or weights that require a gradient, torch serves.
+    Everything else, such as class probabilities, pixels or weights that require a gradient, goes to torch.
 
-    NaN and infinities of logits and weights come out where they do in torch on the CPU, in the loss, its gradient and
-    its second derivative, and a mean over no rows is NaN with a gradient of 0. Other than in torch:
+    NaN and infinities in logits and weights have the same effect as in torch on the CPU, in the loss, its gradient and
+    its second derivative, and a mean over no rows is NaN with a gradient of 0. Differences from torch:
 
-    - The derivatives by the logits of an ignored row are 0, as torch documents it, whatever it holds and whatever the
-      weights are; torch gives NaN where the row is not finite, and with smoothing where a weight is not.
-    - Where what the loss is multiplied by in backward is not finite, neither are the gradients of rows that count;
-      which of NaN and the infinities they are may differ. Ignored rows have 0, as in torch.
-    - The derivative in a direction, of forward mode and of a gradient by what it is multiplied by, is the gradient's
-      product with it, and 0 for a mean over no rows.
-    - A mean whose weights cancel to a sum of 0 is not finite; which of NaN and the infinities it is may differ.
+    - The derivatives by the logits of an ignored row are 0, as torch documents, whatever the row and the weights are;
+      torch gives NaN where the row is not finite, and with smoothing where a weight is not.
+    - If the loss's own gradient in backward is not finite, the gradients of rows that count are not finite either, but
+      may be another of NaN and the infinities than torch's. Ignored rows have 0, as in torch.
+    - Directional derivatives, in forward mode and of the gradient by the loss's own gradient, are the product of
+      gradient and direction, and 0 for a mean over no rows.
+    - A mean whose weights sum to 0 by cancellation is not finite, but may be another of NaN and the infinities.
 
     Returns:
         (), or (N) without reduction, of input's dtype.
 
     Raises:
-        TypeError, RuntimeError, ValueError: as torch raises them.
-        IndexError: on the CPU, a target that is no class.
+        TypeError, RuntimeError, ValueError: as in torch.
+        IndexError: on the CPU, if a target is not a class.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.cross_entropy.html
     """
@@ -460,5 +460,5 @@ def cross_entropy(
     return loss.squeeze(0) if unbatched and reduction == "none" else loss
 
 
-if TYPE_CHECKING:  # what stand_in does, for type checkers and editors; the names above come first
+if TYPE_CHECKING:  # what stand_in does, for type checkers and editors; the names above take precedence
     from torch.nn.functional import *  # type: ignore[assignment]  # noqa: F403
