@@ -1,13 +1,13 @@
-"""The backend "tritonnet" of torch.compile: Dynamo captures a graph, soundly, and this fuses the rows in it.
+"""The backend "tritonnet" of torch.compile: Dynamo captures a graph, and this fuses the rows in it.
 
     torch.compile(model, backend="tritonnet")
     torch.compile(model, backend="tritonnet", options={"backend": "inductor"})
 
-The graph runs as it is otherwise, or another backend compiles it. What `fuse` and TrainStep need to know of Dynamo
-beside its public interface, of torch 2.11 to 2.13, stands in this file: the translator that captures now
-(InstructionTranslator.current_tx), whether the code asks if it is compiled (inconsistent_side_effects) or does more
-than compute (output.side_effects, the two kinds of mutation), SkipFrame, by which a backend has a frame run as Python,
-and who is told that a capture begins (on_compile_start).
+The rest of the graph runs as it is, or another backend compiles it. This file uses these private parts of Dynamo, from
+torch 2.11 to 2.13, for `fuse` and TrainStep: the current translator (InstructionTranslator.current_tx), whether the
+code asks if it is compiled (inconsistent_side_effects) or has side effects (output.side_effects, the two kinds of
+mutation), SkipFrame, by which a backend makes a frame run as Python, and callbacks when a capture begins
+(on_compile_start).
 """
 
 import collections
@@ -31,10 +31,10 @@ _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 class Faithful(threading.local):
-    """Has what is captured inside of it do as eager does: hear of hooks that come later, and raise eager's errors.
+    """A context in which captured code behaves as in eager: it follows hooks added later, and raises eager's errors.
 
-    What cannot be captured, a wrong shape for one, runs as Python. Dynamo's settings cost more than a call that finds
-    its graph, and so they are made when a capture begins, and taken back at the end of the call.
+    Code that cannot be captured, for example because of a wrong shape, runs as Python. Changing Dynamo's settings takes
+    longer than a call that finds its graph, so they are changed when a capture begins and restored after the call.
     """
 
     settings = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "trace_numpy": False}
@@ -48,7 +48,7 @@ class Faithful(threading.local):
 
     def __enter__(self):
         self.calls += 1
-        if _begin not in callback_handler.start_callbacks:  # torch.compiler.reset() forgets it
+        if _begin not in callback_handler.start_callbacks:  # torch.compiler.reset() removes it
             on_compile_start(_begin)
 
     def __exit__(self, *_):
@@ -67,7 +67,7 @@ def _begin(_=None):
 
 
 def _is_news(record):
-    """Whether a line of Dynamo's log is of more than what runs as Python then, and raises there if it is wrong."""
+    """Whether to show a record of Dynamo's log: not an error after which the code runs as Python, and raises there."""
     return not faithful.calls or "config." in str(record.msg)
 
 
@@ -76,15 +76,15 @@ for _logger in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
 
 
 def asks_if_compiled():
-    """Whether the code that is captured now asks, as by torch.compiler.is_compiling, and hears another answer."""
+    """Whether the code being captured asks if it is compiled, as by torch.compiler.is_compiling."""
     return InstructionTranslator.current_tx().inconsistent_side_effects
 
 
 def only_computes():
-    """Whether running the code that is captured now leaves nothing behind but its result."""
+    """Whether the code being captured has no side effects."""
     effects = InstructionTranslator.current_tx().output.side_effects
     modified = filter(effects.is_modified, effects.id_to_variable.values())
-    # What is new is seen outside only if something else is made to hold it.
+    # A new object is visible outside only if an existing object is changed to refer to it.
     kinds = [type(variable.mutation_type) for variable in modified]
     return not (set(kinds) - {AttributeMutationNew, ValueMutationNew} or effects.tensor_hooks)
 
@@ -95,10 +95,10 @@ def _assert(condition, message="", *_):
 
 
 def _checkpoint(given, body, *args, **options):
-    """What eager does where Dynamo has a mark for the partitioner of other backends.
+    """Runs a checkpoint as eager does, where Dynamo has a marker for the partitioners of other backends.
 
     Args:
-        given: places of the arguments that the function was given. Parameters and buffers it has by itself: a
+        given: positions of the arguments of the checkpointed function. Parameters and buffers are not among them: a
             checkpoint would keep them as inputs, which may not be written to.
     """
     if context_fn := body.meta.get("_checkpoint_context_fn"):
@@ -119,12 +119,12 @@ def _is_of_module(node):
 
 
 def _is_asserted(node):
-    """Whether a node is an assert statement's, of which Dynamo makes a call of a function that others may call too."""
+    """Whether a node comes from an assert statement, not from a call of the function that Dynamo turns it into."""
     return node.target == torch._assert_async and "_assert_async" not in (node.stack_trace or "")
 
 
 def graphs_of(graph_module):
-    """The GraphModule and those in it, such as the body of a checkpoint."""
+    """The GraphModule and those inside it, such as the body of a checkpoint."""
     return [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
 
 
@@ -143,7 +143,7 @@ class Backend:
     Args:
         name: of the model, for the report.
         report: function that is called with a line for each graph, or None.
-        faithful: have code that torch.compile would give other results than eager's run as Python.
+        faithful: run code as Python if torch.compile would give results other than eager's.
         captured: function that is called when a graph is compiled.
     """
 
@@ -154,7 +154,7 @@ class Backend:
         self._graphs, self._breaks, self.failure = 0, collections.Counter(counters["graph_break"]), None
 
     def __call__(self, *arguments, **options):
-        """See `compile`. What it fails by is kept: Dynamo may be told to go on as Python."""
+        """See `compile`. An exception is kept in `failure`, as Dynamo may be set to suppress it and run as Python."""
         try:
             return self.compile(*arguments, **options)
         except SkipFrame:
@@ -167,11 +167,11 @@ class Backend:
         """Compile a graph.
 
         Args:
-            mode: of torch.compile; any but the default is the inductor's.
-            options: of torch.compile: "backend", the one that compiles what is left, and that one's own.
+            mode: as for torch.compile; any but the default selects the inductor.
+            options: as for torch.compile: "backend", which compiles the resulting graph, and that backend's options.
 
         Raises:
-            ValueError: options without a backend to take them.
+            ValueError: options without a backend.
         """
         self.captured()
         self._report_breaks()
@@ -200,7 +200,7 @@ class Backend:
         return lookup_backend(inner)(graph_module, example_inputs, **given)
 
     def _leave_to_python(self, graphs):
-        """Raise SkipFrame where the captured code does not compute what it does in eager."""
+        """Raise SkipFrame if the captured code may not compute what it does in eager."""
         reason = None
         if asks_if_compiled():
             reason = "it asks whether it is compiled"

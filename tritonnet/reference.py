@@ -1,4 +1,4 @@
-"""Every operator in plain torch, below autograd: what runs without a GPU, and what the kernels are compared with.
+"""Every operator in plain torch, below autograd: it runs without a GPU, and the kernels are tested against it.
 
 Arguments and results are those of the launchers in `kernels`, which document them.
 """
@@ -22,12 +22,12 @@ def _pad(x, padding, pad_mode):
 
 
 def _wide(*tensors):
-    """The tensors in float32 if they were narrower: torch's CPU gradients in bfloat16 are wrong for some strides."""
+    """The tensors, 16-bit ones cast to float32: torch's CPU gradients in bfloat16 are wrong for some strides."""
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
 def _plain(padding, pad_mode):
-    """The padding as torch.conv2d takes it, or None where the image has to be padded first."""
+    """The padding as torch.conv2d takes it, or None if the image has to be padded first."""
     top, bottom, left, right = padding
     return (top, left) if pad_mode == "zeros" and top == bottom and left == right else None
 
@@ -77,7 +77,7 @@ def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
 
 
 def _fold(dx, dim, size, pads, pad_mode):
-    """Add up what the padding copied from each row (dim 2) or column (dim 3) of an image of `size` of them."""
+    """Add the padding's gradients to the rows (dim 2) or columns (dim 3) that it was copied from, `size` of them."""
     copied = F.pad(torch.arange(size, dtype=torch.float64, device=dx.device)[None, None], pads, mode=pad_mode)
     shape = list(dx.shape)
     shape[dim] = size
@@ -99,7 +99,7 @@ def conv2d_relu_weight_grad(dy, y, x, size, *geometry_with_bias):
 
 def _maxima(x, *window):
     """F.max_pool2d, and the indices."""
-    # torch's CPU code takes the channels of a pixel together, which is two to four times as fast as pixel by pixel.
+    # On channels_last torch's CPU code takes all channels of a pixel at once, which is two to four times as fast.
     if x.device.type == "cpu" and x.shape[1] >= 4:
         x = x.contiguous(memory_format=torch.channels_last)
     return F.max_pool2d(x, *window, return_indices=True)
@@ -113,7 +113,7 @@ def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
 
 
 def _like(empty, values):
-    """The values with the dtype and layout of an empty tensor."""
+    """The values with the dtype and strides of the tensor `empty`."""
     return values if (values.dtype, values.stride()) == (empty.dtype, empty.stride()) else empty.copy_(values)
 
 
@@ -124,16 +124,16 @@ def _starts(size, width, stride, padding, device):
 
 
 def _offsets(width, kernel, dilation, device):
-    """(KH * KW,): how much further than its window's start each pixel of the window lies in a flattened image."""
+    """(KH * KW,): the offset of each pixel of a window from the window's start in a flattened image."""
     kh, kw = (torch.arange(n, device=device).mul_(d) for n, d in zip(kernel, dilation))
     return (kh[:, None] * width + kw).flatten()
 
 
 def _codes(index, width, kernel, stride, padding, dilation, dtype, nothing=None):
-    """The code of each window's maximum, whose place in the flattened image is the index (N, C, OH, OW).
+    """The code of each window's maximum, given its index (N, C, OH, OW) in the flattened image.
 
     Args:
-        nothing: bool like the index, the windows whose code is KH * KW.
+        nothing: bool like the index: the windows whose code is KH * KW.
     """
     taps = kernel[0] * kernel[1]
     if (kernel[1] - 1) * dilation[1] >= width:
@@ -143,7 +143,7 @@ def _codes(index, width, kernel, stride, padding, dilation, dtype, nothing=None)
         kw = (index % width - (ow * stride[1] - padding[1])) // dilation[1]
         code = (kh * kernel[1] + kw).to(dtype)
         return code if nothing is None else code.masked_fill_(nothing, taps)
-    # To look the offset up is much faster than to divide.
+    # Looking the offset up is much faster than dividing.
     end = (kernel[0] - 1) * dilation[0] * width + (kernel[1] - 1) * dilation[1] + 1
     codes = torch.zeros(end + 1, dtype=dtype, device=index.device)
     codes[_offsets(width, kernel, dilation, index.device)] = torch.arange(taps, dtype=dtype, device=index.device)
@@ -159,7 +159,7 @@ def max_pool2d_indices(code, width, kernel, stride, padding, dilation):
 
 
 def _indices(code, width, kernel, stride, padding, dilation, none):
-    """max_pool2d_indices, about `none` where no pixel is named."""
+    """max_pool2d_indices, with about `none` where the code names no pixel."""
     offsets = F.pad(_offsets(width, kernel, dilation, code.device), (0, 1), value=none)
     found = offsets.index_select(0, code.flatten().int()).view(code.shape)
     return found.add_(_starts(code.shape[2:], width, stride, padding, code.device))
@@ -169,8 +169,8 @@ def max_pool2d_scatter(dy, code, size, kernel, stride, padding, dilation):
     (wide,) = _wide(dy)
     (N, C), (H, W) = dy.shape[:2], size
     end = N * C * H * W
-    # What belongs to no pixel goes behind the last. In one dimension torch's scatter_add_ is deterministic everywhere.
-    # A window's start lies before its image by as much as the padding.
+    # Gradients of windows without a pixel are added to an extra element at the end. A window may start before its image
+    # by as much as the padding. In one dimension torch's scatter_add_ is deterministic on every device.
     behind = end + padding[0] * W + padding[1]
     index = _indices(code, W, kernel, stride, padding, dilation, behind)
     index += (torch.arange(N * C, device=dy.device) * (H * W)).view(N, C, 1, 1)
@@ -222,11 +222,11 @@ def cross_entropy(x, target, weight, reduction, ignore_index, smoothing):
     kept, _, w_target = targets.weights_of(target, w, C, w.dtype, ignore_index)
     scale = 1 / w_target.sum() if reduction == "mean" else 1
     factor = ((1 - smoothing) * w_target * scale)[:, None]
-    # By torch's own order of factors, for the same infinities and NaNs, without smoothing too.
+    # In torch's order of factors, for the same infinities and NaNs, also without smoothing.
     share = w * (smoothing / C * scale) if smoothing else torch.zeros_like(w)
     is_target = torch.arange(C, device=x.device) == target[:, None]
     grad = wide.softmax(1) * (factor + share.sum()) - (torch.where(is_target, factor, 0) + share)
-    # Ignored rows have zeros, whatever their logits are, and where a mean over no rows has a scale of infinity.
+    # Ignored rows are zeros, whatever their logits are, even if a mean over no rows has an infinite scale.
     return loss.to(x.dtype), torch.where(kept[:, None], grad, 0).to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Finds rows in a captured graph, convolution, rectifier and max-pooling, or linears and rectifiers, and fuses them."""
+"""Finds rows in a captured graph, that is convolution, relu and max-pooling, or linears and relus, and fuses them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,11 +27,11 @@ def _conv2d_relu_max_pool2d(*arguments):
     return ops.conv2d_relu_max_pool2d(*arguments)[0]
 
 
-# Operators of two results, and the functions of the first alone.
+# Operators with two results, and functions that return only the first.
 _FIRST_OF = {ops.max_pool2d: _max_pool2d, ops.conv2d_relu_max_pool2d: _conv2d_relu_max_pool2d}
-# Operators on rows, and the functions that make rows of anything.
+# Operators on matrices, and the functions that flatten any input into rows.
 _WHOLE = {ops.linear: F.linear, ops.linear_relu: F.linear_relu}
-# What a call does, step by step.
+# The steps that a call does.
 _STEPS = {
     torch.conv2d: (CONV,), ops.conv2d: (CONV,), ops.conv2d_relu: (CONV, RELU),
     _conv2d_relu_max_pool2d: (CONV, RELU, POOL),
@@ -41,7 +41,7 @@ _STEPS = {
     "relu": (RELU,), "relu_": (RELU,),
     torch.max_pool2d: (POOL,), torch_functional.max_pool2d: (POOL,), _max_pool2d: (POOL,),
 }  # fmt: skip
-# The largest of a window is the same before a rectifier and behind it.
+# Relu and max-pooling commute.
 _ROWS = (CONV, RELU, POOL), (CONV, POOL, RELU), (CONV, RELU)
 _DROPOUTS = (
     torch_functional.dropout, torch_functional.dropout1d, torch_functional.dropout2d, torch_functional.dropout3d,
@@ -59,7 +59,7 @@ def arguments_of(node, *names, **defaults):
 
 
 def window_of(node):
-    """(kernel, stride, padding, ceil_mode) of a pooling by constants, None for one that the fused kernels lack."""
+    """(kernel, stride, padding, ceil_mode) of a pooling with constant arguments; None if the fused kernels lack it."""
     given = arguments_of(
         node, "input", "kernel_size", stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
     )
@@ -76,13 +76,13 @@ def _pair(value):
 
 
 def steps_of(node):
-    """What the node does, in the words of this file; () for what is no part of a row."""
+    """The steps that the node does; () if it cannot be part of a row."""
     steps = _STEPS.get(node.target, ()) if node.op in ("call_function", "call_method") else ()
     return () if steps == (POOL,) and window_of(node) is None else steps
 
 
 def follow(node):
-    """[(node, steps)] from this node on, while each hands its result to the next one alone."""
+    """[(node, steps)] from this node on, while each result is used only by the next node."""
     found = []
     while node is not None and (steps := steps_of(node)):
         found.append((node, steps))
@@ -91,7 +91,7 @@ def follow(node):
 
 
 def _behind(node):
-    """The next step of a row: the one node that takes this one's result, and nothing else but weights."""
+    """The next node of a row: the only user of this one's result, with no other inputs except weights."""
     user = next(iter(node.users), None)
     if len(node.users) != 1 or not steps_of(user):
         return None
@@ -102,7 +102,7 @@ def _behind(node):
 
 
 def simplify(graph):
-    """Leave out dropout and casts that do nothing; have operators of two results or none give the one that is used."""
+    """Remove dropout and casts that do nothing; make operators with two results or none return the one that is used."""
     for node in list(graph.nodes):
         if node.op == "call_method" and node.target == "to" and _is_of_that_dtype(node):
             node.replace_all_uses_with(node.args[0])
@@ -133,13 +133,13 @@ def simplify(graph):
 
 
 def _is_of_that_dtype(node):
-    """Whether `to` gives back what it has been given."""
+    """Whether `to` returns its input unchanged."""
     value = node.args[0].meta.get("example_value")
     return isinstance(value, torch.Tensor) and node.args[1:] == (value.dtype,) and not node.kwargs
 
 
 def _rows_of(linear):
-    """What our linear has been given of more than two dimensions, if that is how its rows were made."""
+    """The input of more than two dimensions that our linear's rows were flattened from; None if there is none."""
     rows, user = linear.args[0], next(iter(linear.users), None)
     if (rows.op, rows.target, rows.args[1:], len(rows.users)) != ("call_method", "flatten", (0, -2), 1):
         return None
@@ -155,7 +155,7 @@ class Row(NamedTuple):
     Attributes:
         nodes: from first to last.
         function, args, kwargs: the call.
-        taken_early: those behind the first that take more than its result, which the call takes before they would.
+        taken_early: later nodes with weights of their own, which the call reads earlier than these nodes would.
     """
 
     nodes: list
@@ -185,7 +185,7 @@ def _of_convolution(conv):
 
 
 def _of_linear(linear):
-    """The Rows that start with a linear: a chain that one launch takes, the linear with its rectifier."""
+    """The Rows that start with a linear: a chain that one launch computes, then the linear with its relu."""
     nodes, steps = [], ()
     for node, of_node in follow(linear):
         if of_node[0] != (RELU if steps[-1:] == (LINEAR,) else LINEAR):
@@ -196,7 +196,7 @@ def _of_linear(linear):
     weights, biases = [g["weight"] for g in given], [g["bias"] for g in given]
     sizes = list(map(_shape, weights))
     usual = all(len(size) == 2 and (b is None or _shape(b) == size[:1]) for size, b in zip(sizes, biases))
-    # One behind which a rectifier comes is none's last: those two are a row of their own.
+    # A chain does not end with a linear followed by relu: those two are a row of their own.
     if steps[-1] == LINEAR and usual:
         if shapes.linear_chain_serves(sizes[0][1], [size[0] for size in sizes]):
             yield Row(nodes, F.linear_chain, (given[0]["input"], weights, biases), {}, tuple(layers[1:]))
@@ -206,14 +206,14 @@ def _of_linear(linear):
 
 
 def _is_value(node):
-    """Whether the node computes tensors or sizes, and does not change how others do."""
+    """Whether the node only computes tensors or sizes, and does not change how others are computed."""
     value = node.meta.get("example_value")
     values = value if isinstance(value, (tuple, list)) and value else (value,)
     return all(isinstance(v, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values)
 
 
 def _why_not(row):
-    """What keeps the call, in the place of the first node, from doing what they all do; None for nothing."""
+    """Why the call cannot replace the row at the position of its first node; None if it can."""
     between, node = [], row.nodes[0].next
     while node is not row.nodes[-1]:
         if node not in row.nodes and node.op not in ("placeholder", "get_attr"):
@@ -221,7 +221,7 @@ def _why_not(row):
         node = node.next
     if not all(map(_is_value, between)):
         return "autograd, autocast or the like changes in between"
-    # Their weights may be made or written there, except by casts of weights, which may come earlier.
+    # Nodes in between may compute or write the weights. Casts of weights are allowed, as they can be moved forward.
     others = [node for node in between if not _is_cast(node)]
     if row.taken_early and others:
         return f"{_called(others[0])} comes in between"
@@ -232,12 +232,12 @@ def _why_not(row):
 
 
 def _is_cast(node):
-    """Whether the node is an input of the graph in another dtype."""
+    """Whether the node casts an input of the graph."""
     return node.op == "call_method" and node.target == "to" and all(i.op == "placeholder" for i in node.all_input_nodes)
 
 
 def _alone(node):
-    """Why nothing is fused with this convolution or linear."""
+    """Why this convolution or linear is not fused with anything."""
     users = list(node.users)
     if len(users) > 1:
         return f"its result is used {len(users)} times"
@@ -249,7 +249,7 @@ def _called(node):
 
 
 def _name(node):
-    """The layer that a node belongs to, or what it calls."""
+    """The name of the layer that a node belongs to, or of the function that it calls."""
     stack = node.meta.get("nn_module_stack")
     path = list(stack.values())[-1][0] if stack else ""
     # "L['self'].conv1" or, of a method, "fn.__self__.conv1".
@@ -257,13 +257,13 @@ def _name(node):
 
 
 def fuse_rows(graph):
-    """Replace every row of a torch.fx graph by one call, with what eager does in mind: order, aliases, writes in place.
+    """Replace every row of a torch.fx graph by one call, where eager's order, aliases and in-place writes allow it.
 
     Args:
         graph: torch.fx.Graph whose nodes have their tensors in meta["example_value"], as Dynamo's have.
 
     Returns:
-        ([words for each row], [(name, why)] of the convolutions and linears that stay as they are).
+        ([description of each row], [(name, why)] of the convolutions and linears that are not fused).
     """
     simplify(graph)
     found, left, gone = [], [], set()
