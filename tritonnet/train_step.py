@@ -253,7 +253,7 @@ class TrainStep:
             TypeError, ValueError: images or labels are not as described above.
         """
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("TrainStep: a step in inference mode, which has no gradients")
+            raise RuntimeError("TrainStep: inference mode has no gradients to train with")
         if self.path == "operators":
             return self._step(images, labels)
         fused = self._step

@@ -15,9 +15,9 @@ COMMANDS = {
     "train": "train LeNet on handwritten digits",
     "predict": "read the digits in image files",
     "bench": "check and time the kernels on this machine",
-    "doctor": "say what is installed, what runs where and why, and check it",
+    "doctor": "show what is installed and which backend runs, and check every layer",
 }
-# What the extra `cli` installs.
+# The modules that the extra `cli` installs.
 _EXTRA = ("matplotlib", "numpy", "PIL", "rich")
 
 
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def usual_tensors() -> Iterator[None]:
-    """float32 on the CPU where nothing else is said, whatever the program that runs a command has set as defaults."""
+    """Default dtype float32 and default device CPU, whatever defaults the program that runs a command has set."""
     dtype = torch.get_default_dtype()
-    # Entered only if it is needed: Python runs at every call of torch's functions inside of it.
+    # Entered only if needed: inside it, Python code runs at every call of a torch function.
     on_cpu = torch.device("cpu") if torch.get_default_device().type != "cpu" else contextlib.nullcontext()
     torch.set_default_dtype(torch.float32)
     try:
@@ -57,7 +57,7 @@ def usual_tensors() -> Iterator[None]:
 
 
 def run(command: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one command with its arguments (None: those of this process) and return its exit code."""
+    """Run one command with its arguments (None: those of this process); returns its exit code."""
     try:
         with usual_tensors():
             return importlib.import_module(f".{command}", __name__).main(arguments)
@@ -68,7 +68,7 @@ def run(command: str, arguments: Sequence[str] | None = None) -> int:
             raise
         message = f"{e.name} is not installed: pip install 'tritonnet[cli]'"
     except BrokenPipeError:
-        # Whoever read the output has gone (tritonnet predict DIR | head), and so would the interpreter's last flush.
+        # The reader of the pipe has closed it (tritonnet predict DIR | head); the interpreter's last flush would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as e:
@@ -77,7 +77,7 @@ def run(command: str, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("", error=True)
         return 130
-    # Every process of torchrun meets the same error.
+    # All processes of torchrun fail with the same error: one of them prints it.
     if os.environ.get("RANK", "0") == "0":
         say(f"tritonnet {command}: {message}", error=True)
     return 2

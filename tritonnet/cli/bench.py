@@ -1,4 +1,4 @@
-"""tritonnet bench: the benchmarks of a clone of the repository, which are not installed."""
+"""tritonnet bench: run the benchmarks in a clone of the repository; they are not installed."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .terminal import UserError
 
-# Of an editable install, the clone.
+# The clone of the repository, if the install is editable.
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -1,4 +1,4 @@
-"""Files of tensors: written so that no crash loses the previous one, read so that no file can run code."""
+"""Files of tensors: written so that a crash keeps the previous file, and read so that no file can run code."""
 
 import io
 import os
@@ -12,17 +12,17 @@ import torch
 
 from .terminal import UserError
 
-# Bytes that no checkpoint of LeNet comes near: they would be the losses of 100 million steps.
+# Bytes, far more than any checkpoint of LeNet has: as many as the losses of 100 million steps.
 LARGEST = 2**30
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 class Unfit(Exception):
-    """What is wrong with the content of a file, in a few words that a UserError can name the file to."""
+    """What is wrong with the content of a file; a UserError adds the file's name."""
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write beside `path`, down to the disk, and move it there: at every moment `path` is whole, old or new."""
+    """Write to a file beside `path`, sync it to disk and rename it: `path` is always complete, old or new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as f:
@@ -33,17 +33,17 @@ def write(path: Path, content: bytes) -> None:
 
 
 def save(path: Path, value: Any) -> None:
-    """torch.save to `path`, as `write` does it."""
+    """torch.save to `path` by `write`."""
     content = io.BytesIO()
     torch.save(value, content)
     write(path, content.getvalue())
 
 
 def load(path: Path) -> Any:
-    """What torch.save has written to `path`: tensors and plain values only, on the CPU.
+    """The value that torch.save has written to `path`: only tensors and plain values, on the CPU.
 
-    No code of the file has run, but nothing of the value is certain either: tensors of every kind may be anywhere in
-    it, and attributes of theirs and of dicts may hide methods. `entries`, `shape_of` and `fitted` take such values.
+    No code of the file has run, but the value cannot be trusted: it may contain tensors of any kind anywhere, and
+    attributes of tensors and dicts may hide their methods. `entries`, `shape_of` and `fitted` handle such values.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; `tritonnet train` writes one")
@@ -51,11 +51,11 @@ def load(path: Path) -> Any:
         raise UserError(f"{path} is not a checkpoint of LeNet, as it has more than {LARGEST >> 30} GiB: give another")
     content = path.read_bytes()
     check_archive(path, content)
-    # The content is in memory, so that what torch raises here, of any class, or warns of says that it is not in order.
+    # The content is in memory, so any exception or warning of torch's means that the content is damaged or foreign.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # torch.load refuses classes and functions, too, but takes minutes to find words where a name is very long.
+            # torch.load refuses classes and functions too, but takes minutes for its message if a name is very long.
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
             value = None if foreign else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:
@@ -72,18 +72,18 @@ def load(path: Path) -> Any:
 
 
 def check_archive(path: Path, content: bytes) -> None:
-    """UserError unless the content is a zip archive as torch.save writes it, and whole by its checksums."""
-    # What begins otherwise torch would take for a file of its older formats, which have no checksums.
+    """Raises UserError unless the content is a zip archive as torch.save writes it, with correct checksums."""
+    # torch would take any other beginning for one of its older formats, which have no checksums.
     if not content.startswith(b"PK\3\4"):
         raise UserError(f"{path} is not a checkpoint: give a file of `tritonnet train`, such as model.pt")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = archive.infolist()
             as_they_are = all(m.compress_type == zipfile.ZIP_STORED and not m.flag_bits & 1 for m in members)
-            # Members that lie over each other could unpack to many times the file, too.
+            # Overlapping members could unpack to many times the size of the file.
             of_torch = as_they_are and sum(m.file_size for m in members) <= len(content)
             damaged = archive.testzip() if of_torch else None
-    except Exception:  # of any class, as above
+    except Exception:  # any exception, as above
         raise UserError(f"{path} is damaged or cut off: use another copy") from None
     if not of_torch:
         raise UserError(f"{path} is compressed or encrypted, which torch.save does not do: give the file that it wrote")
@@ -92,29 +92,29 @@ def check_archive(path: Path, content: bytes) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value of a file on one short line, for a message."""
+    """A value of a file as one short line, for a message."""
     return reprlib.repr(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
 
 
 def entries(value: Any) -> dict[Any, Any]:
-    """The entries of a dict of a file; none of anything else."""
+    """The entries of a dict of a file; empty for anything else."""
     return dict(dict.items(value)) if isinstance(value, dict) else {}
 
 
 def fitted(value: Any, like: Any, name: str, cast: bool = False) -> Any:
-    """A copy of a value of a file, if that is built as `like` is: the same keys, shapes and dtypes throughout.
+    """A copy of a value of a file, if it has the structure of `like`: the same keys, shapes and dtypes throughout.
 
     Args:
-        value: of the file.
-        like: a tensor, or a dict of what this may be.
-        name: what Unfit calls the value.
-        cast: whether tensors may be of another dtype of FLOATS; the copy is of that of `like`.
+        value: from the file.
+        like: a tensor, or a dict of tensors or such dicts.
+        name: of the value in Unfit's message.
+        cast: whether tensors may have another dtype of FLOATS; the copy has that of `like`.
 
     Returns:
-        contiguous tensors on the CPU, whose numbers are finite, in plain dicts.
+        contiguous, finite tensors on the CPU, in plain dicts.
 
     Raises:
-        Unfit: it is built otherwise.
+        Unfit: the structure differs, or a tensor is not finite.
     """
     if isinstance(like, dict):
         found = entries(value)
@@ -129,7 +129,7 @@ def fitted(value: Any, like: Any, name: str, cast: bool = False) -> Any:
         raise Unfit(f"{name} is of shape {reprlib.repr(list(shape))}, not {list(like.shape)}")
     if value.dtype != like.dtype and not (cast and value.dtype in FLOATS):
         raise Unfit(f"{name} is {value.dtype}, not {like.dtype}")
-    # By the class, as attributes of the tensor may hide its methods.
+    # Called on the class, as attributes of the tensor may hide its methods.
     copy = torch.Tensor.detach(value).to("cpu", like.dtype, copy=True, memory_format=torch.contiguous_format)
     if not copy.isfinite().all():
         raise Unfit(f"{name} has numbers that are not finite")
@@ -137,7 +137,7 @@ def fitted(value: Any, like: Any, name: str, cast: bool = False) -> Any:
 
 
 def shape_of(value: Any) -> torch.Size | None:
-    """The shape of a tensor of a file that can be copied as it is; None for anything else."""
+    """The shape of a dense, ordinary tensor of a file; None for anything else."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         return None
     odd = value.is_meta or value.is_nested or value.is_quantized or value.layout != torch.strided

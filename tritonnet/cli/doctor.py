@@ -1,4 +1,4 @@
-"""tritonnet doctor: what is installed, what runs where and why, and whether it computes what it should."""
+"""tritonnet doctor: show what is installed and which backend runs and why, and compare every layer with torch."""
 
 import importlib.util
 import shutil
@@ -12,7 +12,7 @@ from ..dispatch import backend_name, backend_reason, float32_products
 from .machine import find_device, versions
 from .terminal import Parser, say, table
 
-# Ours, the same in torch's layers, size of the input; the fused ones are rows of torch's.
+# Our layer, the same in torch's layers, and the size of the input.
 LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "Conv2d": (lambda: nn.Conv2d(6, 16, 5), lambda: torch.nn.Conv2d(6, 16, 5), (4, 6, 14, 14)),
     "Conv2d, depthwise": (
@@ -45,25 +45,25 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
         (4, 400),
     ),
 }
-# The layers whose result is rounded once, and those that multiply what they have rounded.
+# Layers whose result is rounded once, and layers that multiply rounded values again.
 PLAIN, DEEP = ("Conv2d", "Conv2d, depthwise", "MaxPool2d", "ReLU", "Linear"), ("LinearChain",)
-# For the formats beyond float32.
+# Time limit for the formats after float32.
 SECONDS = 8
 FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def allowed(format: str) -> float:
-    """The error, by norms, that one rounding of the result and sums in float32 explain."""
+    """The relative error, by norms, that one rounding of the result and sums in float32 explain."""
     return torch.finfo(FORMATS[format]).eps + 16 * torch.finfo(torch.float32).eps
 
 
 def tensor(*size: int) -> torch.Tensor:
-    """Random float64 values of 8 bits, which every format holds: of these tf32 too cuts nothing off."""
+    """Random float64 values with 8 bits, which every format holds exactly, tf32 included."""
     return torch.randn(size).bfloat16().double()
 
 
 def run(layer: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, dy: torch.Tensor | None) -> list[torch.Tensor]:
-    """(result, gradients) of a layer or of a loss, in float64 on the CPU."""
+    """[result, gradients] of a layer or of a loss, as float64 on the CPU."""
     x = x.detach().clone().requires_grad_()
     y = layer(x, target) if isinstance(layer, torch.nn.CrossEntropyLoss) else layer(x)
     grads = torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y) if dy is None else dy.to(y))
@@ -71,7 +71,7 @@ def run(layer: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, dy: torch
 
 
 def error(name: str, format: str, device: torch.device) -> float:
-    """How far a layer's result and gradients lie from torch's in float64, by norms."""
+    """The largest relative error, by norms, of a layer's result and gradients against torch's in float64."""
     torch.manual_seed(0)
     build, build_truth, size = LAYERS[name]
     layer, truth = build().to(device, FORMATS[format]), build_truth().double()
@@ -88,11 +88,11 @@ def error(name: str, format: str, device: torch.device) -> float:
 
 
 def check(name: str, format: str, device: torch.device) -> tuple[str, bool]:
-    """The error of a layer in words, and whether it is allowed."""
+    """(the error of a layer as text, whether it is allowed)."""
     try:
         with float32_products("tf32" if format == "tf32" else "ieee"):
             off = error(name, format, device)
-    except Exception as e:  # whatever it is, it is the finding
+    except Exception as e:  # any exception is the finding
         return f"{type(e).__name__}: {e}".splitlines()[0], False
     well = off <= allowed(format)
     return f"{off:.1e}" + ("" if well else " WRONG"), well
@@ -101,14 +101,14 @@ def check(name: str, format: str, device: torch.device) -> tuple[str, bool]:
 def served(name: str, format: str) -> bool:
     """Whether a layer is compared in a format.
 
-    In 16 bits, what a rectifier, a window or a logarithm goes on with is rounded, in tf32 what a second product takes
-    is cut off: float64 is no truth there.
+    Float64 is no reference where values are rounded midway: in 16 bits before a relu, pooling or logarithm, in tf32
+    before a second product.
     """
     return format == "float32" or name in PLAIN or (format == "tf32" and name not in DEEP)
 
 
 def check_all(device: torch.device) -> tuple[list[list[str]], list[str], bool]:
-    """(the table with its heads, what is wrong, whether the time was enough for every format)."""
+    """(the table with its header, what is wrong, whether there was time for every format)."""
     start, wrong, enough = time.perf_counter(), [], True
     formats = [format for format in FORMATS if format != "tf32" or device.type != "cpu"]
     kernels: dict[str, set[str]] = {name: set() for name in LAYERS}
@@ -135,8 +135,8 @@ def check_all(device: torch.device) -> tuple[list[list[str]], list[str], bool]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "tritonnet doctor",
-        description="Say what is installed, which backend each layer uses and why, and compare every layer with torch "
-        "in float64. The exit code is 1 if anything is wrong.",
+        description="Show what is installed and which backend each layer uses and why, and compare every layer with "
+        "torch in float64. The exit code is 1 if anything is wrong.",
     )
     parser.parse_args(argv)
     start = time.perf_counter()
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cpu" and driver:
         say(f"{driver} is there, but torch sees no GPU: install a build of torch for it (https://pytorch.org).")
     elif device.type == "cpu":
-        say("The kernels are for GPUs; on the CPU, plain torch is the fast way, and gives the same numbers.")
+        say("The kernels are for GPUs; on the CPU, plain torch is faster, and gives the same results.")
     for line in wrong:
         say(f"wrong: {line}", error=True)
     say(f"{'Something is wrong' if wrong else 'All is well'} ({time.perf_counter() - start:.1f} s).")

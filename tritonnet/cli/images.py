@@ -1,4 +1,4 @@
-"""Any picture of one digit, a drawing, a scan or a photo, as LeNet has seen digits in training."""
+"""Turns a picture of one digit, a drawing, a scan or a photo, into an image like those that LeNet was trained on."""
 
 import contextlib
 import logging
@@ -18,25 +18,25 @@ from ..data import normalize
 from .terminal import UserError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-# Longest side of the picture that is searched, in pixels: enough for a digit that fills a tenth of it.
+# Longest side in pixels that a picture is reduced to: enough for a digit that fills a tenth of it.
 SIDE = 400
-# The share of a drawing's variance that one level between paper and ink explains; photos have light and noise beside.
+# The least share of variance that one threshold explains in a drawing; photos also vary by light and noise.
 CLEAR = 0.8
-# Levels of grey that are told apart.
+# Levels of grey in histograms.
 LEVELS = 256
 
-# What Pillow logs about a broken file would be printed beside our own line about it.
+# Otherwise Pillow's log messages about a broken file would be printed beside our own line.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def read_digit(path: Path) -> torch.Tensor:
-    """The digit in an image file, (1, 1, 32, 32), in the numbers of `load_digits`.
+    """The digit in an image file, (1, 1, 32, 32), normalised as by `load_digits`.
 
-    As MNIST was made: ink on an empty background, the ink's box scaled to 20 x 20 with its proportions kept, and set
-    into 28 x 28 by its centre of mass.
+    As in MNIST, it is ink on an empty background, its bounding box scaled to fit 20 x 20 with the aspect ratio kept,
+    and placed in 28 x 28 by its centre of mass.
 
     Raises:
-        UserError: the file is no image, or there is nothing in it.
+        UserError: the file is not an image, or there is no digit in it.
     """
     pixels = grey(load(path))
     if not pixels.isfinite().all():
@@ -48,13 +48,13 @@ def read_digit(path: Path) -> torch.Tensor:
 
 
 def load(path: Path) -> Image.Image:
-    """The image in a file, upright, of up to SIDE pixels, in one of the modes F, L, RGB and RGBA.
+    """The image in a file, upright, with sides of up to SIDE pixels, in mode F, L, RGB or RGBA.
 
     Raises:
         UserError: Pillow cannot read it.
     """
-    # A broken file may make Pillow raise anything, from struct.error to MemoryError, and so all of it is caught: only
-    # calls of Pillow may stand in here.
+    # A broken file may make Pillow raise anything, from struct.error to MemoryError, so everything is caught here: this
+    # block may contain only calls of Pillow.
     try:
         with silence():
             return _load(path)
@@ -66,10 +66,10 @@ def load(path: Path) -> Image.Image:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """No warnings, and nothing on stderr, where libtiff prints what is wrong with a file beside what Pillow raises."""
+    """No warnings, and nothing on stderr, where libtiff prints errors in addition to what Pillow raises."""
     with warnings.catch_warnings(), contextlib.ExitStack() as at_exit:
         warnings.simplefilter("ignore")
-        if sys.stderr is not None:  # nor is number 2 stderr if it is
+        if sys.stderr is not None:  # if it is None, descriptor 2 is not stderr
             before = os.dup(2)
             at_exit.callback(os.close, before)
             at_exit.callback(os.dup2, before, 2)
@@ -93,7 +93,7 @@ def _load(path: Path) -> Image.Image:
 
 
 def grey(image: Image.Image) -> torch.Tensor:
-    """(H, W) in float32: the direction in which the colours differ most."""
+    """(H, W) in float32: the colours, projected onto the direction in which they vary most."""
     size = image.height, image.width, -1
     if image.mode == "F":
         numbers = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32).view(*size[:2]).double()
@@ -104,7 +104,7 @@ def grey(image: Image.Image) -> torch.Tensor:
         return colours[..., 0]
     if image.mode == "RGBA":
         colours, alpha = colours[..., :3], colours[..., 3:]
-        # What can be seen of it stands out against the opposite paper.
+        # Put a dark drawing on white and a light one on black.
         dark = (colours * alpha).sum() < 0.5 * 3 * alpha.sum()
         colours = colours * alpha + dark * (1 - alpha)
     colours = colours.double().view(-1, 3)
@@ -114,8 +114,8 @@ def grey(image: Image.Image) -> torch.Tensor:
 
 
 def find_ink(pixels: torch.Tensor) -> torch.Tensor | None:
-    """The digit's box, (h, w) from 0 background to 1 ink, or None if there is no digit."""
-    # Dust and noise are smaller than strokes.
+    """The digit's bounding box, (h, w) from 0 background to 1 ink, or None if there is no digit."""
+    # Smooth away dust and noise, which are smaller than strokes.
     radius = round(min(pixels.shape) / 200)
     smooth = F.avg_pool2d(pixels[None, None], 2 * radius + 1, 1, radius, count_include_pad=False)[0, 0]
     if min(smooth.shape) < 4 or smooth.max() - smooth.min() < 1e-3:
@@ -127,10 +127,10 @@ def find_ink(pixels: torch.Tensor) -> torch.Tensor | None:
 
 
 def find_on_plain_paper(pixels: torch.Tensor, level: torch.Tensor) -> torch.Tensor | None:
-    """`find_ink` where the picture is paper of one colour and ink of another, which `level` parts: a drawing."""
+    """`find_ink` for a drawing: paper of one colour and ink of another, separated by `level`."""
     light = pixels > level
     paper = light == (rim(light).float().mean() > 0.5)
-    # A frame is all of the rim too, but most of the picture is another paper, with ink on it and little at its own rim.
+    # A frame also covers the whole rim, but then most of the picture is other paper, with ink but little at its rim.
     framed = ~paper[box(~paper)]
     if paper.float().mean() < 0.5 and rim(paper).all() and rim(framed).float().mean() > 0.9 and not framed.all():
         paper = ~paper
@@ -140,7 +140,7 @@ def find_on_plain_paper(pixels: torch.Tensor, level: torch.Tensor) -> torch.Tens
 
 
 def find_on_lit_paper(pixels: torch.Tensor) -> torch.Tensor | None:
-    """`find_ink` where most of the picture is paper, in any light: a photo."""
+    """`find_ink` for a photo: most of the picture is paper, in any light."""
     above = pixels - background(pixels)
     # Ink is rare and stands out, darker or lighter than the paper.
     if above.pow(3).sum() < 0:
@@ -150,21 +150,21 @@ def find_on_lit_paper(pixels: torch.Tensor) -> torch.Tensor | None:
 
 
 def cut_out(above: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor | None:
-    """The box of the digit in pixels (H, W) that are 0 on paper and larger in ink; None if it is a speck.
+    """The digit's bounding box in pixels (H, W) that are 0 on paper and larger in ink; None if it is a speck.
 
-    `candidates` are the values of those that may be ink.
+    `candidates` are the values of the pixels that may be ink.
     """
     if len(candidates) < 4:
         return None
     level = otsu(candidates)[0]
-    # Where all ink is alike, no level parts it, and its edge is half way to the paper.
+    # If all ink has one value, no threshold separates it, and its edge is half way to the paper.
     level = torch.minimum(level, candidates[candidates >= level].median() / 2)
     ink = above > level
     mask = main_parts(ink)
     if max(mask.any(0).sum(), mask.any(1).sum()) < max(4, min(above.shape) / 25):
         return None
     full = above[mask].quantile(0.5)
-    # The edge is soft: part of the ink lies in the pixels next to those beyond the level.
+    # The edge is soft: part of the ink is in the pixels next to those above the level.
     edge = F.max_pool2d(mask[None, None].float(), 3, 1, 1)[0, 0].bool() & ~ink
     low = level / 5
     ink = ((above - low) / (full - low)).clamp(0, 1) * (mask | edge)
@@ -177,21 +177,21 @@ def rim(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def box(mask: torch.Tensor) -> tuple[slice, slice]:
-    """The rows and columns from the first to the last in which there is anything."""
+    """The bounding box of the mask, as slices of rows and columns."""
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def background(pixels: torch.Tensor) -> torch.Tensor:
-    """The light on the paper: the surface of second degree through the pixels without ink, found from the rim in."""
+    """The light on the paper: a surface of second degree fitted to pixels without ink, starting from the rim."""
     height, width = pixels.shape
     y, x = torch.linspace(-1, 1, height)[:, None].expand_as(pixels), torch.linspace(-1, 1, width).expand_as(pixels)
     surface = torch.stack([torch.ones_like(x), x, y, x * y, x * x, y * y], -1)
-    step = math.ceil(max(height, width) / 100)  # so many pixels tell as much as all
+    step = math.ceil(max(height, width) / 100)  # a sample of pixels is enough
     terms, sample = surface[::step, ::step].double(), pixels[::step, ::step].double()
     paper = torch.maximum(x.abs(), y.abs())[::step, ::step] > 0.8
     for _ in range(6):
-        # The tiny diagonal is for a rim that leaves a term open.
+        # The small diagonal is for a rim that does not determine all terms.
         square = terms[paper].T @ terms[paper] + 1e-6 * torch.eye(6).double()
         fit = torch.linalg.solve(square, terms[paper].T @ sample[paper])
         off = (sample - terms @ fit).abs()
@@ -200,14 +200,14 @@ def background(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def most_frequent(values: torch.Tensor) -> torch.Tensor:
-    """The most frequent of the values, to within their range by LEVELS."""
+    """The most frequent value, to a resolution of LEVELS steps over their range."""
     lowest = values.min()
     scale = ((values.max() - lowest) / (LEVELS - 1)).clamp(min=1e-12)
     return lowest + scale * ((values - lowest) / scale).round().mode().values
 
 
 def otsu(values: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The level that parts the values best into two groups, and the share of their variance that this explains.
+    """The threshold that separates the values best into two groups, and the share of their variance that it explains.
 
     Source: Otsu 1979, A threshold selection method from gray-level histograms.
     """
@@ -225,24 +225,24 @@ def otsu(values: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def main_parts(mask: torch.Tensor) -> torch.Tensor:
-    """The parts of the mask that make the digit: no specks, and nothing that the edge cuts, if that can be avoided."""
+    """The parts of the mask that form the digit: no specks, and if possible none that touches the edge."""
     cell = math.ceil(max(mask.shape) / 100)
     coarse = F.max_pool2d(mask[None, None].float(), cell, ceil_mode=True)[0, 0].bool()
     labels = parts(coarse).repeat_interleave(cell, 0).repeat_interleave(cell, 1)[: len(mask), : mask.shape[1]] * mask
     numbers, sizes = labels[mask].unique(return_counts=True)
     inside = ~torch.isin(numbers, rim(labels))
-    # A scrap is no digit, though it may be all that does not touch the edge.
+    # If only a scrap does not touch the edge, the digit is among the parts that do.
     if inside.any() and sizes[inside].max() > sizes.max() / 20:
         numbers, sizes = numbers[inside], sizes[inside]
     return torch.isin(labels, numbers[sizes > sizes.max() / 12])
 
 
 def parts(mask: torch.Tensor) -> torch.Tensor:
-    """A number for each pixel of the mask, the same in all of a connected part, and 0 elsewhere."""
+    """A label for each pixel of the mask, equal within a connected part, and 0 elsewhere."""
     labels = torch.arange(1, mask.numel() + 1).view_as(mask) * mask
     while True:
-        # Each pixel takes the largest number around it, and then the number that the pixel of this number has taken:
-        # so the way that numbers go in one round doubles, and a long spiral takes few rounds too.
+        # Each pixel takes the largest label around it, then the label that the pixel with this number has taken. So the
+        # distance that labels travel doubles in each round, and a long spiral also takes few rounds.
         spread = F.max_pool2d(labels[None, None].float(), 3, 1, 1)[0, 0].long() * mask
         spread = torch.cat([spread.new_zeros(1), spread.flatten()])[spread]
         if torch.equal(spread, labels):
@@ -251,7 +251,7 @@ def parts(mask: torch.Tensor) -> torch.Tensor:
 
 
 def centre(ink: torch.Tensor) -> torch.Tensor:
-    """The ink as MNIST holds it, (28, 28): its longer side 20 pixels, its centre of mass in the middle."""
+    """The ink as in MNIST, (28, 28): its longer side is 20 pixels, its centre of mass in the middle."""
     ink = thicken(ink)[None, None]
     scale = 20 / max(ink.shape)
     size = [max(1, round(side * scale)) for side in ink.shape[2:]]
@@ -260,15 +260,15 @@ def centre(ink: torch.Tensor) -> torch.Tensor:
     offsets = []
     for axis, side in enumerate(small.shape):
         middle = (small.sum(1 - axis) * torch.arange(side)).sum() / small.sum()
-        # The middle pixel of the 28 is number 14 in MNIST.
+        # In MNIST the middle of the 28 pixels is pixel 14.
         offsets.append(min(max(0, round(14 - middle.item())), 28 - side))
     (top, left), (height, width) = offsets, small.shape
     return F.pad(small, (left, 28 - width - left, top, 28 - height - top))
 
 
 def thicken(ink: torch.Tensor) -> torch.Tensor:
-    """Strokes of a fine pen as thick as MNIST's are on average: 2 of the 20 pixels that the digit will have."""
-    # So that the strokes of a small picture are some pixels wide, of which the rim is a part.
+    """Thickens thin strokes to MNIST's average: 2 of the 20 pixels that the digit will have."""
+    # Enlarge a small picture, so that its strokes are several pixels wide.
     larger = math.ceil(100 / max(ink.shape))
     ink = F.interpolate(ink[None, None], scale_factor=larger, mode="bilinear")
     inner = -F.max_pool2d(-F.pad(ink, (1, 1, 1, 1)), 3, 1)

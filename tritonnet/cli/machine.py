@@ -1,4 +1,4 @@
-"""What this machine has: versions, devices, and the precision of its float32 products."""
+"""This machine: versions, devices, and threads of the CPU."""
 
 import contextlib
 import importlib.util
@@ -15,12 +15,12 @@ import torch
 from .. import __version__
 from .terminal import UserError, patience
 
-# Of a step, for each thread of the CPU.
+# Images of a step for each thread of the CPU.
 IMAGES_A_THREAD = 128
 
 
 def versions() -> dict[str, str]:
-    """What is installed, by name."""
+    """Versions of what is installed, and names of the GPUs."""
     found = {
         "python": platform.python_version(), "platform": platform.platform(), "tritonnet": __version__,
         "torch": torch.__version__,
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The torch.device of that name, if it is there; of None, a GPU or else the CPU."""
+    """The torch.device with that name, if it exists; for None a GPU, or the CPU if there is none."""
     if name is None:
         name = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), "cpu")
     try:
@@ -51,12 +51,12 @@ def find_device(name: str | None) -> torch.device:
 
 
 def threads_for(images: int) -> int:
-    """The threads of the CPU for steps of LeNet on so many images.
+    """The number of CPU threads for steps of LeNet on `images` images.
 
-    A step has some hundred loops, at the end of each of which all threads wait for the last one, also while that has to
-    leave its core to another process. Images a second on two cores, idle, beside one busy process and beside two: of 64
-    a step 6,500, 6,200 and 4,700 with one thread, and 8,500, 2,300 and 140 with two; of 512 a step 9,400, 9,500 and
-    5,800 with one, and 12,700, 8,300 and 5,200 with two that `wait_asleep`.
+    A step has some hundred loops. At the end of each, all threads wait for the last one, even while that has to leave
+    its core to another process. Images per second on two cores, idle, beside one busy process and beside two: with 64
+    per step 6,500, 6,200 and 4,700 on one thread, and 8,500, 2,300 and 140 on two; with 512 per step 9,400, 9,500 and
+    5,800 on one, and 12,700, 8,300 and 5,200 on two that `wait_asleep`.
     """
     if os.environ.get("OMP_NUM_THREADS", "")[:1].isdigit():
         return torch.get_num_threads()
@@ -64,9 +64,9 @@ def threads_for(images: int) -> int:
 
 
 def wait_asleep() -> None:
-    """Start a command of ours anew, with threads that give their cores away as soon as they wait.
+    """Restart a command of ours with threads that sleep while they wait, which frees their cores.
 
-    OpenMP looks for that only once, when torch is loaded. Called from another program this does nothing.
+    OpenMP reads this setting only once, when torch is loaded. Called from another program this does nothing.
     """
     program = Path(sys.argv[0])
     ours = program.name == "tritonnet" or program.parent == Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def wait_asleep() -> None:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """So many threads of the CPU in a `with` block."""
+    """Use `number` CPU threads in a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -87,7 +87,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def compiling(device: torch.device, shown: bool = True) -> AbstractContextManager[Callable[[], object]]:
-    """`patience` with the first launches on a GPU, for which kernels are compiled if Triton has not kept them."""
+    """`patience` for the first launches on a GPU, which compile the kernels unless Triton has cached them."""
     if device.type == "cpu" or not shown:
         return contextlib.nullcontext(lambda: None)
-    return patience("compiling the kernels for this GPU, which Triton keeps: on 16 cores a first step took 20 s")
+    return patience("compiling the kernels for this GPU, which Triton caches: on 16 cores a first step took 20 s")

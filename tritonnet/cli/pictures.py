@@ -1,4 +1,4 @@
-"""What came out of a training, as pictures: curves, confusion matrix, worst mistakes, first filters, and all in one."""
+"""The results of a training as pictures: curves, confusion matrix, worst mistakes, first filters, and an overview."""
 
 import io
 from pathlib import Path
@@ -21,8 +21,8 @@ def draw(
     """Write the pictures into `out` and return their names.
 
     Args:
-        metrics: what metrics.json holds.
-        images, labels, logits: of the test, (N, 1, 32, 32), (N,) and (N, classes).
+        metrics: the content of metrics.json.
+        images, labels, logits: of the test set, (N, 1, 32, 32), (N,) and (N, classes).
         filters: weight of conv1, (OC, 1, KH, KW).
     """
     confusion = torch.tensor(metrics["confusion"])
@@ -55,13 +55,13 @@ SIZES = {
 
 
 def curves(figure: Figure | SubFigure, losses: list[float], epochs: list[dict[str, Any]]) -> None:
-    """Loss of every batch and of the test, and accuracy on the test, over the epochs."""
+    """Training loss of every batch, test loss and test accuracy, over the epochs."""
     loss, accuracy = figure.subplots(1, 2)
     ends = [epoch["epoch"] for epoch in epochs]
     dots = dict(marker="o", ms=4, clip_on=False)
     steps = [(i + 1) * len(ends) / len(losses) for i in range(len(losses))]
     loss.plot(steps, losses, color=TRAIN, lw=0.8, label="train, each batch")
-    # A mean over an epoch belongs to its middle.
+    # The mean over an epoch is drawn at its middle.
     means = [epoch["train_loss"] for epoch in epochs]
     loss.plot([end - 0.5 for end in ends], means, color=MEANS, label="train, mean of the epoch", **dots)
     loss.plot(ends, [epoch["test_loss"] for epoch in epochs], color=TEST, label="test", **dots)
@@ -82,7 +82,7 @@ def curves(figure: Figure | SubFigure, losses: list[float], epochs: list[dict[st
 
 
 def confusion_matrix(figure: Figure | SubFigure, confusion: torch.Tensor) -> None:
-    """How often each digit (row) was read as each (column); mistakes are coloured, the diagonal is not."""
+    """How often each digit (row) was read as each digit (column); only mistakes are coloured."""
     axes = figure.subplots()
     classes = range(len(confusion))
     mistakes = confusion.clone().fill_diagonal_(0)

@@ -1,4 +1,4 @@
-"""tritonnet predict: the digits in image files."""
+"""tritonnet predict: read the digits in image files."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from .machine import compiling, find_device, threads, threads_for
 from .terminal import Parser, UserError, say, table
 
 T = TypeVar("T")
-# Under what names files hold a state_dict beside other things.
+# The keys under which files hold a state_dict beside other things.
 HOLDERS = "model", "state_dict"
-# What DataParallel, DistributedDataParallel and torch.compile put before the names of the net that they wrap.
+# Prefixes that DataParallel, DistributedDataParallel and torch.compile add to the names of the net that they wrap.
 WRAPPERS = re.compile(r"(module\.|_orig_mod\.)*")
 
 
@@ -40,13 +40,13 @@ def load_net(path: Path) -> LeNet:
 
 
 def state_dict_in(value: Any) -> dict[Any, Any]:
-    """The state_dict that a file holds, by itself or beside other things under one of the usual names."""
+    """The state_dict in a file's content: the content itself, or its entry under one of the usual keys."""
     found = checkpoint.entries(value)
     return next((checkpoint.entries(found[name]) for name in HOLDERS if isinstance(found.get(name), dict)), found)
 
 
 def without_wrappers(found: dict[Any, Any]) -> dict[Any, Any]:
-    """A state_dict by the net's own names, if all have the same wrappers before them."""
+    """A state_dict with the wrappers' prefix removed from its names, if all names have the same prefix."""
     if not all(isinstance(name, str) for name in found):
         return found
     wrappers = WRAPPERS.match(next(iter(found), ""))[0]  # type: ignore[index]
@@ -56,7 +56,7 @@ def without_wrappers(found: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def other_classes(found: dict[Any, Any], expected: dict[str, torch.Tensor]) -> int | None:
-    """How many classes the net of a state_dict has, if it differs from the expected one in that alone."""
+    """The number of classes of a state_dict's net, if that is its only difference from the expected one."""
     shapes = {name: checkpoint.shape_of(value) for name, value in found.items()}
     classes = (shapes.get("fc3.bias") or (None,))[0]
     like = {name: (classes, *t.shape[1:]) if name.startswith("fc3.") else t.shape for name, t in expected.items()}
@@ -64,12 +64,12 @@ def other_classes(found: dict[Any, Any], expected: dict[str, torch.Tensor]) -> i
 
 
 def image_files(path: Path) -> list[Path]:
-    """The image itself, or the images of a folder, by name."""
+    """The image itself, or the images of a folder, sorted by name."""
     if not path.exists():
         raise UserError(f"there is no {path}: give an image file or a folder of them")
     if not path.is_dir():
         return [path]
-    # To open a pipe is to wait, perhaps for ever, for somebody who writes into it.
+    # Opening a named pipe could wait for ever for a writer.
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.is_fifo())
     if not files:
         raise UserError(f"{path} has no images in it ({', '.join(sorted(SUFFIXES))})")
@@ -78,12 +78,12 @@ def image_files(path: Path) -> list[Path]:
 
 @torch.no_grad()
 def read_all(net: LeNet, paths: Iterable[Path], device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
-    """(what is in each image of the files and folders, why others could not be read)."""
+    """(the result for each image of the files and folders, a message for each that could not be read)."""
     results: list[dict[str, Any]] = []
     unread: list[str] = []
 
     def attempt(read: Callable[[Path], T], path: Path) -> T | None:
-        """read(path), or None where that fails; the reason is added to `unread`."""
+        """read(path), or None if that fails; the reason is added to `unread`."""
         try:
             return read(path)
         except UserError as e:
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--weights", type=Path, default=Path("lenet/model.pt"), metavar="FILE",
         help="model.pt or checkpoint.pt of `tritonnet train` (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, xpu (default: the GPU, if there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or xpu (default: the GPU, if there is one)")
     parser.add_argument("--json", action="store_true", help="print a JSON list of file, digit and probabilities")
     args = parser.parse_args(argv)
     device = find_device(args.device)

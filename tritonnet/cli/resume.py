@@ -1,4 +1,4 @@
-"""A run of `tritonnet train` as a checkpoint holds it, so that it can be stopped anywhere and gone on with."""
+"""A run of `tritonnet train` and its checkpoint, from which it can be resumed after any step."""
 
 import functools
 import math
@@ -19,17 +19,17 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
 }
-# The words of --precision for TrainStep's.
+# Values of --precision, and TrainStep's names for them.
 PRECISIONS = {"float32": "ieee", "tf32": "tf32", "bfloat16": "bfloat16"}
-# Updates that torch's optimizers can count in float32.
+# The largest count of updates that torch's optimizers can keep in float32.
 COUNTED = 2**24
 
 
 class Run:
     """A LeNet in training: all that a checkpoint holds, and nothing else that could change the result.
 
-    The order of the digits needs no state: it follows from the seed and the epoch. Nor does the schedule, and what it
-    sets in the optimizer's groups: they follow from the number of steps.
+    The order of the digits needs no state, as it follows from the seed and the epoch. Nor does the schedule, with the
+    values that it sets in the optimizer's groups, as it follows from the number of steps.
     """
 
     def __init__(self, options: dict[str, Any], images: int, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class Run:
         self.history: list[dict[str, float]] = []  # one entry an epoch
 
     def schedule_after(self, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
-        """The schedule of the learning rate after so many steps, which it sets in the optimizer."""
+        """The learning rate schedule after `steps` steps; it sets the rate in the optimizer."""
         return torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, self.options["lr"], total_steps=self.options["epochs"] * self.steps, last_epoch=steps - 1
         )
@@ -60,7 +60,7 @@ class Run:
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a state that `read_checkpoint` has returned."""
+        """Load a state that `read_checkpoint` has returned."""
         if state["images"] != self.images:
             raise UserError(f"the run was on {state['images']} digits, but --data has {self.images}: give the same")
         self.net.load_state_dict(state["model"])
@@ -73,7 +73,7 @@ class Run:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state of a run in `path`, for `Run.load`, after a look at every part of it."""
+    """The state of a run in `path`, for `Run.load`, with every part checked."""
     try:
         return checked_state(checkpoint.load(path))
     except Unfit as e:
@@ -83,16 +83,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def checked_state(value: Any) -> dict[str, Any]:
-    """A copy of `Run.state` of a file, compared with that of a new run with its options.
+    """A copy of a `Run.state` from a file, compared with that of a new run with the same options.
 
     Returns:
-        all that `Run.load` takes; "optimizer" is what is kept for each parameter.
+        all that `Run.load` takes; "optimizer" is the state of each parameter.
 
     Raises:
-        Unfit: a part is missing, or no such run has it.
+        Unfit: a part is missing, or is not one that such a run can have.
     """
     found = entries(value)
-    # Runs of earlier versions had as many threads as torch gave them.
+    # Runs of earlier versions used torch's number of threads.
     options = checked({"threads": None, **entries(found.get("options"))}, OPTIONS, "options")
     state = checked(found, NUMBERS, "the state")
     steps, run = len(state["losses"]), Run(options, state["images"], torch.device("cpu"))
@@ -115,7 +115,7 @@ def checked_state(value: Any) -> dict[str, Any]:
 
 
 def checked_optimizer(value: Any, run: Run, steps: int) -> dict[int, dict[str, torch.Tensor]]:
-    """What the optimizer of a run in a file keeps for each parameter after so many steps; the run takes a step."""
+    """The optimizer's state of each parameter from a file, checked for a run after `steps` steps; steps `run` once."""
     for parameter in run.net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()
@@ -129,7 +129,7 @@ def checked_optimizer(value: Any, run: Run, steps: int) -> dict[int, dict[str, t
 
 
 def checked(value: Any, checks: dict[str, Callable[[Any], bool]], name: str) -> dict[str, Any]:
-    """The entries of a dict of a file that have a check, if they pass it; `name` is what Unfit calls the dict."""
+    """The entries of a dict of a file that `checks` names, if they pass; `name` is the dict's in Unfit's message."""
     found = entries(value)
     for key, check in checks.items():
         if key not in found:
@@ -156,11 +156,11 @@ def is_word(value: Any, words: Container[str]) -> bool:
 
 
 def is_path(value: Any) -> bool:
-    """Without the characters that a path cannot have, or that a message of one line cannot."""
+    """Whether it has no characters that a path, or a message of one line, cannot contain."""
     return type(value) is str and not re.search("[\0-\x1f\x7f-\x9f\u2028\u2029]", value)
 
 
-# What the parts of a state may be that are no tensors: the options as the command line takes them,
+# Checks of the parts of a state that are not tensors: the options as on the command line,
 OPTIONS: dict[str, Callable[[Any], bool]] = {
     "epochs": lambda value: is_whole(value, 1),
     "batch_size": lambda value: is_whole(value, 1),
@@ -172,7 +172,7 @@ OPTIONS: dict[str, Callable[[Any], bool]] = {
     "data": lambda value: value is None or is_path(value),
     "threads": lambda value: value is None or is_whole(value, 1),
 }
-# how far the run is,
+# the progress of the run,
 NUMBERS: dict[str, Callable[[Any], bool]] = {
     "images": lambda value: is_whole(value, 1),
     "epoch": lambda value: is_whole(value, 0),
@@ -180,7 +180,7 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     "seconds": lambda value: is_finite(value) and value >= 0,
     "history": lambda value: type(value) is list,
 }
-# and an entry of its history. TrainStep stops at losses that are not finite, but not at one of the test.
+# and an entry of its history. TrainStep rejects training losses that are not finite, but a test loss may be.
 HISTORY: dict[str, Callable[[Any], bool]] = {
     "epoch": lambda value: is_whole(value, 1),
     "train_loss": is_finite,

@@ -1,4 +1,4 @@
-"""What all commands share: how they read options, refuse, and show tables and progress (through rich, where it is)."""
+"""Shared by all commands: reading options, reporting errors, tables and progress (with rich, if it is installed)."""
 
 import argparse
 import contextlib
@@ -13,18 +13,18 @@ HAS_RICH = importlib.util.find_spec("rich") is not None
 
 
 class UserError(Exception):
-    """What a user can put right: one line that names the cause and says what to do."""
+    """An error that the user can fix: one line with the cause and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser that refuses in one line."""
+    """argparse's parser, with errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number from `least` on."""
+    """The type of an option that is an integer of at least `least`."""
 
     def parse(text: str) -> int:
         try:
@@ -41,9 +41,9 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def printable(text: str, file: TextIO | None = None) -> str:
-    """The text as `file` (None: stdout) can show it on one line: what it has no letter for, as escapes.
+    """The text as `file` (None: stdout) can show it on one line, with escapes for everything else.
 
-    File names may hold any character, or bytes that are no UTF-8, and a terminal may know ASCII alone.
+    File names may contain any character, or bytes that are not UTF-8, and a terminal may only have ASCII.
     """
     text = "".join(c if c.isprintable() else _escape(c) for c in text)
     encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
@@ -51,17 +51,17 @@ def printable(text: str, file: TextIO | None = None) -> str:
 
 
 def _escape(c: str) -> str:
-    # What Python makes of a byte of a file's name that is none of its encoding.
+    # Python's surrogate for a byte of a file name that its encoding does not have.
     return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
 
 
 def is_terminal(file: TextIO | None) -> bool:
-    """Whether this is a terminal; it is None in a process that was started with the file closed."""
+    """Whether `file` is a terminal; it is None if the process was started with it closed."""
     return file is not None and file.isatty()
 
 
 def say(line: str, error: bool = False) -> None:
-    """Print a line at once, also into a pipe: on stdout, or an error on stderr; nowhere if that is closed."""
+    """Print a line without buffering, to stdout, or to stderr if it is an error; nowhere if that is closed."""
     file = sys.stderr if error else sys.stdout
     if file is not None:
         print(printable(line, file), file=file, flush=True)
@@ -69,10 +69,10 @@ def say(line: str, error: bool = False) -> None:
 
 @contextlib.contextmanager
 def patience(line: str, seconds: float = 2.0) -> Iterator[Callable[[], None]]:
-    """Says the line if what is waited for inside has not come after some seconds.
+    """Print the line if the wait inside the `with` block takes longer than `seconds`.
 
     Yields:
-        there(): what was waited for has come; it is called as often as one likes, and at the end.
+        there(): to be called when the wait is over; more calls do no harm, and leaving the block does the same.
     """
     timer = threading.Timer(seconds, say, [line])
     timer.daemon = True
@@ -88,7 +88,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
     Args:
         title: the line above it.
-        columns: heads of the columns; all empty for none.
+        columns: headers of the columns; all empty for none.
         rows: cells as text.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
@@ -103,7 +103,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
             grid.add_column(column, overflow="fold")
         for row in cells:
             grid.add_row(*map(Text, row))
-        # A file or a pipe has no width, and wrapped lines help nobody there.
+        # A file or a pipe has no width, and lines should not be wrapped there.
         Console(width=None if is_terminal(sys.stdout) else 1000, highlight=False).print(grid)
         return
     lines = [list(columns), *cells] if any(columns) else cells
@@ -118,12 +118,12 @@ def progress(title: str, total: int, done: int, shown: bool) -> Iterator[Callabl
     """A bar with loss and images per second on stderr, if that is a terminal and `shown`.
 
     Args:
-        title: what stands before the bar.
-        total, done: steps in all, and steps that lie behind already.
+        title: the text before the bar.
+        total, done: number of all steps, and of those already done.
 
     Yields:
-        update(images, loss): one more step, of so many images; the loss is a function, called a few times a second
-        alone, because to ask a GPU for it is to wait for the GPU.
+        update(images, loss): counts one more step, of `images` images. loss is a function, which is called only a few
+        times per second, as reading it waits for the GPU.
     """
     if not (shown and HAS_RICH and is_terminal(sys.stderr)):
         yield lambda images, loss: None

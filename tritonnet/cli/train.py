@@ -1,4 +1,4 @@
-"""tritonnet train: LeNet on handwritten digits, in one process or, under torchrun, data-parallel in several."""
+"""tritonnet train: train LeNet on handwritten digits, in one process or, under torchrun, data-parallel in several."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ from .machine import compiling, find_device, threads, threads_for, versions, wai
 from .resume import PRECISIONS, Run, read_checkpoint
 from .terminal import HAS_RICH, Parser, UserError, progress, say, table, whole
 
-# Options that a resumed run takes from its checkpoint; the others may change on the way.
+# Options that a resumed run takes from its checkpoint; the others may change.
 FIXED = {"epochs": 10, "batch_size": 64, "optimizer": "adam", "lr": None, "precision": "float32", "seed": 0}
 # Largest learning rate of the one-cycle schedule, by optimizer.
 RATES = {"adam": 2e-3, "adamw": 2e-3, "sgd": 5e-2}
@@ -45,8 +45,8 @@ def rate(text: str) -> float:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         "tritonnet train",
-        description="Train LeNet on handwritten digits. Ctrl-C saves a checkpoint, and --resume goes on from there "
-        "to what the run would have been without the pause.",
+        description="Train LeNet on handwritten digits. Ctrl-C saves a checkpoint, and --resume continues from there "
+        "with the same result as without the pause.",
     )
     rates = ", ".join(f"{value} for {name}" for name, value in RATES.items())
     add = parser.add_argument
@@ -54,24 +54,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data",
         metavar="DIR",
         type=Path,
-        help="folder of the four MNIST files (default: 10,000 digits of the package)",
+        help="folder with the four MNIST files (default: the package's 10,000 digits)",
     )
     add("--epochs", type=whole(1), help=f"passes over the digits (default: {FIXED['epochs']})")
-    add("--batch-size", type=whole(1), help=f"of all processes together (default: {FIXED['batch_size']})")
+    add("--batch-size", type=whole(1), help=f"images per step of all processes (default: {FIXED['batch_size']})")
     add("--lr", type=rate, help=f"largest learning rate of the one-cycle schedule (default: {rates})")
-    add("--optimizer", choices=RATES, help=f"(default: {FIXED['optimizer']})")
-    add("--device", help="cpu, cuda, cuda:1, xpu (default: the GPU, if there is one)")
-    add("--backend", choices=("auto", "triton", "reference"), default="auto", help="(default: %(default)s)")
+    add("--optimizer", choices=RATES, help=f"update rule (default: {FIXED['optimizer']})")
+    add("--device", help="cpu, cuda, cuda:1 or xpu (default: the GPU, if there is one)")
+    add(
+        "--backend",
+        choices=("auto", "triton", "reference"),
+        default="auto",
+        help="implementation of the layers (default: auto)",
+    )
     add("--precision", choices=PRECISIONS, help="float32 is exact, tf32 and bfloat16 are for GPUs (default: float32)")
-    add("--seed", type=whole(0), help=f"of weights and order (default: {FIXED['seed']})")
-    add("--threads", type=whole(1), help="of the CPU (default: by the batch size, 1 for fewer than 256 images)")
-    add("--resume", metavar="RUN", type=Path, help="folder (or checkpoint.pt) of a run to go on with")
-    add("--out", metavar="DIR", type=Path, help="folder for all that comes out (default: lenet, or that of --resume)")
+    add("--seed", type=whole(0), help=f"seed of the weights and of the order of digits (default: {FIXED['seed']})")
+    add("--threads", type=whole(1), help="CPU threads (default: by the batch size, 1 below 256 images)")
+    add("--resume", metavar="RUN", type=Path, help="folder (or checkpoint.pt) of a run to continue")
+    add("--out", metavar="DIR", type=Path, help="folder for all results (default: lenet, or that of --resume)")
     return parser.parse_args(argv)
 
 
 def settle(args: argparse.Namespace, world: int, device: torch.device) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The options of this run, and the checkpoint that it goes on from (None: it starts)."""
+    """(the options of this run, the checkpoint that it continues, or None for a new run)."""
     saved = None
     if args.resume is not None:
         path = args.resume / "checkpoint.pt" if args.resume.is_dir() else args.resume
@@ -117,19 +122,19 @@ def settle(args: argparse.Namespace, world: int, device: torch.device) -> tuple[
 
 
 def settle_threads(given: int | None, options: dict[str, Any], world: int) -> int:
-    """The threads of each process; those of a resumed run stay, as sums in another order have other bits."""
+    """The threads of each process. A resumed run keeps its number, as sums in another order have other bits."""
     cores = os.cpu_count() or 1
     if given is not None and given > cores:
         raise UserError(f"--threads {given}: this machine has {cores} cores")
     if given is None and "threads" in options:
-        # A run of an earlier version had as many as torch gave it.
+        # A run of an earlier version used torch's number of threads.
         given = options["threads"] or torch.get_num_threads()
     return min(given or threads_for(math.ceil(options["batch_size"] / world)), cores)
 
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
-    """Join the other processes of torchrun, if it started this one: (rank, world size, device of this process)."""
+    """Join the other processes of torchrun, if it started this one; yields (rank, world size, device)."""
     if not dist.is_torchelastic_launched():
         yield 0, 1, device
         return
@@ -139,14 +144,14 @@ def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
     dist.init_process_group({"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}[device.type])
     try:
         yield dist.get_rank(), dist.get_world_size(), device
-        # Rank 0 tests and saves when the others are done already; leaving together, none loses its connections.
+        # Rank 0 tests and saves while the others are already done; all leave together to keep its connections.
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 class Interruption:
-    """Ctrl-C, or SIGTERM from a cluster, as a request that is answered between two batches."""
+    """Turns Ctrl-C, or SIGTERM from a cluster, into a request to stop after the current batch."""
 
     def __init__(self) -> None:
         self.requested = self.granted = False
@@ -165,7 +170,7 @@ class Interruption:
         self.requested = True
 
     def check(self, step: int, world: int, device: torch.device) -> bool:
-        """Whether to stop after this step, all processes after the same one."""
+        """Whether to stop after this step; all processes stop after the same one."""
         if world == 1:
             self.granted = self.requested
         elif step % 10 == 0:  # asking the others costs a message and, on a GPU, a wait
@@ -177,7 +182,7 @@ class Interruption:
 
 @contextlib.contextmanager
 def finite_losses(run: Run, title: str) -> Iterator[None]:
-    """Says what to do when the step finds that a loss is not finite."""
+    """Adds advice to the error of a loss that is not finite."""
     try:
         yield
     except FloatingPointError as e:
@@ -188,7 +193,7 @@ def train_epoch(
     run: Run, step: TrainStep, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, stop: Interruption,
     shown: bool,
 ) -> None:  # fmt: skip
-    """What is left of an epoch, or as much of it as there is time for."""
+    """Train on the rest of an epoch, or until `stop` is requested."""
     world = run.options["processes"]
     run.net.train()
     batches = indices.split(run.share)
@@ -218,13 +223,13 @@ def train_epoch(
 
 @torch.no_grad()
 def logits(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The net's answers to all images, (N, classes)."""
+    """The net's logits for all images, (N, classes)."""
     net.eval()
     return torch.cat([net(part) for part in images.split(1000)])
 
 
 def finish_epoch(run: Run, answers: torch.Tensor, labels: torch.Tensor) -> str:
-    """Note how good the net is now, and say it in a line."""
+    """Add the finished epoch to the history; returns a line on it to print."""
     right = (answers.argmax(1) == labels).float().mean().item()
     train_loss = sum(run.losses[-run.steps :]) / run.steps
     speed = run.images / run.seconds
@@ -244,7 +249,7 @@ def counted(number: int, what: str) -> str:
 
 
 def write_results(run: Run, out: Path, answers: torch.Tensor, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """metrics.json, the pictures, and the table at the end; all tensors on the CPU."""
+    """Write metrics.json and the pictures, and print the final table; all tensors are on the CPU."""
     classes = answers.shape[1]
     confusion = torch.bincount(labels * classes + answers.argmax(1), minlength=classes**2).view(classes, classes)
     metrics = {
@@ -278,7 +283,7 @@ def write_results(run: Run, out: Path, answers: torch.Tensor, images: torch.Tens
 
 
 def prepare_folder(out: Path) -> None:
-    """Find out before the training, not after it, that nothing can be written."""
+    """Make the folder, and raise UserError before the training if it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -295,7 +300,7 @@ def read_data(folder: Path | None) -> tuple[torch.Tensor, ...]:
 
 
 def train(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> int:
-    """Train, print, save; returns the exit code."""
+    """Train, print and save; returns the exit code."""
     options, saved = settle(args, world, device)
     if device.type == "cpu" and world == 1 and options["threads"] > 1 and args.threads is None:
         wait_asleep()

@@ -1,4 +1,4 @@
-"""Handwritten digits as tensors: 10,000 that come with the package, or the four files of MNIST."""
+"""Handwritten digits as tensors: the package's 10,000, or the four files of MNIST."""
 
 import gzip
 import math
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 # Mean and standard deviation of MNIST's training pixels, for pixels from 0 to 1.
 MEAN, STD = 0.1307, 0.3081
 
-# Bytes of pixels that can be held as float32, too.
+# Limit in bytes for a file's pixels, which are also held as float32.
 _LARGEST = 2**30
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -26,7 +26,7 @@ _FILES = {
 def load_digits(
     folder: str | PathLike[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Digits to train and to test on.
+    """Load digits for training and for testing.
 
     Args:
         folder: directory with the four MNIST files in IDX format, gzipped (.gz) or not; None for the digits that come
@@ -38,8 +38,8 @@ def load_digits(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file cannot be read, is not in the IDX format or does not hold what its name says, or images and
-            labels do not fit each other.
+        ValueError: a file cannot be read, is not in the IDX format or does not hold what its name says, or the numbers
+            of images and labels differ.
 
     Source: http://yann.lecun.com/exdb/mnist/ for the format.
     """
@@ -65,10 +65,10 @@ def _read_digits(images_file: Path, labels_file: Path) -> tuple[torch.Tensor, to
 
 
 def _packaged(name: str) -> torch.Tensor:
-    """The bytes of an array in the package's NumPy file, which is read without NumPy: torch does not require it."""
+    """The bytes of an array in the package's .npz file, read without NumPy, which torch does not require."""
     with resources.files(__name__).joinpath("mnist10k.npz").open("rb") as f, zipfile.ZipFile(f) as arrays:
         content = bytearray(arrays.read(f"{name}.npy"))
-    # Eight bytes of magic and version, two for the length of the header, the header, the array.
+    # Format: eight bytes of magic and version, two for the length of the header, the header, the array.
     return torch.frombuffer(content, dtype=torch.uint8, offset=10 + int.from_bytes(content[8:10], "little"))
 
 
@@ -76,8 +76,8 @@ def read_idx(path: Path) -> torch.Tensor:
     """The uint8 tensor in the IDX file `path`, or in `path`.gz if there is no such file.
 
     Raises:
-        FileNotFoundError: there is neither.
-        ValueError: it cannot be read, is no IDX file of bytes, is damaged, or holds nothing.
+        FileNotFoundError: neither file exists.
+        ValueError: it cannot be read, is not an IDX file of uint8, is damaged, or is empty.
     """
     zipped = path.with_name(path.name + ".gz")
     file = path if path.exists() else zipped
@@ -95,8 +95,8 @@ def read_idx(path: Path) -> torch.Tensor:
 
 
 def _read_idx(f: BufferedIOBase, file: Path) -> torch.Tensor:
-    """`read_idx` of an open file. It reads no more than the header asks for: a gzip file may unpack to anything."""
-    # Two zeros, 8 for uint8, the number of dimensions; then each size as four bytes, the highest first.
+    """`read_idx` of an open file. Reads at most what the header declares, as a gzip file may unpack to any size."""
+    # Two zeros, 8 for uint8, the number of dimensions; then each size as four bytes, big-endian.
     start = f.read(4)
     if len(start) < 4 or start[:3] != b"\x00\x00\x08":
         raise ValueError(f"{file} is not an IDX file of bytes: it starts with {start.hex(' ') or 'nothing'}")
@@ -124,5 +124,5 @@ def as_tensors(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels (N, 1, 28, 28), 0 background to 1 ink, as LeNet takes them: (N, 1, 32, 32), normalised."""
+    """Pixels (N, 1, 28, 28), 0 background to 1 ink, padded and normalised for LeNet: (N, 1, 32, 32)."""
     return (F.pad(pixels, (2, 2, 2, 2)) - MEAN) / STD

@@ -1,1 +1,1 @@
-"""Programs to read from top to bottom, and to run: python -m tritonnet.examples.tutorial_lenet, and the others."""
+"""Programs to read from top to bottom, and to run, such as python -m tritonnet.examples.tutorial_lenet."""

@@ -20,7 +20,7 @@ def main():
     F.cross_entropy(net(x), target).backward()
     gradients = [p.grad for p in net.parameters()]
 
-    # On a CPU inductor would need a C++ compiler; everything before it is the same.
+    # On a CPU inductor would need a C++ compiler; aot_eager is the same up to that point.
     compiled = torch.compile(net, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     net.zero_grad()
     F.cross_entropy(compiled(x), target).backward()

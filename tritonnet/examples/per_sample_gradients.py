@@ -1,4 +1,4 @@
-"""The gradient of every single image in a batch, at once: torch.func's vmap and grad go through the kernels.
+"""The gradient of each image in a batch, all at once: torch.func's vmap and grad work with the kernels.
 
 python -m tritonnet.examples.per_sample_gradients
 """
@@ -15,7 +15,7 @@ def main():
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels, *_ = (t[:16].to(device) for t in load_digits())
-    # float64, so that two ways to the same gradient can be told from two gradients.
+    # float64, so that rounding cannot hide a difference between the gradients.
     net, images = tritonnet.LeNet().to(device).double(), images.double()
     parameters = {name: p.detach() for name, p in net.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""A model that exists already, here a small residual network: convert, fuse, and the same numbers come out.
+"""Convert and fuse an existing model, here a small residual network, and get the same results.
 
 python -m tritonnet.examples.residual_cnn
 """
@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 
 def build():
-    """Somebody's model, which knows nothing of tritonnet."""
+    """A model written without tritonnet."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), Block(16), Block(16),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
@@ -34,15 +34,15 @@ def build():
 def main():
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # float64, so that nothing but a mistake could make a difference that shows.
+    # float64, so that rounding cannot hide a difference.
     model = build().to(device).double()
     x, target = torch.randn(8, 3, 32, 32).to(device).double(), torch.randint(10, (8,), device=device)
     before = model(x)
     nn.functional.cross_entropy(before, target).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
 
-    tritonnet.convert(model)  # every layer that is served, in place
-    tritonnet.fuse(model, report=print)  # rows of layers as one kernel
+    tritonnet.convert(model)  # every layer that tritonnet has kernels for, in place
+    tritonnet.fuse(model, report=print)  # sequences of layers as one kernel
 
     model.zero_grad()
     after = model(x)

@@ -39,7 +39,7 @@ def rule_of(optimizer, parameters):
         raise NotServed("the optimizer has hooks")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     if set(groups) != {id(p) for p in parameters}:
-        raise NotServed("the optimizer has not just the parameters of the model")
+        raise NotServed("the optimizer does not have exactly the model's parameters")
     rules = []
     for group in optimizer.param_groups:
         if group["differentiable"] or group.get("capturable"):

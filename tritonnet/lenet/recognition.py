@@ -53,7 +53,7 @@ def _is_of_sizes(node):
         expression = inputs[0].node.expr
         for symbol in expression.free_symbols:
             if not all(expression.subs(symbol, number) == True for number in _NUMBERS):  # noqa: E712  (sympy's own)
-                raise NotServed("it makes a difference how many images there are")
+                raise NotServed("its forward depends on how many images there are")
     return True
 
 
@@ -65,7 +65,7 @@ def _chain(graph):
             continue
         steps = _steps(node)
         if len(node.users) != 1 or (chain and node.args[:1] != (chain[-1][1],)):
-            raise NotServed("its forward is no chain of layers")
+            raise NotServed("its forward is not a chain of layers")
         chain += [(step, node) for step in steps]
     kinds = [step for step, _ in chain]
     for first in (0, 3):
@@ -171,7 +171,7 @@ def find_layers(model):
         raise NotServed("the model has hooks")
     called = [getattr(type(model), name) is getattr(torch.nn.Module, name) for name in _CALLED]
     if not all(called) or set(_CALLED) & set(vars(model)) or not isinstance(model._compiled_call_impl, _COMPILED):
-        raise NotServed("it is not called as modules are")
+        raise NotServed("its __call__ is not torch.nn.Module's")
     sizes = [tuple(p.shape) for p in model.parameters()]
     channels = next((size[1] for size in sizes if len(size) == 4), 1)
     features = next((size[1] for size in sizes if len(size) == 2), 0)
@@ -181,5 +181,5 @@ def find_layers(model):
         with _modes(model, training):
             found.append(_captured(model, channels, side_of(padding, features)))
     if [repr(layer) for layer in found[0]] != [repr(layer) for layer in found[1]]:
-        raise NotServed("its forward is another in evaluation")
+        raise NotServed("its forward differs in evaluation")
     return found[0]

@@ -46,7 +46,7 @@ def side_of(padding, features):
     pixels = _PADDINGS.get(padding, padding) if isinstance(padding, str) else padding
     pixels = pixels[0] if isinstance(pixels, tuple) else pixels
     if (pixels, features) not in _SIZES:
-        raise NotServed(f"{features} features after padding by {padding} are those of no image of 28 or 32 pixels")
+        raise NotServed(f"no image of 28 or 32 pixels has {features} features after padding by {padding}")
     return _SIZES[pixels, features]
 
 
@@ -101,7 +101,7 @@ def parameters_of(layers, geometry, dtypes=(torch.float32,), strided=False):
         if not ordinary or not (strided or p.is_contiguous()):
             raise NotServed("a parameter is not an ordinary one")
         if p.shape != shape:
-            raise NotServed(f"a parameter of shape {list(p.shape)} is not of {list(shape)}, which its layer says")
+            raise NotServed(f"a parameter has shape {list(p.shape)}, but its layer says {list(shape)}")
         if p.dtype != dtype or p.device != device or dtype not in dtypes:
             raise NotServed(f"parameters of {p.dtype} on {p.device}")
     places = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters)

@@ -87,7 +87,7 @@ class FusedLaunches:
         self.geometry = geometry_of(layers)
         self.parameters = parameters = parameters_of(layers, self.geometry)
         if {id(p) for p in model.parameters()} != {id(p) for p in parameters}:
-            raise NotServed("the model has parameters beside those of its five layers")
+            raise NotServed("the model has parameters besides those of its five layers")
         if not all(p.requires_grad for p in parameters):
             raise NotServed("parameters are frozen")
         if _have_hooks(parameters):
@@ -123,9 +123,9 @@ class FusedLaunches:
             if not all(map(_REQUIRES_GRAD, self.parameters)):
                 raise NotServed("parameters have been frozen")
             if _have_hooks(self.parameters):
-                raise NotServed("parameters have got hooks")
+                raise NotServed("parameters have hooks now")
             if not _lie_in_order(self.parameters, self._bytes):
-                raise NotServed("parameters have got another dtype, shape or order in memory")
+                raise NotServed("parameters have changed their dtype, shape or strides")
             key = images.shape, images.dtype, labels.shape, labels.dtype
             batch = self._batches.get(key)
             if batch is None:
