@@ -29,7 +29,7 @@ def _reduce_ex(module, protocol):
     )
 
 
-class _Unheard:
+class _NoSubclassHook:
     """First base of the classes made here: stops __init_subclass__ of the other bases from being called."""
 
     def __init_subclass__(cls, **kwargs):
@@ -47,7 +47,9 @@ def _converted(cls):
         # A metaclass may do anything when a subclass is made.
         if issubclass(cls, theirs) and kept and type(cls) is type:
             members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-            return type(cls.__name__, (_Unheard, cls, ours), {**members, "_original": cls, "__reduce_ex__": _reduce_ex})
+            return type(
+                cls.__name__, (_NoSubclassHook, cls, ours), {**members, "_original": cls, "__reduce_ex__": _reduce_ex}
+            )
     return cls
 
 

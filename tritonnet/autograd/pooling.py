@@ -1,4 +1,4 @@
-"""The derivatives of max-pooling and of the rectifier."""
+"""The derivatives of max-pooling and of relu."""
 
 import torch
 

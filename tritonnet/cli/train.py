@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="implementation of the layers (default: auto)",
     )
-    add("--precision", choices=PRECISIONS, help="float32 is exact, tf32 and bfloat16 are for GPUs (default: float32)")
+    add("--precision", choices=PRECISIONS, help="format of products; tf32 and bfloat16 are for GPUs (default: float32)")
     add("--seed", type=whole(0), help=f"seed of the weights and of the order of digits (default: {FIXED['seed']})")
     add("--threads", type=whole(1), help="CPU threads (default: by the batch size, 1 below 256 images)")
     add("--resume", metavar="RUN", type=Path, help="folder (or checkpoint.pt) of a run to continue")
