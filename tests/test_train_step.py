@@ -318,7 +318,7 @@ OTHERS = {
         None, "differ",
     ),
     "some parameters": (
-        TutorialLeNet, lambda net: torch.optim.SGD(net.fc1.parameters()), None, "not just the parameters",
+        TutorialLeNet, lambda net: torch.optim.SGD(net.fc1.parameters()), None, "not have exactly",
     ),
     "another loss": (TutorialLeNet, sgd, theirs.CrossEntropyLoss(label_smoothing=0.1), "label smoothing"),
 }  # fmt: skip

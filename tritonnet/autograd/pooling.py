@@ -97,7 +97,7 @@ class ReLU(torch.autograd.Function):
 
 @register_autograd(ops.relu_)
 class ReLUInplace(torch.autograd.Function):
-    """x = max(x, 0), overwritten."""
+    """x = max(x, 0), in place."""
 
     @staticmethod
     def forward(ctx, x):
@@ -118,7 +118,7 @@ class ReLUInplace(torch.autograd.Function):
 
 @register_autograd(ops.relu_grad)
 class ReLUGrad(torch.autograd.Function):
-    """dx = dy where y > 0; a constant factor in dy."""
+    """dx = dy where y > 0, else 0; linear in dy."""
 
     @staticmethod
     def forward(ctx, dy, y):

@@ -142,10 +142,10 @@ def find_on_plain_paper(pixels: torch.Tensor, level: torch.Tensor) -> torch.Tens
 def find_on_lit_paper(pixels: torch.Tensor) -> torch.Tensor | None:
     """`find_ink` for a photo: most of the picture is paper, in any light."""
     above = pixels - background(pixels)
-    # Ink is rare and stands out, darker or lighter than the paper.
+    # Ink is rare and differs clearly, darker or lighter than the paper.
     if above.pow(3).sum() < 0:
         above = -above
-    spread = (above - above.median()).abs().median() / 0.6745  # of the paper: the standard deviation, if it is normal
+    spread = (above - above.median()).abs().median() / 0.6745  # standard deviation of the paper, if it is normal
     return cut_out(above, above[above > max(4 * spread.item(), 1e-3)])
 
 
@@ -272,7 +272,7 @@ def thicken(ink: torch.Tensor) -> torch.Tensor:
     larger = math.ceil(100 / max(ink.shape))
     ink = F.interpolate(ink[None, None], scale_factor=larger, mode="bilinear")
     inner = -F.max_pool2d(-F.pad(ink, (1, 1, 1, 1)), 3, 1)
-    width = 2 * ink.sum() / (ink - inner).sum()  # area by half of the rim
+    width = 2 * ink.sum() / (ink - inner).sum()  # area divided by half of the outline
     grow = max(0, round((2 * max(ink.shape) / 20 - width.item()) / 2))
     ink = F.pad(ink, (grow, grow, grow, grow))
     size = 2 * grow + 1

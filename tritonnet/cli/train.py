@@ -173,7 +173,7 @@ class Interruption:
         """Whether to stop after this step; all processes stop after the same one."""
         if world == 1:
             self.granted = self.requested
-        elif step % 10 == 0:  # asking the others costs a message and, on a GPU, a wait
+        elif step % 10 == 0:  # asking the others takes a message and, on a GPU, a wait
             flag = torch.tensor(float(self.requested), device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.granted = flag.item() > 0

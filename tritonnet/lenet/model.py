@@ -1,4 +1,4 @@
-"""LeNet-5, its layers fused."""
+"""LeNet-5 with fused layers."""
 
 from typing import Any
 

@@ -125,7 +125,7 @@ class FusedLaunches:
             if _have_hooks(self.parameters):
                 raise NotServed("parameters have hooks now")
             if not _lie_in_order(self.parameters, self._bytes):
-                raise NotServed("parameters have changed their dtype, shape or strides")
+                raise NotServed("parameters have changed their dtype, shape or memory order")
             key = images.shape, images.dtype, labels.shape, labels.dtype
             batch = self._batches.get(key)
             if batch is None:
