@@ -174,7 +174,7 @@ def section(found, folder):
         checked = checked and state["sources"] == record.sources  # what was proved of other code says nothing
         parts += verify.in_words(state) if checked else []
         if lacking := unmeasured(record, state if checked else {}):
-            parts.append(f"Not measured: {'; '.join(lacking)}.")
+            parts.append(f"Not measured by `python -m bench`: {'; '.join(lacking)}.")
     return "\n\n".join(parts)
 
 

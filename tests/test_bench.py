@@ -717,7 +717,10 @@ def test_results_in_the_readmes(tmp_path):
     line = next(line for line in text.splitlines() if "LeNet training step" in line and "65536" in line)
     assert line.split("|")[5].strip() == "2.00x" and line.split("|")[6].strip() == "3.00x"
     assert line.split("|")[7].strip() == "100%"
-    assert "Not measured: in bfloat16 `conv2d ResNet stem 7x7 stride 2`, " in text and "; anything in float32; " in text
+    assert (
+        "Not measured by `python -m bench`: in bfloat16 `conv2d ResNet stem 7x7 stride 2`, " in text
+        and "; anything in float32; " in text
+    )
     assert text.count("; smoke, tests, memcheck, racecheck by --verify.") == 1
     short = (tmp_path / "README.md").read_text()
     assert short.startswith("before\n<!-- results -->\n**Made-up GPU") and "](bench/README.md)" in short
@@ -770,7 +773,8 @@ def test_odd_records_in_the_readme(tmp_path, capsys):
     assert [record.machine["device"] for record in found] == ["Another", "Made-up GPU"]
     assert capsys.readouterr().err.count("is ignored: ") >= 8
     text = results.section(found, tmp_path)
-    assert "**, no times of ours ([all of it](results/another.md)).\n\nNot measured: anything in bfloat16;" in text
+    assert "**, no times of ours ([all of it](results/another.md)).\n\nNot measured by" in text
+    assert "`python -m bench`: anything in bfloat16;" in text
     assert "; in tf32 `LeNet inference at batch 65536`, `conv2d_relu_max_pool2d LeNet conv1`, " in text
     assert "|  |" not in text
     record.ceilings = {}

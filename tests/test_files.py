@@ -206,7 +206,7 @@ def test_nothing_that_a_file_asks_for_is_done(tmp_path):
 
 
 def test_what_a_file_holds_beside_tensors_is_named(tmp_path):
-    assert "'tritonnet.lenet.model.LeNet'" in refusal(predict.load_net, saved(tmp_path / "net.pt", tritonnet.LeNet()))
+    assert "'tritonnet.lenet.LeNet'" in refusal(predict.load_net, saved(tmp_path / "net.pt", tritonnet.LeNet()))
     # torch searches its message for words in a time that is quadratic in a name's length.
     long = mutations.archive([("archive/data.pkl", b"\x80\2c" + b"x" * 10**6 + b"\nx\n.")])
     (tmp_path / "long.pt").write_bytes(long)

@@ -34,7 +34,7 @@ class Faithful(threading.local):
     """A context in which captured code behaves as in eager: it follows hooks added later, and raises eager's errors.
 
     Code that cannot be captured, for example because of a wrong shape, runs as Python. Changing Dynamo's settings takes
-    longer than a call that finds its graph, so they are changed when a capture begins and restored after the call.
+    longer than a call of compiled code, so they are changed when a capture begins and restored after the call.
     """
 
     settings = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "trace_numpy": False}
@@ -67,7 +67,8 @@ def _begin(_=None):
 
 
 def _is_news(record):
-    """Whether to show a record of Dynamo's log: not an error after which the code runs as Python, and raises there."""
+    """Whether to show a record of Dynamo's log: not an error of a capture whose code then runs as Python and raises."""
+    # Dynamo's hints to raise a limit are shown.
     return not faithful.calls or "config." in str(record.msg)
 
 
@@ -98,8 +99,8 @@ def _checkpoint(given, body, *args, **options):
     """Runs a checkpoint as eager does, where Dynamo has a marker for the partitioners of other backends.
 
     Args:
-        given: positions of the arguments of the checkpointed function. Parameters and buffers are not among them: a
-            checkpoint would keep them as inputs, which may not be written to.
+        given: positions of the tensors to checkpoint. Parameters and buffers are not among them, because inputs of a
+            checkpoint may not be written to.
     """
     if context_fn := body.meta.get("_checkpoint_context_fn"):
         options["context_fn"] = context_fn
@@ -232,5 +233,5 @@ def _in_words(found, left):
 
 
 def compile_graph(graph_module, example_inputs, *, mode=None, options=None):
-    """The backend "tritonnet"; see Backend.__call__."""
+    """The backend "tritonnet" of torch.compile; see Backend.compile."""
     return Backend()(graph_module, example_inputs, mode=mode, options=options)

@@ -57,9 +57,9 @@ def convert(model: Model) -> Model:
     """Convert every torch.nn layer in `model` that tritonnet has kernels for into tritonnet's layer.
 
     Each module stays the same object: parameters, buffers, hooks, training mode, device, dtype, names and state_dict
-    do not change, and references to it stay valid. A subclass of such a layer is converted if it does not override
-    forward, and stays an instance of its class. Subclasses that override forward, layers under
-    torch.nn.utils.parametrize (convert first) and lazy layers (run them once first) are left unchanged.
+    do not change, and references to it stay valid. A subclass of such a layer is converted, and stays an
+    instance of its class, unless it overrides forward or _conv_forward or has a metaclass. Layers under
+    torch.nn.utils.parametrize (convert first) and lazy layers (run them once first) are left unchanged too.
 
     Args:
         model: torch.nn.Module of any depth, or one layer; changed in place.

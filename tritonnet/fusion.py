@@ -45,7 +45,7 @@ def calling(function):
     def call(*args, **kwargs):
         return function(*args, **kwargs)
 
-    # Dynamo caches graphs by code object, up to a limit, and also that there is nothing to capture.
+    # Dynamo caches graphs for each code object, up to a limit, and skips code that it once found empty.
     call.__code__ = call.__code__.replace()
     return call
 

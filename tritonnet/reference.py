@@ -1,6 +1,6 @@
 """Every operator in plain torch, below autograd: it runs without a GPU, and the kernels are tested against it.
 
-Arguments and results are those of the launchers in `kernels`, which document them.
+Arguments and results are those of kernels/launchers.py; the functions that it calls document them.
 """
 
 import functools
@@ -159,7 +159,7 @@ def max_pool2d_indices(code, width, kernel, stride, padding, dilation):
 
 
 def _indices(code, width, kernel, stride, padding, dilation, none):
-    """max_pool2d_indices, with about `none` where the code names no pixel."""
+    """max_pool2d_indices; where the code points to no pixel, `none` after the window's start."""
     offsets = F.pad(_offsets(width, kernel, dilation, code.device), (0, 1), value=none)
     found = offsets.index_select(0, code.flatten().int()).view(code.shape)
     return found.add_(_starts(code.shape[2:], width, stride, padding, code.device))

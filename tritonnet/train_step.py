@@ -14,6 +14,7 @@ from .lenet.losses import not_finite, send
 from .lenet.recognition import find_layers
 from .lenet.served import FORMATS, NotServed
 from .lenet.step import NOTHING_YET, FusedLaunches, Progress
+from .nn._plain import check_model
 
 
 def _products_in(precision, device):
@@ -154,7 +155,7 @@ class TrainStep:
         precision: format of the products, while sums and weights stay float32: "ieee" (float32), "tf32" (operands
             truncated to 10 bits of mantissa, not rounded) or "bfloat16" (rounded to 7). None for bfloat16 if autocast
             to it is on now, tf32 if torch's flags allow it for both convolutions and matrix products, and ieee
-            otherwise.
+            otherwise; without the four launches, torch's flags and autocast count at each call.
         accumulate: number of calls whose gradients are averaged into one update, which the last of them makes. If it is
             above 1, `p.grad` holds the gradients so far. With 1, the four launches do not write `p.grad`.
         report: function such as print, called with a line on the path taken, and with one if a CUDA graph cannot be
@@ -166,8 +167,7 @@ class TrainStep:
     """
 
     def __init__(self, model, loss, optimizer, precision=None, accumulate=1, report=None):
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if precision not in (None, *FORMATS):
@@ -238,8 +238,9 @@ class TrainStep:
         """One step on a batch.
 
         Args:
-            images: (N, C, H, W) on the model's device or on the CPU, pinned to be copied without waiting; floating, or
-                uint8 for a tritonnet.LeNet (see there). Do not write to a pinned batch before the copy is complete.
+            images: (N, C, H, W) on the model's device or on the CPU, pinned to be copied without waiting. The four
+                launches take float32, float16 and bfloat16, and uint8 for a tritonnet.LeNet (see there). Do not write
+                to a pinned batch before the copy is complete.
             labels: (N), classes, int64 or uint8.
 
         Returns:
@@ -250,7 +251,8 @@ class TrainStep:
                 later, or in `check`; until then, update counts in the optimiser's state on the CPU may be too high.
                 On the four launches, a label that is not a class has the same effect.
             RuntimeError: inference mode is on.
-            TypeError, ValueError: images or labels are not as described above.
+            TypeError, ValueError: images or labels are not as described, on the four launches; otherwise what the model
+                and the loss raise.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("TrainStep: inference mode has no gradients to train with")

@@ -8,5 +8,6 @@ def total(*terms):
 
 
 def save(ctx, *tensors):
+    """Save tensors for backward and for forward mode."""
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)

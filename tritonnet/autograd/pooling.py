@@ -1,4 +1,7 @@
-"""The derivatives of max-pooling and of relu."""
+"""The derivatives of max-pooling and of relu.
+
+The code of a window is the position of its maximum, kh * KW + kw, or KH * KW where it points to no pixel.
+"""
 
 import torch
 
@@ -9,7 +12,7 @@ from ._common import save
 
 @register_autograd(ops.max_pool2d)
 class MaxPool2d(torch.autograd.Function):
-    """y = the elements of x that the code names."""
+    """y = the elements of x that the code points to."""
 
     @staticmethod
     def forward(ctx, x, kernel, stride, padding, dilation, ceil_mode):

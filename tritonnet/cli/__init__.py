@@ -22,7 +22,10 @@ _EXTRA = ("matplotlib", "numpy", "PIL", "rich")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 1 for a check that failed, 2 for a user's error, 130 for Ctrl-C."""
+    """Run a command; returns its exit code.
+
+    0, 1 for a failed check, 2 for a user's error, 130 for Ctrl-C, 141 for a closed pipe, or that of the bench.
+    """
     from .. import __version__
 
     commands = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())

@@ -54,9 +54,13 @@ def threads_for(images: int) -> int:
     """The number of CPU threads for steps of LeNet on `images` images.
 
     A step has some hundred loops. At the end of each, all threads wait for the last one, even while that has to leave
-    its core to another process. Images per second on two cores, idle, beside one busy process and beside two: with 64
-    per step 6,500, 6,200 and 4,700 on one thread, and 8,500, 2,300 and 140 on two; with 512 per step 9,400, 9,500 and
-    5,800 on one, and 12,700, 8,300 and 5,200 on two that `wait_asleep`.
+    its core to another process. Images per second on two cores, by the number of other busy processes:
+
+        images per step  threads                  idle    one    two
+        64               1                       6,500  6,200  4,700
+        64               2                       8,500  2,300    140
+        512              1                       9,400  9,500  5,800
+        512              2 (with `wait_asleep`) 12,700  8,300  5,200
     """
     if os.environ.get("OMP_NUM_THREADS", "")[:1].isdigit():
         return torch.get_num_threads()

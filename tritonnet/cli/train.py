@@ -144,7 +144,7 @@ def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
     dist.init_process_group({"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}[device.type])
     try:
         yield dist.get_rank(), dist.get_world_size(), device
-        # Rank 0 tests and saves while the others are already done; all leave together to keep its connections.
+        # Rank 0 saves and draws while the others are already done; all leave together to keep its connections.
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -58,7 +58,8 @@ class FirstBad:
 
     Attributes:
         numbers: (4) int32 on the device, see `trouble` in kernels/lenet/update.py: the number of that call, 0 while
-            there is none and negative if every label was ignored; the calls so far; two flags of the group of calls.
+            there is none and negative if every label was ignored; the calls so far; whether a
+            loss of this accumulation group, and whether one of its earlier calls, was not finite.
     """
 
     def __init__(self, device, calls=0, spoiled=False):

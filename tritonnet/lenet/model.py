@@ -19,8 +19,8 @@ class LeNet(nn.Module):
     """LeNet-5 for images (N, channels, size, size), with logits (N, classes).
 
     Results, gradients and state_dict are those of the LeNet in PyTorch's tutorials, which calls relu and max_pool2d in
-    its forward; here they are fused into the layers. In evaluation without gradients, all layers run in two launches,
-    the first of which packs the current weights, unless layers have hooks or were replaced.
+    its forward; here they are fused into the layers. On a GPU, an evaluation in float32 or bfloat16 without
+    gradients is two launches, the first of which packs the current weights, unless layers have hooks or were replaced.
 
     Args:
         classes: number of classes. Up to 1024 use the fused launches; more run layer by layer.

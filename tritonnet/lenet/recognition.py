@@ -35,7 +35,9 @@ def _steps(node):
         # Any arguments that make one row of each image.
         steps = [FLATTEN] if before.dim() == 4 and after.dim() == 2 and before.shape[0] == after.shape[0] else []
     if not steps:
-        raise NotServed(f"its forward calls {getattr(node.target, '__name__', node.target)}, which no LeNet does")
+        raise NotServed(
+            f"its forward calls {getattr(node.target, '__name__', node.target)} in a way that no LeNet does"
+        )
     if POOL in steps:
         window = window_of(node) if steps == [POOL] else node.args[8:]
         if window[:3] != ((2, 2), (2, 2), (0, 0)):

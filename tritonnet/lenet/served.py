@@ -23,7 +23,7 @@ _LINEARS = torch.nn.Linear, nn.Linear, nn.LinearReLU
 
 
 class NotServed(Exception):
-    """Why the fused launches do not take a net, a loss or an optimiser."""
+    """The fused launches do not support a net, a loss or an optimiser; the message says why."""
 
 
 def default_format(device):
@@ -129,11 +129,11 @@ def check_batch(images, labels, geometry, pixels):
     if raw and pixels is None:
         raise TypeError("images of dtype uint8 need a tritonnet.LeNet, which knows their mean and deviation")
     if not raw and images.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"images must be floating or uint8, got {images.dtype}")
+        raise TypeError(f"images must be float32, float16, bfloat16 or uint8, got {images.dtype}")
     some = images.dim() == 4 and len(images) > 0
     side = size - 2 * pixels(images).frame if raw and some else size
     if not some or tuple(images.shape[1:]) != (C, side, side):
-        raise ValueError(f"images must be (N, {C}, {size}, {size}) with N > 0, got {list(images.shape)}")
+        raise ValueError(f"images must be (N, {C}, {side}, {side}) with N > 0, got {list(images.shape)}")
     if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.uint8):
         raise ValueError(
             f"labels must be ({len(images)}) of int64 or uint8, got {list(labels.shape)} of {labels.dtype}"

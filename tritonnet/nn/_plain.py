@@ -32,5 +32,6 @@ def global_hooks():
 
 
 def check_model(model):
+    """TypeError if `model` is not a torch.nn.Module."""
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

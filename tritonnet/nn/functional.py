@@ -14,19 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
 from ..registration import in_transforms
-from ._checks import (
-    as_batch,
-    as_pair,
-    check_alike,
-    check_conv2d,
-    check_linear,
-    check_linear_chain,
-    check_max_pool2d,
-    check_tensors,
-    conv2d_padding,
-    is_served,
-    positive,
-)
+from . import _checks
 from ._stand_in import stand_in
 
 Pixels = int | Sequence[int]
@@ -88,19 +76,19 @@ def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
 
 def _convolve(name, operator, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode):
     """operator(x, weight, bias, *geometry) of checked arguments, or `rest` of torch's convolution if not served."""
-    check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    _checks.check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     input, weight, bias = _autocast(input, weight, bias)
-    if not is_served(input, weight, bias) or input.shape[-3:-2] == (0,):
+    if not _checks.is_served(input, weight, bias) or input.shape[-3:-2] == (0,):
         return rest(_torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode))
-    check_alike(name, input=input, weight=weight, bias=bias)
+    _checks.check_alike(name, input=input, weight=weight, bias=bias)
     if weight.dim() != 4:
         raise RuntimeError(f"{name}: weight must be (OC, C / groups, KH, KW), got size {list(weight.shape)}")
-    x, unbatched = as_batch(name, input)
-    stride = positive(name, "stride", as_pair(name, "stride", stride))
-    dilation = positive(name, "dilation", as_pair(name, "dilation", dilation))
-    (groups,) = positive(name, "groups", as_pair(name, "groups", groups)[:1])
-    padding = conv2d_padding(name, padding, weight.shape[2:], stride, dilation)
-    check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode)
+    x, unbatched = _checks.as_batch(name, input)
+    stride = _checks.positive(name, "stride", _checks.as_pair(name, "stride", stride))
+    dilation = _checks.positive(name, "dilation", _checks.as_pair(name, "dilation", dilation))
+    (groups,) = _checks.positive(name, "groups", _checks.as_pair(name, "groups", groups)[:1])
+    padding = _checks.conv2d_padding(name, padding, weight.shape[2:], stride, dilation)
+    _checks.check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode)
     y = operator(x, weight, bias, stride, padding, dilation, groups, pad_mode)
     return _sized(y, y.shape[1:]) if unbatched else y
 
@@ -136,11 +124,12 @@ def conv2d_relu_max_pool2d(
     pool_kernel_size: Pixels = 2, pool_stride: Pixels | None = None, pool_padding: Pixels = 0,
     pool_ceil_mode: bool = False,
 ) -> Tensor:  # fmt: skip
-    """max_pool2d(relu(conv2d(...))) in one kernel, which writes the pooled result and one byte per window.
+    """max_pool2d(relu(conv2d(...))) in one kernel, which writes the pooled result and the code of each maximum.
 
     Results and gradients are those of the three functions one after the other: the convolution's result is rounded to
-    its dtype before the maximum is taken. Below 16 channels, in whole 2x2 windows and in tf32, float16 or bfloat16, a
-    faster kernel rounds after taking the maximum, and values that are not finite spread to the neighbouring windows.
+    its dtype before the maximum is taken. Below 16 input channels, without groups, in
+    whole unpadded 2x2 windows and in tf32, float16 or bfloat16, a faster kernel rounds after taking the maximum, and
+    values that are not finite spread to the neighbouring windows. A code is one byte for windows below 256 pixels.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: as for conv2d.
@@ -174,7 +163,7 @@ def _conv2d_relu_max_pool2d(
     def fused(x, weight, bias, *geometry):
         size = shapes.conv2d_size(x.shape[2:], weight.shape[2:], *geometry[:3])
         images = x.shape[0], weight.shape[0], *size
-        *window, _ = check_max_pool2d(name, "pool_", images, *pool)
+        *window, _ = _checks.check_max_pool2d(name, "pool_", images, *pool)
         return ops.conv2d_relu_max_pool2d(x, weight, bias, *geometry, *window, pool_ceil_mode)[0]
 
     def rest(z):
@@ -185,8 +174,8 @@ def _conv2d_relu_max_pool2d(
 
 def _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
     if pad_mode != "zeros":
-        top, bottom, left, right = conv2d_padding(
-            "conv2d", padding, weight.shape[2:], (1, 1), as_pair("conv2d", "dilation", dilation)
+        top, bottom, left, right = _checks.conv2d_padding(
+            "conv2d", padding, weight.shape[2:], (1, 1), _checks.as_pair("conv2d", "dilation", dilation)
         )
         input, padding = _torch.pad(input, (left, right, top, bottom), mode=pad_mode), 0
     return _torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -220,11 +209,11 @@ def max_pool2d(
     if has_torch_function((input,)):
         return handle_torch_function(max_pool2d, (input,), input, *arguments)
     name = "max_pool2d"
-    check_tensors(name, input=input)
-    if not is_served(input):
+    _checks.check_tensors(name, input=input)
+    if not _checks.is_served(input):
         return _torch.max_pool2d(input, *arguments)
-    x, unbatched = as_batch(name, input)
-    window = check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    x, unbatched = _checks.as_batch(name, input)
+    window = _checks.check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
     y, code = ops.max_pool2d(x, *window, ceil_mode)
     results = (y, ops.max_pool2d_indices(code, x.shape[3], *window)) if return_indices else (y,)
     if unbatched:
@@ -258,8 +247,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if has_torch_function((input,)):
         return handle_torch_function(relu, (input,), input, inplace)
-    check_tensors("relu", input=input)
-    if not is_served(input):
+    _checks.check_tensors("relu", input=input)
+    if not _checks.is_served(input):
         return _torch.relu(input, inplace)
     if not inplace:
         return ops.relu(input)
@@ -277,7 +266,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         input: (..., K); float64, float32, float16 or bfloat16, any strides. Other dtypes go to torch.
-        weight: (N, K) or (K), of input's dtype.
+        weight: (N, K), or (K) without bias, of input's dtype.
         bias: (N), or any shape that broadcasts to the result, of input's dtype, or None.
 
     Returns:
@@ -313,12 +302,12 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _linear(name, operator, rest, input, weight, bias):
     """operator(rows, weight, bias) of checked arguments, or `rest` of the sum where bias has to be added separately."""
-    check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    _checks.check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     input, weight, bias = _autocast(input, weight, bias)
-    if not is_served(input, weight, bias):
+    if not _checks.is_served(input, weight, bias):
         return rest(_torch.linear(input, weight, bias))
-    check_alike(name, input=input, weight=weight, bias=bias)
-    check_linear(name, input, weight, bias)
+    _checks.check_alike(name, input=input, weight=weight, bias=bias)
+    _checks.check_linear(name, input, weight, bias)
     if weight.dim() == 1:
         return _linear(name, operator, rest, input, weight.unsqueeze(0), None).squeeze(-1)
     usual = bias is None or bias.shape == weight.shape[:1]
@@ -342,8 +331,8 @@ def linear_chain(input, weights, biases=None):
     """linear layers with relu between them, but not after the last, in one kernel.
 
     One launch computes two to four layers of up to 128 features each, with any number of input features, without
-    reading the hidden layers back from memory. Other chains run layer by layer. Results, gradients and rounding are
-    those of linear and relu one after the other.
+    reading the hidden layers back from memory. Of a longer chain the last four do; wider layers run one by one.
+    Results, gradients and rounding are those of linear and relu one after the other.
 
     Args:
         input: (..., K); float64, float32, float16 or bfloat16, any strides. Other dtypes go to torch.
@@ -372,15 +361,15 @@ def linear_chain(input, weights, biases=None):
         )
     named = {f"weights[{i}]": w for i, w in enumerate(weights)}
     named |= {f"biases[{i}]": b for i, b in enumerate(biases) if b is not None}
-    check_tensors(name, input=input, **named)
+    _checks.check_tensors(name, input=input, **named)
     input, *tensors = _autocast(*tensors)
     weights, biases = tensors[: len(weights)], tensors[len(weights) :]
-    if not is_served(input, *tensors):
+    if not _checks.is_served(input, *tensors):
         for w, b in zip(weights[:-1], biases):
             input = _torch.relu(_torch.linear(input, w, b))
         return _torch.linear(input, weights[-1], biases[-1])
-    check_alike(name, input=input, **dict(zip(named, [t for t in tensors if t is not None])))
-    check_linear_chain(name, input, weights, biases)
+    _checks.check_alike(name, input=input, **dict(zip(named, [t for t in tensors if t is not None])))
+    _checks.check_linear_chain(name, input, weights, biases)
     while len(weights) > shapes.MOST_LAYERS:
         input, weights, biases = linear_relu(input, weights[0], biases[0]), weights[1:], biases[1:]
     if len(weights) == 1:
@@ -438,9 +427,9 @@ def cross_entropy(
     tensors = input, target, weight
     if has_torch_function(tensors):
         return handle_torch_function(cross_entropy, tensors, input, target, *arguments)
-    check_tensors("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
+    _checks.check_tensors("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
     served = (
-        is_served(input, weight)
+        _checks.is_served(input, weight)
         and input.dim() in (1, 2) and target.dim() == input.dim() - 1 and target.shape == input.shape[:-1]
         and input.numel() > 0 and target.dtype in (torch.int64, torch.uint8) and target.device == input.device
         and (weight is None or (weight.shape == input.shape[-1:] and not weight.requires_grad))
