@@ -109,6 +109,11 @@ def strides(t):
     return [stride if size > 1 else 0 for size, stride in zip(t.shape, t.stride())]
 
 
+def named_strides(letter, strides, dims="nchw"):
+    """{"stride_xn": ..., ...}: the strides as constants of a kernel, for the tensor `letter` with these dimensions."""
+    return {f"stride_{letter}{dim}": stride for dim, stride in zip(dims, strides)}
+
+
 def in_units(itemsize, *numbers):
     """(each number divided by its unit, the units); the kernel multiplies them again.
 
@@ -163,3 +168,16 @@ def first_tap(shifted, DIVISOR: tl.constexpr, STEP: tl.constexpr, INVERSE: tl.co
     """The first of K taps that reaches the pixel at `shifted` = i + pad, or K if none does (see Window)."""
     tap = (shifted // DIVISOR) % STEP * INVERSE % STEP
     return tl.where((shifted % DIVISOR == 0) & (tap < K), tap, K)
+
+
+@triton.jit
+def next_block(c, kh, kw, C, KW, BLOCK: tl.constexpr):
+    """Advance by one block of channels, then to the next tap; counters avoid divisions in the inner loop."""
+    c += BLOCK
+    wrap = c >= C
+    c = tl.where(wrap, 0, c)
+    kw += tl.where(wrap, 1, 0)
+    wrap = kw >= KW
+    kw = tl.where(wrap, 0, kw)
+    kh += tl.where(wrap, 1, 0)
+    return c, kh, kw

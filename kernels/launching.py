@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 # The kernels that `launch` has compiled instead of launching them, in this thread; None outside compiled_together().
 compiling = contextvars.ContextVar("compiling", default=None)
-# Entries of a cache, of a kernel or of a function; a full cache is cleared.
+# Entries of a cache. A kernel's full cache is cleared; a function's drops what was used least recently.
 MOST_KEPT = 4096
 # Triton specialises a kernel on pointers with this alignment in bytes.
 ALIGNMENT = 16

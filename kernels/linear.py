@@ -4,7 +4,8 @@
     dx       = linear(dy, w transposed)
     dw[n, k] = sum over m of dy[m, n] * x[m, k],    db[n] = sum over m of dy[m, n]
 
-Tensors may have any strides, so transposing costs nothing.
+Tensors may have any strides, so transposing costs nothing (but a copy in tf32 on
+sm_90, see tiles.wants_k_inner).
 """
 
 import torch
@@ -112,7 +113,7 @@ def weight_grad_tile(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     if OPERAND.primitive_bitwidth == 16:
-        # Otherwise triton 3.6.0 waits for each product before the next; split_product gives no program an empty share.
+        # Otherwise triton 3.6.0 waits for each product before the next; no share of split_product is empty.
         tl.assume(first < last)
     for m0 in range(first, last, BLOCK_K):
         offs_m = m0 + tl.arange(0, BLOCK_K).to(INDEX)

@@ -1,4 +1,4 @@
-"""Max-pooling that stores the position of each maximum as a small code per window, for a backward that gathers.
+"""Max-pooling that stores each maximum's position as a small code, so that the backward needs no atomics.
 
     y[n, c, oh, ow]    = max over kh, kw of x[n, c, ih, iw],    code[n, c, oh, ow] = kh * KW + kw of that maximum
     scatter: dx[n, c, ih, iw] = sum over windows (oh, ow) whose code points to (ih, iw) of dy[n, c, oh, ow]
@@ -117,7 +117,7 @@ def max_pool2d_scatter_kernel(
     dy_ptrs = dy_ptr + n * stride_yn + c * stride_yc
     code_ptrs = code_ptr + n * stride_cn + c * stride_cc
 
-    # A pixel adds the gradient of each window that covers it, one for every STEP-th tap, whose code points to it.
+    # One window for every STEP-th tap covers a pixel, which adds the gradients of those whose code points to it.
     kh0 = first_tap(ih + PH, DIVISOR_H, STEP_H, INVERSE_H, KH)
     kw0 = first_tap(iw + PW, DIVISOR_W, STEP_W, INVERSE_W, KW)
     acc = tl.zeros((BLOCK,), ACC)

@@ -1,7 +1,8 @@
 """Sizes and memory layouts of every result, in plain torch, for the kernels, the reference and fake tensors.
 
 Images are (N, C, H, W), filters (OC, C / groups, KH, KW). Pairs are (height, width); `padding` of a convolution is
-(top, bottom, left, right). The functions return uninitialised tensors.
+(top, bottom, left, right). The functions named after operators return uninitialised
+tensors.
 """
 
 import torch
@@ -90,7 +91,7 @@ def _code_type(largest):
 
 
 def conv2d_relu_max_pool2d(x, w, stride, padding, dilation, pool_kernel, pool_stride, pool_padding, ceil_mode):
-    """The values, and the code of each window as in max_pool2d, or KH * KW where no value is above 0."""
+    """The values, and the code of each window as in max_pool2d, or the window's size where the maximum is <= 0."""
     size = conv2d_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
     size = max_pool2d_size(size, pool_kernel, pool_stride, pool_padding, (1, 1), ceil_mode)
     y = _empty(x, (x.shape[0], w.shape[0], *size), x, w)

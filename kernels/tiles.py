@@ -1,7 +1,7 @@
 """Which tile computes a matrix product, and how many programs share its sum.
 
-There is one table for each kind of product, and `gemm_tile` chooses a row. Both results depend only on shapes, dtypes
-and the architecture, so that sums have the same bits on every card of a kind.
+There is one table for each kind of product, and `gemm_tile` chooses one of its tiles. Both results depend only on
+shapes, dtypes and the architecture, so that sums have the same bits on every card of a kind.
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def wants_k_inner(dtype, precision):
 
 # Programs with a 128 x 128 tile that an H100 or H200 runs at once.
 RESIDENT = 2 * 132
-# Tiles by number format, the widest first. Those of float32 and float64 were chosen from machine code (no register
+# Tiles by number format, the widest first. Those of ieee float32 and float64 were chosen from machine code (no register
 # spills); the others were timed on an H200, see bench/results/products-nvidia-h200.md. Every row is compiled for every
 # architecture by bench.machine_code, so each has to be worth it.
 SQUARE = {
@@ -88,7 +88,7 @@ def clamped_power(size, least, most):
 def gemm_tile(table, M, N, K, dtype, precision, halve=True):
     """The tile for an (M, K) x (K, N) product: the widest of the table that the product fills more than half of.
 
-    On sm_90, if `halve`, the tile has half as many rows when there are too few tiles for two on every multiprocessor.
+    On sm_90, if `halve`, a 128 x 128 tile gets half as many rows if there are too few for two on every multiprocessor.
     """
     if INTERPRETED:
         # The interpreter takes as long for a small operation as for a large one: few tiles, yet more than one.

@@ -414,6 +414,22 @@ def test_compiled_backward(backend, device):
     torch.testing.assert_close(x.grad, value_and_grad(TF.cross_entropy, x, target, reduction="sum")[1] / 0.5)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_the_operator_without_rows(reduction, backend, device):
+    """F.cross_entropy hands empty batches to torch; whoever calls the operator gets what torch gives."""
+    x, target = torch.zeros(0, 3, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    loss, grad = ops.cross_entropy(x, target, None, reduction, -100, 0.0)
+    assert loss.equal(TF.cross_entropy(x, target, reduction=reduction)) or loss.isnan() and reduction == "mean"
+    assert grad.shape == x.shape
+
+
+def test_no_more_partial_losses_than_one_program_adds_up():
+    forward = pytest.importorskip("tritonnet.kernels.cross_entropy.forward")
+    for N in (1, 1000, 2**20, 2**20 + 1, 3 * 10**6):
+        rows = forward._blocks(N, 10, torch.float32, "sum")[0]
+        assert (N + rows - 1) // rows <= forward.MOST_PROGRAMS, N
+
+
 def test_classes_of_one_byte(backend, device):
     """156 is a class, although it is ignore_index's default modulo 256, and 255 may be ignored."""
     x, target = torch.randn(4, 200, device=device), torch.tensor([156, 3, 255, 156], device=device)

@@ -32,7 +32,7 @@ def test_training_under_torchrun(tmp_path):
     train_x, train_y, test_x, test_y = load_digits()
     train_x, test_x = (((x[:, 0, 2:-2, 2:-2] * STD + MEAN) * 255).round().byte() for x in (train_x, test_x))
     write_mnist(data, train_x[:1280], train_y[:1280], test_x[:100], test_y[:100])
-    fresh = ["--data", str(data), "--batch-size", "32", "--optimizer", "sgd", "--lr", "0.005"]
+    fresh = ["--data", str(data), "--batch-size", "32", "--optimizer", "sgd", "--lr", "0.002"]
     command = (*TORCHRUN, "-m", "tritonnet.train", "--device", "cpu")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -48,6 +48,7 @@ def test_training_under_torchrun(tmp_path):
     assert epochs[0] != "epoch 1" and epochs[-1] == "epoch 10" and result.stdout.count("model.pt") == 1
     assert cli.main(["train", "--device", "cpu", "--backend", "reference", *fresh, "--out", str(alone)]) == 0
     losses, true_losses = (json.loads((run / "metrics.json").read_text())["losses"] for run in (out, alone))
-    # At this rate 400 steps amplify a rounding to some millionths; at the usual one, to the size of the loss itself.
-    assert losses == pytest.approx(true_losses, rel=1e-3) and len(losses) == 400
+    # At this rate 400 steps do not amplify a rounding. At 0.005 the loss falls so fast from step 160 on that roundings
+    # grew to some millionths on one CPU and to 5 % on another.
+    assert losses == pytest.approx(true_losses, rel=1e-5) and len(losses) == 400
     tritonnet.LeNet().load_state_dict(torch.load(out / "model.pt", weights_only=True))

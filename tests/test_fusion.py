@@ -1,4 +1,4 @@
-"""The backend "tritonnet" of torch.compile and tritonnet.fuse: the rows that they find in common networks."""
+"""The backend "tritonnet" of torch.compile and tritonnet.fuse: the patterns that they find in common networks."""
 
 import copy
 import importlib.metadata
@@ -34,7 +34,7 @@ class Tutorial(tnn.Module):
 
 
 class WithModules(Tutorial):
-    """A pooling shared by two rows, dropout by mode, tritonnet's functions."""
+    """A pooling shared by two patterns, dropout by mode, tritonnet's functions."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class WithModules(Tutorial):
 
 
 class Residual(tnn.Module):
-    """A result that is used twice is not part of a row."""
+    """A result that is used twice is not part of a pattern."""
 
     def __init__(self):
         super().__init__()
@@ -374,7 +374,7 @@ NETWORKS = {
 }
 
 
-def rows_in(line):
+def patterns_in(line):
     kinds = [0, 0, 0, 0]
     for row in line.partition("fused: ")[2].partition(". not")[0].split("; ") if "fused: " in line else ():
         if "max_pool2d" in row:
@@ -392,7 +392,7 @@ LINEARS = ("fc", "aux1", *map(str, range(15, 30)))
 @pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, converted):
-    """Every row that they have, and one graph for each mode; values and gradients are eager's."""
+    """Every pattern that they have, and one graph for each mode; values and gradients are eager's."""
     make, *rows = NETWORKS[name]
     torch.manual_seed(0)
     model = make().double()
@@ -402,7 +402,7 @@ def test_networks(name, converted):
     with tritonnet.backend("reference"):
         for training in (True, False):
             torch.testing.assert_close(step(fused, x, training), step(model, x, training), rtol=1e-8, atol=1e-8)
-    assert [rows_in(line) for line in lines] == [rows[0]] if len(lines) == 1 else rows, lines
+    assert [patterns_in(line) for line in lines] == [rows[0]] if len(lines) == 1 else rows, lines
 
 
 def compiled(model, **options):
@@ -500,7 +500,7 @@ def test_many_models_and_sizes():
 
 
 def test_a_failure_of_ours_is_none_of_python(monkeypatch):
-    monkeypatch.setattr(compiler, "fuse_rows", lambda graph: 1 / 0)
+    monkeypatch.setattr(compiler, "fuse_patterns", lambda graph: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tritonnet.fuse(Tutorial())(torch.rand(1, 1, 28, 28))
 

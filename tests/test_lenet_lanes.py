@@ -9,14 +9,14 @@ from exact import ROUNDOFF
 
 import tritonnet
 from tritonnet.kernels.lenet import forward as lenet_forward
-from tritonnet.kernels.lenet import lanes as lenet_lanes
 from tritonnet.kernels.lenet import layout as lenet
+from tritonnet.kernels.lenet import tiles
 from tritonnet.lenet import served
 
 
 @pytest.fixture
 def in_lanes(monkeypatch):
-    monkeypatch.setattr(lenet_lanes, "form", lambda format: "lanes")
+    monkeypatch.setattr(tiles, "form", lambda format: "lanes")
 
 
 def small(channels):
@@ -51,7 +51,7 @@ def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
 def test_buffers_follow_the_form(train, monkeypatch):
     """Also after the other form was asked for with the same net."""
     for form, size in (("ieee", (2, 14, 14, 8)), ("lanes", (2, 6, 14, 14)), ("ieee", (2, 14, 14, 8))):
-        monkeypatch.setattr(lenet_lanes, "form", lambda format, form=form: form)
+        monkeypatch.setattr(tiles, "form", lambda format, form=form: form)
         p1 = lenet_forward.activations(2, lenet.Geometry(1, 32, 0, 7), "ieee", "cpu", train)["p1"]
         assert p1.shape == size
 

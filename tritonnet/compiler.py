@@ -1,4 +1,4 @@
-"""The backend "tritonnet" of torch.compile: Dynamo captures a graph, and this fuses the rows in it.
+"""The backend "tritonnet" of torch.compile: Dynamo captures a graph, and this fuses the patterns in it.
 
     torch.compile(model, backend="tritonnet")
     torch.compile(model, backend="tritonnet", options={"backend": "inductor"})
@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch.utils.checkpoint import checkpoint
 
-from .rows import fuse_rows
+from .patterns import fuse_patterns
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -139,7 +139,7 @@ def _as_eager_does(graph_module):
 
 
 class Backend:
-    """A backend of torch.compile that fuses rows.
+    """A backend of torch.compile that fuses patterns.
 
     Args:
         name: of the model, for the report.
@@ -186,7 +186,7 @@ class Backend:
         self._graphs += 1
         found, left = [], []
         for module in graphs:
-            of_module = fuse_rows(module.graph)
+            of_module = fuse_patterns(module.graph)
             found, left = found + of_module[0], left + of_module[1]
             if inner is None:
                 _as_eager_does(module)

@@ -1,9 +1,6 @@
 """Convolution as an implicit matrix product: patches are gathered into tiles as the product needs them.
 
-    y[n, oc, oh, ow]  = bias[oc] + sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw]
-    dx[n, c, ih, iw]  = sum over oc, kh, kw, oh, ow that reach (ih, iw) of dy[n, oc, oh, ow] * w[oc, c, kh, kw]
-    dw[oc, c, kh, kw] = sum over n, oh, ow of dy[n, oc, oh, ow] * x[n, c, ih, iw],    db[oc] = sum of dy
-    and after a relu both without the dy where y <= 0
+    y[n, oc, oh, ow] = bias[oc] + sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw]
 
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 

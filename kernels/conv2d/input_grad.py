@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import Window, cdiv, first_tap, in_units, index_type, product_types, round_to, strides
+from .._common import Window, cdiv, first_tap, in_units, index_type, next_block, product_types, round_to, strides
 from ..launching import planned
 from ..tiles import TALL, wants_k_inner
 from .padding import source
-from .patches import FLAT_BELOW, SHORT_K, channels_inner, in_elements, next_block, precision, tile_for, tile_of
+from .patches import FLAT_BELOW, SHORT_K, channels_inner, in_elements, precision, tile_for, tile_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -58,7 +58,7 @@ def conv2d_input_grad_kernel(
     iw = offs_m % QW * SW + (phase_w + SW - PW % SW) % SW
     n = offs_m // QW // QH
     mask_m, mask_n = (offs_m < M) & (ih < H) & (iw < W), offs_n < C
-    # The output position of the first tap; that of each further tap is DILATION / DIVISOR less.
+    # The output position of the first tap; that of each further tap is DH / DIVISOR_H (DW / DIVISOR_W) less.
     oh0, ow0 = (ih + PH - kh0 * DH) // SH, (iw + PW - kw0 * DW) // SW
 
     dy_ptr += group * OC * stride_yc

@@ -16,7 +16,7 @@ PAD_MODES = {"zeros": 0, "reflect": 1, "replicate": 2, "circular": 3}
 
 @triton.jit
 def source(i, size, PAD_MODE: tl.constexpr):
-    """The source of coordinate i of the padded image, and whether it has one (otherwise it is 0)."""
+    """The source of coordinate i, negative in the padding before the image, and whether it has one (else it is 0)."""
     if PAD_MODE == 0:  # zeros
         return i, (i >= 0) & (i < size)
     elif PAD_MODE == 1:  # reflect

@@ -1,15 +1,16 @@
-"""What the three kernels of a convolution share: the loop over the patches of an image, formats, and the tile.
+"""What the kernels of convolutions share: precision, tile, indexing, and the loop over patches of the two forwards.
 
-K, the summed index of the product, is walked in one of two ways. FLAT, for few channels: one index over channels and
-taps, so that each element computes its own address and mask. Otherwise tap by tap, a block of channels at a time, so
-that address and mask are computed once for a pixel. This walk needs contiguous channels, and other tensors are copied
-first: gathering single elements would stall the matrix units for several times as long as the copy takes.
+K, the summed index of forward and input gradient, is walked in one of two ways. FLAT, for few channels: one index over
+channels and taps, so that each element computes its own address and mask. Otherwise tap by tap, a block of channels at
+a time, so that address and mask are computed once for a pixel. This walk needs contiguous channels, and other tensors
+are copied first: gathering single elements would stall the matrix units for several times as long as the copy takes.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .._common import next_block
 from ..tiles import gemm_tile
 from .padding import source
 
@@ -57,24 +58,11 @@ def in_elements(steps, UNITS: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def tile_of(pid, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows and columns of a program's tile, columns varying fastest, and the index among products of this size."""
+    """The rows and columns of a program's tile, columns fastest, and the index of its product (group and phase)."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     offs_m = pid // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     return offs_m, offs_n, pid // tiles_n // tiles_m
-
-
-@triton.jit
-def next_block(c, kh, kw, C, KW, BLOCK: tl.constexpr):
-    """Advance by one block of channels, then to the next tap; counters avoid divisions in the inner loop."""
-    c += BLOCK
-    wrap = c >= C
-    c = tl.where(wrap, 0, c)
-    kw += tl.where(wrap, 1, 0)
-    wrap = kw >= KW
-    kw = tl.where(wrap, 0, kw)
-    kh += tl.where(wrap, 1, 0)
-    return c, kh, kw
 
 
 @triton.jit

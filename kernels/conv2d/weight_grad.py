@@ -75,7 +75,7 @@ def conv2d_weight_grad_kernel(
     first = split * per_split
     last = tl.minimum(first + per_split, K)
     if OPERAND.primitive_bitwidth == 16:
-        # Otherwise triton 3.6.0 waits for each product before the next; split_product gives no program an empty share.
+        # Otherwise triton 3.6.0 waits for each product before the next; no share of split_product is empty.
         tl.assume(first < last)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + offs_k
@@ -121,7 +121,7 @@ def _split(K, size, groups, dtype, precision, index):
     """(Tile, tiles of dw, programs for each tile, pixels for each program)."""
     OC, C, KH, KW = size
     OC, flat = OC // groups, C < FLAT_BELOW
-    # Two warps have no registers for addresses beside 64 x 64 sums, nor for the addresses of a flat index.
+    # Two warps have registers for the addresses of 64 columns at most, and none for those of a flat index.
     table, narrow = SQUARE if flat else gradient_tiles(), flat or wants_k_inner(dtype, precision)
     tile = tile_for(table, OC, C * KH * KW if flat else C, K, dtype, precision, index, flat, narrow)
     tiles_n = cdiv(C * KH * KW, tile.N) if flat else KH * KW * cdiv(C, tile.N)

@@ -1,4 +1,4 @@
-"""Convolution, relu and max-pooling in one kernel: what the convolution gives is never written to memory.
+"""Convolution, relu and max-pooling fused: the result of the convolution is never written to memory.
 
 - `chooser.py`: which of these kernels serves given arguments.
 - `general.py`: the forward for any geometry.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .._common import cdiv
+from .._common import cdiv, named_strides
 
 # Programs that keep a large GPU busy.
 PROGRAMS = 4 * 132
@@ -24,8 +24,7 @@ def cut(form, x, w_size, bias, y, stride, padding, pool_stride):
         HAS_BIAS=bias is not None, INSIDE=inside, BLOCK_OC=form.channels,
     )  # fmt: skip
     # With constant strides the compiler knows how wide loads and stores can be.
-    for t, name in ((x, "x"), (y, "y")):
-        constants |= {f"stride_{name}{dim}": stride for dim, stride in zip("nchw", t.stride())}
+    constants |= named_strides("x", x.stride()) | named_strides("y", y.stride())
     return N * blocks[0] * blocks[1], constants
 
 

@@ -71,7 +71,7 @@ def _form(format, w_size, stride, padding, dilation, groups, pad_mode, pool_kern
 
 # Limits of the fused gradients: pixels of a window, pixels times channels under one window, and of one block of dx.
 MOST_POSITIONS, MOST_PATCH, MOST_BLOCK = 4, 256, 64
-# A row of the products is an image: smaller batches leave most rows empty, which costs little for small images only.
+# A row of dz is an image: smaller batches leave most rows empty, which costs little for small images only.
 MANY_IMAGES, FEW_WINDOWS = 32, 1024
 
 

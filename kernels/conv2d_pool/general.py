@@ -2,7 +2,7 @@
 
     z[n, oc, oh, ow]   = bias[oc] + sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw]
     y[n, oc, qh, qw]   = max(0, max over the window of z)
-    code[n, oc, qh, qw] = the position of that maximum in the window, or WH * WW where it is not above 0
+    code[n, oc, qh, qw] = the position of that maximum in the window, or WH * WW where it is <= 0
     dz = dy at the pixel that the code points to, else 0; dx, dw and db are those of the convolution for dz
 
 with ih, iw as in conv2d/forward.py, and oh = qh * TH - UH + position / WW, ow = qw * TW - UW + position % WW

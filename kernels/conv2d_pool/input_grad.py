@@ -6,12 +6,22 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import OPTIONS, cdiv, index_type, input_precision, operand_type, power_of_2, round_to
-from ..conv2d.patches import next_block, precision
+from .._common import (
+    OPTIONS,
+    cdiv,
+    index_type,
+    input_precision,
+    named_strides,
+    next_block,
+    operand_type,
+    power_of_2,
+    round_to,
+)
+from ..conv2d.patches import precision
 from ..launching import planned, remembered
 from ..tiles import flat_block
 from .chooser import MOST_BLOCK
-from .one_hot import one_hot, pixel, strides_of
+from .one_hot import one_hot, pixel
 
 
 @triton.jit
@@ -163,7 +173,8 @@ def _input_grad(dy, code, f, dx, blocks, channels_last, stride, pool_stride, pre
     # One stage: with more, the compiler makes every product wait for the one before.
     block_m = 64 if N <= 64 else 128
     return (cdiv(H, blocks.BH) * cdiv(W, blocks.BW) * cdiv(N, block_m),), (N,), dict(
-        H=H, W=W, QH=QH, QW=QW, **strides_of("y", dy), **strides_of("c", code), **strides_of("x", dx),
+        H=H, W=W, QH=QH, QW=QW,
+        **named_strides("y", dy.stride()), **named_strides("c", code.stride()), **named_strides("x", dx.stride()),
         STEP_H=blocks.BH // (pool_stride[0] * stride[0]), STEP_W=blocks.BW // (pool_stride[1] * stride[1]),
         REACH_H=blocks.REACH_H, COUNT=blocks.COUNT,
         INDEX=index_type(dy, code, f, dx), OPERAND=operand_type(dy.dtype),

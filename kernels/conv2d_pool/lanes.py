@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import INTERPRETED, OPTIONS, cdiv, index_type
+from .._common import INTERPRETED, OPTIONS, cdiv, index_type, named_strides
 from ..launching import planned
 from .blocks import PROGRAMS, cut, locate
 
@@ -191,9 +191,9 @@ def conv2d_relu_max_pool2d_lanes_kernel(
 @planned(conv2d_relu_max_pool2d_lanes_kernel)
 def _forward(x, w, bias, y, code, form, stride, padding, dilation, pool_stride):
     M, constants = cut(form, x, w.shape, bias, y, stride, padding, pool_stride)
-    constants |= {f"stride_w{dim}": stride for dim, stride in zip("ochw", w.stride())}
+    constants |= named_strides("w", w.stride(), "ochw")
     # If that still fills half of a large GPU, each thread has two patches, which share the loads of the filters, and a
-    # program takes all filters, which share the loads of the patches.
+    # program takes all filters, which share the loads of the patches (with one channel it always does).
     many = M >= 256 * PROGRAMS // 8
     block_m = 256 if many or INTERPRETED else 64
     tiles, chunks = cdiv(M, block_m), cdiv(w.shape[0], form.channels)

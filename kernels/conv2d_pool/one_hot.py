@@ -7,17 +7,13 @@
     with ih, iw as in conv2d/forward.py, and oh = qh * TH - UH + position / WW, ow = qw * TW - UW + position % WW
 
 Both matrix products read dz as one-hot groups made in registers: for each pooled pixel one column for each position of
-its window, with dy at the position of the code. A row of the products is an image, and all rows read the same pixels,
-so that an address is the sum of one number a row and one number a column. Geometry and strides are constants of the
+its window, with dy at the position of the code. A row of dz is an image, and all rows have the same pixels, so that an
+address is the sum of one number a row and one number a column. Geometry and strides are constants of the
 kernel, so that addresses cost little.
 """
 
 import triton
 import triton.language as tl
-
-
-def strides_of(letter, t):
-    return {f"stride_{letter}{dim}": t.stride(i) for i, dim in enumerate("nchw")}
 
 
 @triton.jit

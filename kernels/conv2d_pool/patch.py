@@ -1,4 +1,4 @@
-"""The fused forward for few channels on matrix units: a block of 2x2 windows shares one patch of the image.
+"""The fused forward for few channels on matrix units: neighbouring windows of 2 x 2 pixels share a patch of the image.
 
 A patch holds what a block of SIDE x SIDE pooled pixels depends on: PATCH_H x PATCH_W pixels of each channel, read once,
 in contiguous runs. With (rh, rw) a pooled pixel of the block and (ah, aw) a position of its window
@@ -201,7 +201,7 @@ def _product(x, placed, bias, y, code, w_size, channels_last, form, stride, padd
         CHANNELS_LAST=channels_last, LENGTH=length, OPERAND=operand_type(x.dtype),
         PRECISION=input_precision(x.dtype, precision),
         INDEX=index_type(x, placed, bias, y), BLOCK_M=block_m, BLOCK_K=form.block_k, **constants,
-        # Wide tiles with several blocks of filters would spill registers.
+        # Wide tiles with several blocks of K would spill registers.
         num_warps=8 if columns == COLUMNS and length > 64 else 4, num_stages=1, **OPTIONS,
     )  # fmt: skip
 

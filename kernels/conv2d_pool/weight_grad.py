@@ -5,13 +5,24 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import OPTIONS, cdiv, compute_capability, index_type, input_precision, operand_type, power_of_2, round_to
-from ..conv2d.patches import next_block, precision
+from .._common import (
+    OPTIONS,
+    cdiv,
+    compute_capability,
+    index_type,
+    input_precision,
+    named_strides,
+    next_block,
+    operand_type,
+    power_of_2,
+    round_to,
+)
+from ..conv2d.patches import precision
 from ..launching import planned, remembered
 from ..reduce import Partials
 from ..tiles import split_count
 from .chooser import patch_size
-from .one_hot import one_hot, pixel, strides_of
+from .one_hot import one_hot, pixel
 
 # Images in an iteration, and filters of a program by its number of pooled pixels: chosen from machine code (no register
 # spills on any target) and not yet timed.
@@ -156,8 +167,9 @@ def _weight_grad(
     # for it).
     num_stages = 1 if compute_capability() == 9 else 2
     return (cdiv(OC, block_oc) * splits,), (N, turns, per_split, stride_split), dict(
-        H=H, W=W, QH=QH, QW=QW, **strides_of("y", dy), **strides_of("c", code), **strides_of("x", x),
-        **dict(zip(("stride_wo", "stride_wc", "stride_wh", "stride_ww"), strides)),
+        H=H, W=W, QH=QH, QW=QW,
+        **named_strides("y", dy.stride()), **named_strides("c", code.stride()), **named_strides("x", x.stride()),
+        **named_strides("w", strides, "ochw"),
         C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=PH, PW=PW, DH=DH, DW=DW,
         WH=WH, WW=WW, TH=TH, TW=TW, UH=UH, UW=UW,
         RH=R, RW=R, PATCH_H=PATCH_H, PATCH_W=PATCH_W, POSITIONS=power_of_2(WH * WW),

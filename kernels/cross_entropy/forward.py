@@ -159,7 +159,7 @@ def cross_entropy_kernel(
             c = c0 + lanes_c
             sums += tl.where(c < C, share * weight_of(weight_ptr, c, c < C, stride_w, HAS_WEIGHT, ACC), 0.0)
         share_of_all = sum_of_rows(sums)
-        # A separate sum: if no target has a weight, the mean of the targets' losses is 0 / 0, and this one is not.
+        # A separate sum: without any weighted target the targets' mean has to be 0 / 0, and with this one it would not.
         total_smooth = tl.zeros((BLOCK_N,), ACC)
 
     total = tl.zeros((BLOCK_N,), ACC)
@@ -251,8 +251,9 @@ def _warps(block_c, dtype):
 def _blocks(N, C, dtype, reduction):
     """(rows a program, BLOCK_N, BLOCK_C, BLOCK_T)."""
     if INTERPRETED:
-        quarter = power_of_2(cdiv(N, 4))  # of a sum over targets; half of a program's rows
-        return min(4096, cdiv(N, 2)), min(512, quarter), min(64, power_of_2(C)), min(4096, quarter)
+        quarter = power_of_2(cdiv(N, 4))  # BLOCK_T; as BLOCK_N half of a program's rows
+        rows = max(min(4096, cdiv(N, 2)), cdiv(N, MOST_PROGRAMS))
+        return rows, min(512, quarter), min(64, power_of_2(C)), min(4096, quarter)
     tile = TILE // dtype.itemsize
     tile = min(tile, SMALL) if C <= FEW or C > tile else tile
     block_c = min(tile, power_of_2(C))
@@ -274,7 +275,7 @@ def _forward(x, target, weight, loss, grad, smoothing, reduction, ignore_index):
     rows, block_n, block_c, block_t = _blocks(N, C, x.dtype, reduction)
     step, stride_xc = strides(x)
     (stride_xn,), (unit,) = in_units(x.itemsize, step)
-    # A run is a warp's: 16 bytes a thread if contiguous rows allow that. Strides do not matter, for the same sums.
+    # A run is a warp's: 16 bytes a thread if C allows that. Strides do not count, for the same sums.
     vector = 1 if C % (16 // x.itemsize) else 16 // x.itemsize
     run = 1 if C <= FEWEST and not INTERPRETED else min(32 * vector, block_c)
     warps = _warps(block_c, x.dtype)
@@ -312,6 +313,8 @@ def forward(x, target, weight, reduction, ignore_index, smoothing):
         targets.check(target, x.shape[1], ignore_index)
     loss, grad = shapes.cross_entropy(x, reduction)
     N, C = x.shape
+    if N == 0:
+        return loss.fill_(math.nan if reduction == "mean" else 0.0), grad
     programs = 1 if reduction == "none" else cdiv(N, _blocks(N, C, x.dtype, reduction)[0])
     if programs == 1:
         _forward((x, target, weight, loss, grad), smoothing, reduction, ignore_index)

@@ -27,11 +27,11 @@ from .._common import (
     operand_type,
 )
 from ..launching import planned
-from . import lanes as lenet_lanes
+from . import tiles
 from .lane_order import columns_of_lanes, from_result, rows_of_lanes, vectors
+from .lanes import first_convolution_of_lanes, second_convolution_of_lanes
 from .linears import add_product, features_gradient, hidden_gradient, hidden_layer, loss_and_gradient
 from .products import first_convolution, keep_filters, second_convolution
-from .tiles import forward_tile
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
@@ -64,7 +64,7 @@ def lenet_forward_kernel(
         for j0 in range(0, BLOCK_I, BLOCK_S):
             p0 = i0 + j0 if TRAIN else pid * BLOCK_S
             if LANES:
-                lenet_lanes.first_convolution(
+                first_convolution_of_lanes(
                     x_ptr, plain_ptr, plain_ptr + B1, p1_ptr, code1_ptr, i0 + j0, p0, N,
                     TRAIN, C, SIZE, PAD, Q1, FRAME, SCALE, SHIFT, BLOCK_S, BLOCK_M1,
                 )  # fmt: skip
@@ -76,7 +76,7 @@ def lenet_forward_kernel(
                 )  # fmt: skip
             tl.debug_barrier()
             if LANES:
-                lenet_lanes.second_convolution(
+                second_convolution_of_lanes(
                     p1_ptr, plain_ptr + CONV2, plain_ptr + B2, acts_ptr, code2_ptr, i0 + j0, p0, s0 + j0, N,
                     TRAIN, Q1, Q2, F, BLOCK_S, BLOCK_M2,
                 )  # fmt: skip
@@ -87,7 +87,6 @@ def lenet_forward_kernel(
                 )  # fmt: skip
             tl.debug_barrier()
 
-        # Matrix units need at least sixteen rows, and an FMA tile at least eight.
         rows = rows_of_lanes(BLOCK_R)[None, :, None, None]
         acts_rows, grads_rows = (s0 + rows) * (F + 256), (i0 + rows) * (256 + CP)
         mask = (rows < BLOCK_I) & (i0 + rows < N)
@@ -157,7 +156,7 @@ def _pooled_size(form, geometry):
 @cached_for_architecture
 def _inference_sizes(N, geometry, form, device):
     """(name, size) of the tensors of a launch for inference, whose programs reuse them."""
-    block, tile = forward_tile(form, N, geometry, False)
+    block, tile = tiles.forward_tile(form, N, geometry, False)
     programs = inference_programs(N, block, tile, torch.device(device))
     # The last program may have fewer images than the others.
     block_s, last = min(block, tile.S), N - (programs - 1) * block
@@ -166,13 +165,13 @@ def _inference_sizes(N, geometry, form, device):
 
 
 def activations(N, geometry, format, device, train):
-    """The tensors by which the launches pass results on, for N images: p1, code1, acts, code2, grads, dz, loss, ..."""
-    form, dtype = lenet_lanes.form(format), torch.bfloat16 if format == "bfloat16" else torch.float32
+    """The tensors that one launch passes to the next, for N images; for inference p1 and acts alone. See layout.py."""
+    form, dtype = tiles.form(format), torch.bfloat16 if format == "bfloat16" else torch.float32
     if not train:
         sizes = _inference_sizes(N, geometry, form, device)
         return {name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes}
     F = geometry.features
-    block, _ = forward_tile(form, N, geometry, train)
+    block, _ = tiles.forward_tile(form, N, geometry, train)
 
     def new(*size, dtype=dtype):
         return torch.empty(size, dtype=dtype, device=device)
@@ -209,10 +208,12 @@ def _forward(
     geometry, format, pixels, ignore_index,
 ):  # fmt: skip
     N, train = x.shape[0], target is not None
-    form = lenet_lanes.form(format)
-    block, tile = forward_tile(form, N, geometry, train)
+    form = tiles.form(format)
+    block, tile = tiles.forward_tile(form, N, geometry, train)
     programs = cdiv(N, block) if train else inference_programs(N, block, tile, x.device)
     (_, W2, _, W3, W4, W5, _), (_, B1, CONV2, B2, B3, B4, B5, _) = geometry.packed, geometry.plain
+    # Matrix units need at least sixteen rows, and an FMA tile at least eight.
+    block_r = max(8 if form == "lanes" else 16, block)
     return (programs,), (N, ignore_index), dict(
         B1=B1, B2=B2, B3=B3, B4=B4, B5=B5, CONV2=CONV2, W2=W2, W3=W3, W4=W4, W5=W5,
         LANES=form == "lanes", TRAIN=train, KEPT=tile.kept, **geometry.constants,
@@ -220,7 +221,7 @@ def _forward(
         INDEX=index_type(x, p1, code1, acts, code2, logits, grads, dz, dz_columns, code2_columns, loss),
         OPERAND=operand_type(packed.dtype),
         PRECISION="ieee" if format == "ieee" else "tf32",
-        BLOCK_I=block, BLOCK_S=min(block, tile.S), BLOCK_R=max(8 if form == "lanes" else 16, block),
+        BLOCK_I=block, BLOCK_S=min(block, tile.S), BLOCK_R=block_r,
         BLOCK_C=min(32 if form == "lanes" else 128, geometry.block_classes),
         BLOCK_M1=tile.M1, BLOCK_K1=tile.K1, BLOCK_M2=tile.M2, BLOCK_K2=tile.K2, BLOCK_K=tile.K, BLOCK_F=tile.F,
         num_warps=tile.num_warps, num_stages=1, **OPTIONS,
@@ -228,7 +229,10 @@ def _forward(
 
 
 def forward(x, target, plain, packed, geometry, format, pixels, memory, logits, ignore_index=-100):
-    """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes). With a target all of `memory` is filled."""
+    """x (N, C, H, W) contiguous, target (N) or None -> logits (N, classes). With a target it fills `memory`.
+
+    x is float32, float16 or bfloat16, or uint8 without the frame of `pixels`. dp1 stays free for the third launch.
+    """
     p1, acts = memory["p1"], memory["acts"]
     # Inference does not have these tensors, and never dereferences their pointers.
     names = "code2", "grads", "dz", "dz_columns", "code2_columns", "loss"

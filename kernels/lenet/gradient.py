@@ -20,21 +20,20 @@ from .._common import (
     operand_type,
 )
 from ..launching import launch
-from . import lanes as lenet_lanes
-from . import lanes_gradient as lenet_lanes_grad
+from . import tiles
+from .lanes_gradient import first_weights_of_lanes, second_weights_of_lanes
 from .layout import Splits
-from .products_gradient import first_convolution, linear, second_convolution
-from .tiles import gradient_tile
+from .products_gradient import first_weights, linear_weights, second_weights
 
-# The most programs of each role: all take about as long, and two fit on a multiprocessor.
+# The most splits of each role: all take about as long, and two fit on a multiprocessor.
 MOST = Splits(168, 74, 2)
 MOST_LANES = Splits(64, 4, 3, lanes=True)
 
 
 def splits_for(format, images, geometry):
-    """How many programs share each gradient: the fewest that take no longer than the maximum would, see Splits."""
-    form = lenet_lanes.form(format)
-    tile, (Q1, Q2), lanes = gradient_tile(form, images, geometry), geometry.pooled, form == "lanes"
+    """The layout.Splits of a batch: the fewest programs that take no longer than the most would."""
+    form = tiles.form(format)
+    tile, (Q1, Q2), lanes = tiles.gradient_tile(form, images, geometry), geometry.pooled, form == "lanes"
     most = Splits(2, 2, 1) if INTERPRETED else MOST_LANES if lanes else MOST
     turns = (
         triton.cdiv(images, tile.M1) * (Q1 // 2) * (1 if lanes else triton.cdiv(Q1, 4)),
@@ -76,13 +75,13 @@ def lenet_gradient_kernel(
     if pid < splits1 * PARTS1:
         part, split = pid % PARTS1, pid // PARTS1
         if LANES:
-            lenet_lanes_grad.first_convolution(
+            first_weights_of_lanes(
                 x_ptr, dz_columns_ptr, code2_columns_ptr, code1_ptr, packed_ptr + W2, dp1_ptr,
                 partial_ptr + split * (C * 150 + 6), part, split, N,
                 splits1, C, SIZE, PAD, Q1, Q2, F, FRAME, SCALE, SHIFT, INDEX, BLOCK_M1, BLOCK_K1,
             )  # fmt: skip
         else:
-            first_convolution(
+            first_weights(
                 x_ptr, code1_ptr, dz_ptr, packed_ptr + WD, scratch_ptr, partial_ptr, part, split, N,
                 splits1, C, SIZE, PAD, Q1, Q2, FRAME, SCALE, SHIFT,
                 INDEX, OPERAND, PRECISION, BLOCK_M1, BLOCK_K1, BLOCK_P1,
@@ -91,19 +90,19 @@ def lenet_gradient_kernel(
         pid -= splits1 * PARTS1
         part, split = pid % PARTS2, pid // PARTS2
         if LANES:
-            lenet_lanes_grad.second_convolution(
+            second_weights_of_lanes(
                 dz_ptr, code2_ptr, p1_ptr, partial2_ptr + split * (16 * 150 + 16), part, split, N,
                 splits2, Q1, Q2, INDEX, BLOCK_M2,
             )  # fmt: skip
         else:
-            second_convolution(
+            second_weights(
                 dz_ptr, p1_ptr, partial2_ptr + split * (64 * 288 + 64), part, split, N,
                 splits2, Q1, Q2, INDEX, OPERAND, PRECISION, BLOCK_M2, BLOCK_N2, PARTS2,
             )  # fmt: skip
     else:
         pid -= splits1 * PARTS1 + splits2 * PARTS2
         tile, split = pid // splits3, pid % splits3
-        linear(
+        linear_weights(
             acts_ptr, grads_ptr, partial3_ptr + split * ROW3, tile, split, N,
             splits3, F, CP, INDEX, OPERAND, PRECISION, BLOCK_M3, BLOCK_N3,
         )  # fmt: skip
@@ -118,17 +117,17 @@ def sums(geometry, splits, device):
 def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, partial):
     """Fill `partial` with the partial sums of all gradients for the images x, whose forward has filled `memory`."""
     N, lanes = x.shape[0], splits.lanes
-    tile = gradient_tile("lanes" if lanes else format, N, geometry)
+    tile = tiles.gradient_tile("lanes" if lanes else format, N, geometry)
     parts1, parts2 = parts(tile, geometry, lanes)
     hidden = 128 // tile.N3 * (1 + triton.cdiv(geometry.padded_classes, 128))
-    tiles = triton.cdiv(geometry.features, tile.N3) + hidden
+    tiles_linear = triton.cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
     dz, code2 = memory["dz"], memory["code2"]
     # Otherwise the assembler spills a few registers to fit three programs on a multiprocessor.
     spill = lanes and geometry.channels > 1 and not INTERPRETED and compute_capability() == 10
     registers = {"maxnreg": 255} if spill else {}
     launch(
-        lenet_gradient_kernel, (splits.conv1 * parts1 + splits.conv2 * parts2 + splits.linear * tiles,),
+        lenet_gradient_kernel, (splits.conv1 * parts1 + splits.conv2 * parts2 + splits.linear * tiles_linear,),
         x, packed, memory["p1"], memory["code1"], memory["acts"], code2, memory["grads"], dz,
         memory.get("dz_columns", dz), memory.get("code2_columns", code2), memory.get("dp1", dz), scratch, partial,
         N,

@@ -1,12 +1,12 @@
 """The order of rows and columns in LeNet's products, by which operands and results need no shared memory.
 
 In a matrix unit's layout a warp has sixteen rows, and each group of four lanes holds one of the first eight and one of
-the last eight. In a row of the left operand, lane t holds the 32-bit words t, t + 4, t + 8, ...; in a row of the result
-it holds the columns 2t, 2t + 1, 2t + 8, 2t + 9, ... Loads and stores are fastest if each lane has VECTOR contiguous
-elements, 16 bytes. Because the terms of a sum and the columns of a result may be permuted, as long as both operands
-agree, operands are permuted here into the order in which lanes load or store them. They then go from memory to the
-matrix units, and results to memory, without a conversion in shared memory. This holds if the compiler gives each warp
-sixteen rows: on sm_80 and sm_90 with BLOCK_M = 16 * num_warps. Elsewhere it converts, with the same results.
+the last eight. In a row of the left operand, lane t of a group holds the 32-bit words t, t + 4, t + 8, ...; in a row of
+the result it holds the columns 2t, 2t + 1, 2t + 8, 2t + 9, ... Loads and stores are fastest if each lane has VECTOR
+contiguous elements, 16 bytes. Because the terms of a sum and the columns of a result may be permuted, as long as both
+operands agree, operands are permuted here into the order in which lanes load or store them. They then go from memory to
+the matrix units, and results to memory, without a conversion in shared memory. This holds if the compiler gives each
+warp sixteen rows: on sm_80 and sm_90 with BLOCK_M = 16 * num_warps. Elsewhere it converts, with the same results.
 
 Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "Register Fragments for wgmma.mma_async.m64nNk16".
 """
@@ -26,7 +26,7 @@ def rows_of_lanes(BLOCK_M: tl.constexpr):
 
 @triton.jit
 def columns_of_lanes(K: tl.constexpr, VECTOR: tl.constexpr, PAIR: tl.constexpr):
-    """The columns in memory, in the order of the product; PAIR is 2 for results."""
+    """For each column of the product its column in memory; PAIR is 2 for results."""
     k = tl.arange(0, K)
     within = k // PAIR % 4 * VECTOR + k // (4 * PAIR) % (VECTOR // PAIR) * PAIR + k % PAIR
     return k // (4 * VECTOR) * (4 * VECTOR) + within

@@ -7,18 +7,7 @@ and its code are stored channel by channel, so that adjacent threads read adjace
 import triton
 import triton.language as tl
 
-from .._common import INTERPRETED, compute_capability
 from ..conv2d_pool.lanes import add_products, largest_of_four, load_patch, side_by_side, windows_of
-
-
-def form(format):
-    """The row of the tables of tiles: "lanes" if this file and lanes_gradient.py serve the format, else `format`.
-
-    AMD's matrix units support full float32, and in the interpreter matrix products take far fewer steps.
-    """
-    if format != "ieee" or INTERPRETED:
-        return format
-    return "lanes" if compute_capability() else format
 
 
 @triton.jit
@@ -27,7 +16,7 @@ def load_square(
     ROWS: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One channel's 8 x 8 pixels under a square of four windows as a tuple, row by row; see products.load_pixels."""
+    """ROWS rows of a channel's 8 x 8 pixels under a square, from row `first` on, as a tuple; see products.py."""
     SIDE: tl.constexpr = SIZE - 2 * FRAME
     top, left = square // (Q1 // 2) * 4 - PAD + first, square % (Q1 // 2) * 4 - PAD
     offs = image * (C * SIDE * SIDE) + (top - FRAME) * SIDE + left - FRAME
@@ -57,7 +46,7 @@ def load_square(
 
 
 @triton.jit
-def first_convolution(
+def first_convolution_of_lanes(
     x_ptr, w_ptr, bias_ptr, p1_ptr, code_ptr, i0, s0, N,
     TRAIN: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -108,7 +97,7 @@ def four_columns(v):
 
 
 @triton.jit
-def second_convolution(
+def second_convolution_of_lanes(
     p1_ptr, w_ptr, bias_ptr, acts_ptr, code_ptr, i0, p0, s0, N,
     TRAIN: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr, F: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -125,7 +114,6 @@ def second_convolution(
                 bias = tl.zeros((BLOCK_M, 2, 2), tl.float32) + tl.load(bias_ptr + first + o)
                 sums = sums + (bias,)
             for c in range(6):
-                # Advance the scalar pointer: AMD's compiler passes take minutes for vectors of changing pointers.
                 pixels = load_patch(p1_ptr + c * (Q1 * Q1), p_offs, 0, 0, mask, Q1, Q1, Q1, 1, 6, 6, True)
                 windows = windows_of(pixels, 5, 5, 1, 1, 1, 1, 2, 2, 6, 1)
                 added = ()
@@ -133,7 +121,7 @@ def second_convolution(
                     w_offs = (first + o) * 150 + c * 25
                     added = added + add_products((sums[o],), windows, w_ptr, w_offs, 5, 1, 5, 5, 1)
                 sums = added
-            # The four filters are one tensor for the compiler's sake, as are the windows in windows_of.
+            # The four filters are one tensor for the compiler's sake, as are the four pixels of a window in windows_of.
             of_four = tl.permute(tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3])), (0, 3, 4, 1, 2))
             y, code = largest_of_four(tl.reshape(of_four, (BLOCK_M, 4, 2, 2)))
             lanes = first + tl.arange(0, 4)

@@ -45,7 +45,7 @@ def of_pixels(dz, code):
 
 
 @triton.jit
-def second_convolution(
+def second_weights_of_lanes(
     dz_ptr, code_ptr, p1_ptr, partial_ptr, part, split, N,
     splits, Q1: tl.constexpr, Q2: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def second_convolution(
         offs = (offs_m.to(INDEX) * 16 + first)[:, None] + tl.arange(0, 4)[None, :]
         dz = tl.load(dz_ptr + offs, mask=mask[:, None], other=0.0)
         code = tl.load(code_ptr + offs, mask=mask[:, None], other=4)
-        # The four filters are one tensor for the compiler's sake, as are the windows in conv2d_pool/lanes.py.
+        # The four filters are one tensor for the compiler's sake, see windows_of in conv2d_pool/lanes.py.
         sum_b += tl.where(code < 4, dz, 0.0)
         z = of_pixels(dz, code)
         for q in tl.static_range(4):
@@ -109,7 +109,7 @@ def input_gradient(
     """Three channels of a pair of rows of p1's gradient; an element is an image."""
     sums = zeros(6 * Q1, BLOCK_M, 1)
     offs = image // 32 * (32 * F) + image % 32
-    # The windows of row `above` are `below` pairs of rows further up.
+    # The windows of row `above` start `below` pairs of rows above this pair.
     for below in range(tl.maximum(row - Q2 + 1, 0), tl.minimum(row + 1, 3)):
         above = row - below
         for oc in range(16):
@@ -173,7 +173,7 @@ def add_windows(sums, pixels, dp_ptr, code_ptr, offs, mask, Q1: tl.constexpr):
 
 
 @triton.jit
-def first_convolution(
+def first_weights_of_lanes(
     x_ptr, dz_ptr, code2_ptr, code1_ptr, w_ptr, dp_ptr, partial_ptr, part, split, N,
     splits, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     F: tl.constexpr, FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,

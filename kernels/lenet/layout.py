@@ -19,10 +19,10 @@ the gradient of the second convolution's input, computed for pairs of adjacent s
 j = 4 * jy + jx counts the windows that reach a pair, from the last to the first.
 
     p1   (N, Q1, Q1, 8)         pooled result of the first convolution, two channels of padding
-    acts (N, F + 256)           p2, pixels before channels; the results of fc1 and fc2, padded to 128 each
+    acts (N, F + 256)           p2, channels innermost; the results of fc1 and fc2, padded to 128 each
     dz   (N, Q2, Q2, 4, 16)     the gradient of the second convolution's result: that of p2 at the pixel of its code
     grads (N, 256 + CP)         gradients of the results of fc1, fc2 and fc3, the classes padded to CP
-    code1, code2                which pixel of its window was the largest, and 4 where it was not above 0
+    code1, code2                which pixel of its window was the largest, and 4 where it was <= 0
 
 In full float32 on NVIDIA's cards (see lanes.py) they are instead
 

@@ -86,7 +86,10 @@ def features_gradient(
     LANES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of the second convolution's result: fc1's times its weights, at the pixel of the code."""
+    """Store the gradient of the second convolution's result: fc1's times its weights, at the pixel of the code.
+
+    With LANES that of p2 is stored instead, and it and the code once more as columns; see layout.py.
+    """
     VECTOR: tl.constexpr = 128 // grads_ptr.dtype.element_ty.primitive_bitwidth
     # In full float32 there are no registers for all of dh.
     WHOLE: tl.constexpr = PRECISION != "ieee"

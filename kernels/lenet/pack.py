@@ -2,8 +2,8 @@
 
 It runs every time, because changes cannot be detected: writes through `.data`, numpy or another process leave no trace.
 The kernel reads the parameters in place, at any strides, through the table of addresses. layout.py has the layouts.
-Each program writes a block of one of them, with 0 where there is no weight. In training it also copies what the last
-launch of the step both reads and changes.
+Each program writes a block of one of them, with 0 where there is no weight. In training the last
+program also copies what the last launch of the step both reads and changes.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .._common import INTERPRETED, OPTIONS, cdiv, element_type, round_to
 from ..launching import planned
-from . import lanes as lenet_lanes
+from . import tiles
 from .layout import PLACES, STEP, STRIDES
 
 # Elements that a program writes; the interpreter's time grows with the number of programs.
@@ -130,7 +130,7 @@ def lenet_pack_kernel(
 
 @planned(lenet_pack_kernel)
 def _pack(places, plain, packed, steps, trouble, geometry, format, weight, first):
-    train, lanes, sizes = steps is not None, lenet_lanes.form(format) == "lanes", geometry.packed
+    train, lanes, sizes = steps is not None, tiles.form(format) == "lanes", geometry.packed
     # lanes.py and lanes_gradient.py read packed filters only for the input gradient of the second convolution.
     used = not lanes, not lanes or train, not lanes and train, True, True, True
     # Unpacked filters take cdiv(2400, BLOCK) programs for the second convolution, and one for the first.

@@ -69,7 +69,7 @@ def keep_filters(
     packed_ptr, offs_n,
     COLUMNS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """All K rows of the filters in blocks of BLOCK_K, see load_weights."""
+    """All K rows of the filters in blocks of BLOCK_K, see lane_order.load_weights."""
     filters = ()
     for k0 in tl.static_range(0, K, BLOCK_K):
         filters = filters + (load_weights(packed_ptr, k0, offs_n, COLUMNS, min(BLOCK_K, K - k0), VECTOR, OPERAND),)
@@ -128,7 +128,7 @@ def second_convolution(
         offs_m = (m0 + rows_of_lanes(BLOCK_M))[None, :, None, None]
         image, window = offs_m // WINDOWS, offs_m % WINDOWS
         mask = (offs_m < BLOCK_I * WINDOWS) & (i0 + image < N)
-        # An element k = dy * 48 + dx * 8 + c of the 6 x 6 patch under a window.
+        # k = dy * 48 + dx * 8 + c is an element of the 6 x 6 patch under a window.
         rows = (p0 + image) * (Q1 * Q1 * 8) + window // Q2 * (Q1 * 16) + window % Q2 * 16
         acc = tl.zeros((BLOCK_M, 64), tl.float32)
         if KEPT:

@@ -1,14 +1,13 @@
 """LeNet's weight gradients as matrix products; gradient.py has the formulas, layout.py the layouts.
 
-The iterations of a program are blocks of images at one position: all rows of a product read the same pixels of their
-images, so that an address is the sum of one number a row and one number a column.
+An iteration of a program is a block of images at one position: all of them read the same pixels, so that an address is
+the sum of one number an image and one number a pixel.
 """
 
 import triton
 import triton.language as tl
 
-from .._common import round_to
-from ..conv2d.patches import next_block
+from .._common import next_block, round_to
 from ..conv2d_pool.one_hot import one_hot
 from .products import load_patches
 
@@ -69,7 +68,7 @@ def pair_gradient(
 
 
 @triton.jit
-def first_convolution(
+def first_weights(
     x_ptr, code_ptr, dz_ptr, wd_ptr, scratch_ptr, partial_ptr, channel, split, N,
     splits, C: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, Q1: tl.constexpr, Q2: tl.constexpr,
     FRAME: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
@@ -124,7 +123,7 @@ def first_convolution(
                 else:
                     dy = of_images(square, k, BLOCK_M, BLOCK_P)
                     position = of_images(codes, k, BLOCK_M, BLOCK_P)
-                # In 64 bits the compiler sees that steps from row to row are constants, which loads add by themselves.
+                # With 64-bit indices the compiler sees constant strides, which become part of the load instructions.
                 n = k * BLOCK_P + images
                 x = load_patches(
                     x_ptr + n0 * IMAGE, n.to(tl.int64), squares, n < N - n0, channel * 64 + lanes,
@@ -162,7 +161,7 @@ def load_again(ptrs, mask):
 
 
 @triton.jit
-def second_convolution(
+def second_weights(
     dz_ptr, p1_ptr, partial_ptr, part, split, N,
     splits, Q1: tl.constexpr, Q2: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -202,7 +201,7 @@ def second_convolution(
 
 
 @triton.jit
-def linear(
+def linear_weights(
     acts_ptr, grads_ptr, partial_ptr, tile, split, N,
     splits, F: tl.constexpr, CP: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

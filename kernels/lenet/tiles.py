@@ -7,6 +7,16 @@ import triton
 from .._common import INTERPRETED, cached_for_architecture, cdiv, compute_capability, power_of_2
 
 
+def form(format):
+    """The row of the tables of tiles: "lanes" if lanes.py and lanes_gradient.py serve the format, else `format`.
+
+    AMD's matrix units support full float32, and in the interpreter matrix products take far fewer steps.
+    """
+    if format != "ieee" or INTERPRETED:
+        return format
+    return "lanes" if compute_capability() else format
+
+
 class ForwardTile(NamedTuple):
     """Block sizes of the forward launch.
 
@@ -26,8 +36,8 @@ class ForwardTile(NamedTuple):
     num_warps: int
 
 
-# Keyed by whether it is for training. Chosen from machine code (no register spills) and not yet timed. "lanes" has M1
-# and M2 patches in an iteration.
+# Keyed by `train`, then by number format. Chosen from machine code (no register spills) and not yet timed. "lanes" has
+# M1 and M2 patches in an iteration.
 FORWARD = {
     True: {
         "bfloat16": ForwardTile(64, 64, 64, 64, 128, 64, 32, 64, 2, 8),
@@ -66,7 +76,7 @@ def _hopper_forward(format, images, geometry, train):
         # The filters of three channels would fill shared memory.
         tile = tile._replace(kept=1)
     if half and not colours and images > 132 * 64:
-        # Two programs of four warps hide more latency than one of eight, see bench/results.
+        # Two programs of four warps hide more latency than one of eight, as measured on an H200.
         return ForwardTile(64, 16, 64, 64, 64, 64, 32, 64, 2, 4)
     if images <= 132 * tile.images // 2:
         # Products with few rows leave registers for more columns.
@@ -122,7 +132,7 @@ class GradientTile(NamedTuple):
 
     M1: int  # images of an iteration
     K1: int  # of p1's gradient
-    P1: int  # images whose one-hot rows are made at a time
+    P1: int  # images whose one-hot columns are made at a time
     M2: int
     N2: int  # columns of the sum
     M3: int

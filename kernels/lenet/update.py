@@ -1,14 +1,14 @@
 """The last launch of LeNet's step: it adds the partial sums in a fixed order, and updates the parameters.
 
-    g = sum over the splits of partial / number of targets, plus the gradient of earlier calls of an accumulation group
+    g = scale * sum over the splits of partial / number of targets, plus g of earlier calls of an accumulation group
     SGD (Sutskever et al. 2013), with g + weight_decay * w for g:
         b = momentum * b + (1 - dampening) * g,   w -= lr * b, and by Nesterov lr * (g + momentum * b)
     Adam (Kingma and Ba 2015) likewise, AdamW (Loshchilov and Hutter 2019) with w *= 1 - lr * weight_decay instead:
         m += (1 - beta1) * (g - m),   v = beta2 * v + (1 - beta2) * g^2
         w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps), by AMSGrad of the largest v so far
 
-If the loss is not finite there is no update: weights, moments and counts stay as they are. Without any target the loss
-is 0 / 0 and the gradients are zeros, as in torch, and there is an update.
+If a loss of the group is not finite there is no update: weights, moments and counts stay as they are. Without any
+target the loss is 0 / 0 and the gradients are zeros, as in torch, and there is an update.
 
 Hyperparameters come from a small tensor with a row for each parameter, so that a captured launch follows schedules.
 State that changes with every replay is kept on the device: update counts, and the address for the next loss, which the
@@ -187,9 +187,12 @@ def update(
 
     Args:
         places: (10, PLACES) int64, see layout.py: addresses of the parameters, contiguous float32; of their gradients
-            if `keep`; with a rule also of `moments` moments and of the step count.
+            if `keep` or `add`; with a rule also of `moments` moments and of the step count.
+        geometry: layout.Geometry.
+        table: (16, COLUMNS) int32, see layout.table.
         numbers: (10, NUMBERS) float32, the hyperparameters for each parameter.
         steps: (10) int32, the number of earlier updates of each parameter.
+        partial: float32, the partial sums of the gradient launch.
         losses: (programs, 2), sums of losses and numbers of targets.
         place: (1) int64, the address for their quotient, a float32; it is advanced to the next float32.
         trouble: (4) int32: the number of the first call with a loss that is not finite, 0 if there is none, negative if
@@ -198,6 +201,7 @@ def update(
         keep: whether the gradients are stored.
         add: whether they are added to the stored ones.
         scale: factor of the gradients.
+        rule: "none", "SGD" or "Adam", with the flags of torch's optimisers; 3 moments are AMSGrad, `decoupled` AdamW.
     """
     launch(
         lenet_update_kernel, (geometry.blocks[-1],),

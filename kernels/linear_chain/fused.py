@@ -299,7 +299,7 @@ def _weight_grad(dy, dz, x, hidden, dw_ptr, db_ptr, widths, stride_split, with_b
     tile, tiles, splits, per_split = _split(M, K, widths, dy.dtype, precision)
     return (tiles * splits,), (M, per_split, *dy.stride(), *x.stride(), stride_split), dict(
         **_sizes(K, widths), HIDDEN=hidden.shape[1], TILES=tiles, HAS_BIAS=with_bias,
-        INDEX=index_type(dy, dz, x, hidden), **product_types(dy.dtype, precision),
+        INDEX=index_type(dy, dz, x, hidden, dw_ptr), **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 

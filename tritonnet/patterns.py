@@ -1,4 +1,4 @@
-"""Finds rows in a captured graph, that is convolution, relu and max-pooling, or linears and relus, and fuses them."""
+"""Finds patterns in a captured graph (convolution, relu and max-pooling; linears and relus) and fuses them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,7 +42,7 @@ _STEPS = {
     torch.max_pool2d: (POOL,), torch_functional.max_pool2d: (POOL,), _max_pool2d: (POOL,),
 }  # fmt: skip
 # Relu and max-pooling commute.
-_ROWS = (CONV, RELU, POOL), (CONV, POOL, RELU), (CONV, RELU)
+_PATTERNS = (CONV, RELU, POOL), (CONV, POOL, RELU), (CONV, RELU)
 _DROPOUTS = (
     torch_functional.dropout, torch_functional.dropout1d, torch_functional.dropout2d, torch_functional.dropout3d,
     torch_functional.alpha_dropout, torch_functional.feature_alpha_dropout,
@@ -76,7 +76,7 @@ def _pair(value):
 
 
 def steps_of(node):
-    """The steps that the node does; () if it cannot be part of a row."""
+    """The steps that the node does; () if it cannot be part of a pattern."""
     steps = _STEPS.get(node.target, ()) if node.op in ("call_function", "call_method") else ()
     return () if steps == (POOL,) and window_of(node) is None else steps
 
@@ -91,7 +91,7 @@ def follow(node):
 
 
 def _behind(node):
-    """The next node of a row: the only user of this one's result, with no other inputs except weights."""
+    """The next node of a pattern: the only user of this one's result, with no other inputs except weights."""
     user = next(iter(node.users), None)
     if len(node.users) != 1 or not steps_of(user):
         return None
@@ -170,10 +170,10 @@ def _of_convolution(conv):
     parts = follow(conv)[:3]
     steps = [sum((steps for _, steps in parts[: i + 1]), ()) for i in range(len(parts))]
     by_operator = conv.target in (ops.conv2d, ops.conv2d_relu)
-    for row in _ROWS:
-        if row not in steps[1:]:
+    for pattern in _PATTERNS:
+        if pattern not in steps[1:]:
             continue
-        nodes = [node for node, _ in parts[: steps.index(row) + 1]]
+        nodes = [node for node, _ in parts[: steps.index(pattern) + 1]]
         window = next((window_of(node) for node in nodes if steps_of(node) == (POOL,)), None)
         if window is None:
             yield Row(nodes, ops.conv2d_relu if by_operator else F.conv2d_relu, conv.args, conv.kwargs)
@@ -196,7 +196,7 @@ def _of_linear(linear):
     weights, biases = [g["weight"] for g in given], [g["bias"] for g in given]
     sizes = list(map(_shape, weights))
     usual = all(len(size) == 2 and (b is None or _shape(b) == size[:1]) for size, b in zip(sizes, biases))
-    # A chain does not end with a linear followed by relu: those two are a row of their own.
+    # A chain does not end with a linear followed by relu: those two are a pattern of their own.
     if steps[-1] == LINEAR and usual:
         if shapes.linear_chain_serves(sizes[0][1], [size[0] for size in sizes]):
             yield Row(nodes, F.linear_chain, (given[0]["input"], weights, biases), {}, tuple(layers[1:]))
@@ -212,20 +212,20 @@ def _is_value(node):
     return all(isinstance(v, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values)
 
 
-def _why_not(row):
-    """Why the call cannot replace the row at the position of its first node; None if it can."""
-    between, node = [], row.nodes[0].next
-    while node is not row.nodes[-1]:
-        if node not in row.nodes and node.op not in ("placeholder", "get_attr"):
+def _why_not(match):
+    """Why the call cannot replace the pattern at the position of its first node; None if it can."""
+    between, node = [], match.nodes[0].next
+    while node is not match.nodes[-1]:
+        if node not in match.nodes and node.op not in ("placeholder", "get_attr"):
             between.append(node)
         node = node.next
     if not all(map(_is_value, between)):
         return "autograd, autocast or the like changes in between"
     # Nodes in between may compute or write the weights. Casts of weights are allowed, as they can be moved forward.
     others = [node for node in between if not _is_cast(node)]
-    if row.taken_early and others:
+    if match.taken_early and others:
         return f"{_called(others[0])} comes in between"
-    inputs = [i for node in (row.nodes[0], *row.taken_early) for i in node.all_input_nodes]
+    inputs = [i for node in (match.nodes[0], *match.taken_early) for i in node.all_input_nodes]
     if any(is_traceable_wrapper_subclass(i.meta.get("example_value")) for i in inputs):
         return "its tensors are of a class of their own, which may not know the fused operators"
     return None
@@ -256,36 +256,36 @@ def _name(node):
     return path.rpartition("__self__.")[2].partition("].")[2] or path.rpartition("__self__.")[2] or _called(node)
 
 
-def fuse_rows(graph):
-    """Replace every row of a torch.fx graph by one call, where eager's order, aliases and in-place writes allow it.
+def fuse_patterns(graph):
+    """Replace every pattern of a torch.fx graph by one call, where eager's order, aliases and in-place writes allow it.
 
     Args:
         graph: torch.fx.Graph whose nodes have their tensors in meta["example_value"], as Dynamo's have.
 
     Returns:
-        ([description of each row], [(name, why)] of the convolutions and linears that are not fused).
+        ([description of each match], [(name, why)] of the convolutions and linears that are not fused).
     """
     simplify(graph)
     found, left, gone = [], [], set()
     for node in list(graph.nodes):
         if node in gone or (steps := steps_of(node))[:1] not in ((CONV,), (LINEAR,)):
             continue
-        rows = [(row, _why_not(row)) for row in (_of_convolution if steps[0] == CONV else _of_linear)(node)]
-        row = next((row for row, why in rows if not why), None)
-        if row is None and len(steps) > 1:
+        matches = [(match, _why_not(match)) for match in (_of_convolution if steps[0] == CONV else _of_linear)(node)]
+        match = next((match for match, why in matches if not why), None)
+        if match is None and len(steps) > 1:
             continue  # a fused layer
-        if row is None:
-            left.append((_name(node), rows[0][1] if rows else _alone(node)))
+        if match is None:
+            left.append((_name(node), matches[0][1] if matches else _alone(node)))
             continue
-        found.append(", ".join(_name(n) if steps_of(n)[0] in (CONV, LINEAR) else steps_of(n)[0] for n in row.nodes))
-        for early in row.taken_early:
+        found.append(", ".join(_name(n) if steps_of(n)[0] in (CONV, LINEAR) else steps_of(n)[0] for n in match.nodes))
+        for early in match.taken_early:
             for cast in filter(_is_cast, early.all_input_nodes):
                 node.prepend(cast)
         with graph.inserting_before(node):
-            new = graph.call_function(row.function, row.args, row.kwargs)
-        new.meta = dict(row.nodes[-1].meta)
-        row.nodes[-1].replace_all_uses_with(new)
-        for old in reversed(row.nodes):
+            new = graph.call_function(match.function, match.args, match.kwargs)
+        new.meta = dict(match.nodes[-1].meta)
+        match.nodes[-1].replace_all_uses_with(new)
+        for old in reversed(match.nodes):
             graph.erase_node(old)
-        gone.update(row.nodes)
+        gone.update(match.nodes)
     return found, left
