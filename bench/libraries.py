@@ -28,7 +28,10 @@ COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY = "max-autotune", "max-autotune-no-c
 
 
 class TutorialLeNet(nn.Module):
-    """tritonnet.LeNet as PyTorch's tutorials write it."""
+    """tritonnet.LeNet as PyTorch's tutorials write it.
+
+    tritonnet.examples.tutorial_lenet has it once more, as a program to be read.
+    """
 
     def __init__(self):
         super().__init__()
