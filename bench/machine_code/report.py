@@ -143,7 +143,7 @@ def with_bounds(text, records):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m bench.machine_code", description=__doc__.split("\n")[0])
     parser.add_argument("arch", nargs="*", help=f"of {', '.join(TARGETS)} (default: all)")
     parser.add_argument(
         "--record", action="store_true", help="write the bounds found into bench/machine_code/budgets.toml"
