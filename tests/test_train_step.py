@@ -488,7 +488,7 @@ def test_errors_of_batches(device):
     for bad_images, bad_labels, error, message in (
         (images[:, :, 2:], labels, ValueError, r"images must be \(N, 1, 32, 32\) with N > 0, got \[2, 1, 30, 32\]"),
         (images[:0], labels[:0], ValueError, r"got \[0, 1, 32, 32\]"),
-        (images.double(), labels, TypeError, "images must be floating or uint8, got torch.float64"),
+        (images.double(), labels, TypeError, "images must be float32, float16, bfloat16 or uint8, got torch.float64"),
         (images, labels[:1], ValueError, r"labels must be \(2\) of int64 or uint8, got \[1\]"),
         (images, labels.float(), ValueError, "of torch.float32"),
         (torch.zeros(2, 1, 31, 31, dtype=torch.uint8), labels, ValueError, r"uint8 images must be squares of 32"),
