@@ -200,7 +200,7 @@ def weight_grad(dy, x, with_bias):
         return dw.zero_(), db.zero_()
     products = precision()
     splits = _split(M, N, K, dy.dtype, products)[2]
-    partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     _weight_grad((dy, x, dw_ptr, db_ptr), dw.stride(), stride_split, with_bias, products)
     return partials.add_up()

@@ -46,9 +46,10 @@ def _add_up(partial, dw, db, splits):
 class Partials:
     """Where the programs of a split product write: a buffer, or the results themselves if there is only one split."""
 
-    def __init__(self, splits, dw, db, acc_dtype):
+    def __init__(self, splits, dw, db):
         self.dw, self.db, self.splits = dw, db, splits
         self.row = dw.numel() + db.numel()
+        acc_dtype = torch.promote_types(dw.dtype, torch.float32)
         self.buffer = dw.new_empty(splits * self.row, dtype=acc_dtype) if splits > 1 else None
 
     @property

@@ -248,7 +248,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     if dy.numel() == 0:
         return dw.zero_(), db.zero_()
     splits = _split(dy, x, size)[-2]
-    partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, pad_mode
     _weight_grad((dy, x, dw_ptr, db_ptr), tuple(size), dw.stride(), stride_split, *geometry, with_bias)

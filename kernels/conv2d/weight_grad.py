@@ -10,7 +10,6 @@ C and OC count the channels of one group. The programs of a split write partial 
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -180,7 +179,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     size, products = tuple(size), precision()
     # The number of programs does not depend on the index type, which the buffer of partial sums may change.
     splits = _split(N * OH * OW, size, groups, dy.dtype, products, tl.int32)[2]
-    partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, groups, pad_mode
     _weight_grad((dy, y, x, dw_ptr, db_ptr), size, tuple(strides(dw)), stride_split, *geometry, with_bias, products)

@@ -29,6 +29,18 @@ def cut(form, x, w_size, bias, y, stride, padding, pool_stride):
 
 
 @triton.jit
+def largest_of_window(z, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
+    """(BLOCK_M, 4 * COLUMNS), a 2x2 window's positions outermost -> the largest of each four, and the first such."""
+    left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, 2, COLUMNS)), (0, 3, 1, 2)))
+    z0, z2 = tl.split(left)
+    z1, z3 = tl.split(right)
+    upper = tl.maximum(z0, z1, propagate_nan=tl.PropagateNan.ALL)
+    lower = tl.maximum(z2, z3, propagate_nan=tl.PropagateNan.ALL)
+    largest = tl.maximum(upper, lower, propagate_nan=tl.PropagateNan.ALL)
+    return largest, tl.where(z0 == largest, 0, tl.where(z1 == largest, 1, tl.where(z2 == largest, 2, 3)))
+
+
+@triton.jit
 def block_of(offs_m, BLOCKS_H: tl.constexpr, BLOCKS_W: tl.constexpr, INDEX: tl.constexpr):
     """(n, row, column) of the blocks of pooled pixels offs_m. Unsigned division takes half the instructions."""
     if INDEX == tl.int64:

@@ -52,7 +52,7 @@ def _form(format, w_size, stride, padding, dilation, groups, pad_mode, pool_kern
         return None
     for side in (2, 1):
         patch = tuple(
-            ((side - 1) * pool_stride[i] + 1) * stride[i] + dilation[i] * (k - 1) + 1 for i, k in enumerate((KH, KW))
+            patch_size(side, k, stride[i], dilation[i], pool_kernel[i], pool_stride[i]) for i, k in enumerate((KH, KW))
         )
         pixels, sums = patch[0] * patch[1], 4 * side**2
         if format == "ieee":

@@ -8,8 +8,8 @@
 
 Both matrix products read dz as one-hot groups made in registers: for each pooled pixel one column for each position of
 its window, with dy at the position of the code. A row of dz is an image, and all rows have the same pixels, so that an
-address is the sum of one number a row and one number a column. Geometry and strides are constants of the
-kernel, so that addresses cost little.
+address is the sum of one number a row and one number a column. Geometry and strides are constants of the kernel, so
+that addresses cost little.
 """
 
 import triton

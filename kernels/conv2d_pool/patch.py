@@ -31,7 +31,7 @@ from ..conv2d.padding import source
 from ..conv2d.patches import precision
 from ..launching import planned
 from ..tiles import clamped_power, flat_block
-from .blocks import PROGRAMS, cut, locate
+from .blocks import PROGRAMS, cut, largest_of_window, locate
 from .chooser import COLUMNS
 
 
@@ -147,16 +147,7 @@ def conv2d_relu_max_pool2d_product_kernel(
             x = tl.load(x_ptr + x_rows[:, None] + k_offs[None, :], mask=mask, other=0.0)
             z = tl.dot(x.to(OPERAND), filters[k0 // BLOCK_K], z, input_precision=PRECISION)
 
-        # The maximum over the four positions of a window, and the first position that has it.
-        z = tl.permute(tl.reshape(z, (BLOCK_M, 2, 2, columns)), (0, 3, 1, 2))
-        z_left, z_right = tl.split(z)
-        z0, z2 = tl.split(z_left)
-        z1, z3 = tl.split(z_right)
-        upper = tl.maximum(z0, z1, propagate_nan=tl.PropagateNan.ALL)
-        best = tl.maximum(
-            upper, tl.maximum(z2, z3, propagate_nan=tl.PropagateNan.ALL), propagate_nan=tl.PropagateNan.ALL
-        )
-        code = tl.where(z0 == best, 0, tl.where(z1 == best, 1, tl.where(z2 == best, 2, 3)))
+        best, code = largest_of_window(z, BLOCK_M, columns)
         y = round_to(best + bias[None, :], y_ptr.dtype.element_ty)
         dead = y.to(tl.float32) <= 0
 

@@ -1,6 +1,5 @@
 """The weight and bias gradients of the fused kernel for few channels, split between programs; see one_hot.py."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -190,7 +189,7 @@ def weight_grad(dy, code, x, size, stride, padding, dilation, pool_kernel, pool_
         return dw, db
     size = tuple(size)
     splits = _split(dy.shape, size, pool_kernel, pool_stride, stride, dilation)[-1]
-    partials = Partials(splits, dw, db, torch.float32)
+    partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, pool_kernel, pool_stride, pool_padding
     tensors = dy, code, x, dw_ptr, db_ptr

@@ -15,6 +15,7 @@ import triton.language as tl
 from .._common import (
     INTERPRETED,
     OPTIONS,
+    cdiv,
     compute_capability,
     index_type,
     operand_type,
@@ -36,11 +37,11 @@ def splits_for(format, images, geometry):
     tile, (Q1, Q2), lanes = tiles.gradient_tile(form, images, geometry), geometry.pooled, form == "lanes"
     most = Splits(2, 2, 1) if INTERPRETED else MOST_LANES if lanes else MOST
     turns = (
-        triton.cdiv(images, tile.M1) * (Q1 // 2) * (1 if lanes else triton.cdiv(Q1, 4)),
-        triton.cdiv(images * Q2 * Q2, tile.M2) if lanes else triton.cdiv(images, tile.M2) * Q2 * Q2,
-        triton.cdiv(images, 4 * tile.M3),
+        cdiv(images, tile.M1) * (Q1 // 2) * (1 if lanes else cdiv(Q1, 4)),
+        cdiv(images * Q2 * Q2, tile.M2) if lanes else cdiv(images, tile.M2) * Q2 * Q2,
+        cdiv(images, 4 * tile.M3),
     )
-    return Splits(*(triton.cdiv(n, triton.cdiv(n, limit)) for limit, n in zip(most, turns)), lanes=lanes)
+    return Splits(*(cdiv(n, cdiv(n, limit)) for limit, n in zip(most, turns)), lanes=lanes)
 
 
 def parts(tile, geometry, lanes):
@@ -51,7 +52,7 @@ def parts(tile, geometry, lanes):
     """
     if lanes:
         return 2, 24
-    return geometry.channels, 1 if tile.N2 == 256 else triton.cdiv(288, tile.N2)
+    return geometry.channels, 1 if tile.N2 == 256 else cdiv(288, tile.N2)
 
 
 @triton.jit(do_not_specialize=["N", "splits1", "splits2", "splits3", "partial2", "partial3"])
@@ -119,8 +120,8 @@ def gradients(x, packed, geometry, format, pixels, memory, splits, scratch, part
     N, lanes = x.shape[0], splits.lanes
     tile = tiles.gradient_tile("lanes" if lanes else format, N, geometry)
     parts1, parts2 = parts(tile, geometry, lanes)
-    hidden = 128 // tile.N3 * (1 + triton.cdiv(geometry.padded_classes, 128))
-    tiles_linear = triton.cdiv(geometry.features, tile.N3) + hidden
+    hidden = 128 // tile.N3 * (1 + cdiv(geometry.padded_classes, 128))
+    tiles_linear = cdiv(geometry.features, tile.N3) + hidden
     _, partial2, partial3, _ = splits.partials(geometry)
     dz, code2 = memory["dz"], memory["code2"]
     # Otherwise the assembler spills a few registers to fit three programs on a multiprocessor.

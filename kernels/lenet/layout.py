@@ -36,9 +36,8 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 
-from .._common import INTERPRETED
+from .._common import INTERPRETED, cdiv, power_of_2
 
 # Elements of a parameter that one program updates; the interpreter's time grows with the number of programs.
 BLOCK = 16384 if INTERPRETED else 128
@@ -77,11 +76,11 @@ class Geometry(NamedTuple):
 
     @_remembered
     def block_classes(self):
-        return min(128, max(16, triton.next_power_of_2(self.classes)))
+        return min(128, max(16, power_of_2(self.classes)))
 
     @_remembered
     def padded_classes(self):
-        return triton.cdiv(self.classes, self.block_classes) * self.block_classes
+        return cdiv(self.classes, self.block_classes) * self.block_classes
 
     @_remembered
     def shapes(self):
@@ -93,19 +92,19 @@ class Geometry(NamedTuple):
     @_remembered
     def blocks(self):
         """The first program that updates each parameter, and how many programs there are."""
-        return _starts([triton.cdiv(math.prod(shape), BLOCK) for shape in self.shapes])
+        return _starts([cdiv(math.prod(shape), BLOCK) for shape in self.shapes])
 
     @_remembered
     def plain(self):
         """Where conv1's filters and bias, conv2's, and the linears' biases begin in the plain buffer, and its size."""
         sizes = 150 * self.channels, 6, 2400, 16, 120, 84, self.classes
-        return _starts([triton.cdiv(size, 128) * 128 for size in sizes])
+        return _starts([cdiv(size, 128) * 128 for size in sizes])
 
     @_remembered
     def packed(self):
         """Where W1, W2, WD, W3, W4 and W5 begin in the packed buffer, and the buffer's size."""
         # Features are padded to whole blocks with weight 0.
-        features = triton.cdiv(self.features, 128) * 128
+        features = cdiv(self.features, 128) * 128
         rows = (64 * self.channels, 128), (288, 64), (768, 64), (features, 128), (128, 128), (128, self.padded_classes)
         return _starts([math.prod(shape) for shape in rows])
 

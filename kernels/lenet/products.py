@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .._common import round_to
+from ..conv2d_pool.blocks import largest_of_window
 from .lane_order import columns_of_lanes, from_result, load_weights, rows_of_lanes, to_operand, vectors
 
 
@@ -53,14 +54,9 @@ def load_patches(
 @triton.jit
 def largest_of_four(acc, bias, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
     """(BLOCK_M, 4 * COLUMNS), window's pixels outermost -> (BLOCK_M, COLUMNS) of max(0, largest + bias), and code."""
-    rows, columns = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, 2, COLUMNS)), (0, 3, 1, 2)))
-    z0, z2 = tl.split(rows)
-    z1, z3 = tl.split(columns)
-    upper = tl.maximum(z0, z1, propagate_nan=tl.PropagateNan.ALL)
-    largest = tl.maximum(upper, tl.maximum(z2, z3, propagate_nan=tl.PropagateNan.ALL), tl.PropagateNan.ALL)
+    largest, code = largest_of_window(acc, BLOCK_M, COLUMNS)
     y = largest + bias[None, :]
     dead = y <= 0
-    code = tl.where(z0 == largest, 0, tl.where(z1 == largest, 1, tl.where(z2 == largest, 2, 3)))
     return tl.where(dead, 0.0, y), tl.where(dead, 4, code).to(tl.uint8)
 
 

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import triton
-
 from .._common import INTERPRETED, cached_for_architecture, cdiv, compute_capability, power_of_2
 
 
@@ -55,20 +53,14 @@ FORWARD = {
 # For sm_90, whose matrix units read rows from registers and filters from shared memory, which holds all of them. A warp
 # has 16 rows: with 128, eight warps load each row of a linear layer's product once.
 HOPPER_FORWARD = {
-    True: {
-        "bfloat16": ForwardTile(128, 64, 128, 64, 128, 64, 32, 64, 2, 8),
-        "tf32": ForwardTile(128, 32, 128, 32, 128, 32, 32, 32, 2, 8),
-    },
-    False: {
-        "bfloat16": ForwardTile(128, 64, 128, 64, 128, 64, 32, 64, 2, 8),
-        "tf32": ForwardTile(128, 32, 128, 32, 128, 32, 32, 32, 2, 8),
-    },
+    "bfloat16": ForwardTile(128, 64, 128, 64, 128, 64, 32, 64, 2, 8),
+    "tf32": ForwardTile(128, 32, 128, 32, 128, 32, 32, 32, 2, 8),
 }
 
 
 def _hopper_forward(format, images, geometry, train):
     """The tile for sm_90 in bfloat16 or tf32."""
-    tile, colours, half = HOPPER_FORWARD[train][format], geometry.channels > 1, format == "bfloat16"
+    tile, colours, half = HOPPER_FORWARD[format], geometry.channels > 1, format == "bfloat16"
     if colours and train:
         # Sums over three channels occupy registers for longer.
         tile = tile._replace(images=64, M1=64)
@@ -117,7 +109,7 @@ def forward_tile(form, images, geometry, train):
         rows = [min(2048, power_of_2(block * n)) for n in (squares, geometry.pooled[1] ** 2)]
         kept = FORWARD[train][form].kept
         return block, ForwardTile(64, max(1, block // 2), rows[0], 64, rows[1], 32, 128, 128, kept, 4)
-    hopper = compute_capability() == 9 and form in HOPPER_FORWARD[train]
+    hopper = compute_capability() == 9 and form in HOPPER_FORWARD
     tile = (_hopper_forward if hopper else _other_forward)(form, images, geometry, train)
     if tile.kept < 2:
         # Filters that are not kept are loaded in blocks of K2 rows, which has to divide 288.
@@ -176,8 +168,8 @@ def gradient_tile(form, images, geometry):
                 # 32-bit operands go through registers.
                 tile = tile._replace(M2=16, M3=16)
         return tile
-    rows = min(2048, max(32, triton.next_power_of_2(images // 2)))
+    rows = min(2048, max(32, power_of_2(images // 2)))
     if form == "lanes":
-        windows = min(2048, triton.next_power_of_2(images * geometry.pooled[1] ** 2 // 2))
+        windows = min(2048, power_of_2(images * geometry.pooled[1] ** 2 // 2))
         return GradientTile(rows, rows * 8, 1, windows, 1, rows, 128, 4)
     return GradientTile(rows, 64, rows // 2, rows, 128 if form == "ieee" else 256, rows, 128, 4)

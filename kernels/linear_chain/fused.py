@@ -11,7 +11,6 @@ A program takes a block of rows through all layers and keeps it in registers in 
 layers ran one after the other. `hidden` and `dz` are h[1] ... h[L - 1] and dz[1] ... dz[L - 1] concatenated.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -311,7 +310,7 @@ def weight_grad(dy, dz, x, hidden, widths, with_bias):
         return dw.zero_(), db.zero_()
     dz, hidden, widths, products = dz.contiguous(), hidden.contiguous(), (*widths, dy.shape[1]), precision()
     splits = _split(*x.shape, widths, dy.dtype, products)[2]
-    partials = Partials(splits, dw, db, torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     _weight_grad((dy, dz, x, hidden, dw_ptr, db_ptr), widths, stride_split, with_bias, products)
     return partials.add_up()
