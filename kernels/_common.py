@@ -145,6 +145,27 @@ def product_types(dtype, precision):
     return dict(OPERAND=operand_type(dtype), ACC=acc_type(dtype), PRECISION=input_precision(dtype, precision))
 
 
+def reciprocal(d):
+    """The argument of `divide` that divides by d, where 0 < d < 2^31; an integer of 64 bits for every d.
+
+    Source: Granlund and Montgomery 1994, https://doi.org/10.1145/178243.178249.
+    """
+    shift = (d - 1).bit_length()
+    multiplier = ((1 << 32) * ((1 << shift) - d)) // d + 1
+    return 1 << 62 | multiplier << 8 | shift
+
+
+@triton.jit
+def divide(n, d, inverse):
+    """n // d for n >= 0, where `inverse` is reciprocal(d): three instructions in place of twenty if n is int32."""
+    if n.dtype == tl.int64:
+        return n // d
+    else:
+        unsigned = n.to(tl.uint32)
+        multiplier, shift = (inverse >> 8).to(tl.uint32), (inverse & 255).to(tl.uint32)
+        return ((tl.umulhi(unsigned, multiplier) + unsigned) >> shift).to(tl.int32)
+
+
 class Window(NamedTuple):
     """Which taps k of a window reach a pixel i: k * dilation = i + pad - o * stride for some output position o.
 

@@ -4,7 +4,32 @@ import json
 import pathlib
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 from conftest import run_python
+
+from tritonnet.kernels._common import divide, reciprocal
+
+
+@triton.jit
+def divide_kernel(n_ptr, q_ptr, d, inverse, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(q_ptr + offs, divide(tl.load(n_ptr + offs), d, inverse))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_division_by_a_reciprocal(device, dtype):
+    """At the multiples of each divisor, next to them and at the ends of the range."""
+    most = 2**31 - 1 if dtype == torch.int32 else 2**40
+    for d in (1, 2, 3, 5, 7, 12, 28, 56, 112, 641, 4096, 65537, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1):
+        multiples = torch.cat([torch.arange(12), torch.randint(most // d + 1, (68,)), torch.tensor([most // d])]) * d
+        ends = torch.tensor([0, 1, most - 1, most, *range(7)])
+        n = torch.cat([multiples - 1, multiples, multiples + 1, ends]).clamp(0, most).to(dtype)[:256].to(device)
+        n = torch.nn.functional.pad(n, (0, 256 - len(n)))
+        q = torch.full_like(n, -1)
+        divide_kernel[(2,)](n, q, d, reciprocal(d), BLOCK=128)
+        assert torch.equal(q, n // d), d
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ RECORD = {
     "dot": True, "matrix": {"HGMMA": 4}, "asynchronous": True, "products": 1, "overwritten": [],
 }  # fmt: skip
 TIMES = {"issue_us": 1.0, "l1_us": 1e6, "matrix_us": 1.0}
+SLOW = {"issue_us": 6.0, "l1_us": 1.0, "matrix_us": 0.0, "arithmetic_us": 5.0, "memory_us": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,10 @@ TIMES = {"issue_us": 1.0, "l1_us": 1e6, "matrix_us": 1.0}
         ({"stores": {"8": 64}}, "the widest of its stores has 8 bytes, not 16"),
         ({"case": SHAPE, "bounds": TIMES}, "its bound is 1000000.00 us, "),
         ({"case": "taps, new", "bounds": TIMES}, "its bound of 1000000.00 us is not recorded"),
+        (
+            {"case": "ResNet relu", "kernel": "relu_kernel", "bounds": SLOW},
+            "bound is 1.20 times its floor, 1 allowed",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -94,7 +99,7 @@ def test_budgets_are_checked(change, message, monkeypatch):
     assert bool(found) == bool(message)
     if message:
         assert len(found) == 1 and message in found[0]
-        assert found[0].startswith(f"sm_90: conv2d_forward_kernel, bfloat16, {record['case']}")
+        assert found[0].startswith(f"sm_90: {record['kernel']}, bfloat16, {record['case']}")
 
 
 def test_another_compiler_is_held_to_less(monkeypatch):

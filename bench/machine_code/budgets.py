@@ -23,6 +23,11 @@ def bound(record):
     return max(record["bounds"][name] for name in BY_CODE)
 
 
+def floor(record):
+    """The least time in microseconds by arithmetic and by device memory alone."""
+    return max(record["bounds"]["arithmetic_us"], record["bounds"]["memory_us"])
+
+
 def recorded(record):
     """The bound that budgets.toml allows for a record, or None."""
     return BUDGETS["bounds_us"].get(record["case"], {}).get(record["kernel"], {}).get(record["format"])
@@ -75,3 +80,6 @@ def violations(records):
                 yield f"{where}: its bound of {bound(r):.2f} us is not recorded"
             elif bound(r) > most * SLACK:
                 yield f"{where}: its bound is {bound(r):.2f} us, {most} recorded"
+            for rule in BUDGETS["floors"]:
+                if _applies(rule, r) and bound(r) > rule["most"] * floor(r):
+                    yield f"{where}: its bound is {bound(r) / floor(r):.2f} times its floor, {rule['most']} allowed"

@@ -26,7 +26,7 @@ from ..keep import ROOT
 from ..processes import environment
 from ..table import markdown
 from . import budgets
-from .budgets import bound
+from .budgets import bound, floor
 
 HERE = Path(__file__).parent
 
@@ -84,10 +84,9 @@ def by_shape(records):
     rows = []
     for r in records:
         if b := r.get("bounds"):
-            floor = max(b["arithmetic_us"], b["memory_us"])
             times = [b[f"{name}_us"] for name in ("issue", "l1", "matrix", "arithmetic", "memory")]
             kernel = r["kernel"].removesuffix("_kernel")
-            rows.append((r["case"], kernel, r["format"], r["tile"], *times, max(bound(r), floor) / floor))
+            rows.append((r["case"], kernel, r["format"], r["tile"], *times, max(1.0, bound(r) / floor(r))))
     return header, rows
 
 
