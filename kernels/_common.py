@@ -118,11 +118,11 @@ def in_units(itemsize, *numbers):
     """(each number divided by its unit, the units); the kernel multiplies them again.
 
     Triton specialises an argument on divisibility by 16 and otherwise assumes nothing: of 1000 features, or of rows of
-    1000, it would load single elements. The unit of a number that 16 does not divide is the number of elements in 16
-    bytes, if that divides it; all other units are 1.
+    1000, it would load single elements. The unit of a number that 16 does not divide is the power of two that does, up
+    to the number of elements in 16 bytes; all other units are 1.
     """
     vector = max(1, 16 // itemsize)
-    units = tuple(vector if n % 16 and n % vector == 0 else 1 for n in numbers)
+    units = tuple(math.gcd(n, vector) if n % 16 else 1 for n in numbers)
     return [n // unit for n, unit in zip(numbers, units)], units
 
 

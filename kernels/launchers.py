@@ -15,6 +15,8 @@ from .conv2d import forward as _forward
 from .conv2d import input_grad as _input_grad
 from .conv2d import padding as _padding
 from .conv2d import weight_grad as _weight_grad
+from .conv2d_few import cut as _few
+from .conv2d_few import product as _few_product
 from .conv2d_pool import chooser as _pool_chooser
 from .conv2d_pool import general as _pool_general
 from .conv2d_pool import input_grad as _pool_input_grad
@@ -28,6 +30,8 @@ from .linear_chain import layered
 
 
 def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
+    if _few.serves(x.dtype, w.shape[1], padding, dilation, groups, pad_mode):
+        return _few_product.forward(x, w, bias, stride, padding, relu)
     family = _depthwise if _depthwise.serves(w.shape, groups) else _forward
     return family.forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu)
 
@@ -42,13 +46,21 @@ def conv2d_relu_max_pool2d(x, w, bias, *geometry):
     return (_pool_patch if form.product else _pool_lanes).forward(form, x, w, bias, *geometry)
 
 
+def _input_grad_of_zeros(dy, w, size, stride, padding, dilation, groups):
+    """The input gradient for padding with zeros."""
+    if _few.serves(dy.dtype, min(w.shape[:2]), padding, dilation, groups, "zeros"):
+        return _few_product.input_grad(dy, w, size, stride, padding)
+    family = _depthwise if _depthwise.serves(w.shape, groups) else _input_grad
+    return family.input_grad(dy, w, size, stride, padding, dilation, groups)
+
+
 def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
-    input_grad = (_depthwise if _depthwise.serves(w.shape, groups) else _input_grad).input_grad
     if pad_mode == "zeros":
-        return input_grad(dy, w, size, stride, padding, dilation, groups)
+        return _input_grad_of_zeros(dy, w, size, stride, padding, dilation, groups)
     # The gradient of the padded image is that of a convolution without padding; copied pixels add to their source.
     (N, C, H, W), (top, bottom, left, right) = size, padding
-    dp = input_grad(dy, w, (N, C, H + top + bottom, W + left + right), stride, (0, 0, 0, 0), dilation, groups)
+    padded = N, C, H + top + bottom, W + left + right
+    dp = _input_grad_of_zeros(dy, w, padded, stride, (0, 0, 0, 0), dilation, groups)
     return _padding.fold_padding(dp, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
 
 

@@ -45,6 +45,23 @@ def _pooled_lanes(a):
     return turns, others, a.y_ptr.numel() * 4 * a.C * a.KH * a.KW
 
 
+def _taps(block, step, patch):
+    """At least how many taps a filter has, along one dimension: see conv2d_few/cut.py."""
+    if step >= block:
+        return patch - (block - 1) * step // block
+    return block // step * (patch - 1 - step) + 2
+
+
+def _few_product(a):
+    channels = a.image_ptr.shape[1]
+    inner = channels if a.PLANES == 1 else 1
+    patch_w = (a.RUN - a.UNIT + 1) // inner
+    taps = _taps(a.BH, a.STEP_H, a.PATCH_H) * max(1, _taps(a.BW, a.STEP_E // inner, patch_w))
+    # The pixels of the convolution's result are those of the image or of the output, whichever are fewer.
+    pixels = min(a.image_ptr[:, 0].numel(), a.out_ptr[:, 0].numel())
+    return a.LENGTH / a.BLOCK_K, [], pixels * channels * a.CO * taps
+
+
 def _input_grad(a):
     taps = [len(range(h, a.KH, a.SH)) * len(range(w, a.KW, a.SW)) for h in range(a.SH) for w in range(a.SW)]
     blocks = [_cdiv(a.OC * n, a.BLOCK_K) if a.FLAT else n * _cdiv(a.OC, a.BLOCK_K) for n in taps]
@@ -181,6 +198,7 @@ MODEL = {
     "conv2d_relu_max_pool2d_forward_kernel": _forward_pooled,
     "conv2d_relu_max_pool2d_product_kernel": _pooled_product,
     "conv2d_relu_max_pool2d_lanes_kernel": _pooled_lanes,
+    "few_channels_product_kernel": _few_product,
     "conv2d_input_grad_kernel": _input_grad,
     "conv2d_weight_grad_kernel": _weight_grad,
     "conv2d_relu_max_pool2d_input_grad_kernel": _input_grad_pooled,

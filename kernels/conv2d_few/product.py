@@ -1,0 +1,280 @@
+"""Forward and input gradient of convolutions with few channels as one matrix product; cut.py has the blocks.
+
+    out[block, (c, bh, bw)] = bias[c] + sum over k of patch[block, k] * placed[(c, bh, bw), k]
+
+Forward: patches of x, and placed[(oc, bh, bw), (c, ph, pw)] = w[oc, c, ph - bh * SH, pw - bw * SW]
+Input gradient: patches of dy, and placed[(c, bh, bw), (oc, ph, pw)] = w[oc, c, kh, kw], where kh and kw are those with
+which the pixel (bh, bw) of the block contributes to the pixel (ph, pw) of the patch
+
+placed is 0 where no element of the filter stands, so that one patch serves a whole block of pixels.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .. import shapes
+from .._common import (
+    INTERPRETED,
+    OPTIONS,
+    cdiv,
+    compute_capability,
+    divide,
+    in_units,
+    index_type,
+    input_precision,
+    number_format,
+    operand_type,
+    reciprocal,
+    round_to,
+    strides,
+)
+from ..conv2d.patches import precision
+from ..launching import planned, remembered
+from ..tiles import RESIDENT, Tile, clamped_power, flat_block
+from .cut import Cut, Reach, readable
+
+# Half of the range of int32.
+FAR = tl.constexpr(2**30)
+
+
+@triton.jit
+def column_of(j, CO: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, PIXELS_OUT: tl.constexpr):
+    """(c, bh, bw) of the columns j, in the memory order of the result."""
+    if PIXELS_OUT:
+        return j % CO, j // (CO * BW), j // CO % BW
+    else:
+        return j // (BH * BW), j // BW % BH, j % BW
+
+
+@triton.jit
+def run_of(k, PATCH_H: tl.constexpr, RUN: tl.constexpr):
+    """(plane, row of the patch, element of the run) of the elements k of a patch."""
+    return k // (RUN * PATCH_H), k // RUN % PATCH_H, k % RUN
+
+
+@triton.jit
+def place_few_filters_kernel(
+    w_ptr, placed_ptr,
+    numel,
+    stride_wo, stride_wi, stride_wh, stride_ww,
+    CI: tl.constexpr, CO: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    OF_BLOCK_H: tl.constexpr, OF_PATCH_H: tl.constexpr, FIRST_H: tl.constexpr,
+    OF_BLOCK_W: tl.constexpr, OF_PATCH_W: tl.constexpr, FIRST_W: tl.constexpr,
+    PIXELS: tl.constexpr, PIXELS_OUT: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
+    PATCH_H: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr, SKIP: tl.constexpr, LENGTH: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # placed (columns, LENGTH); the strides wo and wi are those of the result's and of the image's channels
+    offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    plane, ph, e = run_of(offs % LENGTH, PATCH_H, RUN)
+    co, bh, bw = column_of(offs // LENGTH, CO, BH, BW, PIXELS_OUT)
+    e -= SKIP
+    if PIXELS:
+        ci, pw = e % CI, e // CI
+    else:
+        ci, pw = plane, e
+
+    kh = bh * OF_BLOCK_H + ph * OF_PATCH_H + FIRST_H
+    kw = bw * OF_BLOCK_W + pw * OF_PATCH_W + FIRST_W
+    stands = (e >= 0) & (plane < PLANES) & (co < CO) & (bh < BH) & (kh >= 0) & (kh < KH) & (kw >= 0) & (kw < KW)
+    w_offs = co * stride_wo + ci * stride_wi + kh * stride_wh + kw * stride_ww
+    tl.store(placed_ptr + offs, tl.load(w_ptr + w_offs, mask=mask & stands, other=0.0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "inverse_h", "inverse_w"])
+def few_channels_product_kernel(
+    image_ptr, placed_ptr, b_ptr, out_ptr,
+    M, H, length, OH, OW, blocks_h, blocks_w, inverse_h, inverse_w,
+    stride_in, stride_ic, stride_ih,
+    stride_b,
+    stride_on, stride_oc, stride_oh,
+    CO: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
+    TOP: tl.constexpr, LEFT: tl.constexpr, PATCH_H: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
+    UNIT: tl.constexpr, UNITS: tl.constexpr, PIXELS_OUT: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
+    LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    stride_in, stride_ic, stride_ih = stride_in * UNIT, stride_ic * UNIT, stride_ih * UNIT
+    stride_on, stride_oc, stride_oh = stride_on * UNITS[0], stride_oc * UNITS[1], stride_oh * UNITS[2]
+
+    # GEMM: M = N * blocks, N = CO * BH * BW, K = PLANES * PATCH_H * RUN
+    tiles_n: tl.constexpr = (CO * BH * BW + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0).to(INDEX)
+    offs_m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    row = divide(offs_m, blocks_w, inverse_w)
+    n = divide(row, blocks_h, inverse_h)
+    row, col = row - n * blocks_h, offs_m - row * blocks_w
+
+    ih0, e0 = row * STEP_H - TOP, col * STEP_E - LEFT
+    # A sum of pointers, because the compiler would spread a sum of offsets over the loop.
+    patches = image_ptr + (n * stride_in + ih0 * stride_ih + e0)
+    # Rows of the image and of the product that do not exist are made so by a single comparison.
+    ih0 = tl.where(mask_m, ih0, -FAR)
+    most_h, most_e = tl.cast(H, tl.uint32), tl.cast(length * UNIT, tl.uint32)
+
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, LENGTH, BLOCK_K):
+        k = k0 + offs_k
+        plane, ph, e = run_of(k, PATCH_H, RUN)
+        offs = plane * stride_ic + ph * stride_ih + e
+        if LENGTH > PLANES * PATCH_H * RUN:
+            ph = tl.where(plane < PLANES, ph, -FAR)
+        ih, ie = ih0[:, None] + ph[None, :], e0[:, None] + e[None, :]
+        inside = (ih.to(tl.uint32) < most_h) & (ie.to(tl.uint32) < most_e)
+        patch = tl.load(patches[:, None] + offs[None, :], mask=inside, other=0.0)
+        placed = tl.load(placed_ptr + j[None, :] * LENGTH + k[:, None])
+        acc = tl.dot(patch.to(OPERAND), placed.to(OPERAND), acc, input_precision=PRECISION)
+
+    co, bh, bw = column_of(j, CO, BH, BW, PIXELS_OUT)
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + co * stride_b, mask=co < CO, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        acc = tl.where(acc < 0, 0.0, acc)
+    oh0, ow0 = row * BH, col * BW
+    mask = mask_m[:, None] & (j < CO * BH * BW)[None, :]
+    if EDGE_H:
+        mask = mask & (oh0[:, None] + bh[None, :] < OH)
+    if EDGE_W:
+        mask = mask & (ow0[:, None] + bw[None, :] < OW)
+    # The result is dense; the compiler sees in these forms only that its elements are adjacent.
+    if PIXELS_OUT:
+        out_rows = n * stride_on + oh0 * stride_oh + ow0 * CO
+        out_cols = bh * stride_oh + j % (CO * BW)
+    else:
+        out_rows = n * stride_on + oh0 * stride_oh + ow0
+        out_cols = co * stride_oc + bh * stride_oh + bw
+    tl.store(
+        out_ptr + out_rows[:, None] + out_cols[None, :], round_to(acc, out_ptr.dtype.element_ty), mask=mask
+    )
+
+
+class Form(NamedTuple):
+    """What is launched: the Cut, the length of a patch and the columns as multiples of the tile's sides, and these."""
+
+    cut: Cut
+    length: int
+    columns: int
+    BLOCK_N: int
+    BLOCK_K: int
+
+
+# Pixels of a block along each dimension, in units of the stride for the input's gradient.
+SIDES = range(1, 9)
+# Floating-point operations of an SM in a cycle; those of full float32 with the loads of their operands.
+RATES = {"half": 4096, "tf32": 2048, "ieee": 160}
+
+
+@remembered
+def _form(gradient, format, itemsize, channels, result, size, kernel, stride, padding, pixels, pixels_out, unit):
+    """The Form that takes the least cycles by a model; `size` is that of the result.
+
+    The model adds up what a patch needs of an SM: a quarter cycle for 32 instructions, a cycle for 128 bytes through L1
+    and shared memory, and its products. It was fitted to machine code for sm_90.
+    """
+    best = None
+    inner = channels if pixels else 1
+    steps, reach = (stride, Reach.of_gradient) if gradient else ((1, 1), Reach.of_pixels)
+    for bh, bw in itertools.product(SIDES, SIDES):
+        block = bh * steps[0], bw * steps[1]
+        reaches = [reach(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
+        wanted = result * block[0] * block[1]
+        n = clamped_power(wanted, 16, 128 if format == "half" else 64)
+        columns = cdiv(wanted, n) * n
+        # Results that a thread can store at once.
+        adjacent = math.gcd(block[1] * (result if pixels_out else 1), size[1] * (result if pixels_out else 1), 8)
+        for u in (unit >> i for i in range(unit.bit_length()) if not reaches[1].step * inner % (unit >> i)):
+            cut = Cut.of(block, *reaches, channels, pixels, u)
+            k = 16 if format == "ieee" else 64 if format == "half" and cut.length >= 512 else 32
+            length, tiles = cdiv(cut.length, k) * k, columns // n
+            instructions = tiles * (10 * length + 16 * k) / u + columns * (2 + 8 / adjacent)
+            bytes = itemsize * (length * (2 * tiles + columns / 40) + 3 * columns)
+            rows, cols = cut.blocks(size)
+            cycles = rows * cols * ((instructions + bytes) / 128 + 2 * columns * length / RATES[format])
+            if best is None or cycles < best[0]:
+                best = cycles, Form(cut, length, columns, n, k)
+    return best[1]
+
+
+def _tile(form, M, index):
+    """The Tile for M patches. The order of a sum does not depend on it."""
+    n, k = form.BLOCK_N, form.BLOCK_K
+    if INTERPRETED:
+        return Tile(clamped_power(M // 3, 32, 4096), n, k, num_warps=4, num_stages=1)
+    m = 256 if form.length >= 512 and M >= 256 * RESIDENT and compute_capability() == 9 else 128
+    if form.BLOCK_K == 16:
+        m = 64
+    warps = 8 if m * n > 2**13 or index == tl.int64 else 4
+    return Tile(m, n, k, warps, num_stages=1 if form.length <= 64 or form.cut.UNIT <= 2 else 3)
+
+
+@planned(place_few_filters_kernel)
+def _place_filters(w, placed, form, gradient, pixels, pixels_out, stride, padding):
+    (OC, C, KH, KW), cut, block = w.shape, form.cut, flat_block(placed.numel(), 256)
+    (wo, wc, *taps), (SH, SW) = w.stride(), stride
+    if gradient:
+        # kh = bh + PH - oh * SH, where the patch begins at oh = -TOP
+        first_w = (cut.SKIP - cut.LEFT) // (OC if pixels else 1)
+        channels, steps = (C, OC, wc, wo), (1, -SH, padding[0] + cut.TOP * SH, 1, -SW, padding[2] - first_w * SW)
+    else:
+        channels, steps = (OC, C, wo, wc), (-SH, 1, 0, -SW, 1, 0)
+    return (cdiv(placed.numel(), block),), (placed.numel(), *channels[2:], *taps), dict(
+        CI=channels[1], CO=channels[0], KH=KH, KW=KW,
+        OF_BLOCK_H=steps[0], OF_PATCH_H=steps[1], FIRST_H=steps[2],
+        OF_BLOCK_W=steps[3], OF_PATCH_W=steps[4], FIRST_W=steps[5],
+        PIXELS=pixels, PIXELS_OUT=pixels_out, BH=cut.BH, BW=cut.BW, PATCH_H=cut.PATCH_H, RUN=cut.RUN,
+        PLANES=cut.PLANES, SKIP=cut.SKIP, LENGTH=form.length,
+        INDEX=index_type(w, placed), BLOCK=block, num_warps=4, **OPTIONS,
+    )  # fmt: skip
+
+
+@planned(few_channels_product_kernel)
+def _product(image, placed, bias, out, form, pixels, pixels_out, relu, precision):
+    (N, C, H, W), (_, CO, OH, OW), cut = image.shape, out.shape, form.cut
+    rows, cols = cut.blocks((OH, OW))
+    M, index, row = N * rows * cols, index_type(image, placed, bias, out), W * C if pixels else W
+    tile = _tile(form, M, index)
+    steps, units = in_units(out.itemsize, *strides(out)[:3])
+    numbers = [n // cut.UNIT for n in (row, *strides(image)[:3])]
+    numbers = M, H, numbers[0], OH, OW, rows, cols, reciprocal(rows), reciprocal(cols), *numbers[1:]
+    return (cdiv(M, tile.M) * (form.columns // tile.N),), (*numbers, 0 if bias is None else bias.stride(0), *steps), dict(
+        CO=CO, BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
+        PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, UNIT=cut.UNIT, UNITS=units, PIXELS_OUT=pixels_out,
+        EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, LENGTH=form.length,
+        HAS_BIAS=bias is not None, RELU=relu,
+        INDEX=index, OPERAND=operand_type(image.dtype), PRECISION=input_precision(image.dtype, precision),
+        **tile.blocks, **tile.options,
+    )  # fmt: skip
+
+
+def _launch(image, w, bias, out, gradient, stride, padding, relu=False):
+    if out.numel() == 0:
+        return out
+    (image, pixels, unit), products = readable(image), precision()
+    pixels_out = shapes.is_channels_last(out)
+    form = _form(
+        gradient, number_format(image.dtype, products), image.itemsize, image.shape[1], out.shape[1],
+        tuple(out.shape[2:]), tuple(w.shape[2:]), stride, padding, pixels, pixels_out, unit,
+    )  # fmt: skip
+    placed = w.new_empty(form.columns, form.length)
+    _place_filters((w, placed), form, gradient, pixels, pixels_out, stride, padding)
+    _product((image, placed, bias, out), form, pixels, pixels_out, relu, products)
+    return out
+
+
+def forward(x, w, bias, stride, padding, relu=False):
+    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), padded with zeros, without dilation."""
+    return _launch(x, w, bias, shapes.conv2d(x, w, stride, padding, (1, 1)), False, stride, padding, relu)
+
+
+def input_grad(dy, w, size, stride, padding):
+    """dy (N, OC, OH, OW), w (OC, C, KH, KW) -> dx of `size` (N, C, H, W)."""
+    return _launch(dy, w, None, shapes.conv2d_input_grad(dy, w, size), True, stride, padding)
