@@ -17,6 +17,7 @@ from .conv2d import padding as _padding
 from .conv2d import weight_grad as _weight_grad
 from .conv2d_few import cut as _few
 from .conv2d_few import product as _few_product
+from .conv2d_few import weight_grad as _few_weight_grad
 from .conv2d_pool import chooser as _pool_chooser
 from .conv2d_pool import general as _pool_general
 from .conv2d_pool import input_grad as _pool_input_grad
@@ -65,6 +66,8 @@ def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
 
 
 def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
+    if _few.serves(x.dtype, size[1], padding, dilation, groups, pad_mode):
+        return _few_weight_grad.weight_grad(dy, x, size, stride, padding, with_bias)
     family = _depthwise if _depthwise.serves(size, groups) else _weight_grad
     return family.weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias)
 

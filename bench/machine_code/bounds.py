@@ -62,6 +62,18 @@ def _few_product(a):
     return a.LENGTH / a.BLOCK_K, [], pixels * channels * a.CO * taps
 
 
+def _few_weight_grad(a):
+    channels, blocks = a.x_ptr.shape[1], _cdiv(min(a.per_split, a.M), a.BLOCK_K)
+    inner = channels if a.PLANES == 1 else 1
+    patch_w = (a.RUN - a.UNIT + 1) // inner
+    taps = _taps(a.BH, a.STEP_H, a.PATCH_H) * max(1, _taps(a.BW, a.STEP_E // inner, patch_w))
+    return blocks, [blocks / (a.LENGTH // a.BLOCK_N)], a.dy_ptr.numel() * channels * taps
+
+
+def _few_fold(a):
+    return 0, [_cdiv(a.SPLITS * a.BH * a.BW, a.BLOCK_S)], 0
+
+
 def _input_grad(a):
     taps = [len(range(h, a.KH, a.SH)) * len(range(w, a.KW, a.SW)) for h in range(a.SH) for w in range(a.SW)]
     blocks = [_cdiv(a.OC * n, a.BLOCK_K) if a.FLAT else n * _cdiv(a.OC, a.BLOCK_K) for n in taps]
@@ -199,6 +211,8 @@ MODEL = {
     "conv2d_relu_max_pool2d_product_kernel": _pooled_product,
     "conv2d_relu_max_pool2d_lanes_kernel": _pooled_lanes,
     "few_channels_product_kernel": _few_product,
+    "few_channels_weight_grad_kernel": _few_weight_grad,
+    "fold_few_weight_grad_kernel": _few_fold,
     "conv2d_input_grad_kernel": _input_grad,
     "conv2d_weight_grad_kernel": _weight_grad,
     "conv2d_relu_max_pool2d_input_grad_kernel": _input_grad_pooled,

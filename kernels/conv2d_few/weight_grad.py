@@ -1,0 +1,265 @@
+"""The weight and bias gradients of convolutions with few input channels, split between programs; cut.py has the blocks.
+
+    product[(oc, bh, bw), k] = sum over blocks of dy[block, (oc, bh, bw)] * patch[block, k]
+    dw[oc, c, kh, kw]        = sum over bh, bw of product[(oc, bh, bw), (c, bh * SH + kh, bw * SW + kw)]
+    db[oc]                   = sum over bh, bw and blocks of dy[block, (oc, bh, bw)]
+
+A patch of x is read once for all pixels of the block that depend on it.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import shapes
+from .._common import (
+    INTERPRETED,
+    OPTIONS,
+    cdiv,
+    compute_capability,
+    divide,
+    index_type,
+    input_precision,
+    number_format,
+    operand_type,
+    reciprocal,
+    round_to,
+    strides,
+)
+from ..conv2d.patches import precision
+from ..launching import planned, remembered
+from ..tiles import clamped_power, flat_block, split_product
+from .cut import Cut, Reach, readable
+from .product import FAR, RATES, SIDES, column_of, run_of
+
+
+@triton.jit(do_not_specialize=["M", "per_split", "inverse_h", "inverse_w"])
+def few_channels_weight_grad_kernel(
+    dy_ptr, x_ptr, partial_ptr,
+    M, per_split, H, length, OH, width, blocks_h, blocks_w, inverse_h, inverse_w,
+    stride_yn, stride_yc, stride_yh,
+    stride_xn, stride_xc, stride_xh,
+    OC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
+    TOP: tl.constexpr, LEFT: tl.constexpr, PATCH_H: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_Y: tl.constexpr, PIXELS_Y: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
+    LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    stride_yn, stride_yc, stride_yh = stride_yn * UNIT_Y, stride_yc * UNIT_Y, stride_yh * UNIT_Y
+    stride_xn, stride_xc, stride_xh = stride_xn * UNIT, stride_xc * UNIT, stride_xh * UNIT
+
+    # GEMM: M = OC * BH * BW, N = PLANES * PATCH_H * RUN, K = N * blocks, of which each program takes per_split
+    rows: tl.constexpr = OC * BH * BW
+    tiles_n: tl.constexpr = LENGTH // BLOCK_N
+    tiles_m: tl.constexpr = (rows + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0).to(INDEX)
+    pid_n = pid % tiles_n
+    i = pid // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = pid // tiles_n // tiles_m
+    oc, bh, bw = column_of(i, OC, BH, BW, PIXELS_Y)
+    # Adjacent elements of dy, in forms that the compiler understands.
+    if PIXELS_Y:
+        inner: tl.constexpr = OC
+        y_cols = bh * stride_yh + i % (OC * BW)
+    else:
+        inner: tl.constexpr = 1
+        y_cols = oc * stride_yc + bh * stride_yh + bw
+    k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    plane, ph, e = run_of(k, PATCH_H, RUN)
+    x_cols = plane * stride_xc + ph * stride_xh + e
+    if LENGTH > PLANES * PATCH_H * RUN:
+        ph = tl.where(plane < PLANES, ph, -FAR)
+    most_h, most_e = tl.cast(H, tl.uint32), tl.cast(length * UNIT, tl.uint32)
+
+    offs = tl.arange(0, BLOCK_K).to(INDEX)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = split * per_split
+    last = tl.minimum(first + per_split, M)
+    # Without this triton 3.6 lets every product on sm_90 wait for the one before.
+    tl.assume(first < last)
+    for m0 in range(first, last, BLOCK_K):
+        m = m0 + offs
+        mask_m = m < last
+        row = divide(m, blocks_w, inverse_w)
+        n = divide(row, blocks_h, inverse_h)
+        row, col = row - n * blocks_h, m - row * blocks_w
+        oh0, ow0 = row * BH, col * BW
+        mask = mask_m[:, None] & (i < rows)[None, :]
+        if EDGE_H:
+            mask = mask & (oh0[:, None] + bh[None, :] < OH)
+        if EDGE_W:
+            mask = mask & (ow0[:, None] + bw[None, :] < width)
+        y_rows = dy_ptr + (n * stride_yn + oh0 * stride_yh + ow0 * inner)
+        dy = tl.load(y_rows[:, None] + y_cols[None, :], mask=mask, other=0.0)
+        ih0, e0 = row * STEP_H - TOP, col * STEP_E - LEFT
+        x_rows = x_ptr + (n * stride_xn + ih0 * stride_xh + e0)
+        ih, ie = tl.where(mask_m, ih0, -FAR)[:, None] + ph[None, :], e0[:, None] + e[None, :]
+        inside = (ih.to(tl.uint32) < most_h) & (ie.to(tl.uint32) < most_e)
+        x = tl.load(x_rows[:, None] + x_cols[None, :], mask=inside, other=0.0)
+        acc = tl.dot(tl.trans(dy.to(OPERAND)), x.to(OPERAND), acc, input_precision=PRECISION)
+
+    partial_ptr += split * (rows * (LENGTH + 1))
+    offs_p = i[:, None] * LENGTH + k[None, :]
+    tl.store(partial_ptr + offs_p, acc, mask=(i < rows)[:, None])
+
+    # A separate loop, in one column of programs: inside the product's loop the sum would read an operand that the next
+    # copy may already have overwritten.
+    if HAS_BIAS:
+        if pid_n == 0:
+            acc_b = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+            for m0 in range(first, last, BLOCK_K):
+                m = m0 + offs
+                row = divide(m, blocks_w, inverse_w)
+                n = divide(row, blocks_h, inverse_h)
+                row, col = row - n * blocks_h, m - row * blocks_w
+                mask = (m < last)[:, None] & (i < rows)[None, :]
+                if EDGE_H:
+                    mask = mask & ((row * BH)[:, None] + bh[None, :] < OH)
+                if EDGE_W:
+                    mask = mask & ((col * BW)[:, None] + bw[None, :] < width)
+                y_rows = dy_ptr + (n * stride_yn + row * BH * stride_yh + col * BW * inner)
+                acc_b += tl.load(y_rows[:, None] + y_cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(partial_ptr + rows * LENGTH + i, tl.sum(acc_b, axis=0), mask=i < rows)
+
+
+@triton.jit(do_not_specialize=["SPLITS"])
+def fold_few_weight_grad_kernel(
+    partial_ptr, dw_ptr, db_ptr,
+    SPLITS, numel_w, numel_b,
+    stride_wo, stride_wc, stride_wh, stride_ww,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    OC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, PIXELS: tl.constexpr, PIXELS_Y: tl.constexpr,
+    PATCH_H: tl.constexpr, RUN: tl.constexpr, SKIP: tl.constexpr, LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    # Each element adds up SPLITS * BH * BW terms, BLOCK_S at a time.
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    kw, kh, c, oc = offs % KW, offs // KW % KH, offs // (KW * KH) % C, offs // (KW * KH * C)
+    is_weight = offs < numel_w
+    oc = tl.where(is_weight, oc, offs - numel_w)
+    mask = offs < numel_w + numel_b
+
+    terms = tl.arange(0, BLOCK_S)
+    acc = tl.zeros((BLOCK, BLOCK_S), tl.float32)
+    for t0 in range(0, SPLITS * BH * BW, BLOCK_S):
+        t = t0 + terms
+        bw, bh, split = t % BW, t // BW % BH, t // (BW * BH)
+        if PIXELS_Y:
+            i = (bh * BW + bw)[None, :] * OC + oc[:, None]
+        else:
+            i = (oc * (BH * BW))[:, None] + (bh * BW + bw)[None, :]
+        ph, pw = kh[:, None] + (bh * SH)[None, :], kw[:, None] + (bw * SW)[None, :]
+        if PIXELS:
+            k = ph * RUN + SKIP + pw * C + c[:, None]
+        else:
+            k = (c[:, None] * PATCH_H + ph) * RUN + SKIP + pw
+        k = tl.where(is_weight[:, None], i * LENGTH + k, OC * BH * BW * LENGTH + i)
+        offs_p = split.to(tl.int64)[None, :] * (OC * BH * BW * (LENGTH + 1)) + k
+        acc += tl.load(partial_ptr + offs_p, mask=mask[:, None] & (split < SPLITS)[None, :], other=0.0)
+
+    total = tl.sum(acc, axis=1)
+    w_offs = oc * stride_wo + c * stride_wc + kh * stride_wh + kw * stride_ww
+    tl.store(dw_ptr + w_offs, round_to(total, dw_ptr.dtype.element_ty), mask=is_weight)
+    tl.store(db_ptr + oc, round_to(total, db_ptr.dtype.element_ty), mask=mask & (offs >= numel_w))
+
+
+class Form(NamedTuple):
+    """What is launched: the Cut, the length of a patch as a multiple of the tile's side, and the tile."""
+
+    cut: Cut
+    length: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+
+    @property
+    def blocks(self):
+        return {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N, "BLOCK_K": self.BLOCK_K}
+
+
+@remembered
+def _form(format, itemsize, channels, result, size, kernel, stride, padding, pixels, pixels_y, unit, unit_y):
+    """The Form that takes the least cycles by the model of product._form; `size` is that of dy."""
+    best = None
+    inner, inner_y = channels if pixels else 1, result if pixels_y else 1
+    for block in itertools.product(SIDES, SIDES):
+        reaches = [Reach.of_pixels(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
+        rows = result * block[0] * block[1]
+        m = clamped_power(rows, 16, 64 if format == "half" else 32)
+        tiles_m = cdiv(rows, m)
+        together = math.gcd(block[1] * inner_y, unit_y)
+        for u in (unit >> i for i in range(unit.bit_length()) if not reaches[1].step * inner % (unit >> i)):
+            cut = Cut.of(block, *reaches, channels, pixels, u)
+            n = clamped_power(cut.length, 16, 256 if format == "half" else 128)
+            tiles_n = cdiv(cut.length, n)
+            instructions = 10 * (tiles_m * tiles_n) * (m / together + n / u)
+            bytes = 2 * itemsize * tiles_m * tiles_n * (m + n)
+            rate = RATES[format] / (1 if format == "ieee" or format == "half" and m == 64 else 2)
+            rows_of_blocks, cols = cut.blocks(size)
+            products = 2 * tiles_m * m * tiles_n * n
+            cycles = rows_of_blocks * cols * ((instructions + bytes) / 128 + products / rate)
+            if best is None or cycles < best[0]:
+                best = cycles, Form(cut, tiles_n * n, m, n, 64 if format == "half" else 32)
+    return best[1]
+
+
+def _split(form, OC, M):
+    """(tiles, programs for each tile, blocks of pixels for each program)."""
+    cut = form.cut
+    tiles = cdiv(OC * cut.BH * cut.BW, form.BLOCK_M) * (form.length // form.BLOCK_N)
+    return tiles, *split_product(tiles, M, form.BLOCK_K, form.BLOCK_M * form.BLOCK_N)
+
+
+@planned(few_channels_weight_grad_kernel)
+def _product(dy, x, partial, form, pixels, pixels_y, unit_y, with_bias, precision):
+    (N, OC, OH, OW), (_, C, H, W), cut = dy.shape, x.shape, form.cut
+    rows, cols = cut.blocks((OH, OW))
+    M, index, row = N * rows * cols, index_type(dy, x, partial), W * C if pixels else W
+    tiles, splits, per_split = _split(form, OC, M)
+    row, *steps = (n // cut.UNIT for n in (row, *strides(x)[:3]))
+    numbers = M, per_split, H, row, OH, OW, rows, cols, reciprocal(rows), reciprocal(cols)
+    steps_y = [n // unit_y for n in strides(dy)[:3]]
+    return (tiles * splits,), (*numbers, *steps_y, *steps), dict(
+        OC=OC, BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
+        PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, UNIT=cut.UNIT, UNIT_Y=unit_y, PIXELS_Y=pixels_y,
+        EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, LENGTH=form.length, HAS_BIAS=with_bias,
+        INDEX=index, OPERAND=operand_type(x.dtype), PRECISION=input_precision(x.dtype, precision),
+        **form.blocks, num_warps=8 if form.BLOCK_N == 256 or index == tl.int64 else 4, num_stages=3, **OPTIONS,
+    )  # fmt: skip
+
+
+@planned(fold_few_weight_grad_kernel)
+def _fold(partial, dw, db, form, pixels, pixels_y, stride, splits):
+    (OC, C, KH, KW), cut, numel = dw.shape, form.cut, dw.numel() + db.numel()
+    block = flat_block(numel, 32)
+    return (cdiv(numel, block),), (splits, dw.numel(), db.numel(), *dw.stride()), dict(
+        C=C, KH=KH, KW=KW, SH=stride[0], SW=stride[1], OC=OC, BH=cut.BH, BW=cut.BW, PIXELS=pixels, PIXELS_Y=pixels_y,
+        PATCH_H=cut.PATCH_H, RUN=cut.RUN, SKIP=cut.SKIP, LENGTH=form.length, BLOCK=block, BLOCK_S=32, num_warps=4,
+        **OPTIONS,
+    )  # fmt: skip
+
+
+def weight_grad(dy, x, size, stride, padding, with_bias):
+    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C, KH, KW) and db (OC), empty without `with_bias`."""
+    dw, db = shapes.conv2d_weight_grad(dy, x, size, with_bias)
+    if dw.numel() == 0:
+        return dw, db
+    N, OC, OH, OW = dy.shape
+    if N * OH * OW == 0:
+        return dw.zero_(), db.zero_()
+    (dy, pixels_y, unit_y), (x, pixels, unit), products = readable(dy), readable(x), precision()
+    form = _form(
+        number_format(dy.dtype, products), dy.itemsize, x.shape[1], OC, (OH, OW), tuple(size[2:]), stride, padding,
+        pixels, pixels_y, unit, unit_y,
+    )  # fmt: skip
+    rows, cols = form.cut.blocks((OH, OW))
+    _, splits, _ = _split(form, OC, N * rows * cols)
+    partial = dy.new_empty(splits * OC * form.cut.BH * form.cut.BW * (form.length + 1), dtype=torch.float32)
+    _product((dy, x, partial), form, pixels, pixels_y, unit_y, with_bias, products)
+    _fold((partial, dw, db), form, pixels, pixels_y, stride, splits)
+    return dw, db
