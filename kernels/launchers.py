@@ -15,8 +15,8 @@ from .conv2d import forward as _forward
 from .conv2d import input_grad as _input_grad
 from .conv2d import padding as _padding
 from .conv2d import weight_grad as _weight_grad
+from .conv2d_few import convolve as _few_convolve
 from .conv2d_few import cut as _few
-from .conv2d_few import product as _few_product
 from .conv2d_few import weight_grad as _few_weight_grad
 from .conv2d_pool import chooser as _pool_chooser
 from .conv2d_pool import general as _pool_general
@@ -32,7 +32,7 @@ from .linear_chain import layered
 
 def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
     if _few.serves(x.dtype, w.shape[1], padding, dilation, groups, pad_mode):
-        return _few_product.forward(x, w, bias, stride, padding, relu)
+        return _few_convolve.forward(x, w, bias, stride, padding, relu)
     family = _depthwise if _depthwise.serves(w.shape, groups) else _forward
     return family.forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu)
 
@@ -50,7 +50,7 @@ def conv2d_relu_max_pool2d(x, w, bias, *geometry):
 def _input_grad_of_zeros(dy, w, size, stride, padding, dilation, groups):
     """The input gradient for padding with zeros."""
     if _few.serves(dy.dtype, min(w.shape[:2]), padding, dilation, groups, "zeros"):
-        return _few_product.input_grad(dy, w, size, stride, padding)
+        return _few_convolve.input_grad(dy, w, size, stride, padding)
     family = _depthwise if _depthwise.serves(w.shape, groups) else _input_grad
     return family.input_grad(dy, w, size, stride, padding, dilation, groups)
 

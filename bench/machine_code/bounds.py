@@ -62,6 +62,12 @@ def _few_product(a):
     return a.LENGTH / a.BLOCK_K, [], pixels * channels * a.CO * taps
 
 
+def _few_lanes(a):
+    # The pixels of the convolution's result are those of the image or of the output, whichever are fewer.
+    pixels = min(a.image_ptr[:, 0].numel(), a.out_ptr[:, 0].numel())
+    return a.CI, [], pixels * a.CI * a.CO * a.KH * a.KW
+
+
 def _few_weight_grad(a):
     channels, blocks = a.x_ptr.shape[1], _cdiv(min(a.per_split, a.M), a.BLOCK_K)
     inner = channels if a.PLANES == 1 else 1
@@ -211,6 +217,7 @@ MODEL = {
     "conv2d_relu_max_pool2d_product_kernel": _pooled_product,
     "conv2d_relu_max_pool2d_lanes_kernel": _pooled_lanes,
     "few_channels_product_kernel": _few_product,
+    "few_channels_lanes_kernel": _few_lanes,
     "few_channels_weight_grad_kernel": _few_weight_grad,
     "fold_few_weight_grad_kernel": _few_fold,
     "conv2d_input_grad_kernel": _input_grad,

@@ -8,13 +8,18 @@ pixels of one channel after another. A run starts at a multiple of UNIT elements
 once; for this it may begin before and end after what the block depends on, where the filters are zeros.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 
 from .. import shapes
 from .._common import cdiv, strides
 from ..conv2d.patches import FLAT_BELOW
+
+# A coordinate that is in no image, and which no sum with a coordinate brings back.
+FAR = tl.constexpr(2**30)
 
 
 class Reach(NamedTuple):
@@ -72,22 +77,62 @@ class Cut(NamedTuple):
         return cdiv(size[0], self.BH), cdiv(size[1], self.BW)
 
 
-def readable(image):
-    """(image, whether its rows are pixels with all channels, elements of a row that can be read at once).
+class Taps(NamedTuple):
+    """Which tap of a filter meets which pixels: kh = bh * OF_BLOCK_H + ph * OF_PATCH_H + FIRST_H, and kw likewise.
 
-    The image is copied if its rows are not contiguous. Many channels have to be innermost: there one row of a patch is
-    long, whereas the short rows of many channels are read a few bytes at a time.
+    With it pixel (ph, pw) of a patch contributes to pixel (bh, bw) of the block, if there is such a tap.
     """
-    _, C, _, W = image.shape
-    stride_n, stride_c, stride_h, stride_w = strides(image)
-    pixels = C > 1 and stride_c == 1 and stride_w in (C, 0)
-    if not pixels and (C >= FLAT_BELOW or W > 1 and stride_w != 1):
-        layout = torch.channels_last if C >= FLAT_BELOW else shapes.memory_format(image)
-        return readable(image.contiguous(memory_format=layout))
-    unit = 16 // image.itemsize
-    while any(n % unit for n in (stride_n, stride_h, W * C if pixels else W, 0 if pixels else stride_c)):
-        unit //= 2
-    return image, pixels, unit
+
+    OF_BLOCK_H: int
+    OF_PATCH_H: int
+    FIRST_H: int
+    OF_BLOCK_W: int
+    OF_PATCH_W: int
+    FIRST_W: int
+
+    @classmethod
+    def of(cls, cut, gradient, stride, padding, inner):
+        """`inner` is the number of a run's elements in a pixel."""
+        if not gradient:
+            # A patch begins where the first window of its block does.
+            return cls(-stride[0], 1, 0, -stride[1], 1, 0)
+        # kh = bh + PH - oh * SH, where oh counts from the first row of the patch
+        first_w = (cut.SKIP - cut.LEFT) // inner
+        return cls(
+            1, -stride[0], padding[0] + cut.TOP * stride[0], 1, -stride[1], padding[2] - first_w * stride[1]
+        )  # fmt: skip
+
+
+def in_planes(image):
+    """Whether the pixels of a row of one channel are adjacent."""
+    return image.shape[3] == 1 or image.stride(3) == 1
+
+
+def _in_pixels(image):
+    """Whether the channels of a row's pixels are adjacent, pixel by pixel."""
+    C, W = image.shape[1], image.shape[3]
+    return C > 1 and image.stride(1) == 1 and (W == 1 or image.stride(3) == C)
+
+
+def unit_of(image, pixels):
+    """The elements of a row that can be read at once."""
+    (_, C, _, W), (stride_n, stride_c, stride_h, _) = image.shape, strides(image)
+    return math.gcd(16 // image.itemsize, stride_n, stride_h, *((W * C,) if pixels else (W, stride_c)))
+
+
+def readable(image):
+    """(image, whether its rows are pixels with all their channels, elements of a row that can be read at once).
+
+    The image is copied if its rows are not contiguous. Many channels have to be innermost, where a row of a patch is
+    long: the short rows of many channels would be read a few bytes at a time.
+    """
+    many = image.shape[1] >= FLAT_BELOW
+    pixels = _in_pixels(image)
+    if not pixels and (many or not in_planes(image)):
+        layout = torch.channels_last if many else shapes.memory_format(image)
+        image = image.contiguous(memory_format=layout)
+        pixels = _in_pixels(image)
+    return image, pixels, unit_of(image, pixels)
 
 
 def serves(dtype, channels, padding, dilation, groups, pad_mode):

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .. import shapes
 from .._common import (
     INTERPRETED,
     OPTIONS,
@@ -26,19 +25,14 @@ from .._common import (
     in_units,
     index_type,
     input_precision,
-    number_format,
     operand_type,
     reciprocal,
     round_to,
     strides,
 )
-from ..conv2d.patches import precision
 from ..launching import planned, remembered
 from ..tiles import RESIDENT, Tile, clamped_power, flat_block
-from .cut import Cut, Reach, readable
-
-# Half of the range of int32.
-FAR = tl.constexpr(2**30)
+from .cut import FAR, Cut, Reach
 
 
 @triton.jit
@@ -152,9 +146,7 @@ def few_channels_product_kernel(
     else:
         out_rows = n * stride_on + oh0 * stride_oh + ow0
         out_cols = co * stride_oc + bh * stride_oh + bw
-    tl.store(
-        out_ptr + out_rows[:, None] + out_cols[None, :], round_to(acc, out_ptr.dtype.element_ty), mask=mask
-    )
+    tl.store(out_ptr + out_rows[:, None] + out_cols[None, :], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 class Form(NamedTuple):
@@ -165,6 +157,7 @@ class Form(NamedTuple):
     columns: int
     BLOCK_N: int
     BLOCK_K: int
+    cycles: float
 
 
 # Pixels of a block along each dimension, in units of the stride for the input's gradient.
@@ -174,7 +167,7 @@ RATES = {"half": 4096, "tf32": 2048, "ieee": 160}
 
 
 @remembered
-def _form(gradient, format, itemsize, channels, result, size, kernel, stride, padding, pixels, pixels_out, unit):
+def form_for(format, itemsize, gradient, channels, result, size, kernel, stride, padding, pixels, pixels_out, unit):
     """The Form that takes the least cycles by a model; `size` is that of the result.
 
     The model adds up what a patch needs of an SM: a quarter cycle for 32 instructions, a cycle for 128 bytes through L1
@@ -199,9 +192,9 @@ def _form(gradient, format, itemsize, channels, result, size, kernel, stride, pa
             bytes = itemsize * (length * (2 * tiles + columns / 40) + 3 * columns)
             rows, cols = cut.blocks(size)
             cycles = rows * cols * ((instructions + bytes) / 128 + 2 * columns * length / RATES[format])
-            if best is None or cycles < best[0]:
-                best = cycles, Form(cut, length, columns, n, k)
-    return best[1]
+            if best is None or cycles < best.cycles:
+                best = Form(cut, length, columns, n, k, cycles)
+    return best
 
 
 def _tile(form, M, index):
@@ -217,35 +210,28 @@ def _tile(form, M, index):
 
 
 @planned(place_few_filters_kernel)
-def _place_filters(w, placed, form, gradient, pixels, pixels_out, stride, padding):
+def place_filters(w, placed, form, gradient, pixels, pixels_out, taps):
     (OC, C, KH, KW), cut, block = w.shape, form.cut, flat_block(placed.numel(), 256)
-    (wo, wc, *taps), (SH, SW) = w.stride(), stride
-    if gradient:
-        # kh = bh + PH - oh * SH, where the patch begins at oh = -TOP
-        first_w = (cut.SKIP - cut.LEFT) // (OC if pixels else 1)
-        channels, steps = (C, OC, wc, wo), (1, -SH, padding[0] + cut.TOP * SH, 1, -SW, padding[2] - first_w * SW)
-    else:
-        channels, steps = (OC, C, wo, wc), (-SH, 1, 0, -SW, 1, 0)
-    return (cdiv(placed.numel(), block),), (placed.numel(), *channels[2:], *taps), dict(
-        CI=channels[1], CO=channels[0], KH=KH, KW=KW,
-        OF_BLOCK_H=steps[0], OF_PATCH_H=steps[1], FIRST_H=steps[2],
-        OF_BLOCK_W=steps[3], OF_PATCH_W=steps[4], FIRST_W=steps[5],
-        PIXELS=pixels, PIXELS_OUT=pixels_out, BH=cut.BH, BW=cut.BW, PATCH_H=cut.PATCH_H, RUN=cut.RUN,
-        PLANES=cut.PLANES, SKIP=cut.SKIP, LENGTH=form.length,
+    wo, wc, wh, ww = w.stride()
+    (CO, CI, *steps) = (C, OC, wc, wo) if gradient else (OC, C, wo, wc)
+    return (cdiv(placed.numel(), block),), (placed.numel(), *steps, wh, ww), dict(
+        CI=CI, CO=CO, KH=KH, KW=KW, **taps._asdict(), PIXELS=pixels, PIXELS_OUT=pixels_out, BH=cut.BH, BW=cut.BW,
+        PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, SKIP=cut.SKIP, LENGTH=form.length,
         INDEX=index_type(w, placed), BLOCK=block, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 
 @planned(few_channels_product_kernel)
-def _product(image, placed, bias, out, form, pixels, pixels_out, relu, precision):
+def convolve(image, placed, bias, out, form, pixels, pixels_out, relu, precision):
     (N, C, H, W), (_, CO, OH, OW), cut = image.shape, out.shape, form.cut
     rows, cols = cut.blocks((OH, OW))
     M, index, row = N * rows * cols, index_type(image, placed, bias, out), W * C if pixels else W
     tile = _tile(form, M, index)
     steps, units = in_units(out.itemsize, *strides(out)[:3])
-    numbers = [n // cut.UNIT for n in (row, *strides(image)[:3])]
-    numbers = M, H, numbers[0], OH, OW, rows, cols, reciprocal(rows), reciprocal(cols), *numbers[1:]
-    return (cdiv(M, tile.M) * (form.columns // tile.N),), (*numbers, 0 if bias is None else bias.stride(0), *steps), dict(
+    row, *steps_in = (n // cut.UNIT for n in (row, *strides(image)[:3]))
+    numbers = M, H, row, OH, OW, rows, cols, reciprocal(rows), reciprocal(cols), *steps_in
+    numbers += 0 if bias is None else bias.stride(0), *steps
+    return (cdiv(M, tile.M) * (form.columns // tile.N),), numbers, dict(
         CO=CO, BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
         PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, UNIT=cut.UNIT, UNITS=units, PIXELS_OUT=pixels_out,
         EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, LENGTH=form.length,
@@ -253,28 +239,3 @@ def _product(image, placed, bias, out, form, pixels, pixels_out, relu, precision
         INDEX=index, OPERAND=operand_type(image.dtype), PRECISION=input_precision(image.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
-
-
-def _launch(image, w, bias, out, gradient, stride, padding, relu=False):
-    if out.numel() == 0:
-        return out
-    (image, pixels, unit), products = readable(image), precision()
-    pixels_out = shapes.is_channels_last(out)
-    form = _form(
-        gradient, number_format(image.dtype, products), image.itemsize, image.shape[1], out.shape[1],
-        tuple(out.shape[2:]), tuple(w.shape[2:]), stride, padding, pixels, pixels_out, unit,
-    )  # fmt: skip
-    placed = w.new_empty(form.columns, form.length)
-    _place_filters((w, placed), form, gradient, pixels, pixels_out, stride, padding)
-    _product((image, placed, bias, out), form, pixels, pixels_out, relu, products)
-    return out
-
-
-def forward(x, w, bias, stride, padding, relu=False):
-    """x (N, C, H, W), w (OC, C, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), padded with zeros, without dilation."""
-    return _launch(x, w, bias, shapes.conv2d(x, w, stride, padding, (1, 1)), False, stride, padding, relu)
-
-
-def input_grad(dy, w, size, stride, padding):
-    """dy (N, OC, OH, OW), w (OC, C, KH, KW) -> dx of `size` (N, C, H, W)."""
-    return _launch(dy, w, None, shapes.conv2d_input_grad(dy, w, size), True, stride, padding)

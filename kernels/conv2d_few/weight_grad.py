@@ -17,10 +17,8 @@ import triton.language as tl
 
 from .. import shapes
 from .._common import (
-    INTERPRETED,
     OPTIONS,
     cdiv,
-    compute_capability,
     divide,
     index_type,
     input_precision,
