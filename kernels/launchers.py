@@ -73,7 +73,10 @@ def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode,
 
 
 def conv2d_relu_weight_grad(dy, y, x, size, *geometry_with_bias):
-    if not _depthwise.serves(size, geometry_with_bias[3]) and _weight_grad.masks(size):
+    (stride, padding, dilation, groups, pad_mode), with_bias = geometry_with_bias[:5], geometry_with_bias[5]
+    if _few.serves(x.dtype, size[1], padding, dilation, groups, pad_mode):
+        return _few_weight_grad.weight_grad(dy, x, size, stride, padding, with_bias, y)
+    if not _depthwise.serves(size, groups) and _weight_grad.masks(size):
         return _weight_grad.weight_grad(dy, x, size, *geometry_with_bias, y)
     return conv2d_weight_grad(relu_grad(dy, y), x, size, *geometry_with_bias)
 

@@ -52,11 +52,16 @@ def _taps(block, step, patch):
     return block // step * (patch - 1 - step) + 2
 
 
+def _patch_taps(a, channels):
+    """At least how many taps a filter has; a run may be longer than the pixels that the block depends on."""
+    inner = channels if a.PLANES == 1 else 1
+    patch_w = a.RUN // inner if inner % a.UNIT == 0 else (a.RUN - a.UNIT + 1) // inner
+    return _taps(a.BH, a.STEP_H, a.PATCH_H) * max(1, _taps(a.BW, a.STEP_E // inner, patch_w))
+
+
 def _few_product(a):
     channels = a.image_ptr.shape[1]
-    inner = channels if a.PLANES == 1 else 1
-    patch_w = (a.RUN - a.UNIT + 1) // inner
-    taps = _taps(a.BH, a.STEP_H, a.PATCH_H) * max(1, _taps(a.BW, a.STEP_E // inner, patch_w))
+    taps = _patch_taps(a, channels)
     # The pixels of the convolution's result are those of the image or of the output, whichever are fewer.
     pixels = min(a.image_ptr[:, 0].numel(), a.out_ptr[:, 0].numel())
     return a.LENGTH / a.BLOCK_K, [], pixels * channels * a.CO * taps
@@ -70,10 +75,8 @@ def _few_lanes(a):
 
 def _few_weight_grad(a):
     channels, blocks = a.x_ptr.shape[1], _cdiv(min(a.per_split, a.M), a.BLOCK_K)
-    inner = channels if a.PLANES == 1 else 1
-    patch_w = (a.RUN - a.UNIT + 1) // inner
-    taps = _taps(a.BH, a.STEP_H, a.PATCH_H) * max(1, _taps(a.BW, a.STEP_E // inner, patch_w))
-    return blocks, [blocks / (a.LENGTH // a.BLOCK_N)], a.dy_ptr.numel() * channels * taps
+    products = a.dy_ptr.numel() * channels * _patch_taps(a, channels)
+    return blocks, [blocks / (a.LENGTH // a.BLOCK_N)], products
 
 
 def _few_fold(a):

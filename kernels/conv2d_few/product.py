@@ -157,13 +157,20 @@ class Form(NamedTuple):
     columns: int
     BLOCK_N: int
     BLOCK_K: int
+    adjacent: int  # results that a thread can store at once
     cycles: float
 
 
 # Pixels of a block along each dimension, in units of the stride for the input's gradient.
 SIDES = range(1, 9)
-# Floating-point operations of an SM in a cycle; those of full float32 with the loads of their operands.
-RATES = {"half": 4096, "tf32": 2048, "ieee": 160}
+
+
+def rate(format, m, n):
+    """Floating-point operations of an SM in a cycle, for tiles of m x n.
+
+    In full float32 the operands' loads from shared memory count: the fewer, the more sums a thread has.
+    """
+    return {"half": 4096, "tf32": 2048, "ieee": min(256, 32 * math.sqrt(m * n / 128))}[format]
 
 
 @remembered
@@ -180,10 +187,9 @@ def form_for(format, itemsize, gradient, channels, result, size, kernel, stride,
         block = bh * steps[0], bw * steps[1]
         reaches = [reach(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
         wanted = result * block[0] * block[1]
-        n = clamped_power(wanted, 16, 128 if format == "half" else 64)
-        columns = cdiv(wanted, n) * n
-        # Results that a thread can store at once.
         adjacent = math.gcd(block[1] * (result if pixels_out else 1), size[1] * (result if pixels_out else 1), 8)
+        n = clamped_power(wanted, 16, 128 if format == "half" and adjacent > 1 else 64)
+        columns = cdiv(wanted, n) * n
         for u in (unit >> i for i in range(unit.bit_length()) if not reaches[1].step * inner % (unit >> i)):
             cut = Cut.of(block, *reaches, channels, pixels, u)
             k = 16 if format == "ieee" else 64 if format == "half" and cut.length >= 512 else 32
@@ -191,9 +197,9 @@ def form_for(format, itemsize, gradient, channels, result, size, kernel, stride,
             instructions = tiles * (10 * length + 16 * k) / u + columns * (2 + 8 / adjacent)
             bytes = itemsize * (length * (2 * tiles + columns / 40) + 3 * columns)
             rows, cols = cut.blocks(size)
-            cycles = rows * cols * ((instructions + bytes) / 128 + 2 * columns * length / RATES[format])
+            cycles = rows * cols * ((instructions + bytes) / 128 + 2 * columns * length / rate(format, 4096 // n, n))
             if best is None or cycles < best.cycles:
-                best = Form(cut, length, columns, n, k, cycles)
+                best = Form(cut, length, columns, n, k, adjacent, cycles)
     return best
 
 
@@ -204,8 +210,11 @@ def _tile(form, M, index):
         return Tile(clamped_power(M // 3, 32, 4096), n, k, num_warps=4, num_stages=1)
     m = 256 if form.length >= 512 and M >= 256 * RESIDENT and compute_capability() == 9 else 128
     if form.BLOCK_K == 16:
-        m = 64
-    warps = 8 if m * n > 2**13 or index == tl.int64 else 4
+        # Full float32: as many sums as a thread has registers for.
+        m = 4096 // n
+    # Sums, and addresses of loads and of stores, each in a thread's registers.
+    many = m * n > 2**13 or m * k // form.cut.UNIT > 2**11 or m * n // form.adjacent > 2**12
+    warps = 8 if many or index == tl.int64 else 4
     return Tile(m, n, k, warps, num_stages=1 if form.length <= 64 or form.cut.UNIT <= 2 else 3)
 
 

@@ -17,8 +17,10 @@ import triton.language as tl
 
 from .. import shapes
 from .._common import (
+    INTERPRETED,
     OPTIONS,
     cdiv,
+    compute_capability,
     divide,
     index_type,
     input_precision,
@@ -31,20 +33,20 @@ from .._common import (
 from ..conv2d.patches import precision
 from ..launching import planned, remembered
 from ..tiles import clamped_power, flat_block, split_product
-from .cut import Cut, Reach, readable
-from .product import FAR, RATES, SIDES, column_of, run_of
+from .cut import FAR, Cut, Reach, readable
+from .product import SIDES, column_of, rate, run_of
 
 
 @triton.jit(do_not_specialize=["M", "per_split", "inverse_h", "inverse_w"])
 def few_channels_weight_grad_kernel(
-    dy_ptr, x_ptr, partial_ptr,
+    dy_ptr, y_ptr, x_ptr, partial_ptr,
     M, per_split, H, length, OH, width, blocks_h, blocks_w, inverse_h, inverse_w,
     stride_yn, stride_yc, stride_yh,
     stride_xn, stride_xc, stride_xh,
     OC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
     TOP: tl.constexpr, LEFT: tl.constexpr, PATCH_H: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
     UNIT: tl.constexpr, UNIT_Y: tl.constexpr, PIXELS_Y: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
-    LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +94,10 @@ def few_channels_weight_grad_kernel(
             mask = mask & (oh0[:, None] + bh[None, :] < OH)
         if EDGE_W:
             mask = mask & (ow0[:, None] + bw[None, :] < width)
-        y_rows = dy_ptr + (n * stride_yn + oh0 * stride_yh + ow0 * inner)
-        dy = tl.load(y_rows[:, None] + y_cols[None, :], mask=mask, other=0.0)
+        y_offs = (n * stride_yn + oh0 * stride_yh + ow0 * inner)[:, None] + y_cols[None, :]
+        dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0)
+        if RELU:
+            dy = tl.where(tl.load(y_ptr + y_offs, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, dy)
         ih0, e0 = row * STEP_H - TOP, col * STEP_E - LEFT
         x_rows = x_ptr + (n * stride_xn + ih0 * stride_xh + e0)
         ih, ie = tl.where(mask_m, ih0, -FAR)[:, None] + ph[None, :], e0[:, None] + e[None, :]
@@ -101,7 +105,7 @@ def few_channels_weight_grad_kernel(
         x = tl.load(x_rows[:, None] + x_cols[None, :], mask=inside, other=0.0)
         acc = tl.dot(tl.trans(dy.to(OPERAND)), x.to(OPERAND), acc, input_precision=PRECISION)
 
-    partial_ptr += split * (rows * (LENGTH + 1))
+    partial_ptr += split * (rows * (LENGTH + HAS_BIAS))
     offs_p = i[:, None] * LENGTH + k[None, :]
     tl.store(partial_ptr + offs_p, acc, mask=(i < rows)[:, None])
 
@@ -120,8 +124,11 @@ def few_channels_weight_grad_kernel(
                     mask = mask & ((row * BH)[:, None] + bh[None, :] < OH)
                 if EDGE_W:
                     mask = mask & ((col * BW)[:, None] + bw[None, :] < width)
-                y_rows = dy_ptr + (n * stride_yn + row * BH * stride_yh + col * BW * inner)
-                acc_b += tl.load(y_rows[:, None] + y_cols[None, :], mask=mask, other=0.0).to(tl.float32)
+                y_offs = (n * stride_yn + row * BH * stride_yh + col * BW * inner)[:, None] + y_cols[None, :]
+                dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(tl.float32)
+                if RELU:
+                    dy = tl.where(tl.load(y_ptr + y_offs, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, dy)
+                acc_b += dy
             tl.store(partial_ptr + rows * LENGTH + i, tl.sum(acc_b, axis=0), mask=i < rows)
 
 
@@ -132,7 +139,7 @@ def fold_few_weight_grad_kernel(
     stride_wo, stride_wc, stride_wh, stride_ww,
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     OC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, PIXELS: tl.constexpr, PIXELS_Y: tl.constexpr,
-    PATCH_H: tl.constexpr, RUN: tl.constexpr, SKIP: tl.constexpr, LENGTH: tl.constexpr,
+    PATCH_H: tl.constexpr, RUN: tl.constexpr, SKIP: tl.constexpr, LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     # Each element adds up SPLITS * BH * BW terms, BLOCK_S at a time.
@@ -157,7 +164,7 @@ def fold_few_weight_grad_kernel(
         else:
             k = (c[:, None] * PATCH_H + ph) * RUN + SKIP + pw
         k = tl.where(is_weight[:, None], i * LENGTH + k, OC * BH * BW * LENGTH + i)
-        offs_p = split.to(tl.int64)[None, :] * (OC * BH * BW * (LENGTH + 1)) + k
+        offs_p = split.to(tl.int64)[None, :] * (OC * BH * BW * (LENGTH + HAS_BIAS)) + k
         acc += tl.load(partial_ptr + offs_p, mask=mask[:, None] & (split < SPLITS)[None, :], other=0.0)
 
     total = tl.sum(acc, axis=1)
@@ -188,19 +195,22 @@ def _form(format, itemsize, channels, result, size, kernel, stride, padding, pix
     for block in itertools.product(SIDES, SIDES):
         reaches = [Reach.of_pixels(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
         rows = result * block[0] * block[1]
-        m = clamped_power(rows, 16, 64 if format == "half" else 32)
+        # In tf32 wgmma, which takes 64 rows, cannot read operands in this order.
+        m = clamped_power(rows, 16, 32 if format == "tf32" else 64)
         tiles_m = cdiv(rows, m)
         together = math.gcd(block[1] * inner_y, unit_y)
         for u in (unit >> i for i in range(unit.bit_length()) if not reaches[1].step * inner % (unit >> i)):
             cut = Cut.of(block, *reaches, channels, pixels, u)
-            n = clamped_power(cut.length, 16, 256 if format == "half" else 128)
+            n = clamped_power(cut.length, 16, {"half": 256, "tf32": 128, "ieee": 4096 // m}[format])
             tiles_n = cdiv(cut.length, n)
             instructions = 10 * (tiles_m * tiles_n) * (m / together + n / u)
             bytes = 2 * itemsize * tiles_m * tiles_n * (m + n)
-            rate = RATES[format] / (1 if format == "ieee" or format == "half" and m == 64 else 2)
+            half_rate = format == "tf32" or format == "half" and m < 64
             rows_of_blocks, cols = cut.blocks(size)
             products = 2 * tiles_m * m * tiles_n * n
-            cycles = rows_of_blocks * cols * ((instructions + bytes) / 128 + products / rate)
+            cycles = (
+                rows_of_blocks * cols * ((instructions + bytes) / 128 + products / rate(format, m, n) * (1 + half_rate))
+            )
             if best is None or cycles < best[0]:
                 best = cycles, Form(cut, tiles_n * n, m, n, 64 if format == "half" else 32)
     return best[1]
@@ -214,7 +224,7 @@ def _split(form, OC, M):
 
 
 @planned(few_channels_weight_grad_kernel)
-def _product(dy, x, partial, form, pixels, pixels_y, unit_y, with_bias, precision):
+def _product(dy, y, x, partial, form, pixels, pixels_y, unit_y, with_bias, precision):
     (N, OC, OH, OW), (_, C, H, W), cut = dy.shape, x.shape, form.cut
     rows, cols = cut.blocks((OH, OW))
     M, index, row = N * rows * cols, index_type(dy, x, partial), W * C if pixels else W
@@ -226,8 +236,12 @@ def _product(dy, x, partial, form, pixels, pixels_y, unit_y, with_bias, precisio
         OC=OC, BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
         PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, UNIT=cut.UNIT, UNIT_Y=unit_y, PIXELS_Y=pixels_y,
         EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, LENGTH=form.length, HAS_BIAS=with_bias,
+        RELU=y is not None,
         INDEX=index, OPERAND=operand_type(x.dtype), PRECISION=input_precision(x.dtype, precision),
-        **form.blocks, num_warps=8 if form.BLOCK_N == 256 or index == tl.int64 else 4, num_stages=3, **OPTIONS,
+        **form.blocks, num_warps=8 if form.BLOCK_N == 256 or index == tl.int64 else 4,
+        # On sm_90 a masked operand is in registers, which a pipelined loop would overwrite while wgmma reads them. The
+        # shared memory of AMD's cards holds the operands of one iteration.
+        num_stages=1 if y is not None else 3 if INTERPRETED or compute_capability() else 2, **OPTIONS,
     )  # fmt: skip
 
 
@@ -237,19 +251,26 @@ def _fold(partial, dw, db, form, pixels, pixels_y, stride, splits):
     block = flat_block(numel, 32)
     return (cdiv(numel, block),), (splits, dw.numel(), db.numel(), *dw.stride()), dict(
         C=C, KH=KH, KW=KW, SH=stride[0], SW=stride[1], OC=OC, BH=cut.BH, BW=cut.BW, PIXELS=pixels, PIXELS_Y=pixels_y,
-        PATCH_H=cut.PATCH_H, RUN=cut.RUN, SKIP=cut.SKIP, LENGTH=form.length, BLOCK=block, BLOCK_S=32, num_warps=4,
-        **OPTIONS,
+        PATCH_H=cut.PATCH_H, RUN=cut.RUN, SKIP=cut.SKIP, LENGTH=form.length, HAS_BIAS=db.numel() > 0,
+        BLOCK=block, BLOCK_S=32, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 
-def weight_grad(dy, x, size, stride, padding, with_bias):
-    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C, KH, KW) and db (OC), empty without `with_bias`."""
-    dw, db = shapes.conv2d_weight_grad(dy, x, size, with_bias)
+def weight_grad(dy, x, size, stride, padding, with_bias, y=None):
+    """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C, KH, KW) and db (OC), empty without `with_bias`.
+
+    y is the result of a relu after the convolution: dy counts only where y is not <= 0.
+    """
+    dw, db = shapes.conv2d_weight_grad(dy if y is None else y, x, size, with_bias)
     if dw.numel() == 0:
         return dw, db
     N, OC, OH, OW = dy.shape
     if N * OH * OW == 0:
         return dw.zero_(), db.zero_()
+    if y is not None:
+        layout = shapes.memory_format(y)
+        dy, y = dy.contiguous(memory_format=layout), y.contiguous(memory_format=layout)
+        y, _, _ = readable(y)
     (dy, pixels_y, unit_y), (x, pixels, unit), products = readable(dy), readable(x), precision()
     form = _form(
         number_format(dy.dtype, products), dy.itemsize, x.shape[1], OC, (OH, OW), tuple(size[2:]), stride, padding,
@@ -257,7 +278,8 @@ def weight_grad(dy, x, size, stride, padding, with_bias):
     )  # fmt: skip
     rows, cols = form.cut.blocks((OH, OW))
     _, splits, _ = _split(form, OC, N * rows * cols)
-    partial = dy.new_empty(splits * OC * form.cut.BH * form.cut.BW * (form.length + 1), dtype=torch.float32)
-    _product((dy, x, partial), form, pixels, pixels_y, unit_y, with_bias, products)
+    numel = splits * OC * form.cut.BH * form.cut.BW * (form.length + with_bias)
+    partial = dy.new_empty(numel, dtype=torch.float32)
+    _product((dy, y, x, partial), form, pixels, pixels_y, unit_y, with_bias, products)
     _fold((partial, dw, db), form, pixels, pixels_y, stride, splits)
     return dw, db
