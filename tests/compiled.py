@@ -53,6 +53,19 @@ def first_layer(f, w, b):
     return f.conv2d_relu(images.contiguous(memory_format=torch.channels_last), w, b, padding=1)
 
 
+def dilated_first_layer(f, w, b):
+    images = (torch.arange(2 * 3 * 9 * 11, device=w.device) % 7 - 3).to(w.dtype).view(2, 3, 9, 11)
+    return f.conv2d_relu(images, w, b, padding=2, dilation=2)
+
+
+def strided(f, x, w, b):
+    return f.conv2d(x, w, b, stride=2, padding=2)
+
+
+def dilated(f, x, w, b):
+    return f.conv2d(x, w, b, padding=2, dilation=2)
+
+
 IMAGES, CHAIN = (2, 4, 9, 11), ((70, 10), (70, 200), (84, 200), (10, 84), (84,), (10,))
 # name: subject, layout
 CASES = {
@@ -69,7 +82,20 @@ CASES = {
         operators.Operator("", 2, first_layer, ((40, 3, 3, 3), (40,)), (2, 40, 9, 11), {}, decisions=2 * 40 * 99),
         CHANNELS_LAST,
     ),
-    "conv2d, few channels": (operator(reflected, (2, 20, 10, 9), (2, 3, 19, 17), (20, 3, 5, 5)), CONTIGUOUS),
+    "conv2d, dilated first layer": (
+        operators.Operator(
+            "", 2, dilated_first_layer, ((40, 3, 3, 3), (40,)), (2, 40, 9, 11), {}, decisions=2 * 40 * 99
+        ),
+        CONTIGUOUS,
+    ),
+    "conv2d, reflected": (operator(reflected, (2, 20, 10, 9), (2, 17, 19, 17), (20, 17, 5, 5)), CONTIGUOUS),
+    "conv2d, dilated": (operator(dilated, (2, 20, 9, 11), (2, 3, 9, 11), (20, 3, 3, 3), (20,)), CONTIGUOUS),
+    "conv2d, few channels": (operator(strided, (2, 20, 10, 9), (2, 3, 19, 17), (20, 3, 5, 5), (20,)), CONTIGUOUS),
+    "conv2d, few channels innermost": (
+        operator(strided, (2, 36, 8, 16), (2, 3, 15, 32), (36, 3, 5, 5), (36,)),
+        CHANNELS_LAST,
+    ),
+    "conv2d, LeNet": (operators.conv2d("", (5, 6, 14, 14), (16, 5)), CONTIGUOUS),
     "depthwise": (operators.conv2d("", (2, 12, 9, 11), (12, 3), padding=1, groups=12), CHANNELS_LAST),
     "pooled": (operators.conv2d("", (2, 20, 9, 11), (24, 3), padding=1, pool=(3, 2, 1)), CHANNELS_LAST),
     "pooled, few channels": (operators.conv2d("", (5, 6, 14, 14), (16, 5), pool=(2, 2, 0)), CONTIGUOUS),
@@ -79,6 +105,13 @@ CASES = {
 }
 
 CONV = "conv2d_forward", "conv2d_input_grad", "conv2d_weight_grad"
+FEW_WEIGHTS = "few_channels_weight_grad", "fold_few_weight_grad"
+FEW_PRODUCTS = "place_few_filters", "few_channels_product", *FEW_WEIGHTS
+FEW = {
+    **dict.fromkeys(("bfloat16", "float16", "tf32"), FEW_PRODUCTS),
+    "float32": ("few_channels_lanes", *FEW_WEIGHTS),
+    "float64": CONV,
+}
 POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter", *CONV[1:]
 BY_PRODUCT = (
     "place_filters", "conv2d_relu_max_pool2d_product", "filters_for_blocks",
@@ -102,8 +135,16 @@ LAUNCHED = {
     "linear, split": ("linear_forward", "linear_weight_grad", "sum_partials"),
     "chain": ("linear_chain_forward", "linear_chain_input_grad", "linear_chain_weight_grad"),
     "conv2d": (*CONV, "relu_grad"),
-    "conv2d, first layer": ("conv2d_forward", "conv2d_weight_grad"),
-    "conv2d, few channels": (*CONV, "fold_padding"),
+    "conv2d, first layer": {
+        **dict.fromkeys(FORMATS, FEW_PRODUCTS),
+        "float64": ("conv2d_forward", "conv2d_weight_grad"),
+    },
+    "conv2d, dilated first layer": ("conv2d_forward", "conv2d_weight_grad"),
+    "conv2d, reflected": (*CONV, "fold_padding"),
+    "conv2d, dilated": CONV,
+    "conv2d, few channels": FEW,
+    "conv2d, few channels innermost": {**dict.fromkeys(FORMATS, FEW_PRODUCTS), "float64": CONV},
+    "conv2d, LeNet": FEW,
     "depthwise": ("depthwise_forward", "depthwise_input_grad", "depthwise_weight_grad"),
     "pooled": POOLED,
     "pooled, few channels": FEW_CHANNELS,
@@ -112,13 +153,13 @@ LAUNCHED = {
     "LeNet step": dict.fromkeys(WHOLE_STEPS, (*WHOLE, "lenet_gradient", "lenet_update")),
 }
 # Kernels that do not serve a format; FEW_CHANNELS and LAUNCHED have those that take their place.
-LANES, LENET = {"conv2d_relu_max_pool2d_lanes"}, {*WHOLE, "lenet_gradient", "lenet_update"}
+LANES, LENET = {"conv2d_relu_max_pool2d_lanes", "few_channels_lanes"}, {*WHOLE, "lenet_gradient", "lenet_update"}
 OTHERS = {
     "bfloat16": LANES,
     "tf32": LANES,
     "float16": LANES | LENET,
     "float32": {*BY_PRODUCT},
-    "float64": LANES | LENET | {*BY_PRODUCT},
+    "float64": LANES | LENET | {*BY_PRODUCT, *FEW_PRODUCTS},
 }
 
 

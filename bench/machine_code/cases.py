@@ -56,20 +56,20 @@ class Calls:
             launchers.conv2d_relu_max_pool2d_input_grad(y, code, w, x.shape, *g)
             launchers.conv2d_relu_max_pool2d_weight_grad(y, code, x, w.shape, *g, True)
 
-    def conv_forward(self, c, oc, k):
-        """Forward alone: the product is (40960, c * k * k) x (c * k * k, oc)."""
+    def conv_forward(self, c, oc, k, d):
+        """Forward alone, with dilation d: the product is (40960, c * k * k) x (c * k * k, oc)."""
         x, w = self.tensor(40, c, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
-        launchers.conv2d(x, w, self.tensor(oc), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
+        launchers.conv2d(x, w, self.tensor(oc), (1, 1), (d * (k // 2),) * 4, (d, d), 1, "zeros")
 
-    def conv_input_grad(self, c, oc, k):
+    def conv_input_grad(self, c, oc, k, d):
         """The input's gradient alone: (40960, oc * k * k) x (oc * k * k, c)."""
         dy, w = self.tensor(40, oc, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
-        launchers.conv2d_input_grad(dy, w, (40, c, 32, 32), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros")
+        launchers.conv2d_input_grad(dy, w, (40, c, 32, 32), (1, 1), (d * (k // 2),) * 4, (d, d), 1, "zeros")
 
-    def conv_weight_grad(self, c, oc, k):
+    def conv_weight_grad(self, c, oc, k, d):
         """The weight's gradient alone: (oc, pixels) x (pixels, c * k * k)."""
         dy, x = self.tensor(32, oc, 32, 32, last=True), self.tensor(32, c, 32, 32, last=True)
-        launchers.conv2d_weight_grad(dy, x, (oc, c, k, k), (1, 1), (k // 2,) * 4, (1, 1), 1, "zeros", True)
+        launchers.conv2d_weight_grad(dy, x, (oc, c, k, k), (1, 1), (d * (k // 2),) * 4, (d, d), 1, "zeros", True)
 
     def pool(self, size, kernel, stride, pad, last, all=True):
         window = ((kernel, kernel), (stride, stride), (pad, pad), (1, 1))
@@ -230,9 +230,10 @@ def tiles(c, format):
                 continue  # a tile that this walk does not use
             if walk == "flat" and format in ("float16", "float64"):
                 continue  # another walk compiles this tile, and "flat" is compiled in the most used formats
-            name = f"{walk}, {tile.M}x{tile.N}"
-            yield name, lambda n=tile.N, k=k, channels=channels: c.conv_forward(channels, n, k)
-            yield name, lambda n=tile.N, k=k, channels=channels: c.conv_input_grad(n, channels, k)
+            # Few channels without dilation have kernels of their own.
+            name, size = f"{walk}, {tile.M}x{tile.N}", {"k": k, "d": 2 if walk == "flat" else 1}
+            yield name, lambda n=tile.N, size=size, channels=channels: c.conv_forward(channels, n, **size)
+            yield name, lambda n=tile.N, size=size, channels=channels: c.conv_input_grad(n, channels, **size)
     for tile in tile_tables.POOLED[rows]:
         for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
@@ -241,8 +242,8 @@ def tiles(c, format):
         for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
             if walk == "flat" and tile.N > patches.NARROW_N:
                 continue
-            name = f"{walk}, {tile.M}x{tile.N}"
-            yield name, lambda m=tile.M, k=k, channels=channels: c.conv_weight_grad(channels, m, k)
+            name, size = f"{walk}, {tile.M}x{tile.N}", {"k": k, "d": 2 if walk == "flat" else 1}
+            yield name, lambda m=tile.M, size=size, channels=channels: c.conv_weight_grad(channels, m, **size)
         # With few rows, the widest tile is halved on sm_90.
         many = 320 * tile.M if tile.M == 128 else tile.M
         yield f"{tile.M}x{tile.N}", lambda m=many, n=tile.N: c.linear(m, 4 * n, n)
@@ -255,8 +256,12 @@ def tiles(c, format):
 def layers(c, format, brief):
     """(name, call) of the kernels without a table of tiles."""
     if format != "float64":
+        yield "few channels", lambda: c.conv(64, 3, 32, 64, 3, bias=True)
+        yield "NCHW few channels", lambda: c.conv(64, 6, 14, 16, 5, pad=0, last=False, bias=True)
         yield "few channels to pool, padded", lambda: c.conv_pool(4, 3, 32, 40, 5, pad=2)
         if not brief:
+            yield "few output channels", lambda: c.conv(16, 64, 64, 3, 3)
+            yield "few channels, odd sizes", lambda: c.conv(16, 3, 33, 32, 3, last=False)
             yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
     yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)

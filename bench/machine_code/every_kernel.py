@@ -64,6 +64,7 @@ def launch_all(device, batch):
     # What only full float32 launches.
     with float32_products("ieee"):
         images = torch.randn(3, 4, 9, 11, device=device)
+        F.conv2d(images, torch.randn(6, 4, 3, 3, device=device))
         F.conv2d_relu_max_pool2d(images, torch.randn(6, 4, 3, 3, device=device))
     # What only second derivatives launch.
     x = torch.randn(2, 2, 6, 6, device=device, requires_grad=True)
