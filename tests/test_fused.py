@@ -88,7 +88,7 @@ def test_the_same_bits(case, dtype, layout, backend, device):
 def test_one_launch(device):
     with tritonnet.backend("triton"), tritonnet.count_launches() as launches, torch.no_grad():
         layers("LeNet conv1")[0].to(device)(torch.randn(2, 1, 16, 16, device=device))
-        nn.Conv2dReLU(3, 4, 3).to(device)(torch.randn(2, 3, 5, 5, device=device))
+        nn.Conv2dReLU(16, 4, 3).to(device)(torch.randn(2, 16, 5, 5, device=device))
         nn.LinearReLU(3, 4).to(device)(torch.randn(2, 3, device=device))
     pooled = "conv2d_relu_max_pool2d_product_kernel", "place_filters_kernel"
     assert launches == dict.fromkeys((*pooled, "conv2d_forward_kernel", "linear_forward_kernel"), 1)
@@ -149,7 +149,7 @@ FIRST_LAYERS = {
     "5x5, one channel": ((2, 1, 12, 11), (6, 1, 5, 5), {}, True),
     "one filter": ((3, 3, 9, 8), (1, 3, 3, 3), {"stride": 2}, True),
     "reflect, grouped": ((2, 4, 7, 6), (6, 2, 3, 3), {"stride": (2, 1), "padding": 1, "groups": 2}, True),
-    "5x5, three channels": ((2, 3, 9, 8), (5, 3, 5, 5), {"padding": 2}, False),
+    "5x5, three channels": ((2, 3, 9, 8), (5, 3, 5, 5), {"padding": 2}, "but in float64"),
     "by taps": ((2, 18, 5, 6), (17, 18, 3, 2), {}, False),
     "depthwise": ((2, 4, 7, 6), (8, 1, 3, 3), {"groups": 4}, False),
 }
@@ -168,6 +168,7 @@ def test_weight_gradient_alone(case, dtype, layout, device):
         with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
             y = F.conv2d_relu(x.detach().requires_grad_(needs), *leaves, **arguments)
             found.append(torch.autograd.grad(y, leaves, torch.ones((), device=device, dtype=dtype).expand(y.shape)))
+        masks = masks is True or masks == "but in float64" and dtype != torch.float64
         assert ("relu_grad_kernel" not in launches) == (masks and not needs)
     assert all(map(torch.equal, *found)) and [t.stride() for t in found[0]] == [t.stride() for t in found[1]]
 

@@ -15,9 +15,9 @@ ROWS = 2**24 + 16
 WINDOW = (2, 2), (1, 1), (0, 0), (1, 1)
 
 
-def plain(groups=1, stride=1, mode="zeros"):
+def plain(groups=1, stride=1, mode="zeros", dilation=1):
     """A convolution's arguments without padding, after its tensors."""
-    return (stride, stride), (0,) * 4, (1, 1), groups, mode
+    return (stride, stride), (0,) * 4, (dilation, dilation), groups, mode
 
 
 def empty(*size, last=False, dtype=torch.float16):
@@ -61,19 +61,46 @@ def chain_input_grad(dy, hidden, w1, w2):
 # By kernel: calls whose result has more than 2^31 elements.
 RESULTS = {
     "conv2d_forward_kernel": [
-        lambda: L.conv2d(empty(1, 1, 2**13, 2**14), empty(17, 1, 1, 1), None, *plain()),
+        lambda: L.conv2d(empty(1, 1, 2**13, 2**14), empty(17, 1, 1, 1), None, *plain(dilation=2)),
         lambda: L.conv2d(many(16, 8, 8), empty(257, 16, 1, 1), empty(257), *plain()),
     ],
     "conv2d_input_grad_kernel": [
-        lambda: L.conv2d_input_grad(empty(1, 1, 2**13, 2**14), empty(1, 17, 1, 1), (1, 17, 2**13, 2**14), *plain()),
+        lambda: L.conv2d_input_grad(
+            empty(1, 1, 2**13, 2**14), empty(1, 17, 1, 1), (1, 17, 2**13, 2**14), *plain(dilation=2)
+        ),
         lambda: L.conv2d_input_grad(many(16, 8, 8), empty(16, 257, 1, 1), (BIG, 257, 8, 8), *plain()),
         lambda: L.conv2d_input_grad(many(16, 8, 8), empty(16, 66, 2, 2), (BIG, 66, 16, 16), *plain(stride=2)),
     ],
     "conv2d_weight_grad_kernel": [
-        lambda: L.conv2d_weight_grad(empty(1, 2**20, 1, 1), empty(1, 15, 12, 12), (2**20, 15, 12, 12), *plain(), True),
+        lambda: L.conv2d_weight_grad(
+            empty(1, 2**20, 1, 1), empty(1, 15, 23, 23), (2**20, 15, 12, 12), *plain(dilation=2), True
+        ),
         lambda: L.conv2d_weight_grad(
             empty(1, 2**16, 1, 1), empty(1, 2**16, 1, 1), (2**16, 2**16, 1, 1), *plain(), True
         ),
+    ],
+    "few_channels_product_kernel": [
+        lambda: L.conv2d(empty(1, 1, 2**13, 2**14), empty(17, 1, 1, 1), None, *plain()),
+        lambda: L.conv2d(many(15, 8, 8), empty(257, 15, 1, 1), empty(257), *plain()),
+        lambda: L.conv2d_input_grad(many(3, 8, 8), empty(3, 66, 2, 2), (BIG, 66, 16, 16), *plain(stride=2)),
+    ],
+    "place_few_filters_kernel": [
+        lambda: L.conv2d_input_grad(empty(0, 2**23 + 8, 2, 2), empty(2**23 + 8, 15, 4, 4), (1, 15, 5, 5), *plain())
+    ],
+    "few_channels_lanes_kernel": [
+        lambda: L.conv2d(
+            empty(1, 1, 2**13, 2**14, dtype=torch.float32), empty(17, 1, 1, 1, dtype=torch.float32), None, *plain()
+        ),
+        lambda: L.conv2d_input_grad(
+            many(1, 8, 8, last=False, dtype=torch.float32), empty(1, 66, 2, 2, dtype=torch.float32), (BIG, 66, 16, 16),
+            *plain(stride=2),
+        ),
+    ],
+    "few_channels_weight_grad_kernel": [
+        lambda: L.conv2d_weight_grad(empty(1, 2**20, 1, 1), empty(1, 15, 12, 12), (2**20, 15, 12, 12), *plain(), True),
+    ],
+    "fold_few_weight_grad_kernel": [
+        lambda: L.conv2d_weight_grad(empty(1, 2**20, 1, 1), empty(1, 15, 12, 12), (2**20, 15, 12, 12), *plain(), True),
     ],
     "conv2d_relu_max_pool2d_forward_kernel": [
         lambda: L.conv2d_relu_max_pool2d(
@@ -194,6 +221,7 @@ def code(*size):
 
 IMAGES = (3, 3, 6, 6)
 PADDED = (1, 1), (1,) * 4, (1, 1)
+DILATED = (1, 1), (2,) * 4, (2, 2)
 
 
 POOLED = (3, 3, 4, 5)
@@ -216,16 +244,37 @@ def pooled_weight_grad(dy, code, x):
 # By kernel: calls and their tensors; each tensor is tried with each of its strides too long for 32 bits.
 INPUTS = {
     "conv2d_forward_kernel": [
-        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
+        (lambda x, w, b: L.conv2d(x, w, b, *DILATED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
         (lambda x, w: L.conv2d(x, w, None, *PADDED, 1, "zeros"), last(3, 16, 5, 4), last(3, 16, 3, 3)),
     ],
     "conv2d_input_grad_kernel": [
-        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3)),
-        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 1, "zeros"), last(3, 16, 6, 6), last(16, 3, 3, 3)),
+        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *DILATED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3)),
+        (
+            lambda dy, w: L.conv2d_input_grad(dy, w, (3, 17, 6, 6), *PADDED, 1, "zeros"),
+            last(3, 16, 6, 6), last(16, 17, 3, 3),
+        ),
     ],
     "conv2d_weight_grad_kernel": [
-        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *PADDED, 1, "zeros"), whole(*IMAGES), whole(*IMAGES)),
+        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *DILATED, 1, "zeros"), whole(*IMAGES), whole(*IMAGES)),
         (lambda dy, x: weight_grad(dy, x, (3, 16, 3, 3), *PADDED, 1, "zeros"), last(*IMAGES), last(3, 16, 6, 6)),
+    ],
+    "few_channels_product_kernel": [
+        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
+        (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"), last(*IMAGES), last(3, 3, 3, 3), whole(3)),
+        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *PADDED, 1, "zeros"), last(3, 16, 6, 6), last(16, 3, 3, 3)),
+    ],
+    "place_few_filters_kernel": [
+        (lambda w: L.conv2d(torch.ones_like(w), w, None, *PADDED, 1, "zeros"), whole(*IMAGES)),
+    ],
+    "few_channels_lanes_kernel": [
+        (
+            lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"),
+            *(whole(*size, dtype=torch.float32) for size in (IMAGES, (3, 3, 3, 3), (3,))),
+        ),
+    ],
+    "few_channels_weight_grad_kernel": [
+        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *PADDED, 1, "zeros"), whole(*IMAGES), whole(*IMAGES)),
+        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *PADDED, 1, "zeros"), last(*IMAGES), last(*IMAGES)),
     ],
     "conv2d_relu_max_pool2d_forward_kernel": [
         (fused, whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
@@ -299,7 +348,7 @@ INPUTS = {
     ],
 }  # fmt: skip
 # These kernels take only dense tensors, which are as long as the result.
-DENSE = {"relu_kernel", "relu_grad_kernel"}
+DENSE = {"relu_kernel", "relu_grad_kernel", "fold_few_weight_grad_kernel"}
 # These kernels take at most some hundred programs' sums for a net's weights, or the weights themselves.
 SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_pack_kernel", "lenet_update_kernel"}
 # Not tried: one program of a batch of a million images takes the interpreter minutes.

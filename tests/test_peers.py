@@ -28,8 +28,8 @@ def check(ours, theirs, *sizes, prepare=lambda t: t, device=DEVICE):
 
 def test_attorch_convolution_is_our_own_forward_and_backward(device):
     """attorch's modules hand out torch's convolution, and its conv backward calls torch's."""
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)).to(device)
-    x = torch.randn(2, 2, 6, 6, device=device, requires_grad=True)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 2)).to(device)
+    x = torch.randn(2, 16, 6, 6, device=device, requires_grad=True)
     with tritonnet.count_launches() as forward:
         y = model(x)
     with tritonnet.count_launches() as backward:
@@ -126,7 +126,7 @@ def test_flaggems_channels_last_weight(last):
 
 
 def test_flaggems_strided_backward_is_one_launch(device):
-    x, w = torch.randn(2, 3, 9, 9, device=device, requires_grad=True), torch.randn(4, 3, 3, 3, device=device)
+    x, w = torch.randn(2, 16, 9, 9, device=device, requires_grad=True), torch.randn(16, 16, 3, 3, device=device)
     y = F.conv2d(x, w, stride=2)
     with tritonnet.count_launches() as launches:
         y.sum().backward()

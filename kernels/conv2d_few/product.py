@@ -114,7 +114,7 @@ def few_channels_product_kernel(
     ih0 = tl.where(mask_m, ih0, -FAR)
     most_h, most_e = tl.cast(H, tl.uint32), tl.cast(length * UNIT, tl.uint32)
 
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(INDEX)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, LENGTH, BLOCK_K):
         k = k0 + offs_k

@@ -140,10 +140,10 @@ def fold_few_weight_grad_kernel(
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     OC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, PIXELS: tl.constexpr, PIXELS_Y: tl.constexpr,
     PATCH_H: tl.constexpr, RUN: tl.constexpr, SKIP: tl.constexpr, LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     # Each element adds up SPLITS * BH * BW terms, BLOCK_S at a time.
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     kw, kh, c, oc = offs % KW, offs // KW % KH, offs // (KW * KH) % C, offs // (KW * KH * C)
     is_weight = offs < numel_w
     oc = tl.where(is_weight, oc, offs - numel_w)
@@ -164,7 +164,7 @@ def fold_few_weight_grad_kernel(
         else:
             k = (c[:, None] * PATCH_H + ph) * RUN + SKIP + pw
         k = tl.where(is_weight[:, None], i * LENGTH + k, OC * BH * BW * LENGTH + i)
-        offs_p = split.to(tl.int64)[None, :] * (OC * BH * BW * (LENGTH + HAS_BIAS)) + k
+        offs_p = split.to(INDEX)[None, :] * (OC * BH * BW * (LENGTH + HAS_BIAS)) + k
         acc += tl.load(partial_ptr + offs_p, mask=mask[:, None] & (split < SPLITS)[None, :], other=0.0)
 
     total = tl.sum(acc, axis=1)
@@ -248,11 +248,12 @@ def _product(dy, y, x, partial, form, pixels, pixels_y, unit_y, with_bias, preci
 @planned(fold_few_weight_grad_kernel)
 def _fold(partial, dw, db, form, pixels, pixels_y, stride, splits):
     (OC, C, KH, KW), cut, numel = dw.shape, form.cut, dw.numel() + db.numel()
-    block = flat_block(numel, 32)
+    # A tensor has at most 2^20 elements.
+    block = min(2**14, flat_block(numel, 32))
     return (cdiv(numel, block),), (splits, dw.numel(), db.numel(), *dw.stride()), dict(
         C=C, KH=KH, KW=KW, SH=stride[0], SW=stride[1], OC=OC, BH=cut.BH, BW=cut.BW, PIXELS=pixels, PIXELS_Y=pixels_y,
         PATCH_H=cut.PATCH_H, RUN=cut.RUN, SKIP=cut.SKIP, LENGTH=form.length, HAS_BIAS=db.numel() > 0,
-        BLOCK=block, BLOCK_S=32, num_warps=4, **OPTIONS,
+        INDEX=index_type(partial, dw), BLOCK=block, BLOCK_S=32, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 
