@@ -30,7 +30,7 @@ def _launch(image, w, bias, out, gradient, stride, padding, relu=False):
         lanes.convolve((image, w, bias, out), form, gradient, Taps.of(form.cut, gradient, stride, padding, 1), relu)
         return out
 
-    image, pixels, unit = readable(image)
+    image, pixels, unit = readable(image, innermost=True)
     pixels_out = shapes.is_channels_last(out)
     form = product.form_for(format, image.itemsize, *sizes, pixels, pixels_out, unit)
     taps = Taps.of(form.cut, gradient, stride, padding, image.shape[1] if pixels else 1)

@@ -120,16 +120,16 @@ def unit_of(image, pixels):
     return math.gcd(16 // image.itemsize, stride_n, stride_h, *((W * C,) if pixels else (W, stride_c)))
 
 
-def readable(image):
+def readable(image, innermost):
     """(image, whether its rows are pixels with all their channels, elements of a row that can be read at once).
 
-    The image is copied if its rows are not contiguous. Many channels have to be innermost, where a row of a patch is
-    long: the short rows of many channels would be read a few bytes at a time.
+    The image is copied if its rows are not contiguous, or if it has many channels that are not innermost and
+    `innermost` says that these have to be: the short rows of many channels would be read a few bytes at a time.
     """
-    many = image.shape[1] >= FLAT_BELOW
+    innermost = innermost and image.shape[1] >= FLAT_BELOW
     pixels = _in_pixels(image)
-    if not pixels and (many or not in_planes(image)):
-        layout = torch.channels_last if many else shapes.memory_format(image)
+    if not pixels and (innermost or not in_planes(image)):
+        layout = torch.channels_last if innermost else shapes.memory_format(image)
         image = image.contiguous(memory_format=layout)
         pixels = _in_pixels(image)
     return image, pixels, unit_of(image, pixels)

@@ -271,8 +271,8 @@ def weight_grad(dy, x, size, stride, padding, with_bias, y=None):
     if y is not None:
         layout = shapes.memory_format(y)
         dy, y = dy.contiguous(memory_format=layout), y.contiguous(memory_format=layout)
-        y, _, _ = readable(y)
-    (dy, pixels_y, unit_y), (x, pixels, unit), products = readable(dy), readable(x), precision()
+    (dy, pixels_y, unit_y), (x, pixels, unit) = (readable(t, innermost=False) for t in (dy, x))
+    products = precision()
     form = _form(
         number_format(dy.dtype, products), dy.itemsize, x.shape[1], OC, (OH, OW), tuple(size[2:]), stride, padding,
         pixels, pixels_y, unit, unit_y,
