@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from . import linear as _linear
-from . import max_pool2d as _max_pool2d
 from . import relu as _relu
 from . import shapes
 from .conv2d import depthwise as _depthwise
@@ -28,6 +27,9 @@ from .cross_entropy import forward as _cross_entropy
 from .cross_entropy import gradient as _cross_entropy_gradient
 from .linear_chain import fused as _linear_chain
 from .linear_chain import layered
+from .max_pool2d import forward as _max_pool2d
+from .max_pool2d import gather as _max_pool2d_gather
+from .max_pool2d import scatter as _max_pool2d_scatter
 
 
 def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
@@ -101,9 +103,10 @@ def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, *geometry):
 cross_entropy = _cross_entropy.forward
 cross_entropy_grad = _cross_entropy_gradient.gradient
 max_pool2d = _max_pool2d.forward
-max_pool2d_scatter = _max_pool2d.scatter
-max_pool2d_gather = _max_pool2d.gather
-max_pool2d_indices = _max_pool2d.indices
+max_pool2d_values = _max_pool2d.values
+max_pool2d_scatter = _max_pool2d_scatter.scatter
+max_pool2d_gather = _max_pool2d_gather.gather
+max_pool2d_indices = _max_pool2d_gather.indices
 relu = _relu.forward
 relu_ = _relu.forward_
 relu_grad = _relu.grad

@@ -79,10 +79,14 @@ def _pooled(size, kernel, stride, padding, dilation, ceil_mode):
     return windows - 1 if (windows - 1) * stride >= size + padding else windows
 
 
-def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
+def max_pool2d_values(x, *window):
+    return _empty(x, (*x.shape[:2], *max_pool2d_size(x.shape[2:], *window)), x)
+
+
+def max_pool2d(x, kernel, *window):
     """The values, and the code of each window: the position kh * KW + kw of its maximum, in the narrowest type."""
-    size = (*x.shape[:2], *max_pool2d_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode))
-    return _empty(x, size, x), _empty(x, size, x, dtype=_code_type(kernel[0] * kernel[1] - 1))
+    y = max_pool2d_values(x, kernel, *window)
+    return y, _empty(x, y.shape, x, dtype=_code_type(kernel[0] * kernel[1] - 1))
 
 
 def _code_type(largest):
