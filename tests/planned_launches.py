@@ -84,6 +84,7 @@ def calls(t):
         yield launchers.conv2d_relu_max_pool2d_weight_grad, y, code, x, w.shape, *ZEROS, *POOL, True
         yield launchers.max_pool2d, x, *WINDOW, False
         yield launchers.max_pool2d, x, (3, 3), *WINDOW[1:], True
+        yield launchers.max_pool2d_values, x, *WINDOW, False
         yield launchers.max_pool2d_scatter, y, code, (h - 2, h - 2), *WINDOW
         yield launchers.max_pool2d_indices, code, h, *WINDOW
         depthwise = (1, 1), (1, 1, 1, 1), (1, 1), c, "zeros"

@@ -463,6 +463,7 @@ def operator_calls(device):
         ops.conv2d_relu_max_pool2d_input_grad: (dq, dead, w, list(x.shape), *conv, *pool),
         ops.conv2d_relu_max_pool2d_weight_grad: (dq, dead, x, list(w.shape), *conv, *pool, True),
         ops.max_pool2d: (x, *window, False),
+        ops.max_pool2d_values: (x, *window, False),
         ops.max_pool2d_scatter: (torch.randn_like(y).requires_grad_(), code, [6, 7], *window),
         ops.max_pool2d_gather: (x, code, *window),
         ops.max_pool2d_indices: (code, 7, *window),

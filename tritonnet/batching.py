@@ -119,6 +119,12 @@ def _max_pool2d(info, dims, x, *arguments):
     return tuple(t.unflatten(0, x.shape[:2]) for t in results), (0, 0)
 
 
+@register_batching(ops.max_pool2d_values)
+def _max_pool2d_values(info, dims, x, *arguments):
+    x = x.movedim(dims[0], 0)
+    return ops.max_pool2d_values(_as_images(x), *arguments).unflatten(0, x.shape[:2]), 0
+
+
 def _over_code(operator):
     """The rule of an operator on a tensor and a code, or on a code alone."""
 

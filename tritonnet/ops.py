@@ -76,6 +76,10 @@ max_pool2d = _operator(
     f"max_pool2d(Tensor x, {_WINDOW}, bool ceil_mode) -> (Tensor, Tensor)",
     shapes.max_pool2d,
 )
+max_pool2d_values = _operator(
+    f"max_pool2d_values(Tensor x, {_WINDOW}, bool ceil_mode) -> Tensor",
+    shapes.max_pool2d_values,
+)
 max_pool2d_scatter = _operator(
     f"max_pool2d_scatter(Tensor dy, Tensor code, SymInt[] size, {_WINDOW}) -> Tensor",
     lambda dy, code, size, *window: shapes.max_pool2d_scatter(dy, code, size),

@@ -19,16 +19,12 @@ def _relu_(x):
     return x
 
 
-def _max_pool2d(*arguments):
-    return ops.max_pool2d(*arguments)[0]
-
-
 def _conv2d_relu_max_pool2d(*arguments):
     return ops.conv2d_relu_max_pool2d(*arguments)[0]
 
 
-# Operators with two results, and functions that return only the first.
-_FIRST_OF = {ops.max_pool2d: _max_pool2d, ops.conv2d_relu_max_pool2d: _conv2d_relu_max_pool2d}
+# Operators with two results, and what returns only the first.
+_FIRST_OF = {ops.max_pool2d: ops.max_pool2d_values, ops.conv2d_relu_max_pool2d: _conv2d_relu_max_pool2d}
 # Operators on matrices, and the functions that flatten any input into rows.
 _WHOLE = {ops.linear: F.linear, ops.linear_relu: F.linear_relu}
 # The steps that a call does.
@@ -39,7 +35,7 @@ _STEPS = {
     F.linear: (LINEAR,), F.linear_relu: (LINEAR, RELU),
     torch.relu: (RELU,), torch.relu_: (RELU,), torch_functional.relu: (RELU,), ops.relu: (RELU,), _relu_: (RELU,),
     "relu": (RELU,), "relu_": (RELU,),
-    torch.max_pool2d: (POOL,), torch_functional.max_pool2d: (POOL,), _max_pool2d: (POOL,),
+    torch.max_pool2d: (POOL,), torch_functional.max_pool2d: (POOL,), ops.max_pool2d_values: (POOL,),
 }  # fmt: skip
 # Relu and max-pooling commute.
 _PATTERNS = (CONV, RELU, POOL), (CONV, POOL, RELU), (CONV, RELU)

@@ -112,6 +112,10 @@ def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode):
     return _like(empty_y, y), _like(empty_code, code)
 
 
+def max_pool2d_values(x, *window):
+    return _like(shapes.max_pool2d_values(x, *window), _maxima(x, *window)[0])
+
+
 def _like(empty, values):
     """The values with the dtype and strides of the tensor `empty`."""
     return values if (values.dtype, values.stride()) == (empty.dtype, empty.stride()) else empty.copy_(values)

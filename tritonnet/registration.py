@@ -96,8 +96,14 @@ def _recorded(args):
     return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
 
 
-def register_autograd(operator):
-    """Class decorator: makes an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule."""
+def register_autograd(operator, alone=None):
+    """Class decorator: makes an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule.
+
+    Args:
+        operator: whose rule it is.
+        alone: an operator on the same arguments whose result is the first of `operator`. Where autograd records it,
+            `operator` takes its place, whose other results the derivatives need.
+    """
 
     def decorate(function):
         rules = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
@@ -116,7 +122,14 @@ def register_autograd(operator):
                 result = below_autograd(operator, *args)
             return None if returns_nothing else result
 
+        def first_result(*args):
+            if _are_functorch_transforms_active() or _recorded(args):
+                return autograd_kernel(*args)[0]
+            return below_autograd(alone, *args)
+
         _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd_kernel, "Autograd")
+        if alone is not None:
+            _LIBRARY.impl(alone._schema.name.partition("::")[2], first_result, "Autograd")
         return function
 
     return decorate

@@ -113,13 +113,14 @@ def max_pool2d_forward_kernel(
 @planned(max_pool2d_forward_kernel)
 def _forward(x, y, code, kernel, stride, padding, dilation):
     channels_last, vector = shapes.is_channels_last(y), 16 // y.element_size()
-    unrolled = kernel[0] * kernel[1] <= UNROLLED
-    # Strips of columns: neighbouring windows with a stride of two share runs of the image.
-    paired = unrolled and not channels_last and stride[1] == 2 and dilation[1] == 1 and kernel[1] > 1
-    grid, numbers, constants = over(y.shape, channels_last, max(1, vector // 2) if paired else vector)
     (x_strides, x_unit), (y_strides, y_unit) = laid_out(x, channels_last), laid_out(y, channels_last)
     H, W = x.shape[2:]
     w_unit = math.gcd(vector, W)
+    unrolled = kernel[0] * kernel[1] <= UNROLLED
+    # Strips of columns: neighbouring windows with a stride of two share runs of the image.
+    aligned = not channels_last and min(x_unit, w_unit) > 1
+    paired = unrolled and aligned and stride[1] == 2 and dilation[1] == 1 and kernel[1] > 1
+    grid, numbers, constants = over(y.shape, channels_last, vector // 2 if paired else vector)
     constants |= dict(
         UNROLLED=unrolled, PAIRED=paired, CODES=code is not None, X_UNIT=x_unit, Y_UNIT=y_unit, W_UNIT=w_unit,
         INDEX=index_type(x, y), ACC=acc_type(x.dtype), **window_constants(kernel, stride, padding, dilation),

@@ -36,7 +36,7 @@ def max_pool2d_scatter_blocks_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     Y_UNIT: tl.constexpr, C_UNIT: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, OW_UNIT: tl.constexpr,
-    INNER_UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    JOINED: tl.constexpr, INNER_UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     mask, n, c, i, j = places(
@@ -67,7 +67,7 @@ def max_pool2d_scatter_blocks_kernel(
 
     for r in tl.static_range(SH):
         ih = i * SH + r
-        if SW == 2 and not CHANNELS_LAST:
+        if JOINED:
             # The two columns of all blocks of a strip are contiguous.
             mask, _, _, _, iw = places(
                 rows, inner, strips, middle, outer, inverse_strips, inverse_middle, inverse_outer,
@@ -88,13 +88,13 @@ def max_pool2d_scatter_blocks_kernel(
 def _scatter_blocks(dy, code, dx, kernel, stride, padding, dilation):
     channels_last, vector = shapes.is_channels_last(dx), 16 // dx.element_size()
     (N, C, H, W), (OH, OW) = dx.shape, dy.shape[2:]
-    most = vector if channels_last else max(1, vector // stride[1])
-    blocks = N, C, cdiv(H, stride[0]), cdiv(W, stride[1])
-    grid, numbers, constants = over(blocks, channels_last, most)
     (y_strides, y_unit), (c_strides, c_unit), (x_strides, x_unit) = (laid_out(t, channels_last) for t in (dy, code, dx))
     w_unit, ow_unit = math.gcd(vector, W), math.gcd(vector, OW)
+    joined = not channels_last and stride[1] == 2 and w_unit > 1
+    blocks = N, C, cdiv(H, stride[0]), cdiv(W, stride[1])
+    grid, numbers, constants = over(blocks, channels_last, vector if channels_last else max(1, vector // stride[1]))
     constants |= dict(
-        Y_UNIT=y_unit, C_UNIT=c_unit, X_UNIT=x_unit, W_UNIT=w_unit, OW_UNIT=ow_unit,
+        Y_UNIT=y_unit, C_UNIT=c_unit, X_UNIT=x_unit, W_UNIT=w_unit, OW_UNIT=ow_unit, JOINED=joined,
         INDEX=index_type(dy, code, dx), ACC=acc_type(dy.dtype), **window_constants(kernel, stride, padding, dilation),
     )  # fmt: skip
     sizes = H, W // w_unit, OH, OW // ow_unit

@@ -10,7 +10,7 @@ from ..registration import below_autograd, register_autograd
 from ._common import save
 
 
-@register_autograd(ops.max_pool2d)
+@register_autograd(ops.max_pool2d, alone=ops.max_pool2d_values)
 class MaxPool2d(torch.autograd.Function):
     """y = the elements of x that the code points to."""
 

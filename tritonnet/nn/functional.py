@@ -214,8 +214,11 @@ def max_pool2d(
         return _torch.max_pool2d(input, *arguments)
     x, unbatched = _checks.as_batch(name, input)
     window = _checks.check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    y, code = ops.max_pool2d(x, *window, ceil_mode)
-    results = (y, ops.max_pool2d_indices(code, x.shape[3], *window)) if return_indices else (y,)
+    if return_indices:
+        y, code = ops.max_pool2d(x, *window, ceil_mode)
+        results = y, ops.max_pool2d_indices(code, x.shape[3], *window)
+    else:
+        results = (ops.max_pool2d_values(x, *window, ceil_mode),)
     if unbatched:
         results = tuple(_sized(t, t.shape[1:]) for t in results)
     return results if return_indices else results[0]
