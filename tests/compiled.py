@@ -47,6 +47,10 @@ def gradient_of_pooling(f, x):
     return dx
 
 
+def pooling(*window):
+    return lambda f, x: f.max_pool2d(x, *window)
+
+
 def first_layer(f, w, b):
     """For images that need no gradient and have the same values in every format."""
     images = (torch.arange(2 * 3 * 9 * 11, device=w.device) % 7 - 3).to(w.dtype).view(2, 3, 9, 11)
@@ -71,6 +75,10 @@ IMAGES, CHAIN = (2, 4, 9, 11), ((70, 10), (70, 200), (84, 200), (10, 84), (84,),
 CASES = {
     "relu": (operators.relu("", 3, 5, 7, 9), CONTIGUOUS),
     "max_pool2d": (operators.max_pool2d("", (2, 5, 11, 9), 3, 2, 1), CHANNELS_LAST),
+    "max_pool2d, NCHW": (operators.max_pool2d("", (2, 5, 10, 28), 3, 2, 1), CONTIGUOUS),
+    "max_pool2d, odd rows": (operators.max_pool2d("", (2, 5, 9, 11), 2, 2), CONTIGUOUS),
+    "max_pool2d, dilated": (operator(pooling(3, 2, 1, 2), (2, 5, 5, 5), (2, 5, 11, 12)), CONTIGUOUS),
+    "max_pool2d, large": (operator(pooling(6, 2, 3), (2, 16, 6, 5), (2, 16, 10, 9)), CHANNELS_LAST),
     "max_pool2d twice": (operator(gradient_of_pooling, IMAGES, IMAGES), CONTIGUOUS),
     "cross_entropy": (operators.cross_entropy(37, 50), CONTIGUOUS),
     "cross_entropy, programs": (operators.cross_entropy(41, 600), CONTIGUOUS),
@@ -112,7 +120,7 @@ FEW = {
     "float32": ("few_channels_lanes", *FEW_WEIGHTS),
     "float64": CONV,
 }
-POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter", *CONV[1:]
+POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter_blocks", *CONV[1:]
 BY_PRODUCT = (
     "place_filters", "conv2d_relu_max_pool2d_product", "filters_for_blocks",
     "conv2d_relu_max_pool2d_input_grad", "conv2d_relu_max_pool2d_weight_grad",
@@ -127,8 +135,11 @@ WHOLE = "lenet_pack", "lenet_forward"
 # The kernels that each case launches, in all formats or by format.
 LAUNCHED = {
     "relu": ("relu", "relu_grad"),
-    "max_pool2d": ("max_pool2d_forward", "max_pool2d_scatter"),
-    "max_pool2d twice": ("max_pool2d_forward", "max_pool2d_scatter", "max_pool2d_gather"),
+    **dict.fromkeys(
+        ("max_pool2d", "max_pool2d, NCHW", "max_pool2d, odd rows"), ("max_pool2d_forward", "max_pool2d_scatter_blocks")
+    ),
+    **dict.fromkeys(("max_pool2d, dilated", "max_pool2d, large"), ("max_pool2d_forward", "max_pool2d_scatter")),
+    "max_pool2d twice": ("max_pool2d_forward", "max_pool2d_scatter_blocks", "max_pool2d_gather"),
     "cross_entropy": ("cross_entropy", "cross_entropy_grad"),
     "cross_entropy, programs": ("cross_entropy", "sum_losses", "cross_entropy_grad"),
     "linear": ("linear_forward", "linear_weight_grad", "relu_grad"),

@@ -13,6 +13,8 @@ from tritonnet.kernels.conv2d import padding
 BIG = 2**17
 ROWS = 2**24 + 16
 WINDOW = (2, 2), (1, 1), (0, 0), (1, 1)
+HALVES = (3, 3), (2, 2), (1, 1), (1, 1)
+DILATED = (2, 2), (1, 1), (0, 0), (2, 2)
 
 
 def plain(groups=1, stride=1, mode="zeros", dilation=1):
@@ -176,9 +178,17 @@ RESULTS = {
         lambda: L.max_pool2d(many(20, 28, 28), (2, 2), (1, 1), (1, 1), (1, 1), False),  # only the result is huge
         lambda: L.max_pool2d(many(16, 34, 34, last=False), *WINDOW, False),
     ],
-    "max_pool2d_scatter_kernel": [
+    "max_pool2d_scatter_blocks_kernel": [
         lambda: L.max_pool2d_scatter(
             many(16, 30, 30), many(16, 30, 30, dtype=torch.uint8), (33, 33), (4, 4), *WINDOW[1:]
+        ),
+        lambda: L.max_pool2d_scatter(
+            many(16, 17, 17, last=False), many(16, 17, 17, dtype=torch.uint8, last=False), (33, 33), *HALVES
+        ),
+    ],
+    "max_pool2d_scatter_kernel": [
+        lambda: L.max_pool2d_scatter(
+            many(16, 30, 30), many(16, 30, 30, dtype=torch.uint8), (36, 36), (4, 4), *WINDOW[1:3], (2, 2)
         ),
     ],
     "max_pool2d_gather_kernel": [
@@ -322,9 +332,17 @@ INPUTS = {
     "fold_padding_kernel": [
         (lambda dp: padding.fold_padding(dp, dp.new_empty(3, 3, 4, 4), (1,) * 4, "circular"), whole(*IMAGES)),
     ],
-    "max_pool2d_forward_kernel": [(lambda x: L.max_pool2d(x, *WINDOW, False)[0], whole(*IMAGES))],
-    "max_pool2d_scatter_kernel": [
+    "max_pool2d_forward_kernel": [
+        (lambda x: L.max_pool2d(x, *WINDOW, False)[0], whole(*IMAGES)),
+        (lambda x: L.max_pool2d(x, *HALVES, False)[1], whole(*IMAGES)),
+        (lambda x: L.max_pool2d_values(x, (6, 6), (2, 2), (3, 3), (1, 1), False), last(*IMAGES)),
+    ],
+    "max_pool2d_scatter_blocks_kernel": [
         (lambda dy, c: L.max_pool2d_scatter(dy, c, (7, 7), *WINDOW), whole(*IMAGES), code(*IMAGES)),
+        (lambda dy, c: L.max_pool2d_scatter(dy, c, (12, 12), *HALVES), whole(*IMAGES), code(*IMAGES)),
+    ],
+    "max_pool2d_scatter_kernel": [
+        (lambda dy, c: L.max_pool2d_scatter(dy, c, (8, 8), *DILATED), whole(*IMAGES), code(*IMAGES)),
     ],
     "max_pool2d_gather_kernel": [
         (lambda x, c: L.max_pool2d_gather(x, c, *WINDOW), whole(3, 3, 7, 7), code(*IMAGES)),

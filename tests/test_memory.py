@@ -34,6 +34,7 @@ CALLS = {
     "conv2d reflect": lambda t: F._conv2d(t(2, 4, 5, 6), t(3, 4, 3, 3), t(3), 2, (2, 1), 1, 1, "reflect"),
     "conv2d circular depthwise": lambda t: F._conv2d(t(2, 4, 5, 6), t(4, 1, 3, 3), t(4), 1, (5, 6), 1, 4, "circular"),
     "max_pool2d": lambda t: F.max_pool2d(t(2, 5, 11, 9), 3, 2, 1, ceil_mode=True),
+    "max_pool2d, pairs of columns": lambda t: F.max_pool2d(t(2, 3, 9, 28), 3, 2, 1),
     "max_pool2d dilated": lambda t: F.max_pool2d(t(2, 5, 11, 9), (2, 3), (3, 1), 1, 2, return_indices=True)[0],
     "relu": lambda t: F.relu(t(31, 33)),
     "relu in place": lambda t: F.relu_(t(31, 33) * 1),

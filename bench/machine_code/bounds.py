@@ -145,7 +145,8 @@ def _chain_input_grad(a):
 
 
 def _pool(a):
-    return 0, [a.KH, a.KW], 0
+    # Loops over small windows are unrolled.
+    return 0, [] if a.UNROLLED else [a.KH, a.KW], 0
 
 
 def _cross_entropy(a):

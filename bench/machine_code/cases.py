@@ -71,14 +71,18 @@ class Calls:
         dy, x = self.tensor(32, oc, 32, 32, last=True), self.tensor(32, c, 32, 32, last=True)
         launchers.conv2d_weight_grad(dy, x, (oc, c, k, k), (1, 1), (d * (k // 2),) * 4, (d, d), 1, "zeros", True)
 
-    def pool(self, size, kernel, stride, pad, last, all=True):
-        window = ((kernel, kernel), (stride, stride), (pad, pad), (1, 1))
+    def pool(self, size, kernel, stride, pad, last, dilation=1, all=True):
+        window = ((kernel, kernel), (stride, stride), (pad, pad), (dilation, dilation))
         x = self.tensor(*size, last=last)
         y, code = launchers.max_pool2d(x, *window, False)
         launchers.max_pool2d_scatter(y, code, size[2:], *window)
         if all:
             launchers.max_pool2d_gather(x, code, *window)
             launchers.max_pool2d_indices(code, size[3], *window)
+
+    def pool_values(self, size, kernel, stride, pad, last):
+        x = self.tensor(*size, last=last)
+        launchers.max_pool2d_values(x, (kernel, kernel), (stride, stride), (pad, pad), (1, 1), False)
 
     def relu(self, *size, last=False):
         y = launchers.relu(self.tensor(*size, last=last))
@@ -195,6 +199,7 @@ def shapes(c):
     yield "LeNet conv1", lambda: c.conv(1024, 1, 28, 6, 5, pad=2, last=False, bias=True)
     yield "LeNet conv2", lambda: c.conv(1024, 6, 14, 16, 5, pad=0, last=False, bias=True)
     yield "LeNet pool", lambda: c.pool((1024, 6, 28, 28), 2, 2, 0, False, all=False)
+    yield "LeNet pool, values", lambda: c.pool_values((1024, 6, 28, 28), 2, 2, 0, False)
     yield "LeNet relu", lambda: c.relu(1024, 6, 28, 28)
     yield "LeNet conv1 to pool", lambda: c.conv_pool(1024, 1, 32, 6, 5, last=False, gradients=True)
     yield "LeNet conv2 to pool", lambda: c.conv_pool(1024, 6, 14, 16, 5, last=False, gradients=True)
@@ -210,7 +215,12 @@ def shapes(c):
     yield "LeNet step, batch 65536", lambda: c.lenet(2**16)
     yield "LeNet inference, batch 65536", lambda: c.lenet_inference(2**16)
     yield "ResNet 7x7/2, 3 to 64", lambda: c.conv(64, 3, 224, 64, 7, stride=2)
-    yield "ResNet pool 3x3/2", lambda: c.pool((64, 64, 112, 112), 3, 2, 1, True, all=False)
+    for name, *window, last in (
+        ("ResNet pool 3x3/2", 3, 2, 1, True), ("NCHW pool 3x3/2", 3, 2, 1, False), ("pool 2x2/2", 2, 2, 0, True)
+    ):  # fmt: skip
+        pool = (64, 64, 112, 112), *window, last
+        yield name, lambda pool=pool: c.pool(*pool, all=False)
+        yield f"{name}, values", lambda pool=pool: c.pool_values(*pool)
     yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
     yield "ResNet 3x3, 64", lambda: c.conv(64, 64, 56, 64, 3)
     yield "ResNet 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3)
@@ -267,6 +277,7 @@ def layers(c, format, brief):
     yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
     yield "first layer", lambda: c.first_layer(True)
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
+    yield "pool, dilated", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True, dilation=2)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
     yield "loss of many classes", lambda: c.cross_entropy(64, 50000)
@@ -312,6 +323,7 @@ def switches(c, format, brief):
         yield "NCHW first layer", lambda: c.first_layer(False)
         yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
         yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
+        yield "pool, large windows", lambda: c.pool((4, 8, 16, 16), 6, 2, 3, False)
     if format != "bfloat16":
         return
     yield "groups, dilation", lambda: c.conv(4, 32, 16, 32, 3, dilation=2, groups=2)

@@ -36,6 +36,8 @@ def calls(t):
     yield F.conv2d_relu_max_pool2d(last, w, b, padding=1, pool_kernel_size=3)
     yield F.linear_chain(x, (t(9, 7), t(4, 9)), (t(9), t(4)))
     yield F.max_pool2d(last, 3, 2, 1)
+    yield F.max_pool2d(images[..., :10], 3, 2, 1)
+    yield F.max_pool2d(images, 3, dilation=2)
     yield F.max_pool2d(images, 2, return_indices=True)[0]
     yield F.cross_entropy(x, torch.arange(5, device=x.device))
     yield F.cross_entropy(x, torch.arange(5, device=x.device), reduction="none", ignore_index=1)
@@ -71,6 +73,7 @@ def launch_all(device, batch):
     (dx,) = torch.autograd.grad(F.max_pool2d(x, 2).square().sum(), x, create_graph=True)
     dx.sum().backward()
     F.max_pool2d(x, 2, return_indices=True)
+    F.max_pool2d(x.detach(), 2)
     if hasattr(tritonnet, "TrainStep"):
         train(device, batch)
 
