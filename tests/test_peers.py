@@ -40,8 +40,10 @@ def test_attorch_convolution_is_our_own_forward_and_backward(device):
         "max_pool2d_forward_kernel",
         "linear_forward_kernel",
     }
-    assert {"conv2d_input_grad_kernel", "conv2d_weight_grad_kernel", "relu_grad_kernel", "max_pool2d_scatter_blocks_kernel",
-            "linear_forward_kernel", "linear_weight_grad_kernel"} <= set(backward)  # fmt: skip
+    assert {
+        "conv2d_input_grad_kernel", "conv2d_weight_grad_kernel", "relu_grad_kernel",
+        "max_pool2d_scatter_blocks_kernel", "linear_forward_kernel", "linear_weight_grad_kernel",
+    } <= set(backward)  # fmt: skip
     with torch.profiler.profile() as profile:
         model(x).sum().backward()
     names = {event.key for event in profile.key_averages()}
