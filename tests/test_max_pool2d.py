@@ -115,7 +115,7 @@ FORMS = {
     "pairs of columns": ((2, 3, 6, 16), (2, 2, 0, 1), *PAIRS),
     "pairs, padded": ((2, 3, 8, 12), (3, 2, 1, 1), *PAIRS),
     "pairs, one column after the last pair": ((2, 3, 8, 12), (3, 2, 0, 1), *PAIRS),
-    "pairs, strips that end in idle columns": ((1, 3, 9, 14), (5, 2, 2, 1), *PAIRS),
+    "pairs, strips that end in idle columns": ((1, 3, 9, 14), (4, 2, 1, 1), *PAIRS),
     "odd rows": ((2, 3, 8, 11), (3, 2, 1, 1), *SINGLES),
     "stride 1": ((2, 8, 7, 8), (3, 1, 1, 1), *SINGLES),
     "one pixel of each block": ((2, 8, 7, 8), (1, 2, 0, 1), dict(PAIRED=False), dict(JOINED=True)),

@@ -18,6 +18,15 @@ def first_inside(start, P: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def tap_inside(start, size, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
+    """Whether tap K of windows that begin at `start` is inside the image; each begins before the image's end."""
+    if K == 0 and P > 0:
+        return start >= 0
+    else:
+        return within(start + K * D, size, K * D - P)
+
+
+@triton.jit
 def widened(x, ACC: tl.constexpr):
     """x as ACC. Of a bfloat16 the bits are moved: LLVM would compare the narrow values, in more instructions."""
     if x.dtype == tl.bfloat16:
@@ -68,7 +77,7 @@ def max_pool2d_forward_kernel(
     code += (first_inside(ih0, PH, DH) * KW + first_inside(iw0, PW, DW)).to(tl.int32)
     if UNROLLED:
         if PAIRED:
-            # Columns 2 * ow and 2 * ow + 1 of all windows of a strip are contiguous.
+            # Columns 2 * ow and 2 * ow + 1 of all windows of a strip are contiguous, also of idle ones at its end.
             in_row, _, _, _, pairs = places(
                 rows, inner, strips, middle, outer, inverse_strips, inverse_middle, inverse_outer,
                 2 * BLOCK_V, CHANNELS_LAST, INDEX, BLOCK_R, 2 * BLOCK_V,
@@ -77,7 +86,7 @@ def max_pool2d_forward_kernel(
                 n, c, ih0, pairs, stride_xn, stride_xc, stride_xh, stride_xw, X_UNIT, CHANNELS_LAST
             )
         for kh in tl.static_range(KH):
-            in_h = within(ih0 + kh * DH, H, kh * DH - PH)
+            in_h = tap_inside(ih0, H, kh, PH, DH)
             for kw in tl.static_range(KW):
                 tap = step(kh * DH, kw * DW, stride_xh, stride_xw, X_UNIT, CHANNELS_LAST, INDEX)
                 if PAIRED and (kw - PW) % 2 == 0 and kw + 1 < KW:
@@ -88,7 +97,7 @@ def max_pool2d_forward_kernel(
                 elif PAIRED and (kw - PW) % 2 == 1 and kw > 0:
                     x = second
                 else:
-                    inside = mask & in_h & within(iw0 + kw * DW, W, kw * DW - PW)
+                    inside = mask & in_h & tap_inside(iw0, W, kw, PW, DW)
                     x = tl.load(x_ptrs + tap, mask=inside, other=float("-inf"))
                 if kh + kw == 0:
                     # Where it is outside of the image, it is -inf, and the code that of the first pixel inside.
@@ -118,7 +127,7 @@ def _forward(x, y, code, kernel, stride, padding, dilation):
     w_unit = math.gcd(vector, W)
     unrolled = kernel[0] * kernel[1] <= UNROLLED
     # Strips of columns: neighbouring windows with a stride of two share runs of the image.
-    aligned = not channels_last and min(x_unit, w_unit) > 1
+    aligned = not channels_last and x_strides[3] == 1 and min(x_unit, w_unit) > 1
     paired = unrolled and aligned and stride[1] == 2 and dilation[1] == 1 and kernel[1] > 1
     grid, numbers, constants = over(y.shape, channels_last, vector // 2 if paired else vector)
     constants |= dict(

@@ -69,13 +69,13 @@ def max_pool2d_scatter_blocks_kernel(
         ih = i * SH + r
         if JOINED:
             # The two columns of all blocks of a strip are contiguous.
-            mask, _, _, _, iw = places(
+            in_row, _, _, _, iw = places(
                 rows, inner, strips, middle, outer, inverse_strips, inverse_middle, inverse_outer,
                 2 * BLOCK_V, CHANNELS_LAST, INDEX, BLOCK_R, 2 * BLOCK_V,
             )  # fmt: skip
             dx = tl.reshape(tl.join(acc[2 * r], acc[2 * r + 1]), (BLOCK_R, 2 * BLOCK_V))
             dx_offs = offset(n, c, ih, iw, stride_xn, stride_xc, stride_xh, stride_xw, X_UNIT, CHANNELS_LAST)
-            tl.store(dx_ptr + dx_offs, round_to(dx, dx_ptr.dtype.element_ty), mask=mask & (ih < H) & (iw < W))
+            tl.store(dx_ptr + dx_offs, round_to(dx, dx_ptr.dtype.element_ty), mask=in_row & (ih < H) & (iw < W))
         else:
             for s in tl.static_range(SW):
                 iw = j * SW + s

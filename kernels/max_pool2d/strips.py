@@ -82,11 +82,11 @@ def _length(inner, most):
     return length
 
 
-def over(size, channels_last, most, **constants):
+def over(size, channels_last, most):
     """The plan of a launch over `size` (N, C, H, W) elements or blocks in strips of up to `most`.
 
     Returns:
-        Its grid, the first arguments of `places`, and constants.
+        Its grid, the first arguments of `places`, and the other constants.
     """
     N, C, H, W = size
     inner, middle, outer = (C, W, H) if channels_last else (W, H, C)
@@ -98,8 +98,7 @@ def over(size, channels_last, most, **constants):
         (cdiv(rows, block),),
         (rows, inner // unit, strips, middle, outer, *map(reciprocal, (strips, middle, outer))),
         dict(
-            INNER_UNIT=unit, CHANNELS_LAST=channels_last, BLOCK_R=block, BLOCK_V=length,
-            num_warps=4, **constants, **OPTIONS,
+            INNER_UNIT=unit, CHANNELS_LAST=channels_last, BLOCK_R=block, BLOCK_V=length, num_warps=4, **OPTIONS,
         ),
     )  # fmt: skip
 
@@ -112,5 +111,6 @@ def window_constants(kernel, stride, padding, dilation):
     )  # fmt: skip
 
 
-# Windows of at most so many pixels are unrolled, so that what is known of each pixel costs nothing.
-UNROLLED = 25
+# Windows of at most so many pixels are unrolled, so that what is known of each pixel costs nothing. Loads of 25 pixels
+# at once would spill registers.
+UNROLLED = 16
