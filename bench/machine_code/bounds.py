@@ -96,6 +96,20 @@ def _weight_grad(a):
     return blocks, [blocks / columns], a.dy_ptr.numel() * a.C * a.KH * a.KW
 
 
+def _depthwise(a):
+    """Iterations over rows of taps and groups of a row's taps, and multiply-adds, of a forward pass."""
+    return a.KH if a.UNROLL == 1 else 1, [], a.y_ptr.numel() * a.KH * a.KW
+
+
+def _depthwise_input_grad(a):
+    rows = _cdiv(a.KH, a.STEP_H)
+    return rows if a.UNROLL == 1 else 1, [], a.dy_ptr.numel() * a.KH * a.KW
+
+
+def _depthwise_weight_grad(a):
+    return _cdiv(min(a.per_split, a.P), a.BLOCK_P), [], a.dy_ptr.numel() * a.KH * a.KW
+
+
 def _reached(size, block, step, low, reach, pooled):
     """How many pooled pixels a block reaches on average, along one dimension of `size` pixels."""
     blocks = _cdiv(size, block)
@@ -226,6 +240,9 @@ MODEL = {
     "fold_few_weight_grad_kernel": _few_fold,
     "conv2d_input_grad_kernel": _input_grad,
     "conv2d_weight_grad_kernel": _weight_grad,
+    "depthwise_forward_kernel": _depthwise,
+    "depthwise_input_grad_kernel": _depthwise_input_grad,
+    "depthwise_weight_grad_kernel": _depthwise_weight_grad,
     "conv2d_relu_max_pool2d_input_grad_kernel": _input_grad_pooled,
     "conv2d_relu_max_pool2d_weight_grad_kernel": _weight_grad_pooled,
     "lenet_forward_kernel": _lenet_forward,

@@ -88,6 +88,12 @@ def place(p, inner, outer, inverse_inner, inverse_outer, SWAP: tl.constexpr):
 
 
 @triton.constexpr_function
+def columns(STEP, TAP, TAPS, LINE):
+    """How many columns a line may read, from the first to the last."""
+    return (LINE - 1) * STEP + (TAPS - 1) * abs(TAP) + 1
+
+
+@triton.constexpr_function
 def column(k, STEP, TAP, LINE):
     """Column number k of those that a line may read, counted from its first pixel, in the order of the taps."""
     return k if TAP > 0 else (LINE - 1) * STEP - k
@@ -152,7 +158,7 @@ def add_row(
 
     Each sum takes the taps in their order. Unless ALL, the last tap counts only where `last_tap` is true.
     """
-    for k in tl.static_range((LINE - 1) * STEP + (TAPS - 1) * abs(TAP) + 1):
+    for k in tl.static_range(columns(STEP, TAP, TAPS, LINE)):
         if is_read(column(k, STEP, TAP, LINE), STEP, TAP, TAPS, LINE):
             iw = iw0 + column(k, STEP, TAP, LINE)
             x = load_column(x_ptr, x_offs, iw, stride, mask, W, last, PAD_MODE, ACC)
@@ -176,7 +182,7 @@ def add_products(
 
     Unless all lines are WHOLE, only the first `pixels` of a line count.
     """
-    for i in tl.static_range((LINE - 1) * STEP + (TAPS - 1) * TAP + 1):
+    for i in tl.static_range(columns(STEP, TAP, TAPS, LINE)):
         if is_read(i, STEP, TAP, TAPS, LINE):
             x = load_column(x_ptr, x_offs, iw0 + i, stride, mask, W, last, PAD_MODE, ACC)
             for t in tl.static_range(TAPS):
