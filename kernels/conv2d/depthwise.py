@@ -6,19 +6,23 @@
 
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW, and MULT filters for each channel
 
-A tile is BLOCK_P lines of LINE adjacent pixels by BLOCK_C channels; see lines.py, also for height and width in NCHW.
+A tile is BLOCK_P lines of LINE adjacent pixels by BLOCK_C channels; see lines.py.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import OPTIONS, Window, acc_type, cdiv, first_tap, index_type, round_to
+from .._common import OPTIONS, Window, acc_type, cdiv, first_tap, index_type, reciprocal, round_to
 from ..launching import planned
 from ..reduce import Partials
 from ..tiles import split_product
-from . import lines
-from .lines import add_products, add_row, load_taps, place, zeros
+from .lines import (
+    LINES, MOST_SUMS, MOST_TAPS, add_products, add_row, blocks, channels_inner, line_for, load_line, load_taps, place,
+    steps_of, store_line, taps_of, unrolled, vector_for, zeros,
+)  # fmt: skip
 from .padding import PAD_MODES, source
 from .patches import in_elements
 
@@ -28,27 +32,29 @@ def serves(w, groups):
     return groups > 1 and w[1] == 1
 
 
-@triton.jit(do_not_specialize=["P", "inner", "outer", "H", "W", "OW"])
+@triton.jit(do_not_specialize=["P", "lines", "rows", "H", "W", "OW"])
 def depthwise_forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr,
-    P, inner, outer, inverse_inner, inverse_outer, H, W, OW,
+    P, lines, rows, inverse_lines, inverse_rows, H, W, OW,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_wo, stride_wh, stride_ww,
     stride_b,
     OC: tl.constexpr, MULT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SWAP: tl.constexpr, UNITS: tl.constexpr,
-    TAPS: tl.constexpr, UNROLL: tl.constexpr, LINE: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, UNITS: tl.constexpr,
+    MEET: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 0)
     stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 4)
+    TAPS: tl.constexpr = MEET[4]
+    LINE: tl.constexpr = MEET[5]
     pid = tl.program_id(0).to(INDEX)
     tiles_c: tl.constexpr = (OC + BLOCK_C - 1) // BLOCK_C
     oc = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     p = pid // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    n, oh, line = place(p, inner, outer, inverse_inner, inverse_outer, SWAP)
+    n, oh, line = place(p, lines, rows, inverse_lines, inverse_rows)
     ow = line * LINE
     mask_c = oc < OC
     mask = (p < P) & mask_c
@@ -62,38 +68,38 @@ def depthwise_forward_kernel(
             w_offs = oc * stride_wo + tl.cast(kh, INDEX) * stride_wh + tl.cast(kw, INDEX) * stride_ww
             taps = load_taps(w_ptr + w_offs, stride_ww, mask_c, True, TAPS, True, ACC)
             acc = add_row(
-                acc, taps, x_ptr, x_offs + ih * stride_xh, ow * SW - PW + kw * DW, stride_xw, mask & in_h, W, last,
-                True, SW, DW, TAPS, LINE, True, PAD_MODE, ACC,
+                acc, taps, x_ptr, x_offs + ih * stride_xh, ow * SW + kw * DW, stride_xw, mask & in_h, W, last, True,
+                MEET, True, PAD_MODE, ACC,
             )  # fmt: skip
 
-    y_offs = n * stride_yn + oc * stride_yc + oh * stride_yh
+    if HAS_BIAS:
+        bias = tl.load(b_ptr + oc * stride_b, mask=mask_c, other=0.0).to(ACC)
+    y = ()
     for j in tl.static_range(LINE):
-        y = acc[j]
-        if HAS_BIAS:
-            y += tl.load(b_ptr + oc * stride_b, mask=mask_c, other=0.0).to(ACC)
-        if RELU:
-            y = tl.where(y < 0, 0.0, y)
-        y_ptrs = y_ptr + (y_offs + (ow + j) * stride_yw)
-        tl.store(y_ptrs, round_to(y, y_ptr.dtype.element_ty), mask=mask & (ow + j < OW))
+        sum_j = acc[j] + bias if HAS_BIAS else acc[j]
+        y = y + (tl.where(sum_j < 0, 0.0, sum_j) if RELU else sum_j,)
+    y_offs = n * stride_yn + oc * stride_yc + oh * stride_yh + ow * stride_yw
+    store_line(y_ptr, y_offs, stride_yw, y, mask, OW - ow, LINE, VECTOR)
 
 
 @planned(depthwise_forward_kernel)
 def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
-    swap = lines.channels_first(x, w)
-    size, out, kernel, stride, dilation, pad, steps_w = lines.swapped(
-        swap, x.shape[2:], y.shape[2:], w.shape[2:], stride, dilation, padding[::2], w.stride()[2:]
-    )
-    (N, OC), (KH, KW), line = y.shape[:2], kernel, lines.line_for(out[1])
-    rows, columns, taps = out[0], cdiv(out[1], line), lines.taps_of(KW)
-    P = N * rows * columns
-    block_p, block_c = lines.blocks(P, OC, y.itemsize, swap)
-    steps, units = lines.steps_of(swap, x, y)
-    numbers = P, *lines.order_of(swap, rows, columns), *size, out[1], *steps, w.stride(0), *steps_w
+    (N, OC, OH, OW), (H, W), (KH, KW), size = y.shape, x.shape[2:], w.shape[2:], y.itemsize
+    inner, taps = channels_inner(x, w), taps_of(KW)
+    line = line_for(OW, inner)
+    channels = vector_for(size, OC) if inner else 0
+    in_x = 1 if inner or taps < KW or pad_mode != "zeros" else vector_for(size, W, line)
+    in_y = 1 if inner else vector_for(size, OW, line)
+    lines = cdiv(OW, line)
+    P = N * OH * lines
+    block_p, block_c = blocks(P, OC, channels)
+    steps, units = steps_of((x, max(channels, in_x)), (y, max(channels, in_y)))
+    numbers = P, lines, OH, reciprocal(lines), reciprocal(OH), H, W, OW, *steps, w.stride(0), *w.stride()[2:]
     return (cdiv(P, block_p) * cdiv(OC, block_c),), (*numbers, 0 if bias is None else bias.stride(0)), dict(
         OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
-        SH=stride[0], SW=stride[1], PH=pad[0], PW=pad[1], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, SWAP=swap, UNITS=units,
-        TAPS=taps, UNROLL=KH if KH * KW <= lines.MOST_UNROLLED else 1, LINE=line,
+        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
+        MEET=(1, stride[1], dilation[1], -padding[2], taps, line, in_x), UNROLL=unrolled(KH, KW), VECTOR=in_y,
         INDEX=index_type(x, w, bias, y), ACC=acc_type(x.dtype),
         BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
@@ -107,10 +113,10 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False)
     return y
 
 
-@triton.jit(do_not_specialize=["P", "inner", "outer", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["P", "lines", "rows", "H", "W", "OH", "OW"])
 def depthwise_input_grad_kernel(
     dy_ptr, w_ptr, dx_ptr,
-    P, inner, outer, inverse_inner, inverse_outer, H, W, OH, OW,
+    P, lines, rows, inverse_lines, inverse_rows, H, W, OH, OW,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_wo, stride_wh, stride_ww,
@@ -118,87 +124,88 @@ def depthwise_input_grad_kernel(
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr,
     DIVISOR_W: tl.constexpr, STEP_W: tl.constexpr, INVERSE_W: tl.constexpr,
-    SWAP: tl.constexpr, UNITS: tl.constexpr,
-    TAPS: tl.constexpr, UNROLL: tl.constexpr, LINE: tl.constexpr,
+    ADJACENT: tl.constexpr, UNITS: tl.constexpr, MEET: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 0)
     stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 4)
+    TAPS: tl.constexpr = MEET[4]
+    LINE: tl.constexpr = MEET[5]
+    # The pixels of a line are adjacent, and MEET says which taps reach which of them; or they lie a stride apart, so
+    # that the same taps reach all of them. A program's rows lie a stride apart for that reason.
+    SPACE: tl.constexpr = 1 if ADJACENT else SW
     pid = tl.program_id(0).to(INDEX)
     tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    # The pixels of a line lie a stride apart, so that the same taps reach all of them. A program's lines have the same
-    # taps in a row, and the same rows of taps too unless adjacent threads have adjacent rows.
-    phase_w = pid // tiles_c % SW
-    rest = pid // tiles_c // SW
-    PHASES_H: tl.constexpr = 1 if SWAP else SH
-    p = rest // PHASES_H * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    n, row, line = place(p, inner, outer, inverse_inner, inverse_outer, SWAP)
-    ih = row * PHASES_H + rest % PHASES_H
-    iw = line * (LINE * SW) + phase_w
+    phase_h = pid // tiles_c % SH
+    phase_w = pid // tiles_c // SH % SPACE
+    p = pid // tiles_c // SH // SPACE * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    n, row, line = place(p, lines, rows, inverse_lines, inverse_rows)
+    ih = row * SH + phase_h
+    iw = line * (LINE * SPACE) + phase_w
     mask_c = c < C
     mask = (p < P) & (ih < H) & mask_c
 
-    shifted_h = rest % PHASES_H + PH if PHASES_H == SH else ih + PH
-    kh0 = first_tap(shifted_h, DIVISOR_H, STEP_H, INVERSE_H, KH)
-    kw0 = first_tap(phase_w + PW, DIVISOR_W, STEP_W, INVERSE_W, KW)
     # The output position of the first tap; that of each further tap is DH / DIVISOR_H (DW / DIVISOR_W) less.
-    oh0, ow0 = (ih + PH - kh0 * DH) // SH, (iw + PW - kw0 * DW) // SW
+    kh0 = first_tap(phase_h + PH, DIVISOR_H, STEP_H, INVERSE_H, KH)
+    kw0 = first_tap(phase_w + PW, DIVISOR_W, STEP_W, INVERSE_W, KW)
+    oh0 = (ih + PH - kh0 * DH) // SH
+    base = line * (LINE // SW) if ADJACENT else (iw + PW - kw0 * DW) // SW
     ALL_H: tl.constexpr = KH % STEP_H == 0 and DIVISOR_H == 1
     ALL_W: tl.constexpr = KW % STEP_W == 0 and DIVISOR_W == 1
-    ROWS: tl.constexpr = (KH + STEP_H - 1) // STEP_H
-    COLUMNS: tl.constexpr = (KW + STEP_W - 1) // STEP_W
 
     acc = zeros(LINE, BLOCK_P, BLOCK_C, ACC)
     for m in range(0, MULT):
         oc = c * MULT + m
         y_offs = n * stride_yn + oc * stride_yc
-        for th in tl.range(0, ROWS, loop_unroll_factor=UNROLL):
+        for th in tl.range(0, (KH + STEP_H - 1) // STEP_H, loop_unroll_factor=UNROLL):
             kh = kh0 + th * STEP_H
-            oh, in_h = source(oh0 - th * (DH // DIVISOR_H), OH, 0)
-            for tw in range(0, COLUMNS, TAPS):
+            oh, reached = source(oh0 - th * (DH // DIVISOR_H), OH, 0)
+            exists = mask_c
+            if not ALL_H:
+                reached, exists = reached & (kh < KH), exists & (kh < KH)
+            if DIVISOR_W != 1:
+                reached, exists = reached & (kw0 < KW), exists & (kw0 < KW)
+            for tw in range(0, (KW + STEP_W - 1) // STEP_W, TAPS):
                 kw = kw0 + tw * STEP_W
                 last_tap = kw + (TAPS - 1) * STEP_W < KW
-                reached, mask_w = mask & in_h, mask_c
-                if not ALL_H:
-                    reached, mask_w = reached & (kh < KH), mask_w & (kh < KH)
-                if DIVISOR_W != 1:
-                    reached, mask_w = reached & (kw0 < KW), mask_w & (kw0 < KW)
                 w_ptrs = w_ptr + (oc * stride_wo + kh * stride_wh + kw * stride_ww)
-                taps = load_taps(w_ptrs, STEP_W * stride_ww, mask_w, last_tap, TAPS, ALL_W, ACC)
+                taps = load_taps(w_ptrs, STEP_W * stride_ww, exists, last_tap, TAPS, ALL_W, ACC)
                 acc = add_row(
-                    acc, taps, dy_ptr, y_offs + oh * stride_yh, ow0 - tw * (DW // DIVISOR_W), stride_yw, reached, OW,
-                    OW, last_tap, 1, -(DW // DIVISOR_W), TAPS, LINE, ALL_W, 0, ACC,
+                    acc, taps, dy_ptr, y_offs + oh * stride_yh, base - tw * (DW // DIVISOR_W), stride_yw,
+                    mask & reached, OW, OW, last_tap, MEET, ALL_W, 0, ACC,
                 )  # fmt: skip
 
-    x_offs = n * stride_xn + c * stride_xc + ih * stride_xh
-    for j in tl.static_range(LINE):
-        dx_ptrs = dx_ptr + (x_offs + (iw + j * SW) * stride_xw)
-        tl.store(dx_ptrs, round_to(acc[j], dx_ptr.dtype.element_ty), mask=mask & (iw + j * SW < W))
+    x_offs = n * stride_xn + c * stride_xc + ih * stride_xh + iw * stride_xw
+    left = (W - iw + SPACE - 1) // SPACE
+    store_line(dx_ptr, x_offs, SPACE * stride_xw, acc, mask, left, LINE, VECTOR)
 
 
 @planned(depthwise_input_grad_kernel)
 def _input_grad(dy, w, dx, stride, padding, dilation):
-    swap = lines.channels_first(dy, w)
-    size, out, kernel, stride, dilation, pad, steps_w = lines.swapped(
-        swap, dx.shape[2:], dy.shape[2:], w.shape[2:], stride, dilation, padding[::2], w.stride()[2:]
-    )
-    (N, C), (KH, KW), (SH, SW) = dx.shape[:2], kernel, stride
-    window_h, window_w = Window.of(SH, dilation[0]), Window.of(SW, dilation[1])
-    reaching_h, reaching_w = cdiv(KH, window_h.step), cdiv(KW, window_w.step)
-    line = lines.line_for(cdiv(size[1], SW))
-    rows, columns = size[0] if swap else cdiv(size[0], SH), cdiv(size[1], SW * line)
-    P, phases = N * rows * columns, SW if swap else SH * SW
-    block_p, block_c = lines.blocks(P, C, dx.itemsize, swap)
-    steps, units = lines.steps_of(swap, dy, dx)
-    numbers = P, *lines.order_of(swap, rows, columns), *size, *out, *steps, w.stride(0), *steps_w
-    return (cdiv(P, block_p) * cdiv(C, block_c) * phases,), numbers, dict(
-        C=C, MULT=w.shape[0] // C, KH=KH, KW=KW,
-        SH=SH, SW=SW, PH=pad[0], PW=pad[1], DH=dilation[0], DW=dilation[1],
+    (N, C, H, W), (OH, OW), (KH, KW), (SH, SW), (DH, DW) = dx.shape, dy.shape[2:], w.shape[2:], stride, dilation
+    inner, size, window_h, window_w = channels_inner(dy, w), dx.itemsize, Window.of(SH, DH), Window.of(SW, DW)
+    channels, in_y, in_x = vector_for(size, C) if inner else 0, 1, 1
+    adjacent = SW <= LINES[0] and KW <= MOST_TAPS
+    if adjacent:
+        window_w = Window.of(1, 1)
+        line = line_for(W, inner) if SW == 1 else LINES[0] // SW * SW
+        meet = SW, 1, -DW, padding[2], KW, line
+        if not inner:
+            in_y, in_x = vector_for(size, OW, line // SW), vector_for(size, W, line)
+    else:
+        line = line_for(cdiv(W, SW), True)
+        meet = 1, 1, -DW // window_w.divisor, 0, taps_of(cdiv(KW, window_w.step)), line
+    lines, rows = cdiv(W, line if adjacent else line * SW), cdiv(H, SH)
+    P = N * rows * lines
+    block_p, block_c = blocks(P, C, channels)
+    steps, units = steps_of((dy, max(channels, in_y)), (dx, max(channels, in_x)))
+    numbers = P, lines, rows, reciprocal(lines), reciprocal(rows), H, W, OH, OW, *steps, w.stride(0), *w.stride()[2:]
+    return (cdiv(P, block_p) * cdiv(C, block_c) * SH * (1 if adjacent else SW),), numbers, dict(
+        C=C, MULT=w.shape[0] // C, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
-        SWAP=swap, UNITS=units, TAPS=lines.taps_of(reaching_w),
-        UNROLL=reaching_h if reaching_h * reaching_w <= lines.MOST_UNROLLED else 1, LINE=line,
+        ADJACENT=adjacent, UNITS=units, MEET=(*meet, in_y), UNROLL=unrolled(cdiv(KH, window_h.step), KW), VECTOR=in_x,
         INDEX=index_type(dy, w, dx), ACC=acc_type(dy.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
@@ -211,22 +218,24 @@ def input_grad(dy, w, size, stride, padding, dilation, groups):
     return dx
 
 
-@triton.jit(do_not_specialize=["P", "per_split", "inner", "outer", "H", "W", "OW"])
+@triton.jit(do_not_specialize=["P", "per_split", "lines", "rows", "H", "W", "OW"])
 def depthwise_weight_grad_kernel(
     dy_ptr, x_ptr, dw_ptr, db_ptr,
-    P, per_split, inner, outer, inverse_inner, inverse_outer, H, W, OW,
+    P, per_split, lines, rows, inverse_lines, inverse_rows, H, W, OW,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_wo, stride_wh, stride_ww,
     stride_split,
     OC: tl.constexpr, MULT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, SWAP: tl.constexpr, UNITS: tl.constexpr,
-    ROWS: tl.constexpr, TAPS: tl.constexpr, LINE: tl.constexpr, WHOLE: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    UNITS: tl.constexpr, MEET: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 0)
     stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 4)
+    TAPS: tl.constexpr = MEET[4]
+    LINE: tl.constexpr = MEET[5]
     pid = tl.program_id(0).to(INDEX)
     tiles_c: tl.constexpr = (OC + BLOCK_C - 1) // BLOCK_C
     oc = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -243,22 +252,20 @@ def depthwise_weight_grad_kernel(
     end = tl.minimum(first + per_split, P)
     for p0 in range(first, end, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P).to(INDEX)[:, None]
-        n, oh, line = place(p, inner, outer, inverse_inner, inverse_outer, SWAP)
+        n, oh, line = place(p, lines, rows, inverse_lines, inverse_rows)
         ow = line * LINE
         mask = (p < end) & mask_c
-        y_offs = n * stride_yn + oc * stride_yc + oh * stride_yh
-        dy = ()
-        for j in tl.static_range(LINE):
-            inside = mask if WHOLE else mask & (ow + j < OW)
-            dy = dy + (tl.load(dy_ptr + (y_offs + (ow + j) * stride_yw), mask=inside, other=0.0).to(ACC),)
-            if HAS_BIAS:
+        y_offs = n * stride_yn + oc * stride_yc + oh * stride_yh + ow * stride_yw
+        dy = load_line(dy_ptr, y_offs, stride_yw, mask, OW - ow, LINE, VECTOR, WHOLE, ACC)
+        if HAS_BIAS:
+            for j in tl.static_range(LINE):
                 acc_b += dy[j]
         x_offs = n * stride_xn + oc // MULT * stride_xc
         for th in tl.static_range(ROWS):
             ih, in_h = source(oh * SH - PH + (kh0 + th) * DH, H, PAD_MODE)
             acc = add_products(
-                acc, dy, x_ptr, x_offs + ih * stride_xh, ow * SW - PW + kw0 * DW, stride_xw, mask & in_h, W, last,
-                OW - ow, th * TAPS, SW, DW, TAPS, LINE, WHOLE, PAD_MODE, ACC,
+                acc, dy, x_ptr, x_offs + ih * stride_xh, ow * SW + kw0 * DW, stride_xw, mask & in_h, W, last, OW - ow,
+                th * TAPS, MEET, WHOLE, PAD_MODE, ACC,
             )  # fmt: skip
 
     for k in tl.static_range(ROWS * TAPS):
@@ -271,38 +278,50 @@ def depthwise_weight_grad_kernel(
             tl.store(db_ptr + split * stride_split + oc, round_to(db, db_ptr.dtype.element_ty), mask=mask_c)
 
 
-def _split(dy, x, size):
-    """What a launch of the weight gradient is split into.
+class Split(NamedTuple):
+    """How a weight gradient is divided among programs."""
 
-    (whether height and width are swapped, (rows, lines of a row, LINE), (ROWS, TAPS), blocks, tiles of dw, programs for
-    each tile, units for each program)
-    """
-    swap = lines.channels_first(dy, x)
-    (rows, columns), (KH, KW) = lines.swapped(swap, dy.shape[2:], size[2:])
-    line, taps = lines.line_for(columns), (KH if KH * KW <= lines.MOST_UNROLLED else 1, lines.taps_of(KW))
-    P = dy.shape[0] * rows * cdiv(columns, line)
-    block_p, block_c = lines.blocks(P, size[0], dy.itemsize, swap, lines.vector_of(taps, dy.itemsize))
-    tiles = cdiv(size[0], block_c) * (KH // taps[0]) * (KW // taps[1])
-    return swap, (rows, cdiv(columns, line), line), taps, (block_p, block_c), tiles, *split_product(tiles, P, block_p)
+    line: int
+    lines: int
+    rows: int  # of taps, for each program
+    taps: int  # of a row
+    channels: int  # of a thread's vectors, 0 in NCHW
+    blocks: tuple
+    tiles: int
+    splits: int
+    per_split: int
+
+    @classmethod
+    def of(cls, dy, x, size):
+        (N, OC, OH, OW), (KH, KW), inner = dy.shape, size[2:], channels_inner(dy, x)
+        line, rows, taps = line_for(OW, inner), KH if unrolled(KH, KW) == KH else 1, taps_of(KW)
+        # Wider vectors would have more sums than a thread has registers.
+        most = 16 if rows * taps * 16 // dy.itemsize <= MOST_SUMS else 8
+        channels = vector_for(dy.itemsize, OC, most=most) if inner else 0
+        lines = cdiv(OW, line)
+        block_p, block_c = blocks(N * OH * lines, OC, channels)
+        tiles = cdiv(OC, block_c) * (KH // rows) * (KW // taps)
+        rest = split_product(tiles, N * OH * lines, block_p)
+        return cls(line, lines, rows, taps, channels, (block_p, block_c), tiles, *rest)
 
 
 @planned(depthwise_weight_grad_kernel)
 def _weight_grad(
     dy, x, dw_ptr, db_ptr, size, strides, stride_split, stride, padding, dilation, pad_mode, with_bias
 ):  # fmt: skip
-    swap, (rows, columns, line), (rows_w, taps), (block_p, block_c), tiles, splits, per_split = _split(dy, x, size)
-    image, out, kernel, stride, dilation, pad, steps_w = lines.swapped(
-        swap, x.shape[2:], dy.shape[2:], size[2:], stride, dilation, padding[::2], strides[2:]
-    )
-    steps, units = lines.steps_of(swap, dy, x)
-    numbers = dy.shape[0] * rows * columns, per_split, *lines.order_of(swap, rows, columns), *image, out[1], *steps
-    return (tiles * splits,), (*numbers, strides[0], *steps_w, stride_split), dict(
-        OC=size[0], MULT=size[0] // x.shape[1], KH=kernel[0], KW=kernel[1],
-        SH=stride[0], SW=stride[1], PH=pad[0], PW=pad[1], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, SWAP=swap, UNITS=units,
-        ROWS=rows_w, TAPS=taps, LINE=line, WHOLE=out[1] % line == 0,
-        INDEX=index_type(dy, x, dw_ptr), ACC=acc_type(dy.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
-        **OPTIONS,
+    (N, OC, OH, OW), (H, W), (KH, KW), itemsize, split = dy.shape, x.shape[2:], size[2:], dy.itemsize, Split.of(dy, x, size)
+    in_x = 1 if split.channels or split.taps < KW or pad_mode != "zeros" else vector_for(itemsize, W, split.line)
+    in_y = 1 if split.channels else vector_for(itemsize, OW, split.line)
+    steps, units = steps_of((dy, max(split.channels, in_y)), (x, max(split.channels, in_x)))
+    numbers = N * OH * split.lines, split.per_split, split.lines, OH, reciprocal(split.lines), reciprocal(OH), H, W, OW
+    return (split.tiles * split.splits,), (*numbers, *steps, strides[0], *strides[2:], stride_split), dict(
+        OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
+        SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias,
+        UNITS=units, MEET=(1, stride[1], dilation[1], -padding[2], split.taps, split.line, in_x),
+        ROWS=split.rows, WHOLE=OW % split.line == 0, VECTOR=in_y,
+        INDEX=index_type(dy, x, dw_ptr), ACC=acc_type(dy.dtype),
+        BLOCK_P=split.blocks[0], BLOCK_C=split.blocks[1], num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 
@@ -313,7 +332,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         return dw, db
     if dy.numel() == 0:
         return dw.zero_(), db.zero_()
-    partials = Partials(_split(dy, x, size)[-2], dw, db)
+    partials = Partials(Split.of(dy, x, size).splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, pad_mode
     _weight_grad((dy, x, dw_ptr, db_ptr), tuple(size), dw.stride(), stride_split, *geometry, with_bias)

@@ -1,16 +1,21 @@
-"""What the depthwise kernels share: lines of pixels, how many a thread computes, and their order in a launch.
+"""What the depthwise kernels share: lines of pixels, how many a thread computes, and how their taps find their pixels.
 
-A thread computes a line of LINE pixels, whose neighbours share the pixels that their windows load: along the width in
-channels_last, for a vector of channels, and along the height in NCHW, where adjacent threads read adjacent columns. The
-kernels know the first form alone: for NCHW the launchers swap height and width, of the window too.
+A thread computes a line of LINE adjacent pixels of a row, whose windows share the pixels that it loads. It loads a
+vector at a time, of up to 16 bytes: of channels in channels_last, and of VECTOR adjacent pixels in NCHW.
+
+Pixel j of a line and tap t of a row meet at column i of the other image, counted from a `base` that depends on the line
+alone, where i * A = j * B + t * T + F. A kernel's constant MEET = (A, B, T, F, TAPS, LINE, VECTOR), so that the
+registers of each product are known when it is compiled.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import INTERPRETED, cdiv, divide, in_units, power_of_2, reciprocal, strides
+from .._common import INTERPRETED, divide, in_units, power_of_2, round_to, strides
 from ..tiles import flat_block
 from .padding import source
 
@@ -29,93 +34,96 @@ def taps_of(KW):
     return KW if KW <= MOST_TAPS else next(n for n in range(8, 0, -1) if KW % n == 0)
 
 
-def line_for(size):
-    """The length of lines of a row of `size` pixels, with the fewest pixels past its end."""
-    return min(LINES, key=lambda line: -size % line)
+def unrolled(rows, taps):
+    """How many of the rows of a window are unrolled: all if it is small."""
+    return rows if rows * taps <= MOST_UNROLLED else 1
 
 
-def channels_first(*tensors):
-    """Whether a launch over these tensors swaps height and width."""
-    return shapes.memory_format(*tensors) is not torch.channels_last
+def line_for(width, inner):
+    """The length of lines of a row of `width` pixels: with the fewest past its end, or for vectors of pixels."""
+    return 8 if not inner and width % 2 == 0 else min(LINES, key=lambda line: -width % line)
 
 
-def swapped(swap, *pairs):
-    """(height, width) of each pair, swapped if asked for."""
-    return [tuple(pair)[::-1] if swap else tuple(pair) for pair in pairs]
+def channels_inner(*tensors):
+    """Whether vectors are of channels in a launch over these tensors, and not of pixels."""
+    return shapes.memory_format(*tensors) is torch.channels_last
 
 
-def steps_of(swap, *images):
-    """The strides (n, c, height, width) of each image in units and the units (see in_units), swapped if asked for."""
-    steps = []
-    for t in images:
-        n, c, h, w = strides(t)
-        steps += [n, c, w, h] if swap else [n, c, h, w]
-    return in_units(images[0].itemsize, *steps)
+def vector_for(itemsize, *sizes, most=16):
+    """The elements of the widest vector, of at most 16 and `most` bytes, that divides all sizes."""
+    size = math.gcd(*sizes)
+    return min(size & -size, min(most, 16) // itemsize)
 
 
-def blocks(units, channels, itemsize, swap, most=16):
-    """(BLOCK_P lines, BLOCK_C channels) of a program whose threads load vectors of `most` bytes along the channels."""
+def steps_of(*images_vectors):
+    """The strides (n, c, h, w) of each image in units and the units (see in_units), for loads of its vectors."""
+    steps, units = [], ()
+    for t, vector in images_vectors:
+        more = in_units(16 // vector, *strides(t))
+        steps, units = steps + more[0], units + more[1]
+    return steps, units
+
+
+def blocks(units, channels, vector):
+    """(BLOCK_P lines, BLOCK_C channels) of a program of 128 threads; `vector` channels a thread, 0 for one channel."""
     if INTERPRETED:
-        return flat_block(units // 2, 0), 8
-    if swap:
+        return flat_block(units // 2, 0), 8 if vector else 1
+    if not vector:
         return 128, 1
-    narrow = min(16, power_of_2(channels))
-    block_c = next((n for n in (64, 32) if channels % n == 0), narrow)
-    return max(1, 128 * most // itemsize // block_c), block_c
-
-
-def vector_of(taps, itemsize):
-    """The bytes of a thread's vectors in a weight gradient, so that its sums of (rows, columns) of taps fit registers."""
-    return 16 if taps[0] * taps[1] * 16 // itemsize <= MOST_SUMS else 8
-
-
-def order_of(swap, rows, lines):
-    """The sizes by which a unit's index is divided, and their reciprocals; see place."""
-    inner, outer = (rows, lines) if swap else (lines, rows)
-    return inner, outer, reciprocal(inner), reciprocal(outer)
+    block_c = next((n for n in (64, 32) if channels % n == 0), min(16, power_of_2(channels)))
+    return 128 * vector // block_c, block_c
 
 
 @triton.jit
-def place(p, inner, outer, inverse_inner, inverse_outer, SWAP: tl.constexpr):
-    """(image, row, line) of unit p. Adjacent units are adjacent lines of a row, or if SWAP adjacent rows of a line."""
-    rest = divide(p, inner, inverse_inner)
-    n = divide(rest, outer, inverse_outer)
-    fast, slow = p - rest * inner, rest - n * outer
-    if SWAP:
-        return n, fast, slow
-    else:
-        return n, slow, fast
+def place(p, lines, rows, inverse_lines, inverse_rows):
+    """(image, row, line) of unit p."""
+    row = divide(p, lines, inverse_lines)
+    n = divide(row, rows, inverse_rows)
+    return n, row - n * rows, p - row * lines
 
 
 @triton.constexpr_function
-def columns(STEP, TAP, TAPS, LINE):
-    """How many columns a line may read, from the first to the last."""
-    return (LINE - 1) * STEP + (TAPS - 1) * abs(TAP) + 1
-
-
-@triton.constexpr_function
-def column(k, STEP, TAP, LINE):
-    """Column number k of those that a line may read, counted from its first pixel, in the order of the taps."""
-    return k if TAP > 0 else (LINE - 1) * STEP - k
-
-
-@triton.constexpr_function
-def pixel(i, t, STEP, TAP, LINE):
-    """The pixel j of a line whose tap t reads column i = j * STEP + t * TAP, or -1."""
-    j, rest = divmod(i - t * TAP, STEP)
+def pixel(i, t, MEET):
+    """The pixel j of a line whose tap t is at column i, or -1."""
+    A, B, T, F, _, LINE, _ = MEET
+    j, rest = divmod(i * A - t * T - F, B)
     return j if rest == 0 and 0 <= j < LINE else -1
 
 
 @triton.constexpr_function
-def is_read(i, STEP, TAP, TAPS, LINE):
-    """Whether a pixel of the line reads column i."""
-    return any(0 <= i - t * TAP < LINE * STEP and (i - t * TAP) % STEP == 0 for t in range(TAPS))
+def vectors(MEET):
+    """How many vectors there are from the first column of a line to the last."""
+    A, B, T, F, TAPS, LINE, VECTOR = MEET
+    reach = (TAPS - 1) * T
+    return ((LINE - 1) * B + max(0, reach) + F) // (A * VECTOR) - (min(0, reach) + F) // (A * VECTOR) + 1
 
 
-@triton.jit
-def replaced(values, i: tl.constexpr, value):
-    """A tuple of tensors with another one at i."""
-    return values[:i] + (value,) + values[i + 1 :]
+@triton.constexpr_function
+def column(k, e, MEET):
+    """The column of element e of vector k, both counted in the order in which a pixel takes its taps."""
+    A, B, T, F, TAPS, LINE, VECTOR = MEET
+    if T > 0:
+        return F // (A * VECTOR) * VECTOR + k * VECTOR + e
+    return (((LINE - 1) * B + F) // (A * VECTOR) - k + 1) * VECTOR - 1 - e
+
+
+@triton.constexpr_function
+def first_column(k, MEET):
+    """The first column of vector k."""
+    return min(column(k, 0, MEET), column(k, MEET[-1] - 1, MEET))
+
+
+@triton.constexpr_function
+def is_read(k, MEET):
+    """Whether a tap is at a column of vector k."""
+    TAPS, _, VECTOR = MEET[-3:]
+    return any(pixel(column(k, e, MEET), t, MEET) >= 0 for e in range(VECTOR) for t in range(TAPS))
+
+
+@triton.constexpr_function
+def after_splits(i, COUNT):
+    """Where element i of COUNT is after their vector has been split into even and odd elements again and again."""
+    return sum((i >> bit & 1) * (COUNT >> (bit + 1)) for bit in range(COUNT.bit_length() - 1))
 
 
 @triton.jit
@@ -125,6 +133,56 @@ def zeros(COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC
     for _ in tl.static_range(COUNT):
         tensors = tensors + (tl.zeros((BLOCK_P, BLOCK_C), ACC),)
     return tensors
+
+
+@triton.jit
+def load_vector(x_ptr, x_offs, stride, mask, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """The elements of (BLOCK_P, 1) vectors at x_offs as a tuple of VECTOR tensors; or of one, whatever its shape."""
+    if VECTOR == 1:
+        return (tl.load(x_ptr + x_offs, mask=mask, other=0.0).to(ACC),)
+    else:
+        pieces = (tl.load(x_ptr + (x_offs + tl.arange(0, VECTOR)[None, :] * stride), mask=mask, other=0.0),)
+        for level in tl.static_range(VECTOR.bit_length() - 1):
+            split = ()
+            for i in tl.static_range(1 << level):
+                pairs = tl.reshape(pieces[i], (x_offs.shape[0], VECTOR >> (level + 1), 2))
+                split = split + tl.split(pairs)
+            pieces = split
+        ordered = ()
+        for i in tl.static_range(VECTOR):
+            ordered = ordered + (tl.reshape(pieces[after_splits(i, VECTOR)], x_offs.shape).to(ACC),)
+        return ordered
+
+
+@triton.jit
+def load_line(
+    x_ptr, x_offs, stride, mask, left, LINE: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The pixels of a line as a tuple; unless all lines are WHOLE, those past the `left` first are 0."""
+    line = ()
+    for first in tl.static_range(0, LINE, VECTOR):
+        inside = mask if WHOLE else mask & (first < left)
+        line = line + load_vector(x_ptr, x_offs + first * stride, stride, inside, VECTOR, ACC)
+    return line
+
+
+@triton.jit
+def store_line(y_ptr, y_offs, stride, line, mask, left, LINE: tl.constexpr, VECTOR: tl.constexpr):
+    """Stores the pixels of a line, a tuple, of which `left` are in the image, a vector at a time."""
+    for first in tl.static_range(0, LINE, VECTOR):
+        if VECTOR == 1:
+            y = round_to(line[first], y_ptr.dtype.element_ty)
+            tl.store(y_ptr + (y_offs + first * stride), y, mask=mask & (first < left))
+        else:
+            values = line[first : first + VECTOR]
+            for level in tl.static_range(VECTOR.bit_length() - 1):
+                joined = ()
+                for i in tl.static_range(VECTOR >> (level + 1)):
+                    joined = joined + (tl.join(values[i], values[i + (VECTOR >> (level + 1))]),)
+                values = joined
+            y = round_to(tl.reshape(values[0], (y_offs.shape[0], VECTOR)), y_ptr.dtype.element_ty)
+            offs = y_offs + (first + tl.arange(0, VECTOR)[None, :]) * stride
+            tl.store(y_ptr + offs, y, mask=mask & (first < left))
 
 
 @triton.jit
@@ -140,56 +198,67 @@ def load_taps(w_ptrs, stride, mask, last_tap, TAPS: tl.constexpr, ALL: tl.conste
 
 
 @triton.jit
-def load_column(x_ptr, x_offs, iw, stride, mask, W, last, PAD_MODE: tl.constexpr, ACC: tl.constexpr):
-    """Column iw of a row at x_offs; in padding that copies pixels, of no column past the last that a pixel reads."""
+def load_columns(
+    x_ptr, x_offs, iw, stride, mask, W, last, VECTOR: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The vector of columns from iw on; in padding that copies pixels, of no column past the last that is needed."""
     iw_source, inside = source(iw, W, PAD_MODE)
     if PAD_MODE != 0:
         inside = inside & (iw <= last)
-    return tl.load(x_ptr + (x_offs + iw_source * stride), mask=mask & inside, other=0.0).to(ACC)
+    return load_vector(x_ptr, x_offs + iw_source * stride, stride, mask & inside, VECTOR, ACC)
+
+
+@triton.jit
+def replaced(values, i: tl.constexpr, value):
+    """A tuple of tensors with another one at i."""
+    return values[:i] + (value,) + values[i + 1 :]
 
 
 @triton.jit
 def add_row(
-    acc, taps, x_ptr, x_offs, iw0, stride, mask, W, last, last_tap,
-    STEP: tl.constexpr, TAP: tl.constexpr, TAPS: tl.constexpr, LINE: tl.constexpr, ALL: tl.constexpr,
-    PAD_MODE: tl.constexpr, ACC: tl.constexpr,
+    acc, taps, x_ptr, x_offs, base, stride, mask, W, last, last_tap,
+    MEET: tl.constexpr, ALL: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """acc, a tensor for each pixel j of a line, plus the products of a row of taps: x[iw0 + j * STEP + t * TAP] * w[t].
+    """acc, a tensor for each pixel of a line, plus the products of a row of taps; each sum takes them in their order.
 
-    Each sum takes the taps in their order. Unless ALL, the last tap counts only where `last_tap` is true.
+    Unless ALL, the last tap counts only where `last_tap` is true.
     """
-    for k in tl.static_range(columns(STEP, TAP, TAPS, LINE)):
-        if is_read(column(k, STEP, TAP, LINE), STEP, TAP, TAPS, LINE):
-            iw = iw0 + column(k, STEP, TAP, LINE)
-            x = load_column(x_ptr, x_offs, iw, stride, mask, W, last, PAD_MODE, ACC)
-            for t in tl.static_range(TAPS):
-                if pixel(column(k, STEP, TAP, LINE), t, STEP, TAP, LINE) >= 0:
-                    old = acc[pixel(column(k, STEP, TAP, LINE), t, STEP, TAP, LINE)]
-                    new = old + x * taps[t]
-                    if t == TAPS - 1 and not ALL:
-                        new = tl.where(last_tap, new, old)
-                    acc = replaced(acc, pixel(column(k, STEP, TAP, LINE), t, STEP, TAP, LINE), new)
+    TAPS: tl.constexpr = MEET[4]
+    VECTOR: tl.constexpr = MEET[6]
+    for k in tl.static_range(vectors(MEET)):
+        if is_read(k, MEET):
+            x = load_columns(x_ptr, x_offs, base + first_column(k, MEET), stride, mask, W, last, VECTOR, PAD_MODE, ACC)
+            for e in tl.static_range(VECTOR):
+                for t in tl.static_range(TAPS):
+                    if pixel(column(k, e, MEET), t, MEET) >= 0:
+                        old = acc[pixel(column(k, e, MEET), t, MEET)]
+                        new = old + x[column(k, e, MEET) - first_column(k, MEET)] * taps[t]
+                        if t == TAPS - 1 and not ALL:
+                            new = tl.where(last_tap, new, old)
+                        acc = replaced(acc, pixel(column(k, e, MEET), t, MEET), new)
     return acc
 
 
 @triton.jit
 def add_products(
-    acc, dy, x_ptr, x_offs, iw0, stride, mask, W, last, pixels,
-    FIRST: tl.constexpr, STEP: tl.constexpr, TAP: tl.constexpr, TAPS: tl.constexpr, LINE: tl.constexpr,
-    WHOLE: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr,
+    acc, dy, x_ptr, x_offs, base, stride, mask, W, last, left,
+    FIRST: tl.constexpr, MEET: tl.constexpr, WHOLE: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """acc, a tensor for each tap t from FIRST on, plus the products of a line: dy[j] * x[iw0 + j * STEP + t * TAP].
+    """acc, a tensor for each tap t of a row from FIRST on, plus the products of a line's dy and the columns of x.
 
-    Unless all lines are WHOLE, only the first `pixels` of a line count.
+    Unless all lines are WHOLE, only the first `left` pixels of a line count: 0 times infinity would be NaN.
     """
-    for i in tl.static_range(columns(STEP, TAP, TAPS, LINE)):
-        if is_read(i, STEP, TAP, TAPS, LINE):
-            x = load_column(x_ptr, x_offs, iw0 + i, stride, mask, W, last, PAD_MODE, ACC)
-            for t in tl.static_range(TAPS):
-                if pixel(i, t, STEP, TAP, LINE) >= 0:
-                    old = acc[FIRST + t]
-                    new = old + dy[pixel(i, t, STEP, TAP, LINE)] * x
-                    if not WHOLE:
-                        new = tl.where(pixel(i, t, STEP, TAP, LINE) < pixels, new, old)
-                    acc = replaced(acc, FIRST + t, new)
+    TAPS: tl.constexpr = MEET[4]
+    VECTOR: tl.constexpr = MEET[6]
+    for k in tl.static_range(vectors(MEET)):
+        if is_read(k, MEET):
+            x = load_columns(x_ptr, x_offs, base + first_column(k, MEET), stride, mask, W, last, VECTOR, PAD_MODE, ACC)
+            for e in tl.static_range(VECTOR):
+                for t in tl.static_range(TAPS):
+                    if pixel(column(k, e, MEET), t, MEET) >= 0:
+                        old = acc[FIRST + t]
+                        new = old + dy[pixel(column(k, e, MEET), t, MEET)] * x[e]
+                        if not WHOLE:
+                            new = tl.where(pixel(column(k, e, MEET), t, MEET) < left, new, old)
+                        acc = replaced(acc, FIRST + t, new)
     return acc
