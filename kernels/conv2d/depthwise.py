@@ -20,7 +20,7 @@ from ..launching import planned
 from ..reduce import Partials
 from ..tiles import split_product
 from .lines import (
-    LINES, MOST_SUMS, MOST_TAPS, add_products, add_row, blocks, channels_inner, line_for, load_line, load_taps, place,
+    LINES, MOST_IN_PROGRAM, MOST_SUMS, MOST_TAPS, add_products, add_row, blocks, channels_inner, line_for, load_line, load_taps, place,
     steps_of, store_line, taps_of, unrolled, vector_for, zeros,
 )  # fmt: skip
 from .padding import PAD_MODES, source
@@ -86,7 +86,7 @@ def depthwise_forward_kernel(
 def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
     (N, OC, OH, OW), (H, W), (KH, KW), size = y.shape, x.shape[2:], w.shape[2:], y.itemsize
     inner, taps = channels_inner(x, w), taps_of(KW)
-    line = line_for(OW, inner)
+    line = line_for(OW, inner, stride[1])
     channels = vector_for(size, OC) if inner else 0
     in_x = 1 if inner or taps < KW or pad_mode != "zeros" else vector_for(size, W, line)
     in_y = 1 if inner else vector_for(size, OW, line)
@@ -99,7 +99,7 @@ def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
         OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
-        MEET=(1, stride[1], dilation[1], -padding[2], taps, line, in_x), UNROLL=unrolled(KH, KW), VECTOR=in_y,
+        MEET=(1, stride[1], dilation[1], -padding[2], taps, line, in_x), UNROLL=unrolled(KH, KW, inner), VECTOR=in_y,
         INDEX=index_type(x, w, bias, y), ACC=acc_type(x.dtype),
         BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
@@ -205,7 +205,7 @@ def _input_grad(dy, w, dx, stride, padding, dilation):
         C=C, MULT=w.shape[0] // C, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
-        ADJACENT=adjacent, UNITS=units, MEET=(*meet, in_y), UNROLL=unrolled(cdiv(KH, window_h.step), KW), VECTOR=in_x,
+        ADJACENT=adjacent, UNITS=units, MEET=(*meet, in_y), UNROLL=unrolled(cdiv(KH, window_h.step), KW, inner), VECTOR=in_x,
         INDEX=index_type(dy, w, dx), ACC=acc_type(dy.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
@@ -292,9 +292,9 @@ class Split(NamedTuple):
     per_split: int
 
     @classmethod
-    def of(cls, dy, x, size):
+    def of(cls, dy, x, size, stride):
         (N, OC, OH, OW), (KH, KW), inner = dy.shape, size[2:], channels_inner(dy, x)
-        line, rows, taps = line_for(OW, inner), KH if unrolled(KH, KW) == KH else 1, taps_of(KW)
+        line, rows, taps = line_for(OW, inner, stride[1]), KH if KH * KW <= MOST_IN_PROGRAM else 1, taps_of(KW)
         # Wider vectors would have more sums than a thread has registers.
         most = 16 if rows * taps * 16 // dy.itemsize <= MOST_SUMS else 8
         channels = vector_for(dy.itemsize, OC, most=most) if inner else 0
@@ -309,7 +309,8 @@ class Split(NamedTuple):
 def _weight_grad(
     dy, x, dw_ptr, db_ptr, size, strides, stride_split, stride, padding, dilation, pad_mode, with_bias
 ):  # fmt: skip
-    (N, OC, OH, OW), (H, W), (KH, KW), itemsize, split = dy.shape, x.shape[2:], size[2:], dy.itemsize, Split.of(dy, x, size)
+    (N, OC, OH, OW), (H, W), (KH, KW), itemsize = dy.shape, x.shape[2:], size[2:], dy.itemsize
+    split = Split.of(dy, x, size, stride)
     in_x = 1 if split.channels or split.taps < KW or pad_mode != "zeros" else vector_for(itemsize, W, split.line)
     in_y = 1 if split.channels else vector_for(itemsize, OW, split.line)
     steps, units = steps_of((dy, max(split.channels, in_y)), (x, max(split.channels, in_x)))
@@ -332,7 +333,7 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         return dw, db
     if dy.numel() == 0:
         return dw.zero_(), db.zero_()
-    partials = Partials(Split.of(dy, x, size).splits, dw, db)
+    partials = Partials(Split.of(dy, x, size, stride).splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, pad_mode
     _weight_grad((dy, x, dw_ptr, db_ptr), tuple(size), dw.stride(), stride_split, *geometry, with_bias)

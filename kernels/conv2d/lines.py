@@ -19,8 +19,10 @@ from .._common import INTERPRETED, divide, in_units, power_of_2, round_to, strid
 from ..tiles import flat_block
 from .padding import source
 
-# Small windows are unrolled, and their weight gradient has all sums in registers.
-MOST_UNROLLED = 25
+# A window with at most so many taps has all of its sums in registers in a weight gradient.
+MOST_IN_PROGRAM = 25
+# The rows of a window with at most so many taps are unrolled; with vectors of channels more would spill registers.
+MOST_UNROLLED = {True: 9, False: 25}
 # The most taps of a row that are unrolled.
 MOST_TAPS = 16
 # The most sums of a thread in a weight gradient.
@@ -34,13 +36,18 @@ def taps_of(KW):
     return KW if KW <= MOST_TAPS else next(n for n in range(8, 0, -1) if KW % n == 0)
 
 
-def unrolled(rows, taps):
+def unrolled(rows, taps, inner):
     """How many of the rows of a window are unrolled: all if it is small."""
-    return rows if rows * taps <= MOST_UNROLLED else 1
+    return rows if rows * taps <= MOST_UNROLLED[inner] else 1
 
 
-def line_for(width, inner):
-    """The length of lines of a row of `width` pixels: with the fewest past its end, or for vectors of pixels."""
+def line_for(width, inner, stride=1):
+    """The length of lines of a row of `width` pixels: with the fewest past its end, or for vectors of pixels.
+
+    With vectors of channels and a stride, where neighbours share little, longer lines would spill registers.
+    """
+    if inner and stride > 1:
+        return 4
     return 8 if not inner and width % 2 == 0 else min(LINES, key=lambda line: -width % line)
 
 
