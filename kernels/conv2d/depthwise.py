@@ -32,14 +32,19 @@ def serves(w, groups):
     return groups > 1 and w[1] == 1
 
 
+def filter_strides(strides):
+    """The strides of (OC, 1, KH, KW) as constants: then most of a thread's addresses differ by constants."""
+    return dict(stride_wo=strides[0], stride_wh=strides[2], stride_ww=strides[3])
+
+
 @triton.jit(do_not_specialize=["P", "lines", "rows", "H", "W", "OW"])
 def depthwise_forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr,
     P, lines, rows, inverse_lines, inverse_rows, H, W, OW,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_yn, stride_yc, stride_yh, stride_yw,
-    stride_wo, stride_wh, stride_ww,
     stride_b,
+    stride_wo: tl.constexpr, stride_wh: tl.constexpr, stride_ww: tl.constexpr,
     OC: tl.constexpr, MULT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, UNITS: tl.constexpr,
@@ -94,9 +99,9 @@ def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
     P = N * OH * lines
     block_p, block_c = blocks(P, OC, channels)
     steps, units = steps_of((x, max(channels, in_x)), (y, max(channels, in_y)))
-    numbers = P, lines, OH, reciprocal(lines), reciprocal(OH), H, W, OW, *steps, w.stride(0), *w.stride()[2:]
+    numbers = P, lines, OH, reciprocal(lines), reciprocal(OH), H, W, OW, *steps
     return (cdiv(P, block_p) * cdiv(OC, block_c),), (*numbers, 0 if bias is None else bias.stride(0)), dict(
-        OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
+        **filter_strides(w.stride()), OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
         MEET=(1, stride[1], dilation[1], -padding[2], taps, line, in_x), UNROLL=unrolled(KH, KW, inner), VECTOR=in_y,
@@ -119,7 +124,7 @@ def depthwise_input_grad_kernel(
     P, lines, rows, inverse_lines, inverse_rows, H, W, OH, OW,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_xn, stride_xc, stride_xh, stride_xw,
-    stride_wo, stride_wh, stride_ww,
+    stride_wo: tl.constexpr, stride_wh: tl.constexpr, stride_ww: tl.constexpr,
     C: tl.constexpr, MULT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr,
@@ -200,9 +205,9 @@ def _input_grad(dy, w, dx, stride, padding, dilation):
     P = N * rows * lines
     block_p, block_c = blocks(P, C, channels)
     steps, units = steps_of((dy, max(channels, in_y)), (dx, max(channels, in_x)))
-    numbers = P, lines, rows, reciprocal(lines), reciprocal(rows), H, W, OH, OW, *steps, w.stride(0), *w.stride()[2:]
+    numbers = P, lines, rows, reciprocal(lines), reciprocal(rows), H, W, OH, OW, *steps
     return (cdiv(P, block_p) * cdiv(C, block_c) * SH * (1 if adjacent else SW),), numbers, dict(
-        C=C, MULT=w.shape[0] // C, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
+        **filter_strides(w.stride()), C=C, MULT=w.shape[0] // C, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
         ADJACENT=adjacent, UNITS=units, MEET=(*meet, in_y), UNROLL=unrolled(cdiv(KH, window_h.step), KW, inner), VECTOR=in_x,
@@ -224,8 +229,8 @@ def depthwise_weight_grad_kernel(
     P, per_split, lines, rows, inverse_lines, inverse_rows, H, W, OW,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_xn, stride_xc, stride_xh, stride_xw,
-    stride_wo, stride_wh, stride_ww,
     stride_split,
+    stride_wo: tl.constexpr, stride_wh: tl.constexpr, stride_ww: tl.constexpr,
     OC: tl.constexpr, MULT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -315,8 +320,8 @@ def _weight_grad(
     in_y = 1 if split.channels else vector_for(itemsize, OW, split.line)
     steps, units = steps_of((dy, max(split.channels, in_y)), (x, max(split.channels, in_x)))
     numbers = N * OH * split.lines, split.per_split, split.lines, OH, reciprocal(split.lines), reciprocal(OH), H, W, OW
-    return (split.tiles * split.splits,), (*numbers, *steps, strides[0], *strides[2:], stride_split), dict(
-        OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
+    return (split.tiles * split.splits,), (*numbers, *steps, stride_split), dict(
+        **filter_strides(strides), OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias,
         UNITS=units, MEET=(1, stride[1], dilation[1], -padding[2], split.taps, split.line, in_x),
