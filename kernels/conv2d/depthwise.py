@@ -73,7 +73,7 @@ def depthwise_forward_kernel(
             w_offs = oc * stride_wo + tl.cast(kh, INDEX) * stride_wh + tl.cast(kw, INDEX) * stride_ww
             taps = load_taps(w_ptr + w_offs, stride_ww, mask_c, True, TAPS, True, ACC)
             acc = add_row(
-                acc, taps, x_ptr, x_offs + ih * stride_xh, ow * SW + kw * DW, stride_xw, mask & in_h, W, last, True,
+                acc, taps, x_ptr + (x_offs + ih * stride_xh), ow * SW + kw * DW, stride_xw, mask & in_h, W, last, True,
                 MEET, True, PAD_MODE, ACC,
             )  # fmt: skip
 
@@ -177,7 +177,7 @@ def depthwise_input_grad_kernel(
                 w_ptrs = w_ptr + (oc * stride_wo + kh * stride_wh + kw * stride_ww)
                 taps = load_taps(w_ptrs, STEP_W * stride_ww, exists, last_tap, TAPS, ALL_W, ACC)
                 acc = add_row(
-                    acc, taps, dy_ptr, y_offs + oh * stride_yh, base - tw * (DW // DIVISOR_W), stride_yw,
+                    acc, taps, dy_ptr + (y_offs + oh * stride_yh), base - tw * (DW // DIVISOR_W), stride_yw,
                     mask & reached, OW, OW, last_tap, MEET, ALL_W, 0, ACC,
                 )  # fmt: skip
 
@@ -261,7 +261,7 @@ def depthwise_weight_grad_kernel(
         ow = line * LINE
         mask = (p < end) & mask_c
         y_offs = n * stride_yn + oc * stride_yc + oh * stride_yh + ow * stride_yw
-        dy = load_line(dy_ptr, y_offs, stride_yw, mask, OW - ow, LINE, VECTOR, WHOLE, ACC)
+        dy = load_line(dy_ptr + y_offs, stride_yw, mask, OW - ow, LINE, VECTOR, WHOLE, ACC)
         if HAS_BIAS:
             for j in tl.static_range(LINE):
                 acc_b += dy[j]
@@ -269,7 +269,7 @@ def depthwise_weight_grad_kernel(
         for th in tl.static_range(ROWS):
             ih, in_h = source(oh * SH - PH + (kh0 + th) * DH, H, PAD_MODE)
             acc = add_products(
-                acc, dy, x_ptr, x_offs + ih * stride_xh, ow * SW + kw0 * DW, stride_xw, mask & in_h, W, last, OW - ow,
+                acc, dy, x_ptr + (x_offs + ih * stride_xh), ow * SW + kw0 * DW, stride_xw, mask & in_h, W, last, OW - ow,
                 th * TAPS, MEET, WHOLE, PAD_MODE, ACC,
             )  # fmt: skip
 

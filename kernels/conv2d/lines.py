@@ -143,33 +143,33 @@ def zeros(COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC
 
 
 @triton.jit
-def load_vector(x_ptr, x_offs, stride, mask, VECTOR: tl.constexpr, ACC: tl.constexpr):
-    """The elements of (BLOCK_P, 1) vectors at x_offs as a tuple of VECTOR tensors; or of one, whatever its shape."""
+def load_vector(x_ptrs, offs, stride, mask, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """The elements of vectors that begin at x_ptrs + offs, as a tuple of VECTOR tensors in the shape of x_ptrs."""
     if VECTOR == 1:
-        return (tl.load(x_ptr + x_offs, mask=mask, other=0.0).to(ACC),)
+        return (tl.load(x_ptrs + offs, mask=mask, other=0.0).to(ACC),)
     else:
-        pieces = (tl.load(x_ptr + (x_offs + tl.arange(0, VECTOR)[None, :] * stride), mask=mask, other=0.0),)
+        pieces = (tl.load(x_ptrs + (offs + tl.arange(0, VECTOR)[None, :] * stride), mask=mask, other=0.0),)
         for level in tl.static_range(VECTOR.bit_length() - 1):
             split = ()
             for i in tl.static_range(1 << level):
-                pairs = tl.reshape(pieces[i], (x_offs.shape[0], VECTOR >> (level + 1), 2))
+                pairs = tl.reshape(pieces[i], (x_ptrs.shape[0], VECTOR >> (level + 1), 2))
                 split = split + tl.split(pairs)
             pieces = split
         ordered = ()
         for i in tl.static_range(VECTOR):
-            ordered = ordered + (tl.reshape(pieces[after_splits(i, VECTOR)], x_offs.shape).to(ACC),)
+            ordered = ordered + (tl.reshape(pieces[after_splits(i, VECTOR)], x_ptrs.shape).to(ACC),)
         return ordered
 
 
 @triton.jit
 def load_line(
-    x_ptr, x_offs, stride, mask, left, LINE: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr
+    x_ptrs, stride, mask, left, LINE: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """The pixels of a line as a tuple; unless all lines are WHOLE, those past the `left` first are 0."""
     line = ()
     for first in tl.static_range(0, LINE, VECTOR):
         inside = mask if WHOLE else mask & (first < left)
-        line = line + load_vector(x_ptr, x_offs + first * stride, stride, inside, VECTOR, ACC)
+        line = line + load_vector(x_ptrs, first * stride, stride, inside, VECTOR, ACC)
     return line
 
 
@@ -206,13 +206,13 @@ def load_taps(w_ptrs, stride, mask, last_tap, TAPS: tl.constexpr, ALL: tl.conste
 
 @triton.jit
 def load_columns(
-    x_ptr, x_offs, iw, stride, mask, W, last, VECTOR: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr
+    x_ptrs, iw, stride, mask, W, last, VECTOR: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """The vector of columns from iw on; in padding that copies pixels, of no column past the last that is needed."""
     iw_source, inside = source(iw, W, PAD_MODE)
     if PAD_MODE != 0:
         inside = inside & (iw <= last)
-    return load_vector(x_ptr, x_offs + iw_source * stride, stride, mask & inside, VECTOR, ACC)
+    return load_vector(x_ptrs, iw_source * stride, stride, mask & inside, VECTOR, ACC)
 
 
 @triton.jit
@@ -223,7 +223,7 @@ def replaced(values, i: tl.constexpr, value):
 
 @triton.jit
 def add_row(
-    acc, taps, x_ptr, x_offs, base, stride, mask, W, last, last_tap,
+    acc, taps, x_ptrs, base, stride, mask, W, last, last_tap,
     MEET: tl.constexpr, ALL: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """acc, a tensor for each pixel of a line, plus the products of a row of taps; each sum takes them in their order.
@@ -234,7 +234,7 @@ def add_row(
     VECTOR: tl.constexpr = MEET[6]
     for k in tl.static_range(vectors(MEET)):
         if is_read(k, MEET):
-            x = load_columns(x_ptr, x_offs, base + first_column(k, MEET), stride, mask, W, last, VECTOR, PAD_MODE, ACC)
+            x = load_columns(x_ptrs, base + first_column(k, MEET), stride, mask, W, last, VECTOR, PAD_MODE, ACC)
             for e in tl.static_range(VECTOR):
                 for t in tl.static_range(TAPS):
                     if pixel(column(k, e, MEET), t, MEET) >= 0:
@@ -248,7 +248,7 @@ def add_row(
 
 @triton.jit
 def add_products(
-    acc, dy, x_ptr, x_offs, base, stride, mask, W, last, left,
+    acc, dy, x_ptrs, base, stride, mask, W, last, left,
     FIRST: tl.constexpr, MEET: tl.constexpr, WHOLE: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """acc, a tensor for each tap t of a row from FIRST on, plus the products of a line's dy and the columns of x.
@@ -259,7 +259,7 @@ def add_products(
     VECTOR: tl.constexpr = MEET[6]
     for k in tl.static_range(vectors(MEET)):
         if is_read(k, MEET):
-            x = load_columns(x_ptr, x_offs, base + first_column(k, MEET), stride, mask, W, last, VECTOR, PAD_MODE, ACC)
+            x = load_columns(x_ptrs, base + first_column(k, MEET), stride, mask, W, last, VECTOR, PAD_MODE, ACC)
             for e in tl.static_range(VECTOR):
                 for t in tl.static_range(TAPS):
                     if pixel(column(k, e, MEET), t, MEET) >= 0:
