@@ -105,6 +105,10 @@ CASES = {
     ),
     "conv2d, LeNet": (operators.conv2d("", (5, 6, 14, 14), (16, 5)), CONTIGUOUS),
     "depthwise": (operators.conv2d("", (2, 12, 9, 11), (12, 3), padding=1, groups=12), CHANNELS_LAST),
+    "depthwise, strided": (operators.conv2d("", (2, 16, 17, 15), (32, 5), stride=2, padding=2, groups=16), CHANNELS_LAST),
+    "depthwise, pixels": (operators.conv2d("", (2, 3, 9, 24), (3, 5), padding=2, groups=3), CONTIGUOUS),
+    "depthwise, pixels strided": (operators.conv2d("", (2, 3, 9, 24), (3, 3), stride=2, padding=1, groups=3), CONTIGUOUS),
+    "depthwise, large": (operators.conv2d("", (2, 4, 19, 20), (4, 7), stride=9, padding=3, groups=4), CHANNELS_LAST),
     "pooled": (operators.conv2d("", (2, 20, 9, 11), (24, 3), padding=1, pool=(3, 2, 1)), CHANNELS_LAST),
     "pooled, few channels": (operators.conv2d("", (5, 6, 14, 14), (16, 5), pool=(2, 2, 0)), CONTIGUOUS),
     "pooled, one channel": (operators.conv2d("", (3, 1, 20, 20), (6, 5), pool=(2, 2, 0)), CONTIGUOUS),
@@ -121,6 +125,8 @@ FEW = {
     "float64": CONV,
 }
 POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter_blocks", *CONV[1:]
+DEPTHWISE = "depthwise_forward", "depthwise_input_grad", "depthwise_weight_grad"
+POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter", *CONV[1:]
 BY_PRODUCT = (
     "place_filters", "conv2d_relu_max_pool2d_product", "filters_for_blocks",
     "conv2d_relu_max_pool2d_input_grad", "conv2d_relu_max_pool2d_weight_grad",
@@ -156,7 +162,11 @@ LAUNCHED = {
     "conv2d, few channels": FEW,
     "conv2d, few channels innermost": {**dict.fromkeys(FORMATS, FEW_PRODUCTS), "float64": CONV},
     "conv2d, LeNet": FEW,
-    "depthwise": ("depthwise_forward", "depthwise_input_grad", "depthwise_weight_grad"),
+    "depthwise": DEPTHWISE,
+    "depthwise, strided": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
+    "depthwise, pixels": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
+    "depthwise, pixels strided": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
+    "depthwise, large": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
     "pooled": POOLED,
     "pooled, few channels": FEW_CHANNELS,
     "pooled, one channel": {format: FEW_CHANNELS[format] for format in ("bfloat16", "tf32", "float32")},

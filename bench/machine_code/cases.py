@@ -227,6 +227,12 @@ def shapes(c):
     yield "ResNet 3x3/2, 128", lambda: c.conv(64, 128, 56, 128, 3, stride=2)
     yield "ResNet 1x1, 64 to 256", lambda: c.conv(64, 64, 56, 256, 1)
     yield "ResNet NCHW 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3, last=False)
+    yield "depthwise 3x3, 144", lambda: c.conv(64, 144, 56, 144, 3, groups=144)
+    yield "depthwise 3x3/2, 144", lambda: c.conv(64, 144, 56, 144, 3, stride=2, groups=144)
+    yield "depthwise 5x5, 144", lambda: c.conv(64, 144, 56, 144, 5, groups=144)
+    yield "depthwise 5x5/2, 144", lambda: c.conv(64, 144, 56, 144, 5, stride=2, groups=144)
+    yield "NCHW depthwise 3x3, 144", lambda: c.conv(64, 144, 56, 144, 3, groups=144, last=False)
+    yield "NCHW depthwise 3x3/2, 144", lambda: c.conv(64, 144, 56, 144, 3, stride=2, groups=144, last=False)
     yield "linear 4096^3", lambda: c.linear(4096, 4096, 4096)
 
 
@@ -275,6 +281,8 @@ def layers(c, format, brief):
             yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
     yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
+    # A loop over rows of taps, lines that are not whole, and pixels a stride apart.
+    yield "depthwise 7x7", lambda: c.conv(4, 32, 15, 32, 7, stride=9, groups=32)
     yield "first layer", lambda: c.first_layer(True)
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
     yield "pool, dilated", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True, dilation=2)
