@@ -126,7 +126,6 @@ FEW = {
 }
 POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter_blocks", *CONV[1:]
 DEPTHWISE = "depthwise_forward", "depthwise_input_grad", "depthwise_weight_grad"
-POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter", *CONV[1:]
 BY_PRODUCT = (
     "place_filters", "conv2d_relu_max_pool2d_product", "filters_for_blocks",
     "conv2d_relu_max_pool2d_input_grad", "conv2d_relu_max_pool2d_weight_grad",

@@ -31,6 +31,8 @@ def calls(t):
     yield F.conv2d(images, w, b, stride=2, padding=1)
     yield F.conv2d(last, w, b, padding=1, dilation=2)
     yield F.conv2d(last, t(4, 1, 3, 3), padding="same", groups=4)
+    yield F.conv2d(last, t(4, 1, 7, 7), b[:4], stride=2, padding=3, groups=4)
+    yield F.conv2d(images[..., :10], t(4, 1, 5, 5), padding=2, groups=4)
     yield F.conv2d_relu(last, w, b)
     yield F.conv2d_relu_max_pool2d(images, w, b, padding=1)
     yield F.conv2d_relu_max_pool2d(last, w, b, padding=1, pool_kernel_size=3)
