@@ -105,9 +105,15 @@ CASES = {
     ),
     "conv2d, LeNet": (operators.conv2d("", (5, 6, 14, 14), (16, 5)), CONTIGUOUS),
     "depthwise": (operators.conv2d("", (2, 12, 9, 11), (12, 3), padding=1, groups=12), CHANNELS_LAST),
-    "depthwise, strided": (operators.conv2d("", (2, 16, 17, 15), (32, 5), stride=2, padding=2, groups=16), CHANNELS_LAST),
+    "depthwise, strided": (
+        operators.conv2d("", (2, 16, 17, 15), (32, 5), stride=2, padding=2, groups=16),
+        CHANNELS_LAST,
+    ),
     "depthwise, pixels": (operators.conv2d("", (2, 3, 9, 24), (3, 5), padding=2, groups=3), CONTIGUOUS),
-    "depthwise, pixels strided": (operators.conv2d("", (2, 3, 9, 24), (3, 3), stride=2, padding=1, groups=3), CONTIGUOUS),
+    "depthwise, pixels strided": (
+        operators.conv2d("", (2, 3, 9, 24), (3, 3), stride=2, padding=1, groups=3),
+        CONTIGUOUS,
+    ),
     "depthwise, large": (operators.conv2d("", (2, 4, 19, 20), (4, 7), stride=9, padding=3, groups=4), CHANNELS_LAST),
     "pooled": (operators.conv2d("", (2, 20, 9, 11), (24, 3), padding=1, pool=(3, 2, 1)), CHANNELS_LAST),
     "pooled, few channels": (operators.conv2d("", (5, 6, 14, 14), (16, 5), pool=(2, 2, 0)), CONTIGUOUS),

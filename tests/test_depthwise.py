@@ -96,7 +96,8 @@ def test_geometries_of_depthwise(kernel, stride, mode, last, device):
     pixels = 2 * theirs(x)[0, 0].numel()
     check_linear(
         call(ours), call(theirs), (x, w, torch.randn(12).double()),
-        [w[0].numel() + 1, 9 * 2 * w[0].numel(), pixels, pixels], torch.float64, device, channels_last if last else torch.clone,
+        [w[0].numel() + 1, 9 * 2 * w[0].numel(), pixels, pixels], torch.float64, device,
+        channels_last if last else torch.clone,
     )  # fmt: skip
 
 

@@ -19,10 +19,8 @@ from .._common import OPTIONS, Window, acc_type, cdiv, first_tap, index_type, re
 from ..launching import planned
 from ..reduce import Partials
 from ..tiles import split_product
-from .lines import (
-    LINES, MOST_IN_PROGRAM, MOST_SUMS, MOST_TAPS, add_products, add_row, blocks, channels_inner, line_for, load_line, load_taps, place,
-    steps_of, store_line, taps_of, unrolled, vector_for, zeros,
-)  # fmt: skip
+from . import lines
+from .lines import add_products, add_row, load_line, load_taps, place, store_line, zeros
 from .padding import PAD_MODES, source
 from .patches import in_elements
 
@@ -90,22 +88,22 @@ def depthwise_forward_kernel(
 @planned(depthwise_forward_kernel)
 def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
     (N, OC, OH, OW), (H, W), (KH, KW), size = y.shape, x.shape[2:], w.shape[2:], y.itemsize
-    inner, taps = channels_inner(x, w), taps_of(KW)
-    line = line_for(OW, inner, stride[1])
-    channels = vector_for(size, OC) if inner else 0
-    in_x = 1 if inner or taps < KW or pad_mode != "zeros" else vector_for(size, W, line)
-    in_y = 1 if inner else vector_for(size, OW, line)
-    lines = cdiv(OW, line)
-    P = N * OH * lines
-    block_p, block_c = blocks(P, OC, channels)
-    steps, units = steps_of((x, max(channels, in_x)), (y, max(channels, in_y)))
-    numbers = P, lines, OH, reciprocal(lines), reciprocal(OH), H, W, OW, *steps
+    inner, taps = lines.channels_inner(x, w), lines.taps_of(KW)
+    line = lines.line_for(OW, inner, stride[1])
+    channels = lines.vector_for(size, OC) if inner else 0
+    in_x = 1 if inner or taps < KW or pad_mode != "zeros" else lines.vector_for(size, W, line)
+    in_y = 1 if inner else lines.vector_for(size, OW, line)
+    per_row = cdiv(OW, line)
+    P = N * OH * per_row
+    block_p, block_c = lines.blocks(P, OC, channels)
+    steps, units = lines.steps_of((x, max(channels, in_x)), (y, max(channels, in_y)))
+    numbers = P, per_row, OH, reciprocal(per_row), reciprocal(OH), H, W, OW, *steps
     return (cdiv(P, block_p) * cdiv(OC, block_c),), (*numbers, 0 if bias is None else bias.stride(0)), dict(
         **filter_strides(w.stride()), OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
-        MEET=(1, stride[1], dilation[1], -padding[2], taps, line, in_x), UNROLL=unrolled(KH, KW, inner), VECTOR=in_y,
-        INDEX=index_type(x, w, bias, y), ACC=acc_type(x.dtype),
+        MEET=(1, stride[1], dilation[1], -padding[2], taps, line, in_x), VECTOR=in_y,
+        UNROLL=lines.unrolled(KH, KW, inner), INDEX=index_type(x, w, bias, y), ACC=acc_type(x.dtype),
         BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
@@ -189,28 +187,30 @@ def depthwise_input_grad_kernel(
 @planned(depthwise_input_grad_kernel)
 def _input_grad(dy, w, dx, stride, padding, dilation):
     (N, C, H, W), (OH, OW), (KH, KW), (SH, SW), (DH, DW) = dx.shape, dy.shape[2:], w.shape[2:], stride, dilation
-    inner, size, window_h, window_w = channels_inner(dy, w), dx.itemsize, Window.of(SH, DH), Window.of(SW, DW)
-    channels, in_y, in_x = vector_for(size, C) if inner else 0, 1, 1
-    adjacent = SW <= LINES[0] and KW <= MOST_TAPS
+    inner, size, window_h, window_w = lines.channels_inner(dy, w), dx.itemsize, Window.of(SH, DH), Window.of(SW, DW)
+    channels, in_y, in_x = lines.vector_for(size, C) if inner else 0, 1, 1
+    adjacent = SW <= lines.LINES[0] and KW <= lines.MOST_TAPS
     if adjacent:
         window_w = Window.of(1, 1)
-        line = line_for(W, inner) if SW == 1 else LINES[0] // SW * SW
+        line = lines.line_for(W, inner) if SW == 1 else lines.LINES[0] // SW * SW
         meet = SW, 1, -DW, padding[2], KW, line
         if not inner:
-            in_y, in_x = vector_for(size, OW, line // SW), vector_for(size, W, line)
+            in_y, in_x = lines.vector_for(size, OW, line // SW), lines.vector_for(size, W, line)
     else:
-        line = line_for(cdiv(W, SW), True)
-        meet = 1, 1, -DW // window_w.divisor, 0, taps_of(cdiv(KW, window_w.step)), line
-    lines, rows = cdiv(W, line if adjacent else line * SW), cdiv(H, SH)
-    P = N * rows * lines
-    block_p, block_c = blocks(P, C, channels)
-    steps, units = steps_of((dy, max(channels, in_y)), (dx, max(channels, in_x)))
-    numbers = P, lines, rows, reciprocal(lines), reciprocal(rows), H, W, OH, OW, *steps
+        line = lines.line_for(cdiv(W, SW), True)
+        meet = 1, 1, -DW // window_w.divisor, 0, lines.taps_of(cdiv(KW, window_w.step)), line
+    per_row, rows = cdiv(W, line if adjacent else line * SW), cdiv(H, SH)
+    P = N * rows * per_row
+    block_p, block_c = lines.blocks(P, C, channels)
+    steps, units = lines.steps_of((dy, max(channels, in_y)), (dx, max(channels, in_x)))
+    numbers = P, per_row, rows, reciprocal(per_row), reciprocal(rows), H, W, OH, OW, *steps
     return (cdiv(P, block_p) * cdiv(C, block_c) * SH * (1 if adjacent else SW),), numbers, dict(
-        **filter_strides(w.stride()), C=C, MULT=w.shape[0] // C, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
+        **filter_strides(w.stride()), C=C, MULT=w.shape[0] // C, KH=KH, KW=KW,
+        SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
-        ADJACENT=adjacent, UNITS=units, MEET=(*meet, in_y), UNROLL=unrolled(cdiv(KH, window_h.step), KW, inner), VECTOR=in_x,
+        ADJACENT=adjacent, UNITS=units, MEET=(*meet, in_y), VECTOR=in_x,
+        UNROLL=lines.unrolled(cdiv(KH, window_h.step), KW, inner),
         INDEX=index_type(dy, w, dx), ACC=acc_type(dy.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
@@ -269,8 +269,8 @@ def depthwise_weight_grad_kernel(
         for th in tl.static_range(ROWS):
             ih, in_h = source(oh * SH - PH + (kh0 + th) * DH, H, PAD_MODE)
             acc = add_products(
-                acc, dy, x_ptr + (x_offs + ih * stride_xh), ow * SW + kw0 * DW, stride_xw, mask & in_h, W, last, OW - ow,
-                th * TAPS, MEET, WHOLE, PAD_MODE, ACC,
+                acc, dy, x_ptr + (x_offs + ih * stride_xh), ow * SW + kw0 * DW, stride_xw, mask & in_h, W, last,
+                OW - ow, th * TAPS, MEET, WHOLE, PAD_MODE, ACC,
             )  # fmt: skip
 
     for k in tl.static_range(ROWS * TAPS):
@@ -287,7 +287,7 @@ class Split(NamedTuple):
     """How a weight gradient is divided among programs."""
 
     line: int
-    lines: int
+    per_row: int
     rows: int  # of taps, for each program
     taps: int  # of a row
     channels: int  # of a thread's vectors, 0 in NCHW
@@ -298,16 +298,17 @@ class Split(NamedTuple):
 
     @classmethod
     def of(cls, dy, x, size, stride):
-        (N, OC, OH, OW), (KH, KW), inner = dy.shape, size[2:], channels_inner(dy, x)
-        line, rows, taps = line_for(OW, inner, stride[1]), KH if KH * KW <= MOST_IN_PROGRAM else 1, taps_of(KW)
+        (N, OC, OH, OW), (KH, KW), inner = dy.shape, size[2:], lines.channels_inner(dy, x)
+        line, taps = lines.line_for(OW, inner, stride[1]), lines.taps_of(KW)
+        rows = KH if KH * KW <= lines.MOST_IN_PROGRAM else 1
         # Wider vectors would have more sums than a thread has registers.
-        most = 16 if rows * taps * 16 // dy.itemsize <= MOST_SUMS else 8
-        channels = vector_for(dy.itemsize, OC, most=most) if inner else 0
-        lines = cdiv(OW, line)
-        block_p, block_c = blocks(N * OH * lines, OC, channels)
+        most = 16 if rows * taps * 16 // dy.itemsize <= lines.MOST_SUMS else 8
+        channels = lines.vector_for(dy.itemsize, OC, most=most) if inner else 0
+        per_row = cdiv(OW, line)
+        block_p, block_c = lines.blocks(N * OH * per_row, OC, channels)
         tiles = cdiv(OC, block_c) * (KH // rows) * (KW // taps)
-        rest = split_product(tiles, N * OH * lines, block_p)
-        return cls(line, lines, rows, taps, channels, (block_p, block_c), tiles, *rest)
+        rest = split_product(tiles, N * OH * per_row, block_p)
+        return cls(line, per_row, rows, taps, channels, (block_p, block_c), tiles, *rest)
 
 
 @planned(depthwise_weight_grad_kernel)
@@ -316,11 +317,12 @@ def _weight_grad(
 ):  # fmt: skip
     (N, OC, OH, OW), (H, W), (KH, KW), itemsize = dy.shape, x.shape[2:], size[2:], dy.itemsize
     split = Split.of(dy, x, size, stride)
-    in_x = 1 if split.channels or split.taps < KW or pad_mode != "zeros" else vector_for(itemsize, W, split.line)
-    in_y = 1 if split.channels else vector_for(itemsize, OW, split.line)
-    steps, units = steps_of((dy, max(split.channels, in_y)), (x, max(split.channels, in_x)))
-    numbers = N * OH * split.lines, split.per_split, split.lines, OH, reciprocal(split.lines), reciprocal(OH), H, W, OW
-    return (split.tiles * split.splits,), (*numbers, *steps, stride_split), dict(
+    in_x = 1 if split.channels or split.taps < KW or pad_mode != "zeros" else lines.vector_for(itemsize, W, split.line)
+    in_y = 1 if split.channels else lines.vector_for(itemsize, OW, split.line)
+    steps, units = lines.steps_of((dy, max(split.channels, in_y)), (x, max(split.channels, in_x)))
+    order = split.per_row, OH, reciprocal(split.per_row), reciprocal(OH)
+    numbers = N * OH * split.per_row, split.per_split, *order, H, W, OW, *steps, stride_split
+    return (split.tiles * split.splits,), numbers, dict(
         **filter_strides(strides), OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias,
