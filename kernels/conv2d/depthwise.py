@@ -90,7 +90,7 @@ def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
     (N, OC, OH, OW), (H, W), (KH, KW), size = y.shape, x.shape[2:], w.shape[2:], y.itemsize
     inner, taps = lines.channels_inner(x, w), lines.taps_of(KW)
     line = lines.line_for(OW, inner, stride[1])
-    channels = lines.vector_for(size, OC) if inner else 0
+    channels = lines.channels_for(size, OC, OC // x.shape[1]) if inner else 0
     in_x = 1 if inner or taps < KW or pad_mode != "zeros" else lines.vector_for(size, W, line)
     in_y = 1 if inner else lines.vector_for(size, OW, line)
     per_row = cdiv(OW, line)
@@ -188,7 +188,7 @@ def depthwise_input_grad_kernel(
 def _input_grad(dy, w, dx, stride, padding, dilation):
     (N, C, H, W), (OH, OW), (KH, KW), (SH, SW), (DH, DW) = dx.shape, dy.shape[2:], w.shape[2:], stride, dilation
     inner, size, window_h, window_w = lines.channels_inner(dy, w), dx.itemsize, Window.of(SH, DH), Window.of(SW, DW)
-    channels, in_y, in_x = lines.vector_for(size, C) if inner else 0, 1, 1
+    channels, in_y, in_x = lines.channels_for(size, C, w.shape[0] // C) if inner else 0, 1, 1
     adjacent = SW <= lines.LINES[0] and KW <= lines.MOST_TAPS
     if adjacent:
         window_w = Window.of(1, 1)
@@ -299,11 +299,12 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, dy, x, size, stride):
         (N, OC, OH, OW), (KH, KW), inner = dy.shape, size[2:], lines.channels_inner(dy, x)
-        line, taps = lines.line_for(OW, inner, stride[1]), lines.taps_of(KW)
-        rows = KH if KH * KW <= lines.MOST_IN_PROGRAM else 1
-        # Wider vectors would have more sums than a thread has registers.
+        taps, rows = lines.taps_of(KW), KH if KH * KW <= lines.MOST_IN_PROGRAM else 1
+        # Wider vectors would have more sums than a thread has registers, and so would longer lines of wide elements.
         most = 16 if rows * taps * 16 // dy.itemsize <= lines.MOST_SUMS else 8
-        channels = lines.vector_for(dy.itemsize, OC, most=most) if inner else 0
+        channels = lines.channels_for(dy.itemsize, OC, OC // x.shape[1], most) if inner else 0
+        short = inner and dy.itemsize > 2 and rows * taps > lines.MOST_UNROLLED[True]
+        line = lines.SHORT if short else lines.line_for(OW, inner, stride[1])
         per_row = cdiv(OW, line)
         block_p, block_c = lines.blocks(N * OH * per_row, OC, channels)
         tiles = cdiv(OC, block_c) * (KH // rows) * (KW // taps)

@@ -29,6 +29,8 @@ MOST_TAPS = 16
 MOST_SUMS = 100
 # The lengths of lines. Widths of images are often 32 or 224 divided by a power of two.
 LINES = 8, 7
+# The length where longer lines would spill registers.
+SHORT = 4
 
 
 def taps_of(KW):
@@ -44,10 +46,10 @@ def unrolled(rows, taps, inner):
 def line_for(width, inner, stride=1):
     """The length of lines of a row of `width` pixels: with the fewest past its end, or for vectors of pixels.
 
-    With vectors of channels and a stride, where neighbours share little, longer lines would spill registers.
+    With vectors of channels and a stride, neighbours share little, and long lines have many loads in flight.
     """
     if inner and stride > 1:
-        return 4
+        return SHORT
     return 8 if not inner and width % 2 == 0 else min(LINES, key=lambda line: -width % line)
 
 
@@ -60,6 +62,11 @@ def vector_for(itemsize, *sizes, most=16):
     """The elements of the widest vector, of at most 16 and `most` bytes, that divides all sizes."""
     size = math.gcd(*sizes)
     return min(size & -size, min(most, 16) // itemsize)
+
+
+def channels_for(itemsize, channels, mult, most=16):
+    """The channels of a thread. With several filters for each channel it loads single elements, so these are few."""
+    return vector_for(itemsize, channels, most=most if mult == 1 else max(4, itemsize))
 
 
 def steps_of(*images_vectors):
