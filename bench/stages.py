@@ -20,7 +20,9 @@ GRACE = 20
 STEP_TESTS = (
     "test_graphs", "test_train_step", "test_train_step_optimizers", "test_weights", "test_lenet", "test_lenet_lanes"
 )  # fmt: skip
-CONVOLUTION_TESTS = "test_conv2d", "test_conv2d_few", "test_depthwise", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch"
+CONVOLUTION_TESTS = (
+    "test_conv2d", "test_conv2d_few", "test_depthwise", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch",
+)  # fmt: skip
 KERNEL_TESTS = (
     "test_max_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu", "test_memory"
 )  # fmt: skip
