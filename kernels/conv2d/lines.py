@@ -49,7 +49,7 @@ def line_for(width, inner, stride=1):
     With vectors of channels and a stride, neighbours share little, and long lines have many loads in flight.
     """
     if inner and stride > 1:
-        return SHORT
+        return max(1, LINES[0] // stride)
     return 8 if not inner and width % 2 == 0 else min(LINES, key=lambda line: -width % line)
 
 
