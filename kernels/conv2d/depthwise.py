@@ -89,13 +89,13 @@ def depthwise_forward_kernel(
 def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
     (N, OC, OH, OW), (H, W), (KH, KW), size = y.shape, x.shape[2:], w.shape[2:], y.itemsize
     inner, taps = lines.channels_inner(x, w), lines.taps_of(KW)
-    line = lines.line_for(OW, inner, stride[1])
+    line = lines.line_for(size, OW, inner, stride[1])
     channels = lines.channels_for(size, OC, OC // x.shape[1]) if inner else 0
     in_x = 1 if inner or taps < KW or pad_mode != "zeros" else lines.vector_for(size, W, line)
     in_y = 1 if inner else lines.vector_for(size, OW, line)
     per_row = cdiv(OW, line)
     P = N * OH * per_row
-    block_p, block_c = lines.blocks(P, OC, channels)
+    block_p, block_c = lines.blocks(size, P, OC, channels)
     steps, units = lines.steps_of((x, max(channels, in_x)), (y, max(channels, in_y)))
     numbers = P, per_row, OH, reciprocal(per_row), reciprocal(OH), H, W, OW, *steps
     return (cdiv(P, block_p) * cdiv(OC, block_c),), (*numbers, 0 if bias is None else bias.stride(0)), dict(
@@ -189,19 +189,20 @@ def _input_grad(dy, w, dx, stride, padding, dilation):
     (N, C, H, W), (OH, OW), (KH, KW), (SH, SW), (DH, DW) = dx.shape, dy.shape[2:], w.shape[2:], stride, dilation
     inner, size, window_h, window_w = lines.channels_inner(dy, w), dx.itemsize, Window.of(SH, DH), Window.of(SW, DW)
     channels, in_y, in_x = lines.channels_for(size, C, w.shape[0] // C) if inner else 0, 1, 1
-    adjacent = SW <= lines.LINES[0] and KW <= lines.MOST_TAPS
+    longest = lines.lengths(size)[0]
+    adjacent = SW <= longest and KW <= lines.MOST_TAPS
     if adjacent:
         window_w = Window.of(1, 1)
-        line = lines.line_for(W, inner) if SW == 1 else lines.LINES[0] // SW * SW
+        line = lines.line_for(size, W, inner) if SW == 1 else longest // SW * SW
         meet = SW, 1, -DW, padding[2], KW, line
         if not inner:
             in_y, in_x = lines.vector_for(size, OW, line // SW), lines.vector_for(size, W, line)
     else:
-        line = lines.line_for(cdiv(W, SW), True)
+        line = lines.line_for(size, cdiv(W, SW), True)
         meet = 1, 1, -DW // window_w.divisor, 0, lines.taps_of(cdiv(KW, window_w.step)), line
     per_row, rows = cdiv(W, line if adjacent else line * SW), cdiv(H, SH)
     P = N * rows * per_row
-    block_p, block_c = lines.blocks(P, C, channels)
+    block_p, block_c = lines.blocks(size, P, C, channels)
     steps, units = lines.steps_of((dy, max(channels, in_y)), (dx, max(channels, in_x)))
     numbers = P, per_row, rows, reciprocal(per_row), reciprocal(rows), H, W, OH, OW, *steps
     return (cdiv(P, block_p) * cdiv(C, block_c) * SH * (1 if adjacent else SW),), numbers, dict(
@@ -304,9 +305,9 @@ class Split(NamedTuple):
         most = 16 if rows * taps * 16 // dy.itemsize <= lines.MOST_SUMS else 8
         channels = lines.channels_for(dy.itemsize, OC, OC // x.shape[1], most) if inner else 0
         short = inner and dy.itemsize > 2 and rows * taps > lines.MOST_UNROLLED[True]
-        line = lines.SHORT if short else lines.line_for(OW, inner, stride[1])
+        line = lines.SHORT if short else lines.line_for(dy.itemsize, OW, inner, stride[1])
         per_row = cdiv(OW, line)
-        block_p, block_c = lines.blocks(N * OH * per_row, OC, channels)
+        block_p, block_c = lines.blocks(dy.itemsize, N * OH * per_row, OC, channels)
         tiles = cdiv(OC, block_c) * (KH // rows) * (KW // taps)
         rest = split_product(tiles, N * OH * per_row, block_p)
         return cls(line, per_row, rows, taps, channels, (block_p, block_c), tiles, *rest)

@@ -43,14 +43,20 @@ def unrolled(rows, taps, inner):
     return rows if rows * taps <= MOST_UNROLLED[inner] else 1
 
 
-def line_for(width, inner, stride=1):
+def lengths(itemsize):
+    """The lengths of lines, longest first; shorter where gradcheck runs, for the interpreter's time grows with them."""
+    return (4, 3) if INTERPRETED and itemsize == 8 else LINES
+
+
+def line_for(itemsize, width, inner, stride=1):
     """The length of lines of a row of `width` pixels: with the fewest past its end, or for vectors of pixels.
 
     With vectors of channels and a stride, neighbours share little, and long lines have many loads in flight.
     """
+    long = lengths(itemsize)
     if inner and stride > 1:
-        return max(1, LINES[0] // stride)
-    return 8 if not inner and width % 2 == 0 else min(LINES, key=lambda line: -width % line)
+        return max(1, long[0] // stride)
+    return long[0] if not inner and width % 2 == 0 else min(long, key=lambda line: -width % line)
 
 
 def channels_inner(*tensors):
@@ -59,7 +65,12 @@ def channels_inner(*tensors):
 
 
 def vector_for(itemsize, *sizes, most=16):
-    """The elements of the widest vector, of at most 16 and `most` bytes, that divides all sizes."""
+    """The elements of the widest vector, of at most 16 and `most` bytes, that divides all sizes.
+
+    The interpreter takes single elements of float64, because a program with vectors of pixels has one channel only.
+    """
+    if INTERPRETED and itemsize == 8:
+        return 1
     size = math.gcd(*sizes)
     return min(size & -size, min(most, 16) // itemsize)
 
@@ -78,10 +89,10 @@ def steps_of(*images_vectors):
     return steps, units
 
 
-def blocks(units, channels, vector):
+def blocks(itemsize, units, channels, vector):
     """(BLOCK_P lines, BLOCK_C channels) of a program of 128 threads; `vector` channels a thread, 0 for one channel."""
     if INTERPRETED:
-        return flat_block(units // 2, 0), 8 if vector else 1
+        return flat_block(units // 2, 0), 8 if vector or itemsize == 8 else 1
     if not vector:
         return 128, 1
     block_c = next((n for n in (64, 32) if channels % n == 0), min(16, power_of_2(channels)))
@@ -216,16 +227,15 @@ def load_columns(
     x_ptrs, iw, stride, mask, W, last, VECTOR: tl.constexpr, PAD_MODE: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """The vector of columns from iw on; in padding that copies pixels, of no column past the last that is needed."""
-    iw_source, inside = source(iw, W, PAD_MODE)
-    if PAD_MODE != 0:
+    if PAD_MODE == 0:
+        iw_source, inside = iw, (iw >= 0) & (iw < W)
+    else:
+        iw_source, inside = source(iw, W, PAD_MODE)
         inside = inside & (iw <= last)
-    return load_vector(x_ptrs, iw_source * stride, stride, mask & inside, VECTOR, ACC)
-
-
-@triton.jit
-def replaced(values, i: tl.constexpr, value):
-    """A tuple of tensors with another one at i."""
-    return values[:i] + (value,) + values[i + 1 :]
+    if VECTOR == 1:
+        return (tl.load(x_ptrs + iw_source * stride, mask=mask & inside, other=0.0).to(ACC),)
+    else:
+        return load_vector(x_ptrs, iw_source * stride, stride, mask & inside, VECTOR, ACC)
 
 
 @triton.jit
@@ -249,7 +259,12 @@ def add_row(
                         new = old + x[column(k, e, MEET) - first_column(k, MEET)] * taps[t]
                         if t == TAPS - 1 and not ALL:
                             new = tl.where(last_tap, new, old)
-                        acc = replaced(acc, pixel(column(k, e, MEET), t, MEET), new)
+                        # No helper for this, nor for single columns above: a call takes the interpreter milliseconds.
+                        acc = (
+                            acc[: pixel(column(k, e, MEET), t, MEET)]
+                            + (new,)
+                            + acc[pixel(column(k, e, MEET), t, MEET) + 1 :]
+                        )
     return acc
 
 
@@ -274,5 +289,5 @@ def add_products(
                         new = old + dy[pixel(column(k, e, MEET), t, MEET)] * x[e]
                         if not WHOLE:
                             new = tl.where(pixel(column(k, e, MEET), t, MEET) < left, new, old)
-                        acc = replaced(acc, FIRST + t, new)
+                        acc = acc[: FIRST + t] + (new,) + acc[FIRST + t + 1 :]
     return acc
