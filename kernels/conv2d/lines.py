@@ -185,6 +185,7 @@ def load_line(
 ):  # fmt: skip
     """The pixels of a line as a tuple; unless all lines are WHOLE, those past the `left` first are 0."""
     line = ()
+    stride = tl.cast(stride, left.dtype)
     for first in tl.static_range(0, LINE, VECTOR):
         inside = mask if WHOLE else mask & (first < left)
         line = line + load_vector(x_ptrs, first * stride, stride, inside, VECTOR, ACC)
@@ -194,6 +195,7 @@ def load_line(
 @triton.jit
 def store_line(y_ptr, y_offs, stride, line, mask, left, LINE: tl.constexpr, VECTOR: tl.constexpr):
     """Stores the pixels of a line, a tuple, of which `left` are in the image, a vector at a time."""
+    stride = tl.cast(stride, y_offs.dtype)
     for first in tl.static_range(0, LINE, VECTOR):
         if VECTOR == 1:
             y = round_to(line[first], y_ptr.dtype.element_ty)
@@ -232,6 +234,7 @@ def load_columns(
     else:
         iw_source, inside = source(iw, W, PAD_MODE)
         inside = inside & (iw <= last)
+    stride = tl.cast(stride, iw.dtype)
     if VECTOR == 1:
         return (tl.load(x_ptrs + iw_source * stride, mask=mask & inside, other=0.0).to(ACC),)
     else:
