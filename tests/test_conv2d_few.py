@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from exact import assert_exact
+from test_conv2d_pool_patch import FORMATS
 from test_fused import integers
 
 import tritonnet
@@ -14,12 +15,6 @@ import tritonnet.nn.functional as F
 from tritonnet import ops
 from tritonnet.kernels.conv2d_few import cut, product
 
-FORMATS = {
-    "tf32": (torch.float32, "tf32"),
-    "float16": (torch.float16, "tf32"),
-    "bfloat16": (torch.bfloat16, "tf32"),
-    "float32": (torch.float32, "ieee"),
-}
 # name: size of x, size of w, stride, padding
 CASES = {
     "LeNet conv1": ((3, 1, 28, 28), (6, 1, 5, 5), (1, 1), (2,) * 4),
