@@ -214,6 +214,7 @@ def max_pool2d(
         return _torch.max_pool2d(input, *arguments)
     x, unbatched = _checks.as_batch(name, input)
     window = _checks.check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    results: tuple[Tensor, ...]
     if return_indices:
         y, code = ops.max_pool2d(x, *window, ceil_mode)
         results = y, ops.max_pool2d_indices(code, x.shape[3], *window)
