@@ -7,7 +7,7 @@ from . import lanes, product
 from .cut import Taps, in_planes, readable, unit_of
 
 
-def _on_lanes(image, bias, out, w, *sizes):
+def _lanes_form(image, out, *sizes):
     """The Form of lanes.py where it takes fewer cycles than a product, or None.
 
     AMD's matrix units have a format for full float32, so that a product is faster there.
@@ -25,7 +25,7 @@ def _launch(image, w, bias, out, gradient, stride, padding, relu=False):
     products = precision()
     format = number_format(image.dtype, products)
     sizes = gradient, image.shape[1], out.shape[1], tuple(out.shape[2:]), tuple(w.shape[2:]), stride, padding
-    form = _on_lanes(image, bias, out, w, *sizes) if format == "ieee" else None
+    form = _lanes_form(image, out, *sizes) if format == "ieee" else None
     if form:
         lanes.convolve((image, w, bias, out), form, gradient, Taps.of(form.cut, gradient, stride, padding, 1), relu)
         return out
