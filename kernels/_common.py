@@ -118,11 +118,12 @@ def in_units(itemsize, *numbers):
     """(each number divided by its unit, the units); the kernel multiplies them again.
 
     Triton specialises an argument on divisibility by 16 and otherwise assumes nothing: of 1000 features, or of rows of
-    1000, it would load single elements. The unit of a number that 16 does not divide is the power of two that does, up
-    to the number of elements in 16 bytes; all other units are 1.
+    1000, it would load single elements. The unit of a number that 16 does not divide is the number of elements in 16
+    bytes, if that divides it; all other units are 1. So is that of a number past 32 bits, which its quotient might not
+    be, and the kernel would multiply in 32 bits.
     """
     vector = max(1, 16 // itemsize)
-    units = tuple(math.gcd(n, vector) if n % 16 else 1 for n in numbers)
+    units = tuple(vector if n % 16 and n % vector == 0 and n < 2**31 else 1 for n in numbers)
     return [n // unit for n, unit in zip(numbers, units)], units
 
 
@@ -146,7 +147,9 @@ def product_types(dtype, precision):
 
 
 def reciprocal(d):
-    """The argument of `divide` that divides by d, where 0 < d < 2^31; an integer of 64 bits for every d.
+    """The argument of `divide` that divides by d, where 0 < d < 2^31.
+
+    Bit 62 is set so that Triton types it int64 for every d and compiles one kernel.
 
     Source: Granlund and Montgomery 1994, https://doi.org/10.1145/178243.178249.
     """

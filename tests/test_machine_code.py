@@ -38,7 +38,9 @@ BRIEF = {"sm_80": SHORT, "sm_90": (*SHORT, "tf32", "float64"), "sm_100": SHORT, 
 def test_machine_code(target):
     records = report.compile_all([target], BRIEF[target], brief=True)[target]
     assert not (found := list(budgets.violations(records))), "\n".join(found)
-    assert {r["kernel"] for r in records} == every_kernel()
+    # AMD's matrix units have full float32.
+    absent = {"few_channels_lanes_kernel"} if target == "gfx942" else set()
+    assert {r["kernel"] for r in records} == every_kernel() - absent
     # Each row of the tables of tiles has been compiled in each format.
     compiled_tiles = {(r["format"], r["tile"], r["num_warps"], r["num_stages"]) for r in records}
     chains = {

@@ -53,22 +53,22 @@ def _taps(block, step, patch):
 
 
 def _patch_taps(a, channels):
-    """At least how many taps a filter has; a run may be longer than the pixels that the block depends on."""
+    """At least how many taps a filter has; a run may begin before and end after what the block depends on."""
     inner = channels if a.PLANES == 1 else 1
-    patch_w = a.RUN // inner if inner % a.UNIT == 0 else (a.RUN - a.UNIT + 1) // inner
-    return _taps(a.BH, a.STEP_H, a.PATCH_H) * max(1, _taps(a.BW, a.STEP_E // inner, patch_w))
+    patch_w = a.RUN // inner if inner % a.UNIT == 0 else (a.RUN - 2 * (a.UNIT - 1)) // inner
+    return max(1, _taps(a.BH, a.STEP_H, a.PATCH_H)) * max(1, _taps(a.BW, a.STEP_E // inner, patch_w))
 
 
 def _few_product(a):
     channels = a.image_ptr.shape[1]
     taps = _patch_taps(a, channels)
-    # The pixels of the convolution's result are those of the image or of the output, whichever are fewer.
+    # At most the pixels of the convolution's result, unless it is padded widely.
     pixels = min(a.image_ptr[:, 0].numel(), a.out_ptr[:, 0].numel())
     return a.LENGTH / a.BLOCK_K, [], pixels * channels * a.CO * taps
 
 
 def _few_lanes(a):
-    # The pixels of the convolution's result are those of the image or of the output, whichever are fewer.
+    # At most the pixels of the convolution's result, unless it is padded widely.
     pixels = min(a.image_ptr[:, 0].numel(), a.out_ptr[:, 0].numel())
     return a.CI, [], pixels * a.CI * a.CO * a.KH * a.KW
 

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 from .. import shapes
@@ -20,6 +21,12 @@ from ..conv2d.patches import FLAT_BELOW
 
 # A coordinate that is in no image, and which no sum with a coordinate brings back.
 FAR = tl.constexpr(2**30)
+
+
+@triton.jit
+def in_index(steps, UNIT: tl.constexpr, INDEX: tl.constexpr):
+    """Three strides in elements from strides in units, which may fit 32 bits where they do not."""
+    return tl.cast(steps[0], INDEX) * UNIT, tl.cast(steps[1], INDEX) * UNIT, tl.cast(steps[2], INDEX) * UNIT
 
 
 class Reach(NamedTuple):

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._common import INTERPRETED, OPTIONS, cdiv, divide, in_units, index_type, named_strides, reciprocal, strides
+from .._common import INTERPRETED, OPTIONS, cdiv, divide, index_type, named_strides, reciprocal, strides
 from ..launching import planned, remembered
-from .cut import FAR, Cut, Reach
+from .cut import FAR, Cut, Reach, in_index
 
 
 @triton.jit
@@ -67,12 +67,12 @@ def few_channels_lanes_kernel(
     OF_BLOCK_W: tl.constexpr, OF_PATCH_W: tl.constexpr, FIRST_W: tl.constexpr,
     BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
     TOP: tl.constexpr, LEFT: tl.constexpr, PATCH_H: tl.constexpr, RUN: tl.constexpr, SKIP: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_OUT: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    stride_in, stride_ic, stride_ih = stride_in * UNIT, stride_ic * UNIT, stride_ih * UNIT
-    stride_on, stride_oc, stride_oh = stride_on * UNITS[0], stride_oc * UNITS[1], stride_oh * UNITS[2]
+    stride_in, stride_ic, stride_ih = in_index((stride_in, stride_ic, stride_ih), UNIT, INDEX)
+    stride_on, stride_oc, stride_oh = in_index((stride_on, stride_oc, stride_oh), UNIT_OUT, INDEX)
 
     # One block an element, for BLOCK_C channels.
     chunks: tl.constexpr = (CO + BLOCK_C - 1) // BLOCK_C
@@ -190,7 +190,8 @@ def convolve(image, w, bias, out, form, gradient, taps, relu):
     rows, cols = cut.blocks((OH, OW))
     M, (wo, wc, wh, ww) = N * rows * cols, w.stride()
     block_m = 1024 if INTERPRETED else 128
-    steps, units = in_units(out.itemsize, *strides(out)[:3])
+    unit_out = math.gcd(16 // out.itemsize, *strides(out)[:3])
+    steps = [n // unit_out for n in strides(out)[:3]]
     width, *steps_in = (n // cut.UNIT for n in (W, *strides(image)[:3]))
     numbers = M, H, width, OH, OW, rows, cols, reciprocal(rows), reciprocal(cols), *steps_in
     constants = taps._asdict() | named_strides("w", (wc, wo, wh, ww) if gradient else (wo, wc, wh, ww), "oihw")
@@ -198,7 +199,7 @@ def convolve(image, w, bias, out, form, gradient, taps, relu):
     return grid, (*numbers, 0 if bias is None else bias.stride(0), *steps), dict(
         CI=CI, CO=CO, KH=w.shape[2], KW=w.shape[3], **constants,
         BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
-        PATCH_H=cut.PATCH_H, RUN=cut.RUN, SKIP=cut.SKIP, UNIT=cut.UNIT, UNITS=units,
+        PATCH_H=cut.PATCH_H, RUN=cut.RUN, SKIP=cut.SKIP, UNIT=cut.UNIT, UNIT_OUT=unit_out,
         EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, HAS_BIAS=bias is not None, RELU=relu,
         INDEX=index_type(image, w, bias, out), BLOCK_M=block_m, BLOCK_C=form.BLOCK_C,
         num_warps=4, num_stages=1, **OPTIONS,

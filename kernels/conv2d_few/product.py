@@ -22,7 +22,6 @@ from .._common import (
     cdiv,
     compute_capability,
     divide,
-    in_units,
     index_type,
     input_precision,
     operand_type,
@@ -32,7 +31,7 @@ from .._common import (
 )
 from ..launching import planned, remembered
 from ..tiles import RESIDENT, Tile, clamped_power, flat_block
-from .cut import FAR, Cut, Reach
+from .cut import FAR, Cut, Reach, in_index
 
 
 @triton.jit
@@ -89,13 +88,13 @@ def few_channels_product_kernel(
     stride_on, stride_oc, stride_oh,
     CO: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
     TOP: tl.constexpr, LEFT: tl.constexpr, PATCH_H: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, PIXELS_OUT: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_OUT: tl.constexpr, PIXELS_OUT: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
     LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    stride_in, stride_ic, stride_ih = stride_in * UNIT, stride_ic * UNIT, stride_ih * UNIT
-    stride_on, stride_oc, stride_oh = stride_on * UNITS[0], stride_oc * UNITS[1], stride_oh * UNITS[2]
+    stride_in, stride_ic, stride_ih = in_index((stride_in, stride_ic, stride_ih), UNIT, INDEX)
+    stride_on, stride_oc, stride_oh = in_index((stride_on, stride_oc, stride_oh), UNIT_OUT, INDEX)
 
     # GEMM: M = N * blocks, N = CO * BH * BW, K = PLANES * PATCH_H * RUN
     tiles_n: tl.constexpr = (CO * BH * BW + BLOCK_N - 1) // BLOCK_N
@@ -214,6 +213,8 @@ def _tile(form, M, index):
         m = 4096 // n
     # Sums, and addresses of loads and of stores, each in a thread's registers.
     many = m * n > 2**13 or m * k // form.cut.UNIT > 2**11 or m * n // form.adjacent > 2**12
+    if compute_capability() != 9:
+        many = many or m == 256 or m * n // form.adjacent > 2**11
     warps = 8 if many or index == tl.int64 else 4
     return Tile(m, n, k, warps, num_stages=1 if form.length <= 64 or form.cut.UNIT <= 2 else 3)
 
@@ -236,13 +237,17 @@ def convolve(image, placed, bias, out, form, pixels, pixels_out, relu, precision
     rows, cols = cut.blocks((OH, OW))
     M, index, row = N * rows * cols, index_type(image, placed, bias, out), W * C if pixels else W
     tile = _tile(form, M, index)
-    steps, units = in_units(out.itemsize, *strides(out)[:3])
+    steps = strides(out)[:3]
+    if pixels_out:
+        steps[1] = 0  # that of the channels is 1, and not used
+    unit_out = math.gcd(16 // out.itemsize, *steps)
+    steps = [n // unit_out for n in steps]
     row, *steps_in = (n // cut.UNIT for n in (row, *strides(image)[:3]))
     numbers = M, H, row, OH, OW, rows, cols, reciprocal(rows), reciprocal(cols), *steps_in
     numbers += 0 if bias is None else bias.stride(0), *steps
     return (cdiv(M, tile.M) * (form.columns // tile.N),), numbers, dict(
         CO=CO, BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
-        PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, UNIT=cut.UNIT, UNITS=units, PIXELS_OUT=pixels_out,
+        PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, UNIT=cut.UNIT, UNIT_OUT=unit_out, PIXELS_OUT=pixels_out,
         EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, LENGTH=form.length,
         HAS_BIAS=bias is not None, RELU=relu,
         INDEX=index, OPERAND=operand_type(image.dtype), PRECISION=input_precision(image.dtype, precision),

@@ -33,14 +33,14 @@ from .._common import (
 from ..conv2d.patches import precision
 from ..launching import planned, remembered
 from ..tiles import clamped_power, flat_block, split_product
-from .cut import FAR, Cut, Reach, readable
+from .cut import FAR, Cut, Reach, in_index, readable
 from .product import SIDES, column_of, rate, run_of
 
 
 @triton.jit(do_not_specialize=["M", "per_split", "inverse_h", "inverse_w"])
 def few_channels_weight_grad_kernel(
     dy_ptr, y_ptr, x_ptr, partial_ptr,
-    M, per_split, H, length, OH, width, blocks_h, blocks_w, inverse_h, inverse_w,
+    M, per_split, H, length, OH, OW, blocks_h, blocks_w, inverse_h, inverse_w,
     stride_yn, stride_yc, stride_yh,
     stride_xn, stride_xc, stride_xh,
     OC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
@@ -50,8 +50,8 @@ def few_channels_weight_grad_kernel(
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    stride_yn, stride_yc, stride_yh = stride_yn * UNIT_Y, stride_yc * UNIT_Y, stride_yh * UNIT_Y
-    stride_xn, stride_xc, stride_xh = stride_xn * UNIT, stride_xc * UNIT, stride_xh * UNIT
+    stride_yn, stride_yc, stride_yh = in_index((stride_yn, stride_yc, stride_yh), UNIT_Y, INDEX)
+    stride_xn, stride_xc, stride_xh = in_index((stride_xn, stride_xc, stride_xh), UNIT, INDEX)
 
     # GEMM: M = OC * BH * BW, N = PLANES * PATCH_H * RUN, K = N * blocks, of which each program takes per_split
     rows: tl.constexpr = OC * BH * BW
@@ -93,7 +93,7 @@ def few_channels_weight_grad_kernel(
         if EDGE_H:
             mask = mask & (oh0[:, None] + bh[None, :] < OH)
         if EDGE_W:
-            mask = mask & (ow0[:, None] + bw[None, :] < width)
+            mask = mask & (ow0[:, None] + bw[None, :] < OW)
         y_offs = (n * stride_yn + oh0 * stride_yh + ow0 * inner)[:, None] + y_cols[None, :]
         dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0)
         if RELU:
@@ -123,7 +123,7 @@ def few_channels_weight_grad_kernel(
                 if EDGE_H:
                     mask = mask & ((row * BH)[:, None] + bh[None, :] < OH)
                 if EDGE_W:
-                    mask = mask & ((col * BW)[:, None] + bw[None, :] < width)
+                    mask = mask & ((col * BW)[:, None] + bw[None, :] < OW)
                 y_offs = (n * stride_yn + row * BH * stride_yh + col * BW * inner)[:, None] + y_cols[None, :]
                 dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(tl.float32)
                 if RELU:
@@ -248,7 +248,7 @@ def _product(dy, y, x, partial, form, pixels, pixels_y, unit_y, with_bias, preci
 @planned(fold_few_weight_grad_kernel)
 def _fold(partial, dw, db, form, pixels, pixels_y, stride, splits):
     (OC, C, KH, KW), cut, numel = dw.shape, form.cut, dw.numel() + db.numel()
-    # A tensor has at most 2^20 elements.
+    # Triton limits BLOCK * BLOCK_S to 2^20 elements.
     block = min(2**14, flat_block(numel, 32))
     return (cdiv(numel, block),), (splits, dw.numel(), db.numel(), *dw.stride()), dict(
         C=C, KH=KH, KW=KW, SH=stride[0], SW=stride[1], OC=OC, BH=cut.BH, BW=cut.BW, PIXELS=pixels, PIXELS_Y=pixels_y,

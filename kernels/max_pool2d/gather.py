@@ -12,7 +12,7 @@ from .strips import laid_out, offset, over, places, window_constants
 @triton.jit
 def max_pool2d_gather_kernel(
     x_ptr, code_ptr, t_ptr,
-    rows, inner, strips, middle, outer, inverse_strips, inverse_middle, inverse_outer, W,
+    rows, inner, strips, middle, outer, inverse_strips, inverse_middle, inverse_outer, H, W,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_cn, stride_cc, stride_ch, stride_cw,
     stride_tn, stride_tc, stride_th, stride_tw,
@@ -36,12 +36,14 @@ def max_pool2d_gather_kernel(
         tl.store(t_ptr + t_offs, ih.to(tl.int64) * W + iw, mask=mask)
     else:
         x_offs = offset(n, c, ih, iw, stride_xn, stride_xc, stride_xh, stride_xw, X_UNIT, CHANNELS_LAST)
-        x = tl.load(x_ptr + x_offs, mask=mask & (code < KH * KW), other=0.0)
+        # The code of a dilated window without a pixel inside may point past the image.
+        inside = (code < KH * KW) & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+        x = tl.load(x_ptr + x_offs, mask=mask & inside, other=0.0)
         tl.store(t_ptr + t_offs, x, mask=mask)
 
 
 @planned(max_pool2d_gather_kernel)
-def _gather(x, code, t, width, indices, *window):
+def _gather(x, code, t, height, width, indices, *window):
     channels_last = shapes.is_channels_last(t)
     grid, numbers, constants = over(t.shape, channels_last, 16 // t.element_size())
     (x_strides, x_unit), (c_strides, c_unit), (t_strides, t_unit) = (laid_out(u, channels_last) for u in (x, code, t))
@@ -49,14 +51,14 @@ def _gather(x, code, t, width, indices, *window):
         X_UNIT=x_unit, C_UNIT=c_unit, T_UNIT=t_unit, INDICES=indices, INDEX=index_type(x, code, t),
         **window_constants(*window),
     )  # fmt: skip
-    return grid, (*numbers, width, *x_strides, *c_strides, *t_strides), constants
+    return grid, (*numbers, height, width, *x_strides, *c_strides, *t_strides), constants
 
 
 def gather(x, code, kernel, stride, padding, dilation):
     """x (N, C, H, W), code (N, C, OH, OW) -> the elements of x that the code points to, (N, C, OH, OW)."""
     t = shapes.max_pool2d_gather(x, code)
     if t.numel() > 0:
-        _gather((x, code, t), x.shape[3], False, kernel, stride, padding, dilation)
+        _gather((x, code, t), *x.shape[2:], False, kernel, stride, padding, dilation)
     return t
 
 
@@ -64,5 +66,5 @@ def indices(code, width, kernel, stride, padding, dilation):
     """code (N, C, OH, OW) of an image `width` wide -> int64 (N, C, OH, OW), ih * W + iw."""
     t = shapes.max_pool2d_indices(code)
     if t.numel() > 0:
-        _gather((t, code, t), width, True, kernel, stride, padding, dilation)
+        _gather((t, code, t), 0, width, True, kernel, stride, padding, dilation)
     return t

@@ -47,7 +47,8 @@ def max_pool2d_scatter_blocks_kernel(
     dy_ptrs = dy_ptr + offset(n, c, i, j, stride_yn, stride_yc, stride_yh, stride_yw, Y_UNIT, CHANNELS_LAST)
     code_ptrs = code_ptr + offset(n, c, i, j, stride_cn, stride_cc, stride_ch, stride_cw, C_UNIT, CHANNELS_LAST)
 
-    # Pixel r of a block i is tap r + PH - d * SH of window i + d. The windows come in the order of their taps.
+    # Pixel r of a block i is tap r + PH - d * SH of window i + d. Windows are visited from last to
+    # first, so that each pixel adds its taps in ascending order.
     FIRST_H: tl.constexpr = -((KH - 1 - PH) // SH)
     LAST_H: tl.constexpr = (SH - 1 + PH) // SH
     FIRST_W: tl.constexpr = -((KW - 1 - PW) // SW)
