@@ -210,11 +210,11 @@ def _tile(form, M, index):
     m = 256 if form.length >= 512 and M >= 256 * RESIDENT and compute_capability() == 9 else 128
     if form.BLOCK_K == 16:
         # Full float32: as many sums as a thread has registers for.
-        m = 4096 // n
+        m = min(4096 // n, 256 if compute_capability() == 9 else 128)
     # Sums, and addresses of loads and of stores, each in a thread's registers.
     many = m * n > 2**13 or m * k // form.cut.UNIT > 2**11 or m * n // form.adjacent > 2**12
     if compute_capability() != 9:
-        many = many or m == 256 or m * n // form.adjacent > 2**11
+        many = many or m * n // form.adjacent > 2**11
     warps = 8 if many or index == tl.int64 else 4
     return Tile(m, n, k, warps, num_stages=1 if form.length <= 64 or form.cut.UNIT <= 2 else 3)
 
