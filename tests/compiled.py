@@ -140,7 +140,7 @@ BY_PRODUCT = (
 # The kernels for images of few channels: in the formats of matrix units, and in the others.
 FEW_CHANNELS = {
     **dict.fromkeys(("bfloat16", "float16", "tf32"), BY_PRODUCT),
-    "float32": ("conv2d_relu_max_pool2d_lanes", *POOLED[1:]),
+    "float32": ("conv2d_relu_max_pool2d_lanes", "max_pool2d_scatter_blocks", *FEW["float32"]),
     "float64": POOLED,
 }
 WHOLE = "lenet_pack", "lenet_forward"

@@ -231,7 +231,7 @@ def code(*size):
 
 IMAGES = (3, 3, 6, 6)
 PADDED = (1, 1), (1,) * 4, (1, 1)
-DILATED = (1, 1), (2,) * 4, (2, 2)
+SPREAD = (1, 1), (2,) * 4, (2, 2)
 
 
 POOLED = (3, 3, 4, 5)
@@ -254,18 +254,18 @@ def pooled_weight_grad(dy, code, x):
 # By kernel: calls and their tensors; each tensor is tried with each of its strides too long for 32 bits.
 INPUTS = {
     "conv2d_forward_kernel": [
-        (lambda x, w, b: L.conv2d(x, w, b, *DILATED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
+        (lambda x, w, b: L.conv2d(x, w, b, *SPREAD, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
         (lambda x, w: L.conv2d(x, w, None, *PADDED, 1, "zeros"), last(3, 16, 5, 4), last(3, 16, 3, 3)),
     ],
     "conv2d_input_grad_kernel": [
-        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *DILATED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3)),
+        (lambda dy, w: L.conv2d_input_grad(dy, w, IMAGES, *SPREAD, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3)),
         (
             lambda dy, w: L.conv2d_input_grad(dy, w, (3, 17, 6, 6), *PADDED, 1, "zeros"),
             last(3, 16, 6, 6), last(16, 17, 3, 3),
         ),
     ],
     "conv2d_weight_grad_kernel": [
-        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *DILATED, 1, "zeros"), whole(*IMAGES), whole(*IMAGES)),
+        (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *SPREAD, 1, "zeros"), whole(*IMAGES), whole(*IMAGES)),
         (lambda dy, x: weight_grad(dy, x, (3, 16, 3, 3), *PADDED, 1, "zeros"), last(*IMAGES), last(3, 16, 6, 6)),
     ],
     "few_channels_product_kernel": [

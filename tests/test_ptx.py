@@ -199,6 +199,8 @@ def test_fused():
     )
     assert compute("fma.rn.bf16 {d}, {a}, {b}, {c};", np.uint16, a, b, c)[0] == 0x3FC2
     assert compute("fma.rn.bf16 {d}, {a}, {b}, {c};", np.uint16, a, b, c ^ 0x8000)[0] == 0x3FC1
+    third = np.float32([2.0**-24])
+    assert compute("fma.rn.f32.bf16 {d}, {a}, {a}, {b};", np.float32, np.uint16([0x3F81]), third)[0] == 1.0078125**2
     tiny = np.float32([1e-40])
     assert compute("fma.rn.ftz.f32 {d}, {a}, {b}, {b};", np.float32, np.float32([1.0]), tiny)[0] == 0
 

@@ -240,6 +240,9 @@ def floats():
     row("fma.rn.bf16", "bf", "bf bf bf", "fma_odd({0}, {1}, {2})")
     row("fma.rn.f16", "f2", "f2 f2 f2", "fma_odd({0}, {1}, {2}).astype(f2)")
     row("fma.rn.f32", "f4", "w4 w4 w4", "fma32({0}, {1}, {2})")
+    # ISA, "Mixed Precision Floating Point Instructions: fma": one rounding.
+    row("fma.rn.f32.bf16", "f4", "bf bf w4", "fma32({0}.astype(float64), {1}.astype(float64), {2})")
+    row("fma.rn.f32.f16", "f4", "f2 f2 w4", "fma32({0}.astype(float64), {1}.astype(float64), {2})")
     row("fma.rn.ftz.f32", "f4", "f4 f4 f4", "flush(fma32(*(flush(x).astype(float64) for x in ({0}, {1}, {2}))))")
     row("fma.rn.f64", "f8", "f8 f8 f8", "fma64({0}, {1}, {2})")
     for t, form in (("f32", "f4"), ("f64", "f8")):
