@@ -169,6 +169,14 @@ def divide(n, d, inverse):
         return ((tl.umulhi(unsigned, multiplier) + unsigned) >> shift).to(tl.int32)
 
 
+@triton.jit
+def place(p, columns, rows, inverse_columns, inverse_rows):
+    """(image, row, column) of the p-th of rows x columns parts of images; the inverses are their reciprocals."""
+    row = divide(p, columns, inverse_columns)
+    n = divide(row, rows, inverse_rows)
+    return n, row - n * rows, p - row * columns
+
+
 class Window(NamedTuple):
     """Which taps k of a window reach a pixel i: k * dilation = i + pad - o * stride for some output position o.
 

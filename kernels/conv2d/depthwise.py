@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import OPTIONS, Window, acc_type, cdiv, first_tap, index_type, reciprocal, round_to
+from .._common import OPTIONS, Window, acc_type, cdiv, first_tap, index_type, place, reciprocal, round_to
 from ..launching import planned
 from ..reduce import Partials
 from ..tiles import split_product
 from . import lines
-from .lines import add_products, add_row, load_line, load_taps, place, store_line, zeros
+from .lines import add_products, add_row, load_line, load_taps, store_line, zeros
 from .padding import PAD_MODES, source
 from .patches import in_elements
 

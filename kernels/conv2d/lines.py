@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import INTERPRETED, divide, in_units, power_of_2, round_to, strides
+from .._common import INTERPRETED, in_units, power_of_2, round_to, strides
 from ..tiles import flat_block
 from .padding import source
 
@@ -99,14 +99,6 @@ def blocks(itemsize, units, channels, vector):
     return 128 * vector // block_c, block_c
 
 
-@triton.jit
-def place(p, lines, rows, inverse_lines, inverse_rows):
-    """(image, row, line) of unit p."""
-    row = divide(p, lines, inverse_lines)
-    n = divide(row, rows, inverse_rows)
-    return n, row - n * rows, p - row * lines
-
-
 @triton.constexpr_function
 def pixel(i, t, MEET):
     """The pixel j of a line whose tap t is at column i, or -1."""
@@ -126,7 +118,7 @@ def vectors(MEET):
 @triton.constexpr_function
 def column(k, e, MEET):
     """The column of element e of vector k, both counted in the order in which a pixel takes its taps."""
-    A, B, T, F, TAPS, LINE, VECTOR = MEET
+    A, B, T, F, _, LINE, VECTOR = MEET
     if T > 0:
         return F // (A * VECTOR) * VECTOR + k * VECTOR + e
     return (((LINE - 1) * B + F) // (A * VECTOR) - k + 1) * VECTOR - 1 - e

@@ -8,6 +8,7 @@ pixels of one channel after another. A run starts at a multiple of UNIT elements
 once; for this it may begin before and end after what the block depends on, where the filters are zeros.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -82,6 +83,23 @@ class Cut(NamedTuple):
     def blocks(self, size):
         """(rows, columns) of blocks in `size` (H, W) pixels."""
         return cdiv(size[0], self.BH), cdiv(size[1], self.BW)
+
+    def constants(self, size, *others):
+        """Those of a kernel that reads patches, for blocks in `size` (H, W) pixels; also the fields `others`."""
+        names = ("BH", "BW", "STEP_H", "STEP_E", "TOP", "LEFT", "PATCH_H", "RUN", "UNIT", *others)
+        edges = {"EDGE_H": size[0] % self.BH != 0, "EDGE_W": size[1] % self.BW != 0}
+        return {name: getattr(self, name) for name in names} | edges
+
+
+def candidates(sides, gradient, channels, kernel, stride, padding, pixels, unit):
+    """The Cuts of an image with `channels` whose blocks have `sides` pixels, times the stride in the input gradient."""
+    steps, reach = (stride, Reach.of_gradient) if gradient else ((1, 1), Reach.of_pixels)
+    for sides_of_block in itertools.product(sides, sides):
+        block = tuple(side * step for side, step in zip(sides_of_block, steps))
+        reaches = [reach(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
+        for u in (unit >> i for i in range(unit.bit_length())):
+            if reaches[1].step * (channels if pixels else 1) % u == 0:
+                yield Cut.of(block, *reaches, channels, pixels, u)
 
 
 class Taps(NamedTuple):

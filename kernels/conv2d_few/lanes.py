@@ -5,16 +5,15 @@ block of pixels of the result, for BLOCK_C channels at a time. It reads its patc
 a row with all filters before it reads the next. Images have their rows' pixels adjacent, channel by channel.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .._common import INTERPRETED, OPTIONS, cdiv, divide, index_type, named_strides, reciprocal, strides
+from .._common import INTERPRETED, OPTIONS, cdiv, index_type, named_strides, place, reciprocal, strides
 from ..launching import planned, remembered
-from .cut import FAR, Cut, Reach, in_index
+from .cut import FAR, Cut, candidates, in_index
 
 
 @triton.jit
@@ -80,9 +79,7 @@ def few_channels_lanes_kernel(
     c0 = pid % chunks * BLOCK_C
     offs_m = pid // chunks * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    row = divide(offs_m, blocks_w, inverse_w)
-    n = divide(row, blocks_h, inverse_h)
-    row, col = row - n * blocks_h, offs_m - row * blocks_w
+    n, row, col = place(offs_m, blocks_w, blocks_h, inverse_w, inverse_h)
     ih0, e0 = row * STEP_H - TOP, col * STEP_E - LEFT
     x_offs = n * stride_in + ih0 * stride_ih + e0
     ih0 = tl.where(mask_m, ih0, -FAR)
@@ -160,28 +157,21 @@ SUMS, PRODUCTS, ELEMENTS = 32, 640, 200
 @remembered
 def form_for(gradient, channels, result, size, kernel, stride, padding, unit):
     """The Form that takes the fewest instructions by a model, or None if none serves; `size` is that of the result."""
-    best = None
-    steps, reach = (stride, Reach.of_gradient) if gradient else ((1, 1), Reach.of_pixels)
-    for bh, bw in itertools.product((1, 2, 4), (1, 2, 4)):
-        block = bh * steps[0], bw * steps[1]
-        reaches = [reach(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
-        # Of each filter's taps, those that meet a pixel of the block.
-        taps = block[0] * block[1] * math.prod(kernel) // (math.prod(stride) if gradient else 1)
-        loads = block[0] * math.prod(kernel) // (stride[0] if gradient else 1)
-        for u in (unit >> i for i in range(unit.bit_length()) if not reaches[1].step % (unit >> i)):
-            cut = Cut.of(block, *reaches, channels, False, u)
-            most = min(SUMS // math.prod(block), PRODUCTS // max(taps, 1))
-            if most < 1 or cut.PATCH_H * cut.RUN > ELEMENTS:
-                continue
-            block_c = cdiv(result, cdiv(result, most))
-            chunks = cdiv(result, block_c)
-            rows, cols = cut.blocks(size)
-            instructions = channels * chunks * (6 * cut.PATCH_H * cut.RUN / u + block_c * (taps + 1.5 * loads))
-            instructions += chunks * (40 + 4 * block_c * block[0])
-            cycles = rows * cols * instructions / 128
-            if best is None or cycles < best.cycles:
-                best = Form(cut, block_c, cycles)
-    return best
+    forms, of_stride = [], stride if gradient else (1, 1)
+    for cut in candidates((1, 2, 4), gradient, channels, kernel, stride, padding, False, unit):
+        pixels = cut.BH * cut.BW
+        # Of each filter's taps, those that meet a pixel of the block, and how often a row of them is loaded.
+        taps = pixels * math.prod(kernel) // math.prod(of_stride)
+        loads = cut.BH * math.prod(kernel) // of_stride[0]
+        most = min(SUMS // pixels, PRODUCTS // max(taps, 1))
+        if most < 1 or cut.PATCH_H * cut.RUN > ELEMENTS:
+            continue
+        block_c = cdiv(result, cdiv(result, most))
+        chunks, (rows, cols) = cdiv(result, block_c), cut.blocks(size)
+        instructions = channels * chunks * (6 * cut.PATCH_H * cut.RUN / cut.UNIT + block_c * (taps + 1.5 * loads))
+        instructions += chunks * (40 + 4 * block_c * cut.BH)
+        forms.append(Form(cut, block_c, rows * cols * instructions / 128))
+    return min(forms, key=lambda form: form.cycles, default=None)
 
 
 @planned(few_channels_lanes_kernel)
@@ -198,9 +188,7 @@ def convolve(image, w, bias, out, form, gradient, taps, relu):
     grid = (cdiv(M, block_m) * cdiv(CO, form.BLOCK_C),)
     return grid, (*numbers, 0 if bias is None else bias.stride(0), *steps), dict(
         CI=CI, CO=CO, KH=w.shape[2], KW=w.shape[3], **constants,
-        BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
-        PATCH_H=cut.PATCH_H, RUN=cut.RUN, SKIP=cut.SKIP, UNIT=cut.UNIT, UNIT_OUT=unit_out,
-        EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, HAS_BIAS=bias is not None, RELU=relu,
+        **cut.constants((OH, OW), "SKIP"), UNIT_OUT=unit_out, HAS_BIAS=bias is not None, RELU=relu,
         INDEX=index_type(image, w, bias, out), BLOCK_M=block_m, BLOCK_C=form.BLOCK_C,
         num_warps=4, num_stages=1, **OPTIONS,
     )  # fmt: skip

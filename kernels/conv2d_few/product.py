@@ -9,7 +9,6 @@ which the pixel (bh, bw) of the block contributes to the pixel (ph, pw) of the p
 placed is 0 where no element of the filter stands, so that one patch serves a whole block of pixels.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -21,17 +20,17 @@ from .._common import (
     OPTIONS,
     cdiv,
     compute_capability,
-    divide,
     index_type,
     input_precision,
     operand_type,
+    place,
     reciprocal,
     round_to,
     strides,
 )
 from ..launching import planned, remembered
 from ..tiles import RESIDENT, Tile, clamped_power, flat_block
-from .cut import FAR, Cut, Reach, in_index
+from .cut import FAR, Cut, candidates, in_index
 
 
 @triton.jit
@@ -102,9 +101,7 @@ def few_channels_product_kernel(
     offs_m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     j = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
-    row = divide(offs_m, blocks_w, inverse_w)
-    n = divide(row, blocks_h, inverse_h)
-    row, col = row - n * blocks_h, offs_m - row * blocks_w
+    n, row, col = place(offs_m, blocks_w, blocks_h, inverse_w, inverse_h)
 
     ih0, e0 = row * STEP_H - TOP, col * STEP_E - LEFT
     # A sum of pointers, because the compiler would spread a sum of offsets over the loop.
@@ -179,27 +176,19 @@ def form_for(format, itemsize, gradient, channels, result, size, kernel, stride,
     The model adds up what a patch needs of an SM: a quarter cycle for 32 instructions, a cycle for 128 bytes through L1
     and shared memory, and its products. It was fitted to machine code for sm_90.
     """
-    best = None
-    inner = channels if pixels else 1
-    steps, reach = (stride, Reach.of_gradient) if gradient else ((1, 1), Reach.of_pixels)
-    for bh, bw in itertools.product(SIDES, SIDES):
-        block = bh * steps[0], bw * steps[1]
-        reaches = [reach(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
-        wanted = result * block[0] * block[1]
-        adjacent = math.gcd(block[1] * (result if pixels_out else 1), size[1] * (result if pixels_out else 1), 8)
+    forms = []
+    along = result if pixels_out else 1
+    for cut in candidates(SIDES, gradient, channels, kernel, stride, padding, pixels, unit):
+        wanted, adjacent = result * cut.BH * cut.BW, math.gcd(cut.BW * along, size[1] * along, 8)
         n = clamped_power(wanted, 16, 128 if format == "half" and adjacent > 1 else 64)
-        columns = cdiv(wanted, n) * n
-        for u in (unit >> i for i in range(unit.bit_length()) if not reaches[1].step * inner % (unit >> i)):
-            cut = Cut.of(block, *reaches, channels, pixels, u)
-            k = 16 if format == "ieee" else 64 if format == "half" and cut.length >= 512 else 32
-            length, tiles = cdiv(cut.length, k) * k, columns // n
-            instructions = tiles * (10 * length + 16 * k) / u + columns * (2 + 8 / adjacent)
-            bytes = itemsize * (length * (2 * tiles + columns / 40) + 3 * columns)
-            rows, cols = cut.blocks(size)
-            cycles = rows * cols * ((instructions + bytes) / 128 + 2 * columns * length / rate(format, 4096 // n, n))
-            if best is None or cycles < best.cycles:
-                best = Form(cut, length, columns, n, k, adjacent, cycles)
-    return best
+        k = 16 if format == "ieee" else 64 if format == "half" and cut.length >= 512 else 32
+        columns, length = cdiv(wanted, n) * n, cdiv(cut.length, k) * k
+        tiles, (rows, cols) = columns // n, cut.blocks(size)
+        instructions = tiles * (10 * length + 16 * k) / cut.UNIT + columns * (2 + 8 / adjacent)
+        bytes = itemsize * (length * (2 * tiles + columns / 40) + 3 * columns)
+        cycles = rows * cols * ((instructions + bytes) / 128 + 2 * columns * length / rate(format, 4096 // n, n))
+        forms.append(Form(cut, length, columns, n, k, adjacent, cycles))
+    return min(forms, key=lambda form: form.cycles)
 
 
 def _tile(form, M, index):
@@ -246,10 +235,8 @@ def convolve(image, placed, bias, out, form, pixels, pixels_out, relu, precision
     numbers = M, H, row, OH, OW, rows, cols, reciprocal(rows), reciprocal(cols), *steps_in
     numbers += 0 if bias is None else bias.stride(0), *steps
     return (cdiv(M, tile.M) * (form.columns // tile.N),), numbers, dict(
-        CO=CO, BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
-        PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, UNIT=cut.UNIT, UNIT_OUT=unit_out, PIXELS_OUT=pixels_out,
-        EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, LENGTH=form.length,
-        HAS_BIAS=bias is not None, RELU=relu,
+        CO=CO, **cut.constants((OH, OW), "PLANES"), UNIT_OUT=unit_out, PIXELS_OUT=pixels_out,
+        LENGTH=form.length, HAS_BIAS=bias is not None, RELU=relu,
         INDEX=index, OPERAND=operand_type(image.dtype), PRECISION=input_precision(image.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip

@@ -7,7 +7,6 @@
 A patch of x is read once for all pixels of the block that depend on it.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -21,11 +20,11 @@ from .._common import (
     OPTIONS,
     cdiv,
     compute_capability,
-    divide,
     index_type,
     input_precision,
     number_format,
     operand_type,
+    place,
     reciprocal,
     round_to,
     strides,
@@ -33,8 +32,26 @@ from .._common import (
 from ..conv2d.patches import precision
 from ..launching import planned, remembered
 from ..tiles import clamped_power, flat_block, split_product
-from .cut import FAR, Cut, Reach, in_index, readable
+from .cut import FAR, Cut, candidates, in_index, readable
 from .product import SIDES, column_of, rate, run_of
+
+
+@triton.jit
+def load_blocks(
+    dy_ptr, y_ptr, y_rows, y_cols, row, col, bh, bw, mask_m, mask_i, OH, OW,
+    BH: tl.constexpr, BW: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """dy of blocks, a block a row, each at (row, col) of its image; 0 past the image's end and where y is <= 0."""
+    mask = mask_m[:, None] & mask_i[None, :]
+    if EDGE_H:
+        mask = mask & ((row * BH)[:, None] + bh[None, :] < OH)
+    if EDGE_W:
+        mask = mask & ((col * BW)[:, None] + bw[None, :] < OW)
+    offs = y_rows[:, None] + y_cols[None, :]
+    dy = tl.load(dy_ptr + offs, mask=mask, other=0.0)
+    if RELU:
+        dy = tl.where(tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, dy)
+    return dy
 
 
 @triton.jit(do_not_specialize=["M", "per_split", "inverse_h", "inverse_w"])
@@ -61,6 +78,7 @@ def few_channels_weight_grad_kernel(
     pid_n = pid % tiles_n
     i = pid // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     split = pid // tiles_n // tiles_m
+    mask_i = i < rows
     oc, bh, bw = column_of(i, OC, BH, BW, PIXELS_Y)
     # Adjacent elements of dy, in forms that the compiler understands.
     if PIXELS_Y:
@@ -85,19 +103,11 @@ def few_channels_weight_grad_kernel(
     for m0 in range(first, last, BLOCK_K):
         m = m0 + offs
         mask_m = m < last
-        row = divide(m, blocks_w, inverse_w)
-        n = divide(row, blocks_h, inverse_h)
-        row, col = row - n * blocks_h, m - row * blocks_w
-        oh0, ow0 = row * BH, col * BW
-        mask = mask_m[:, None] & (i < rows)[None, :]
-        if EDGE_H:
-            mask = mask & (oh0[:, None] + bh[None, :] < OH)
-        if EDGE_W:
-            mask = mask & (ow0[:, None] + bw[None, :] < OW)
-        y_offs = (n * stride_yn + oh0 * stride_yh + ow0 * inner)[:, None] + y_cols[None, :]
-        dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0)
-        if RELU:
-            dy = tl.where(tl.load(y_ptr + y_offs, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, dy)
+        n, row, col = place(m, blocks_w, blocks_h, inverse_w, inverse_h)
+        y_rows = n * stride_yn + row * BH * stride_yh + col * BW * inner
+        dy = load_blocks(
+            dy_ptr, y_ptr, y_rows, y_cols, row, col, bh, bw, mask_m, mask_i, OH, OW, BH, BW, EDGE_H, EDGE_W, RELU
+        )
         ih0, e0 = row * STEP_H - TOP, col * STEP_E - LEFT
         x_rows = x_ptr + (n * stride_xn + ih0 * stride_xh + e0)
         ih, ie = tl.where(mask_m, ih0, -FAR)[:, None] + ph[None, :], e0[:, None] + e[None, :]
@@ -107,7 +117,7 @@ def few_channels_weight_grad_kernel(
 
     partial_ptr += split * (rows * (LENGTH + HAS_BIAS))
     offs_p = i[:, None] * LENGTH + k[None, :]
-    tl.store(partial_ptr + offs_p, acc, mask=(i < rows)[:, None])
+    tl.store(partial_ptr + offs_p, acc, mask=mask_i[:, None])
 
     # A separate loop, in one column of programs: inside the product's loop the sum would read an operand that the next
     # copy may already have overwritten.
@@ -116,20 +126,29 @@ def few_channels_weight_grad_kernel(
             acc_b = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
             for m0 in range(first, last, BLOCK_K):
                 m = m0 + offs
-                row = divide(m, blocks_w, inverse_w)
-                n = divide(row, blocks_h, inverse_h)
-                row, col = row - n * blocks_h, m - row * blocks_w
-                mask = (m < last)[:, None] & (i < rows)[None, :]
-                if EDGE_H:
-                    mask = mask & ((row * BH)[:, None] + bh[None, :] < OH)
-                if EDGE_W:
-                    mask = mask & ((col * BW)[:, None] + bw[None, :] < OW)
-                y_offs = (n * stride_yn + row * BH * stride_yh + col * BW * inner)[:, None] + y_cols[None, :]
-                dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(tl.float32)
-                if RELU:
-                    dy = tl.where(tl.load(y_ptr + y_offs, mask=mask, other=0.0).to(tl.float32) <= 0, 0.0, dy)
-                acc_b += dy
-            tl.store(partial_ptr + rows * LENGTH + i, tl.sum(acc_b, axis=0), mask=i < rows)
+                n, row, col = place(m, blocks_w, blocks_h, inverse_w, inverse_h)
+                y_rows = n * stride_yn + row * BH * stride_yh + col * BW * inner
+                dy = load_blocks(
+                    dy_ptr,
+                    y_ptr,
+                    y_rows,
+                    y_cols,
+                    row,
+                    col,
+                    bh,
+                    bw,
+                    m < last,
+                    mask_i,
+                    OH,
+                    OW,
+                    BH,
+                    BW,
+                    EDGE_H,
+                    EDGE_W,
+                    RELU,
+                )
+                acc_b += dy.to(tl.float32)
+            tl.store(partial_ptr + rows * LENGTH + i, tl.sum(acc_b, axis=0), mask=mask_i)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
@@ -189,31 +208,22 @@ class Form(NamedTuple):
 
 @remembered
 def _form(format, itemsize, channels, result, size, kernel, stride, padding, pixels, pixels_y, unit, unit_y):
-    """The Form that takes the least cycles by the model of product._form; `size` is that of dy."""
-    best = None
-    inner, inner_y = channels if pixels else 1, result if pixels_y else 1
-    for block in itertools.product(SIDES, SIDES):
-        reaches = [Reach.of_pixels(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
-        rows = result * block[0] * block[1]
+    """The Form that takes the least cycles by the model of product.form_for; `size` is that of dy."""
+    forms = []
+    for cut in candidates(SIDES, False, channels, kernel, stride, padding, pixels, unit):
+        rows = result * cut.BH * cut.BW
         # In tf32 wgmma, which takes 64 rows, cannot read operands in this order.
         m = clamped_power(rows, 16, 32 if format == "tf32" else 64)
-        tiles_m = cdiv(rows, m)
-        together = math.gcd(block[1] * inner_y, unit_y)
-        for u in (unit >> i for i in range(unit.bit_length()) if not reaches[1].step * inner % (unit >> i)):
-            cut = Cut.of(block, *reaches, channels, pixels, u)
-            n = clamped_power(cut.length, 16, {"half": 256, "tf32": 128, "ieee": 4096 // m}[format])
-            tiles_n = cdiv(cut.length, n)
-            instructions = 10 * (tiles_m * tiles_n) * (m / together + n / u)
-            bytes = 2 * itemsize * tiles_m * tiles_n * (m + n)
-            half_rate = format == "tf32" or format == "half" and m < 64
-            rows_of_blocks, cols = cut.blocks(size)
-            products = 2 * tiles_m * m * tiles_n * n
-            cycles = (
-                rows_of_blocks * cols * ((instructions + bytes) / 128 + products / rate(format, m, n) * (1 + half_rate))
-            )
-            if best is None or cycles < best[0]:
-                best = cycles, Form(cut, tiles_n * n, m, n, 64 if format == "half" else 32)
-    return best[1]
+        n = clamped_power(cut.length, 16, {"half": 256, "tf32": 128, "ieee": 4096 // m}[format])
+        tiles_n = cdiv(cut.length, n)
+        tiles, together = cdiv(rows, m) * tiles_n, math.gcd(cut.BW * (result if pixels_y else 1), unit_y)
+        instructions, bytes = 10 * (m / together + n / cut.UNIT), 2 * itemsize * (m + n)
+        half_rate = format == "tf32" or format == "half" and m < 64
+        products = 2 * m * n / rate(format, m, n) * (1 + half_rate)
+        blocks = math.prod(cut.blocks(size))
+        form = Form(cut, tiles_n * n, m, n, 64 if format == "half" else 32)
+        forms.append((blocks * tiles * ((instructions + bytes) / 128 + products), form))
+    return min(forms, key=lambda pair: pair[0])[1]
 
 
 def _split(form, OC, M):
@@ -233,10 +243,8 @@ def _product(dy, y, x, partial, form, pixels, pixels_y, unit_y, with_bias, preci
     numbers = M, per_split, H, row, OH, OW, rows, cols, reciprocal(rows), reciprocal(cols)
     steps_y = [n // unit_y for n in strides(dy)[:3]]
     return (tiles * splits,), (*numbers, *steps_y, *steps), dict(
-        OC=OC, BH=cut.BH, BW=cut.BW, STEP_H=cut.STEP_H, STEP_E=cut.STEP_E, TOP=cut.TOP, LEFT=cut.LEFT,
-        PATCH_H=cut.PATCH_H, RUN=cut.RUN, PLANES=cut.PLANES, UNIT=cut.UNIT, UNIT_Y=unit_y, PIXELS_Y=pixels_y,
-        EDGE_H=OH % cut.BH != 0, EDGE_W=OW % cut.BW != 0, LENGTH=form.length, HAS_BIAS=with_bias,
-        RELU=y is not None,
+        OC=OC, **cut.constants((OH, OW), "PLANES"), UNIT_Y=unit_y, PIXELS_Y=pixels_y, LENGTH=form.length,
+        HAS_BIAS=with_bias, RELU=y is not None,
         INDEX=index, OPERAND=operand_type(x.dtype), PRECISION=input_precision(x.dtype, precision),
         **form.blocks, num_warps=8 if form.BLOCK_N == 256 or index == tl.int64 else 4,
         # On sm_90 a masked operand is in registers, which a pipelined loop would overwrite while wgmma reads them. The
