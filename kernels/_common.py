@@ -114,6 +114,11 @@ def named_strides(letter, strides, dims="nchw"):
     return {f"stride_{letter}{dim}": stride for dim, stride in zip(dims, strides)}
 
 
+def pixel_step(t):
+    """The elements from a pixel of a dense image to the next, row after row."""
+    return t.stride(3) if t.shape[3] > 1 else t.stride(2) if t.shape[2] > 1 else 0
+
+
 def in_units(itemsize, *numbers):
     """(each number divided by its unit, the units); the kernel multiplies them again.
 
@@ -125,6 +130,20 @@ def in_units(itemsize, *numbers):
     vector = max(1, 16 // itemsize)
     units = tuple(vector if n % 16 and n % vector == 0 and n < 2**31 else 1 for n in numbers)
     return [n // unit for n, unit in zip(numbers, units)], units
+
+
+def dense_steps(t):
+    """([pixels of an image, strides of images, of channels and of pixels], units) of a dense t (N, C, H, W).
+
+    See in_units. Where t stores pixels side by side, the compiler joins as many stores as divide the pixels of an image
+    and all other strides.
+    """
+    steps = [t.shape[2] * t.shape[3], *t.stride()[:2], pixel_step(t)]
+    if steps[3] == 1:
+        unit = math.gcd(16 // t.itemsize, *steps[:3])
+        units = (unit, unit, unit, 1) if steps[0] % 16 else (1,) * 4
+        return [n // u for n, u in zip(steps, units)], units
+    return in_units(t.itemsize, *steps)
 
 
 def number_format(dtype, precision):

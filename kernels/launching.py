@@ -19,6 +19,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime._async_compile import FutureKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The kernels that `launch` has compiled instead of launching them, in this thread; None outside compiled_together().
 compiling = contextvars.ContextVar("compiling", default=None)
@@ -113,13 +114,22 @@ def _unobserved(kernel):
     )
 
 
+def _descriptor(like, base):
+    """The TensorDescriptor with the attributes `like` of another tensor; its constructor takes microseconds."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(like)
+    descriptor.base = base
+    return descriptor
+
+
 def planned(kernel):
     """Decorator: turns a plan into a function that launches the kernel, called as launch(tensors, *values).
 
     The plan is called as plan(*tensors, *values) and returns the grid, the arguments that follow the pointers, and the
     constants and options. It must be a pure function of the tensors' shapes, strides and dtypes, of the values, which
     are hashable, and of the current device. The kernel's pointers are the tensors in their order. A tensor may be None
-    if the kernel does not dereference its pointer; the first tensor's pointer is passed in its place.
+    if the kernel does not dereference its pointer; the first tensor's pointer is passed in its place. Where the plan
+    also returns the shapes of blocks, so many of the first tensors are passed as descriptors with these blocks.
 
     A second call with tensors of the same kind on the same device launches the compiled kernel directly. With hooks,
     debugging or a patched JITFunction.run, every launch goes through Triton.
@@ -130,11 +140,14 @@ def planned(kernel):
         _kept.append(ready)
 
         def in_full(tensors, values):
-            grid, numbers, constants = plan(*tensors, *values)
+            grid, numbers, constants, *boxes = plan(*tensors, *values)
             args = [tensors[0] if t is None else t for t in tensors]
-            return launch(kernel, grid, *args, *numbers, **constants), grid, numbers, constants
+            for i, box in enumerate(boxes[0] if boxes else ()):
+                args[i] = TensorDescriptor.from_tensor(tensors[i], list(box))
+            like = [vars(t) for t in args if isinstance(t, TensorDescriptor)]
+            return launch(kernel, grid, *args, *numbers, **constants), grid, numbers, constants, like
 
-        def keep(kind, tensors, compiled, grid, numbers, constants):
+        def keep(kind, tensors, compiled, grid, numbers, constants, like):
             names = kernel.arg_names[len(tensors) :]
             named = {**constants, **dict(zip(names, numbers))}
             # Triton raises for tensors on different devices, so such a call must go through it every time.
@@ -145,7 +158,9 @@ def planned(kernel):
                 rest = [named[name] for name in names]
                 # The compiled kernel is kept too: Triton 3.9 unloads a kernel without references.
                 function, metadata = compiled.function, compiled.packed_metadata
-                ready[kind] = compiled.run, (*grid, 1, 1)[:3], function, metadata, rest, compiled
+                # Without their tensors, which would stay in memory.
+                like = [{**each, "base": None} for each in like]
+                ready[kind] = compiled.run, (*grid, 1, 1)[:3], function, metadata, rest, like, compiled
 
         @functools.wraps(plan)
         def launch_planned(tensors, *values):
@@ -171,7 +186,9 @@ def planned(kernel):
             if found is None:
                 keep(kind, tensors, *in_full(tensors, values))
                 return
-            run, grid, function, metadata, rest, _ = found
+            run, grid, function, metadata, rest, like, _ = found
+            for i, each in enumerate(like):
+                pointers[i] = _descriptor(each, tensors[i])
             run(*grid, active.get_current_stream(device), function, metadata, None, None, None, *pointers, *rest)
 
         return launch_planned

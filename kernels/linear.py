@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import shapes
+from . import product, shapes
 from ._common import cached_for_architecture, cdiv, in_units, index_type, product_types, round_to
 from .launching import planned
 from .reduce import Partials
-from .tiles import gemm_tile, gradient_tiles, split_product, square_tiles, wants_k_inner
+from .tiles import gemm_tile, gradient_tile, wants_k_inner
 
 
 def precision():
@@ -71,7 +71,7 @@ def linear_forward_kernel(
 @planned(linear_forward_kernel)
 def _forward(x, w, bias, y, relu, precision):
     (M, K), N = x.shape, w.shape[0]
-    tile = gemm_tile(square_tiles(), M, N, K, x.dtype, precision)
+    tile = gemm_tile("matrices", M, N, K, x.dtype, precision)
     (n, k, *steps, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
     numbers = M, n, k, *steps, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1)
     return (cdiv(M, tile.M) * cdiv(N, tile.N),), numbers, dict(
@@ -86,7 +86,9 @@ def forward(x, w, bias, relu=False):
     y = shapes.linear(x, w)
     if wants_k_inner(x.dtype, precision()):
         x, w = features_inner(x), features_inner(w)
-    if y.numel() > 0:
+    if product.serves(x, w, x.dtype, precision()):
+        product.forward(x, w, bias, y, relu, precision())
+    elif y.numel() > 0:
         _forward((x, w, bias, y), relu, precision())
     return y
 
@@ -172,9 +174,7 @@ def linear_weight_grad_kernel(
 @cached_for_architecture
 def _split(M, N, K, dtype, precision):
     """(Tile, tiles of dw, programs for each tile, rows of dy and x for each program)."""
-    tile = gemm_tile(gradient_tiles(), N, K, M, dtype, precision)
-    tiles = cdiv(N, tile.M) * max(1, cdiv(K, tile.N))
-    return tile, tiles, *split_product(tiles, M, tile.K, tile.M * tile.N)
+    return gradient_tile("gradient", N, K, M, dtype, precision)
 
 
 @planned(linear_weight_grad_kernel)
@@ -199,6 +199,8 @@ def weight_grad(dy, x, with_bias):
     if M == 0:
         return dw.zero_(), db.zero_()
     products = precision()
+    if dy.dtype != torch.float32 and product.serves(dy.t(), x.t(), dy.dtype, products):
+        return product.weight_grad(dy, x, dw, db, with_bias, products)
     splits = _split(M, N, K, dy.dtype, products)[2]
     partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers

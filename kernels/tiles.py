@@ -1,24 +1,37 @@
 """Which tile computes a matrix product, and how many programs share its sum.
 
-There is one table for each kind of product, and `gemm_tile` chooses one of its tiles. Both results depend only on
-shapes, dtypes and the architecture, so that sums have the same bits on every card of a kind.
+Each family of products has a table of candidates. The chooser takes the tile with the least time by a model with two
+numbers a tile, which `python -m bench.tune` measures on a card:
+
+    microseconds = ceil(programs / multiprocessors) * (steps * microseconds of a step + fixed microseconds)
+
+and at least the time in which L2 delivers all operands.
+A choice depends only on shapes, dtypes and the kind of card, so that sums have the same bits on every card of a kind.
 """
 
+import contextlib
+import math
 from typing import NamedTuple
 
 import torch
 
 from ._common import INTERPRETED, OPTIONS, cdiv, compute_capability, number_format, power_of_2
+from .launching import forget
+from .measured_tiles import MEASURED
 
 
 class Tile(NamedTuple):
-    """The block that one program computes, and its launch options."""
+    """The block that one program computes, and its launch options.
+
+    taps: of a weight gradient, how many blocks of columns, one a tap of the filter, share the rows of dy.
+    """
 
     M: int
     N: int
     K: int
     num_warps: int
     num_stages: int
+    taps: int = 1
 
     @property
     def blocks(self):
@@ -27,6 +40,157 @@ class Tile(NamedTuple):
     @property
     def options(self):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
+
+
+class Card(NamedTuple):
+    """What the times of tiles that were not measured are computed from.
+
+    rates: floating-point operations a cycle of a multiprocessor, by row of the tables.
+    """
+
+    multiprocessors: int
+    gigahertz: float
+    rates: dict
+
+
+# By major compute capability; 0 stands for AMD's cards. From the data sheets of A100, H100, B200 and MI300X; the clock
+# of an H100 is that under load.
+CARDS = {
+    8: Card(108, 1.41, {"half": 2048, "tf32": 1024, "ieee": 128, "fp64": 128}),
+    9: Card(132, 1.755, {"half": 4096, "tf32": 2048, "ieee": 256, "fp64": 256}),
+    10: Card(148, 1.85, {"half": 8192, "tf32": 4096, "ieee": 256, "fp64": 128}),
+    0: Card(304, 2.1, {"half": 2048, "tf32": 1024, "ieee": 256, "fp64": 256}),
+}
+# Bytes a cycle that a multiprocessor reads from L2 (8 TB/s on an H100, which is assumed), and from shared memory.
+L2_BYTES, SHARED_BYTES = 34, 128
+# Cycles from the start of a program to its first product, and bytes a second of device memory.
+LATENCY, MEMORY = 1500, 4.3e12
+# Microseconds of one more launch.
+LAUNCH = 2.0
+
+# Tables by family and number format, the widest tile first. Every row is compiled for every architecture by
+# bench.machine_code, so each has to be worth it.
+#
+# patches: rows are the pixels of a batch, columns the channels of a result: forward and input gradient of convolutions.
+# matrices: linear's products, by pointers.
+# products: the same by tensor descriptors; of sm_90 and later.
+# gradient: a weight gradient, with its sum over pixels or rows; flat gradient: the same of few channels, with one index
+# over channels and taps; chain gradient: those of a chain of linears.
+# pooled: patches with pooling, where the maximum so far and its position take as many registers as the accumulator.
+TABLES = {
+    "patches": {
+        "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 4, 3)),
+        "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 32, 32, 4, 3)),
+        "ieee": (Tile(128, 64, 16, 8, 2), Tile(64, 32, 16, 4, 3)),
+        "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
+    },
+    "matrices": {
+        "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
+        "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
+        "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 16, 4, 3)),
+        "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
+    },
+    "pooled": {
+        "half": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3)),
+        "tf32": (Tile(64, 64, 32, 8, 3),),
+        "ieee": (Tile(64, 32, 16, 8, 2),),
+        "fp64": (Tile(32, 16, 16, 4, 2),),
+    },
+}
+TABLES["gradient"] = TABLES["flat gradient"] = TABLES["matrices"]
+# Small tiles, so that several programs share even a small layer.
+TABLES["chain gradient"] = {row: tiles[-2:] for row, tiles in TABLES["matrices"].items()}
+# On sm_90 a tile of 128 x 256 reads 128 bytes of shared memory a cycle at the full rate of the matrix units, one of
+# 128 x 128 would need 160. In tf32 four warps on 128 rows were faster than eight on an H200, see
+# bench/results/products-nvidia-h200.md. A weight gradient's operands are not contiguous along the summed index: wgmma
+# cannot read these in tf32, and two warps get mma, which takes 0.3 to 0.5 of the time.
+HOPPER = {
+    "patches": {
+        "half": (
+            Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 256, 64, 4, 3),
+            Tile(64, 128, 64, 4, 3), Tile(512, 64, 64, 8, 2), Tile(256, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3),
+            Tile(128, 32, 64, 4, 3),
+        ),
+        "tf32": (
+            Tile(128, 256, 32, 8, 3), Tile(256, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3),
+            Tile(256, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 32, 32, 4, 3),
+        ),
+    },
+    "matrices": {
+        "half": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), *TABLES["matrices"]["half"][1:]),
+        "tf32": (Tile(128, 128, 32, 4, 3), Tile(64, 128, 32, 4, 3), *TABLES["matrices"]["tf32"][1:]),
+    },
+    "gradient": {
+        "half": (
+            Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3),
+            Tile(128, 64, 64, 8, 3, 3), Tile(64, 64, 64, 4, 3, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3),
+            Tile(32, 32, 64, 4, 3),
+        ),
+        "tf32": (Tile(64, 128, 32, 2, 3), Tile(64, 64, 32, 2, 3), Tile(32, 32, 32, 4, 3)),
+    },
+}  # fmt: skip
+PRODUCTS = {
+    "half": (
+        Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 256, 64, 4, 3),
+        Tile(128, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4),
+    ),
+    "tf32": (
+        Tile(128, 256, 32, 8, 3), Tile(256, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3),
+        Tile(64, 64, 32, 4, 4),
+    ),
+}  # fmt: skip
+FAMILIES = (*TABLES, "products")
+_ITEMSIZES = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
+# The tiles that `only` allows, by family.
+_forced: dict = {}
+
+
+def candidates(family, row):
+    """The tiles of a family in a number format, for the architecture of the current device."""
+    if family in _forced:
+        return (_forced[family],)
+    if family == "products":
+        return PRODUCTS.get(row, ())
+    special = HOPPER.get(family, {}) if compute_capability() == 9 else {}
+    return special.get(row) or TABLES[family][row]
+
+
+@contextlib.contextmanager
+def only(family, tile):
+    """Context in which every product of a family is computed by this tile; launches are planned anew, also after it."""
+    _forced[family] = tile
+    forget()
+    try:
+        yield
+    finally:
+        del _forced[family]
+        forget()
+
+
+def _operands(row, tile):
+    """Bytes of the operands of a step."""
+    return (tile.M + tile.N * tile.taps) * tile.K * _ITEMSIZES[row]
+
+
+def numbers(family, row, tile):
+    """(microseconds of a step, fixed microseconds) of a program with this tile, while every multiprocessor is busy."""
+    measured = MEASURED.get(f"sm_{compute_capability()}0", {}).get("families", {}).get(family, {}).get(row, {})
+    if tuple(tile) in measured:
+        return measured[tuple(tile)]
+    card, itemsize, columns = CARDS[compute_capability()], _ITEMSIZES[row], tile.N * tile.taps
+    # Operands are written to shared memory once, and every 64 rows read all columns.
+    read = (tile.M * tile.taps + cdiv(tile.M, 64) * columns) * tile.K * itemsize
+    step = max(2 * tile.M * columns * tile.K / card.rates[row], (_operands(row, tile) + read) / SHARED_BYTES)
+    # Two programs of a small tile hide each other's latency.
+    latency = LATENCY / (2 if tile.M * columns <= 128 * 128 else 1)
+    return step / card.gigahertz / 1e3, (latency + tile.M * columns * itemsize / L2_BYTES) / card.gigahertz / 1e3
+
+
+def microseconds(family, row, tile, programs, steps):
+    """The model's time of a launch, which is at least that of reading its operands from L2."""
+    card, (step, fixed) = CARDS[compute_capability()], numbers(family, row, tile)
+    l2 = programs * steps * _operands(row, tile) / L2_BYTES / card.multiprocessors / card.gigahertz / 1e3
+    return max(cdiv(programs, card.multiprocessors) * (steps * step + fixed), l2)
 
 
 def wants_k_inner(dtype, precision):
@@ -38,73 +202,88 @@ def wants_k_inner(dtype, precision):
     return dtype == torch.float32 and precision == "tf32" and compute_capability() == 9
 
 
-# Programs with a 128 x 128 tile that an H100 or H200 runs at once.
-RESIDENT = 2 * 132
-# Tiles by number format, the widest first. Those of ieee float32 and float64 were chosen from machine code (no register
-# spills); the others were timed on an H200, see bench/results/products-nvidia-h200.md. Every row is compiled for every
-# architecture by bench.machine_code, so each has to be worth it.
-SQUARE = {
-    "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
-    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
-    "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 16, 4, 3)),
-    "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
-}
-# For operands that are contiguous along the summed index on sm_90: in tf32 four warps were faster than eight.
-HOPPER_SQUARE = {**SQUARE, "tf32": (Tile(128, 128, 32, 4, 3), *SQUARE["tf32"][1:])}
-# For the weight gradient on sm_90, where neither operand is contiguous along the summed index. In tf32 four warps on 64
-# rows would get wgmma, which cannot read such operands; two warps get mma, which takes 0.3 to 0.5 of the time.
-GRADIENT = {**SQUARE, "tf32": (Tile(64, 128, 32, 2, 3), Tile(64, 64, 32, 2, 3), Tile(32, 32, 32, 4, 3))}
-# For products with many more rows than columns, such as the pixels of a batch.
-TALL = {
-    "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 4, 3)),
-    "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 32, 32, 4, 3)),
-    "ieee": (Tile(128, 64, 16, 8, 2), Tile(64, 32, 16, 4, 3)),
-    "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
-}
-# The same with pooling, where the maximum so far and its position take as many registers as the accumulator.
-POOLED = {
-    "half": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3)),
-    "tf32": (Tile(64, 64, 32, 8, 3),),
-    "ieee": (Tile(64, 32, 16, 8, 2),),
-    "fp64": (Tile(32, 16, 16, 4, 2),),
-}
-
-
-def square_tiles():
-    """The table of tiles for a product of matrices."""
-    return HOPPER_SQUARE if compute_capability() == 9 else SQUARE
-
-
-def gradient_tiles():
-    """The table of tiles for a weight gradient."""
-    return GRADIENT if compute_capability() == 9 else SQUARE
-
-
 def clamped_power(size, least, most):
     """The power of two at or above `size`, clamped to [least, most]."""
     return min(most, max(least, power_of_2(size)))
 
 
-def gemm_tile(table, M, N, K, dtype, precision, halve=True):
-    """The tile for an (M, K) x (K, N) product: the widest of the table that the product fills more than half of.
+def interpreted_tile(M, N, K):
+    """A tile for the interpreter, which takes as long for a small operation as for a large one: few, but several."""
+    m, n, k = clamped_power(M // 3, 32, 4096), clamped_power(N // 2, 16, 128), clamped_power(K // 4, 32, 256)
+    return Tile(m, n, k, num_warps=4, num_stages=1)
 
-    On sm_90, if `halve`, a 128 x 128 tile gets half as many rows if there are too few for two on every multiprocessor.
+
+def gemm_tile(family, M, N, K, dtype, precision, *, taps=1, repeats=1, narrow=math.inf):
+    """The tile for `repeats` products of (M, taps * K) and (taps * K, N), of at most `narrow` columns.
+
+    A tap's K begins a new step.
     """
     if INTERPRETED:
-        # The interpreter takes as long for a small operation as for a large one: few tiles, yet more than one.
-        m, n, k = clamped_power(M // 3, 32, 4096), clamped_power(N // 2, 16, 128), clamped_power(K // 4, 32, 256)
-        return Tile(m, n, k, num_warps=4, num_stages=1)
-    tiles, square = table[number_format(dtype, precision)], table is not TALL and table is not POOLED
-    tile = next((t for t in tiles if N > t.N // 2 and (M > t.M // 2 or not square)), tiles[-1])
-    if tile[:2] == (128, 128) and table is not GRADIENT and compute_capability() == 9:
-        if halve and cdiv(M, 128) * cdiv(N, 128) < RESIDENT:
-            return tile._replace(M=64, num_warps=4)
-    return tile
+        return interpreted_tile(M, min(N, narrow), K)
+    row = number_format(dtype, precision)
+
+    def time(t):
+        programs, steps = cdiv(M, t.M) * cdiv(N, t.N) * repeats, taps * max(1, cdiv(K, t.K))
+        return microseconds(family, row, t, programs, steps)
+
+    return min(_no_wider(candidates(family, row), narrow), key=time)
+
+
+def _no_wider(tiles, narrow):
+    """The tiles of at most `narrow` columns, or the narrowest."""
+    return [t for t in tiles if t.N <= narrow] or [min(tiles, key=lambda t: t.N)]
 
 
 def flat_block(numel, block):
     """The block size of an elementwise kernel over `numel` elements: `block`, or a size that suits the interpreter."""
     return clamped_power(numel // 3, 256, 2**16) if INTERPRETED else block
+
+
+def _most_splits(tiles, steps):
+    """The most programs that may share a product of so many steps: each has four, and four run on a multiprocessor."""
+    if INTERPRETED:
+        return max(1, min(2 // max(tiles, 1), steps))
+    return max(1, min(4 * CARDS[compute_capability()].multiprocessors // max(tiles, 1), steps // 4))
+
+
+def _best_split(family, row, tile, tiles, steps):
+    """(microseconds, splits): by the model, and with the traffic and the launch that add up partial sums."""
+    most = _most_splits(tiles, steps)
+    if INTERPRETED:
+        return 0.0, most
+    # Written and read, in float32.
+    partial = 2 * 4 * tiles * tile.M * tile.N * tile.taps / MEMORY * 1e6
+
+    def time(splits):
+        added = LAUNCH + splits * partial if splits > 1 else 0.0
+        return microseconds(family, row, tile, tiles * splits, cdiv(steps, splits)) + added, splits
+
+    return min(map(time, range(1, most + 1)))
+
+
+def gradient_tile(family, M, N, K, dtype, precision, *, taps=1, most_taps=1, repeats=1, narrow=math.inf):
+    """(Tile, tiles, programs that share a tile's sum, products of each but the last) of a weight gradient.
+
+    It is the product of (M, K) and (K, N) for each of `taps` and `repeats`, of which a program computes at most
+    `most_taps` and `narrow` columns. No share is empty, and one is a whole number of blocks.
+    """
+    row = number_format(dtype, precision)
+
+    def tiles(t):
+        return cdiv(M, t.M) * max(1, cdiv(N, t.N)) * cdiv(taps, t.taps) * repeats
+
+    if INTERPRETED:
+        tile = interpreted_tile(M, min(N, narrow), K)._replace(taps=min(taps, most_taps))
+    else:
+        rows = [t for t in _no_wider(candidates(family, row), narrow) if t.taps <= most_taps]
+        tile = min(rows, key=lambda t: _best_split(family, row, t, tiles(t), cdiv(K, t.K))[0])
+    steps = cdiv(K, tile.K)
+    per_split = cdiv(steps, _best_split(family, row, tile, tiles(tile), steps)[1]) * tile.K
+    return tile, tiles(tile), cdiv(K, per_split), per_split
+
+
+# Programs with a 128 x 128 tile that an H100 or H200 runs at once.
+RESIDENT = 2 * 132
 
 
 def split_count(tiles, K, block_k):
@@ -119,9 +298,9 @@ def split_count(tiles, K, block_k):
 def split_product(tiles, K, block_k, elements=128 * 128):
     """(programs that share the K > 0 products of a tile of `elements`, products of each but the last); none is idle.
 
-    The number of programs minimises a model of the time in steps of block_k products: the steps of one program times
-    the waves that an H200 needs for all programs, plus the traffic of the partial sums at 3 TB/s against 3 TFLOP/s for
-    each multiprocessor.
+    For kernels without a table: the number of programs minimises a model of the time in steps of block_k products, the
+    steps of one program times the waves that an H200 needs for all programs, plus the traffic of the partial sums at
+    3 TB/s against 3 TFLOP/s for each multiprocessor.
     """
     if INTERPRETED:
         splits = split_count(tiles, K, block_k)

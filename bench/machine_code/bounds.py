@@ -23,14 +23,13 @@ def _cdiv(a, b):
 
 
 def _forward(a):
-    blocks = _cdiv(a.C * a.KH * a.KW, a.BLOCK_K) if a.FLAT else a.KH * a.KW * _cdiv(a.C, a.BLOCK_K)
-    return blocks, [], a.y_ptr.numel() * a.C * a.KH * a.KW
+    return a.blocks, [], a.y_ptr.numel() * a.C * a.KH * a.KW
 
 
 def _forward_pooled(a):
     # The loop over the window's positions encloses the loop with the products.
-    blocks, _, products = _forward(a)
-    return blocks, [a.WH * a.WW], products * a.WH * a.WW
+    blocks = _cdiv(a.C * a.KH * a.KW, a.BLOCK_K) if a.FLAT else a.KH * a.KW * _cdiv(a.C, a.BLOCK_K)
+    return blocks, [a.WH * a.WW], a.y_ptr.numel() * a.C * a.KH * a.KW * a.WH * a.WW
 
 
 def _pooled_product(a):
@@ -85,12 +84,13 @@ def _few_fold(a):
 
 def _input_grad(a):
     taps = [len(range(h, a.KH, a.SH)) * len(range(w, a.KW, a.SW)) for h in range(a.SH) for w in range(a.SW)]
-    blocks = [_cdiv(a.OC * n, a.BLOCK_K) if a.FLAT else n * _cdiv(a.OC, a.BLOCK_K) for n in taps]
+    blocks = [_cdiv(a.OC * n, a.BLOCK_K) if a.WALK == "flat" else n * _cdiv(a.OC, a.BLOCK_K) for n in taps]
     return sum(blocks) / len(blocks), [], a.dy_ptr.numel() * a.C * a.KH * a.KW
 
 
 def _weight_grad(a):
-    columns = _cdiv(a.C * a.KH * a.KW, a.BLOCK_N) if a.FLAT else a.KH * a.KW * _cdiv(a.C, a.BLOCK_N)
+    by_taps = _cdiv(a.KH * a.KW, a.TAPS) * _cdiv(a.C, a.BLOCK_N)
+    columns = _cdiv(a.C * a.KH * a.KW, a.BLOCK_N) if a.WALK == "flat" else by_taps
     blocks = _cdiv(min(a.per_split, a.K), a.BLOCK_K)
     # One column of programs computes the bias's sum.
     return blocks, [blocks / columns], a.dy_ptr.numel() * a.C * a.KH * a.KW
@@ -127,6 +127,11 @@ def _input_grad_pooled(a):
 
 def _weight_grad_pooled(a):
     return min(a.per_split, a.turns), [], a.dy_ptr.numel() * a.C * a.KH * a.KW
+
+
+def _product(a):
+    n, k = a.N * a.UNITS[0], a.K
+    return _cdiv(min(a.per_split, k), a.BLOCK_K), [], a.M * n * k
 
 
 def _linear(a):
@@ -248,6 +253,7 @@ MODEL = {
     "lenet_forward_kernel": _lenet_forward,
     "lenet_gradient_kernel": _lenet_gradient,
     "lenet_pack_kernel": _lenet_pack,
+    "product_kernel": _product,
     "linear_forward_kernel": _linear,
     "linear_weight_grad_kernel": _linear_weight_grad,
     "linear_chain_forward_kernel": _chain_forward,
@@ -297,7 +303,8 @@ def bounds(kernel, launch, instructions, format):
     def microseconds(cycles):
         return cycles / sass.SMS / sass.CLOCK * 1e6
 
-    tensors = {t.data_ptr(): t for t in vars(launch).values() if hasattr(t, "data_ptr") and t.numel()}
+    arguments = [getattr(value, "base", value) for value in vars(launch).values()]
+    tensors = {t.data_ptr(): t for t in arguments if hasattr(t, "data_ptr") and t.numel()}
     return {
         **{f"{name}_us": microseconds(cycles * launch.programs) for name, cycles in cost._asdict().items()},
         "arithmetic_us": microseconds(2 * products / rate),

@@ -109,6 +109,10 @@ class Calls:
         launchers.linear(dy, w.t(), None)
         launchers.linear_weight_grad(dy, x, True)
 
+    def linear_weight_grad(self, m, k, n):
+        """The weight's gradient alone."""
+        launchers.linear_weight_grad(self.tensor(m, n), self.tensor(m, k), True)
+
     def chain(self, m, *widths, keep=True, weight_grad=True):
         """Forward with `keep` for backward, and backward where it is asked for."""
         layers = [t for k, n in zip(widths, widths[1:]) for t in (self.tensor(n, k), self.tensor(n))]
@@ -236,34 +240,52 @@ def shapes(c):
     yield "linear 4096^3", lambda: c.linear(4096, 4096, 4096)
 
 
-def tiles(c, format):
-    """(name, call) that together reach every row of every table of tiles."""
-    rows = _common.number_format(*FORMATS[format])
-    for tile in tile_tables.TALL[rows]:
-        # Channels that exactly fill the tile, so that the launchers choose it and none that is wider.
+def _by(family, tile, call):
+    """The call with every product of a family computed by one tile."""
+
+    def run():
+        with tile_tables.only(family, tile):
+            call()
+
+    return run
+
+
+def tiles(c, format, brief):
+    """(name, call) of every tile of every family of products."""
+    row = _common.number_format(*FORMATS[format])
+    for tile in tile_tables.candidates("patches", row):
         for walk, k, channels in (("taps", 3, 64), ("short", 3, patches.SHORT_K), ("flat", 5, 3)):
-            if walk == "short" and tile.K <= patches.SHORT_K or walk == "flat" and tile.N > patches.NARROW_N:
-                continue  # a tile that this walk does not use
-            if walk == "flat" and format in ("float16", "float64"):
-                continue  # another walk compiles this tile, and "flat" is compiled in the most used formats
+            if walk == "short" and (tile.K <= patches.SHORT_K or brief and tile.N > patches.NARROW_N):
+                continue  # the same as by taps, or hardly different
+            if walk == "flat" and (tile.N > patches.NARROW_N or format in ("float16", "float64")):
+                continue  # a tile that this walk does not use; "flat" is compiled in the most used formats
             # Few channels without dilation have kernels of their own.
             name, size = f"{walk}, {tile.M}x{tile.N}", {"k": k, "d": 2 if walk == "flat" else 1}
-            yield name, lambda n=tile.N, size=size, channels=channels: c.conv_forward(channels, n, **size)
-            yield name, lambda n=tile.N, size=size, channels=channels: c.conv_input_grad(n, channels, **size)
-    for tile in tile_tables.POOLED[rows]:
+            for call, sizes in ((c.conv_forward, (channels, tile.N)), (c.conv_input_grad, (tile.N, channels))):
+                yield name, _by("patches", tile, lambda call=call, sizes=sizes, size=size: call(*sizes, **size))
+    for tile in tile_tables.candidates("pooled", row):
         for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
             yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
-    for tile in tile_tables.SQUARE[rows]:
-        for walk, k, channels in (("taps", 3, tile.N), ("flat", 5, 12)):
-            if walk == "flat" and tile.N > patches.NARROW_N:
-                continue
-            name, size = f"{walk}, {tile.M}x{tile.N}", {"k": k, "d": 2 if walk == "flat" else 1}
-            yield name, lambda m=tile.M, size=size, channels=channels: c.conv_weight_grad(channels, m, **size)
-        # With few rows, the widest tile is halved on sm_90.
-        many = 320 * tile.M if tile.M == 128 else tile.M
-        yield f"{tile.M}x{tile.N}", lambda m=many, n=tile.N: c.linear(m, 4 * n, n)
-    for tile in linear_chain.ROWS[rows]:
+    for tile in tile_tables.candidates("gradient", row):
+        name = f"taps, {tile.M}x{tile.N}" + f", {tile.taps} taps" * (tile.taps > 1)
+        yield name, _by("gradient", tile, lambda t=tile: c.conv_weight_grad(t.N, t.M, k=3, d=1))
+        if tile.taps == 1:
+            name = f"rows, {tile.M}x{tile.N}"
+            yield name, _by("gradient", tile, lambda t=tile: c.linear_weight_grad(320 * t.M, t.N, t.M))
+    for tile in tile_tables.candidates("flat gradient", row):
+        if tile.N <= patches.NARROW_N:
+            call = _by("flat gradient", tile, lambda m=tile.M: c.conv_weight_grad(12, m, k=5, d=2))
+            yield f"flat, {tile.M}x{tile.N}", call
+    for tile in tile_tables.candidates("matrices", row):
+        call = _by("matrices", tile, lambda t=tile: c.linear(320 * t.M // t.N, 4 * t.N, t.N))
+        yield f"{tile.M}x{tile.N}", call
+    for tile in tile_tables.candidates("products", row) if _common.compute_capability() >= 9 else ():
+        yield f"descriptors, {tile.M}x{tile.N}", _by("products", tile, lambda: c.linear(8192, 512, 256))
+    for tile in tile_tables.candidates("chain gradient", row):
+        call = _by("chain gradient", tile, lambda: c.chain(1024, 256, 128, 128))
+        yield f"chain gradient, {tile.M}x{tile.N}", call
+    for tile in linear_chain.ROWS[row]:
         # Enough rows that this tile is chosen, and layers of the largest width.
         m, wide = 129 * tile.M, (256, *[kernel_shapes.MOST_WIDTH] * 3)
         yield f"chain, {tile.M} rows", lambda m=m, wide=wide: c.chain(m, *wide)
@@ -363,7 +385,7 @@ def calls(arch, format, brief=False):
         skipped = ("LeNet step", "LeNet inference") if brief and format == "float32" else ()
         yield from ((name, call) for name, call in shapes(c) if name not in skipped)
     if has_tiles(arch, format, brief):
-        yield from tiles(c, format)
+        yield from tiles(c, format, brief)
     yield from layers(c, format, brief)
     if not (brief and bounded):
         yield from lenet_again(c, format, lanes, bounded, brief)

@@ -10,42 +10,45 @@ weight_grad.py; patches.py has the loop over the summed index.
 Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759).
 """
 
+import math
+
 import triton
 import triton.language as tl
 
-from .. import shapes
-from .._common import cdiv, in_units, index_type, product_types, round_to, strides
+from .. import product, shapes
+from .._common import cdiv, dense_steps, in_units, index_type, product_types, round_to, strides
 from ..launching import planned
-from ..tiles import TALL
+from ..tiles import gemm_tile
+from . import patches
 from .padding import PAD_MODES
-from .patches import FLAT_BELOW, SHORT_K, add_patches, channels_inner, in_elements, precision, tile_for, tile_of
+from .patches import MOST_TAPS, add_patches, add_taps, in_elements, taps_inside, tile_of
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["N", "blocks"])
 def conv2d_forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr,
-    M, H, W, OH, OW,
+    N, H, W, OW, blocks,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_wo, stride_wc, stride_wh, stride_ww,
     stride_b,
-    stride_yn, stride_yc, stride_yh, stride_yw,
+    PIXELS, stride_yn, stride_yc, stride_yp,
     C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, FLAT: tl.constexpr, UNITS: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, WALK: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 0)
     stride_wo, stride_wc, stride_wh, stride_ww = in_elements((stride_wo, stride_wc, stride_wh, stride_ww), UNITS, 4)
-    stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 8)
+    PIXELS, stride_yn, stride_yc, stride_yp = in_elements((PIXELS, stride_yn, stride_yc, stride_yp), UNITS, 8)
+    M = N * PIXELS
 
     # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
     offs_m, offs_n, group = tile_of(tl.program_id(0).to(INDEX), M, OC, BLOCK_M, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < OC
-    ow = offs_m % OW
-    oh = offs_m // OW % OH
-    n = offs_m // OW // OH
-    ih0, iw0 = oh * SH - PH, ow * SW - PW
+    n = offs_m // PIXELS
+    pixel = offs_m - n * PIXELS
+    ih0, iw0 = pixel // OW * SH - PH, pixel % OW * SW - PW
 
     x_ptr += group * C * stride_xc
     w_ptr += group * OC * stride_wo
@@ -53,35 +56,45 @@ def conv2d_forward_kernel(
     w_cols = offs_n * stride_wo
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    acc = add_patches(
-        acc, x_ptr, w_ptr, x_rows, w_cols, ih0, iw0, mask_m, mask_n, H, W,
-        stride_xc, stride_xh, stride_xw, stride_wc, stride_wh, stride_ww,
-        C, KH, KW, DH, DW, PAD_MODE, FLAT, INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
-    )  # fmt: skip
+    if WALK == "taps":
+        bits = taps_inside(ih0, H, DH, KH) | (taps_inside(iw0, W, DW, KW) << MOST_TAPS)
+        offs_k = tl.arange(0, BLOCK_K).to(INDEX)
+        x_ptrs = x_ptr + (x_rows + ih0 * stride_xh + iw0 * stride_xw)[:, None] + offs_k[None, :]
+        w_ptrs = w_ptr + (offs_n % OC * stride_wo)[None, :] + (offs_k * stride_wc)[:, None]
+        acc = add_taps(
+            acc, x_ptrs, w_ptrs, tl.where(mask_m, bits, 0), blocks,
+            DH * stride_xh, DW * stride_xw, stride_wc, stride_wh, stride_ww,
+            C, KW, INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = add_patches(
+            acc, x_ptr, w_ptr, x_rows, w_cols, ih0, iw0, mask_m, mask_n, H, W,
+            stride_xc, stride_xh, stride_xw, stride_wc, stride_wh, stride_ww,
+            C, KH, KW, DH, DW, PAD_MODE, WALK == "flat", INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
+        )  # fmt: skip
 
     if HAS_BIAS:
         acc += tl.load(b_ptr + (group * OC + offs_n) * stride_b, mask=mask_n, other=0.0).to(ACC)[None, :]
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)
-    y_rows = n * stride_yn + oh * stride_yh + ow * stride_yw
-    y_offs = y_rows[:, None] + (group * OC + offs_n)[None, :] * stride_yc
+    y_offs = (n * stride_yn + pixel * stride_yp)[:, None] + ((group * OC + offs_n) * stride_yc)[None, :]
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @planned(conv2d_forward_kernel)
 def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, precision):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
-    M, OC, flat = N * OH * OW, OC // groups, C < FLAT_BELOW
-    index = index_type(x, w, bias, y)
-    K, inner = C * KH * KW if flat else C, y.stride(1) == 1
-    # If each result has an address of its own, four warps on 64 rows spill registers.
-    tile = tile_for(TALL, M, OC, K, x.dtype, precision, index, C <= SHORT_K, flat, halve=inner)
-    steps, units = in_units(x.itemsize, *strides(x), *strides(w), *strides(y))
-    numbers = M, H, W, OH, OW, *steps[:8], 0 if bias is None else bias.stride(0), *steps[8:]
-    return (cdiv(M, tile.M) * cdiv(OC, tile.N) * groups,), numbers, dict(
+    OC, index, walk = OC // groups, index_type(x, w, bias, y), patches.walk_for(C, KH, KW, pad_mode)
+    K, narrow = (C * KH * KW, patches.NARROW_N) if walk == "flat" else (C, math.inf)
+    taps = 1 if walk == "flat" else KH * KW
+    tile = gemm_tile("patches", N * OH * OW, OC, K, x.dtype, precision, taps=taps, repeats=groups, narrow=narrow)
+    tile = patches.fitted(tile, index, C <= patches.SHORT_K)
+    (steps, units), (steps_y, units_y) = in_units(x.itemsize, *strides(x), *strides(w)), dense_steps(y)
+    numbers = N, H, W, OW, taps * cdiv(K, tile.K), *steps, 0 if bias is None else bias.stride(0), *steps_y
+    return (cdiv(N * OH * OW, tile.M) * cdiv(OC, tile.N) * groups,), numbers, dict(
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, FLAT=flat, UNITS=units,
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, WALK=walk, UNITS=units + units_y,
         INDEX=index, **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
@@ -95,7 +108,12 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False)
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() == 0:
         return y
-    if w.shape[1] >= FLAT_BELOW:
-        x, w = channels_inner(x), channels_inner(w)
-    _forward((x, w, bias, y), stride, padding, dilation, groups, pad_mode, relu, precision())
+    if w.shape[1] >= patches.FLAT_BELOW:
+        x, w = patches.channels_inner(x), patches.channels_inner(w)
+    if patches.is_product(w.shape, stride, padding, groups):
+        a, b = patches.as_matrix(x), w[:, :, 0, 0]
+        if a is not None and product.serves(a, b, x.dtype, patches.precision()):
+            product.forward(a, b, bias, y, relu, patches.precision())
+            return y
+    _forward((x, w, bias, y), stride, padding, dilation, groups, pad_mode, relu, patches.precision())
     return y

@@ -12,35 +12,52 @@ Source: the split by phase is the usual one of transposed convolutions (Shi et a
 https://arxiv.org/abs/1609.07009).
 """
 
+import math
+
 import triton
 import triton.language as tl
 
-from .. import shapes
-from .._common import Window, cdiv, first_tap, in_units, index_type, next_block, product_types, round_to, strides
+from .. import product, shapes
+from .._common import (
+    Window,
+    cdiv,
+    dense_steps,
+    first_tap,
+    in_units,
+    index_type,
+    next_block,
+    product_types,
+    round_to,
+    strides,
+)
 from ..launching import planned
-from ..tiles import TALL, wants_k_inner
+from ..tiles import gemm_tile, wants_k_inner
+from . import patches
 from .padding import source
-from .patches import FLAT_BELOW, SHORT_K, channels_inner, in_elements, precision, tile_for, tile_of
+from .patches import MOST_TAPS, add_taps, in_elements, taps_inside, tile_of
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["N"])
 def conv2d_input_grad_kernel(
     dy_ptr, w_ptr, dx_ptr,
-    M, H, W, OH, OW,
+    N, H, W, OH, OW,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_wo, stride_wc, stride_wh, stride_ww,
-    stride_xn, stride_xc, stride_xh, stride_xw,
+    PIXELS, stride_xn, stride_xc, stride_xp,
+    stride_xh, stride_xw,
     C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr,
     DIVISOR_W: tl.constexpr, STEP_W: tl.constexpr, INVERSE_W: tl.constexpr,
-    FLAT: tl.constexpr, UNITS: tl.constexpr,
+    WALK: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 0)
     stride_wo, stride_wc, stride_wh, stride_ww = in_elements((stride_wo, stride_wc, stride_wh, stride_ww), UNITS, 4)
-    stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 8)
+    PIXELS, stride_xn, stride_xc, stride_xp = in_elements((PIXELS, stride_xn, stride_xc, stride_xp), UNITS, 8)
+    stride_xh, stride_xw = stride_xh * UNITS[12], stride_xw * UNITS[13]
+    M = N * PIXELS
 
     # GEMM of a phase: M = N * QH * QW, N = C, K = OC * taps, where QH * QW is the largest number of pixels in a phase
     offs_m, offs_n, rest = tile_of(tl.program_id(0).to(INDEX), M, C, BLOCK_M, BLOCK_N)
@@ -53,22 +70,25 @@ def conv2d_input_grad_kernel(
     taps_h, taps_w = tl.cdiv(KH - kh0, STEP_H), tl.cdiv(KW - kw0, STEP_W)
 
     offs_k = tl.arange(0, BLOCK_K).to(INDEX)
-    QH, QW = tl.cdiv(H, SH), tl.cdiv(W, SW)
-    ih = offs_m // QW % QH * SH + (phase_h + SH - PH % SH) % SH
-    iw = offs_m % QW * SW + (phase_w + SW - PW % SW) % SW
-    n = offs_m // QW // QH
-    mask_m, mask_n = (offs_m < M) & (ih < H) & (iw < W), offs_n < C
+    QW = tl.cdiv(W, SW)
+    n = offs_m // PIXELS
+    pixel = offs_m - n * PIXELS
+    ih = pixel // QW * SH + (phase_h + SH - PH % SH) % SH
+    iw = pixel % QW * SW + (phase_w + SW - PW % SW) % SW
+    mask_m, mask_n = offs_m < M, offs_n < C
+    if SH * SW > 1:
+        mask_m &= (ih < H) & (iw < W)
     # The output position of the first tap; that of each further tap is DH / DIVISOR_H (DW / DIVISOR_W) less.
     oh0, ow0 = (ih + PH - kh0 * DH) // SH, (iw + PW - kw0 * DW) // SW
 
     dy_ptr += group * OC * stride_yc
     w_ptr += group * OC * stride_wo + kh0 * stride_wh + kw0 * stride_ww
     y_rows = n * stride_yn
-    x_rows = n * stride_xn + ih * stride_xh + iw * stride_xw
+    x_rows = n * stride_xn + (pixel * stride_xp if SH * SW == 1 else ih * stride_xh + iw * stride_xw)
     w_cols = offs_n * stride_wc
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    if FLAT:
+    if WALK == "flat":
         for k0 in range(0, OC * taps_h * taps_w, BLOCK_K):
             k = k0 + offs_k
             oc, th, tw = k % OC, k // OC // taps_w, k // OC % taps_w
@@ -80,6 +100,17 @@ def conv2d_input_grad_kernel(
             dy = tl.load(dy_ptr + y_offs, mask=mask_m[:, None] & mask_k[None, :] & in_h & in_w, other=0.0)
             w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
             acc = tl.dot(dy.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+    elif WALK == "taps":
+        bits = taps_inside(oh0, OH, -(DH // DIVISOR_H), (KH + STEP_H - 1) // STEP_H)
+        bits |= taps_inside(ow0, OW, -(DW // DIVISOR_W), (KW + STEP_W - 1) // STEP_W) << MOST_TAPS
+        y_ptrs = dy_ptr + (y_rows + oh0 * stride_yh + ow0 * stride_yw)[:, None] + offs_k[None, :]
+        w_ptrs = w_ptr + (offs_n % C * stride_wc)[None, :] + (offs_k * stride_wo)[:, None]
+        acc = add_taps(
+            acc, y_ptrs, w_ptrs, tl.where(mask_m, bits, 0), taps_h * taps_w * ((OC + BLOCK_K - 1) // BLOCK_K),
+            -(DH // DIVISOR_H) * stride_yh, -(DW // DIVISOR_W) * stride_yw,
+            stride_wo, STEP_H * stride_wh, STEP_W * stride_ww,
+            OC, taps_w, INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
+        )  # fmt: skip
     else:
         start = tl.cast(0, INDEX)
         oc0, th, tw = start, start, start
@@ -103,18 +134,27 @@ def conv2d_input_grad_kernel(
 def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = dx.shape, w.shape, dy.shape[2:]
     (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
-    M, flat = N * cdiv(H, SH) * cdiv(W, SW), OC < FLAT_BELOW
-    index = index_type(dy, w, dx)
-    narrow = flat or dx.stride(1) != 1
-    tile = tile_for(TALL, M, C, OC * KH * KW if flat else OC, dy.dtype, precision, index, OC <= SHORT_K, narrow)
+    QH, QW, index = cdiv(H, SH), cdiv(W, SW), index_type(dy, w, dx)
     window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
-    steps, units = in_units(dy.itemsize, *strides(dy), *strides(w), *strides(dx))
-    numbers = M, H, W, OH, OW, *steps
-    return (cdiv(M, tile.M) * cdiv(C, tile.N) * SH * SW * groups,), numbers, dict(
+    taps_h, taps_w = cdiv(KH, window_h.step), cdiv(KW, window_w.step)
+    walk, even = patches.walk_for(OC, taps_h, taps_w), SH * SW == 1
+    K, taps = (OC * KH * KW, 1) if walk == "flat" else (OC, taps_h * taps_w)
+    # Where each result has an address of its own, wider tiles spill registers.
+    narrow = patches.NARROW_N if walk == "flat" or not even and dx.stride(1) != 1 else math.inf
+    tile = gemm_tile(
+        "patches", N * QH * QW, C, K, dy.dtype, precision, taps=taps, repeats=SH * SW * groups, narrow=narrow
+    )  # fmt: skip
+    tile = patches.fitted(tile, index, OC <= patches.SHORT_K)
+    steps, units = in_units(dy.itemsize, *strides(dy), *strides(w))
+    # Of several phases none has all pixels of a row.
+    steps_x, units_x = dense_steps(dx) if even else in_units(dx.itemsize, QH * QW, *dx.stride()[:2], 0)
+    rows_x, units_rows = in_units(dx.itemsize, *dx.stride()[2:])
+    numbers = N, H, W, OH, OW, *steps, *steps_x, *rows_x
+    return (cdiv(N * QH * QW, tile.M) * cdiv(C, tile.N) * SH * SW * groups,), numbers, dict(
         C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
         DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
-        FLAT=flat, UNITS=units,
+        WALK=walk, UNITS=units + units_x + units_rows,
         INDEX=index, **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
@@ -125,9 +165,14 @@ def input_grad(dy, w, size, stride, padding, dilation, groups):
     dx = shapes.conv2d_input_grad(dy, w, size)
     if dx.numel() == 0:
         return dx
-    if w.shape[0] // groups >= FLAT_BELOW:
-        dy, w = channels_inner(dy), channels_inner(w)
-        if wants_k_inner(w.dtype, precision()):
+    if w.shape[0] // groups >= patches.FLAT_BELOW:
+        dy, w = patches.channels_inner(dy), patches.channels_inner(w)
+        if wants_k_inner(w.dtype, patches.precision()):
             w = w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-    _input_grad((dy, w, dx), stride, padding, dilation, groups, precision())
+    if patches.is_product(w.shape, stride, padding, groups):
+        a, b = patches.as_matrix(dy), w[:, :, 0, 0].t()
+        if a is not None and product.serves(a, b, dy.dtype, patches.precision()):
+            product.forward(a, b, None, dx, False, patches.precision())
+            return dx
+    _input_grad((dy, w, dx), stride, padding, dilation, groups, patches.precision())
     return dx

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .._common import next_block
-from ..tiles import gemm_tile
 from .padding import source
 
 # With fewer channels a single tap does not fill the shortest K that tl.dot accepts.
@@ -20,18 +19,22 @@ FLAT_BELOW = 16
 SHORT_K = 32
 # Where each element has an address of its own, wider tiles spill registers.
 NARROW_N = 64
+# A bit mask of 32 has room for so many rows of taps and as many columns.
+MOST_TAPS = tl.constexpr(16)
 
 
-def tile_for(table, M, N, K, dtype, precision, index, short, narrow, halve=True):
-    """The tile for a convolution's (M, K) x (K, N) product; see tiles.gemm_tile for `table` and `halve`.
-
-    `short` limits its K for few channels, `narrow` its N where each element has an address of its own.
-    """
-    tile = gemm_tile(table, M, min(N, NARROW_N) if narrow else N, K, dtype, precision, halve)
+def fitted(tile, index, short=False):
+    """The tile with a short K for few channels, and with the warps that 64-bit addresses take."""
     if short:
         tile = tile._replace(K=min(tile.K, SHORT_K))
-    # 64-bit addresses take twice the registers.
     return tile._replace(num_warps=8) if index == tl.int64 else tile
+
+
+def walk_for(C, taps_h, taps_w, pad_mode="zeros"):
+    """How K is walked: "flat", "taps", or "patches", by taps too with the source of every pixel computed again."""
+    if C < FLAT_BELOW:
+        return "flat"
+    return "taps" if pad_mode == "zeros" and max(taps_h, taps_w) <= MOST_TAPS.value else "patches"
 
 
 def channels_inner(t):
@@ -45,6 +48,17 @@ def precision():
     Operands are not rounded to tf32: the matrix units truncate them to 10 mantissa bits.
     """
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def as_matrix(t):
+    """t (N, C, H, W) as (pixels, C), or None where its pixels do not follow each other at one distance."""
+    last = t.is_contiguous(memory_format=torch.channels_last)
+    return t.permute(0, 2, 3, 1).view(-1, t.shape[1]) if last else None
+
+
+def is_product(w, stride, padding, groups):
+    """Whether a convolution by w (OC, C / groups, KH, KW) is a product of matrices."""
+    return tuple(w[2:]) == (1, 1) and stride == (1, 1) and not any(padding) and groups == 1
 
 
 @triton.jit
@@ -63,6 +77,46 @@ def tile_of(pid, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
     offs_m = pid // tiles_n % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     return offs_m, offs_n, pid // tiles_n // tiles_m
+
+
+@triton.jit
+def taps_inside(pixel, SIZE, STEP: tl.constexpr, TAPS: tl.constexpr):
+    """A bit for each of TAPS <= MOST_TAPS taps: whether `pixel` + tap * STEP is one of SIZE pixels."""
+    bits = tl.zeros(pixel.shape, tl.int32)
+    for tap in tl.static_range(TAPS):
+        bits |= ((pixel + tap * STEP >= 0) & (pixel + tap * STEP < SIZE)).to(tl.int32) << tap
+    return bits
+
+
+@triton.jit
+def add_taps(
+    acc, x_ptrs, w_ptrs, bits, blocks,
+    step_xh, step_xw, stride_wk, step_wh, step_ww,
+    C: tl.constexpr, taps_w, INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc plus the product of patches and filters, tap by tap, `blocks` blocks of channels in all.
+
+    x_ptrs and w_ptrs point at the first channels of the first tap. `bits` has in its lower half the rows of taps inside
+    the image, and in its upper half the columns. All that changes from one iteration to the next is the same for every
+    element, so that addresses cost one addition each.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    c0, th, tw = tl.cast(0, INDEX), tl.cast(0, INDEX), tl.cast(0, INDEX)
+    for _ in range(0, blocks):
+        tap = (1 << th.to(tl.int32)) | (1 << (tw.to(tl.int32) + MOST_TAPS))
+        mask = ((bits & tap) == tap)[:, None]
+        x_offs, w_offs = th * step_xh + tw * step_xw + c0, th * step_wh + tw * step_ww + c0 * stride_wk
+        if C % BLOCK_K == 0:
+            x = tl.load(x_ptrs + x_offs, mask=mask, other=0.0)
+            w = tl.load(w_ptrs + w_offs)
+        else:
+            mask_k = c0 + offs_k < C
+            x = tl.load(x_ptrs + x_offs, mask=mask & mask_k[None, :], other=0.0)
+            w = tl.load(w_ptrs + w_offs, mask=mask_k[:, None], other=0.0)
+        acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+        c0, th, tw = next_block(c0, th, tw, C, taps_w, BLOCK_K)
+    return acc
 
 
 @triton.jit

@@ -10,74 +10,109 @@ C and OC count the channels of one group. The programs of a split write partial 
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
-from .. import shapes
-from .._common import cached_for_architecture, cdiv, in_units, index_type, product_types, round_to, strides
+from .. import product, shapes
+from .._common import cached_for_architecture, in_units, index_type, pixel_step, product_types, round_to, strides
 from ..launching import planned
 from ..reduce import Partials
-from ..tiles import SQUARE, gradient_tiles, split_product, wants_k_inner
+from ..tiles import gradient_tile, wants_k_inner
+from . import patches
 from .padding import PAD_MODES, source
-from .patches import FLAT_BELOW, channels_inner, in_elements, precision, tile_for
+from .patches import in_elements
 
-# The most columns, C * KH * KW, that fit one tile of the weight gradient: the width of SQUARE's narrowest.
+# The most columns, C * KH * KW, of a convolution whose weight gradient masks dy itself: too few rows for wgmma.
 ONE_TILE = 32
 
 
-@triton.jit(do_not_specialize=["K", "per_split"])
-def conv2d_weight_grad_kernel(
-    dy_ptr, y_ptr, x_ptr, dw_ptr, db_ptr,
-    K, per_split, H, W, OH, OW,
-    stride_yn, stride_yc, stride_yh, stride_yw,
-    stride_xn, stride_xc, stride_xh, stride_xw,
-    stride_wo, stride_wc, stride_wh, stride_ww,
-    stride_split,
-    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+@triton.jit
+def tap_rows(x_rows, ih, iw, mask, tap, H, W, stride_xh, stride_xw, KW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+):  # fmt: skip
+    """(Pointers to the pixels that a tap reads for output pixels at (ih, iw), whether they are in the image)."""
+    dh, dw = tap // KW * DH - PH, tap % KW * DW - PW
+    # Unsigned comparisons find both ends at once.
+    mask &= (ih + dh).to(tl.uint32) < tl.cast(H, tl.uint32)
+    inside = mask & ((iw + dw).to(tl.uint32) < tl.cast(W, tl.uint32))
+    return x_rows + (dh * stride_xh + dw * stride_xw), inside[:, None]
+
+
+@triton.jit
+def add_taps_of_dy(
+    dy_ptr, x_ptr, offs_m, c, tap, first, last, H, W, OH, OW,
+    stride_yp, stride_xn, stride_xh, stride_xw,
+    C: tl.constexpr, OC: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
-    FLAT: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr,
+    SUM: tl.constexpr, TAPS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 0)
-    stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 4)
+    """The products of dy and x over the pixels `first` to `last` for `tap` and, of TAPS <= 3, the taps that follow it.
 
-    # GEMM: M = OC, N = C * KH * KW, K = N * OH * OW, of which each program takes per_split pixels
-    pid = tl.program_id(0).to(INDEX)
-    blocks_c: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    tiles_n: tl.constexpr = (C * KH * KW + BLOCK_N - 1) // BLOCK_N if FLAT else KH * KW * blocks_c
-    tiles_m: tl.constexpr = (OC + BLOCK_M - 1) // BLOCK_M
-    pid_n = pid % tiles_n
-    pid_m = pid // tiles_n % tiles_m
-    group = pid // tiles_n // tiles_m % GROUPS
-    split = pid // tiles_n // tiles_m // GROUPS
+    A block of dy is loaded once for all of them. The position of a pixel is counted up from one block to the next,
+    because divisions would take longer than the products. With SUM the last result is the sum of dy, in each of 16
+    columns, from one more product, with ones: dy itself must have no use but in products, see bench/machine_code.
+    """
+    offs_k = first + tl.arange(0, BLOCK_K).to(INDEX)
+    n = offs_k // OW // OH
+    ih = (offs_k // OW % OH).to(tl.int32) * SH
+    iw = (offs_k % OW).to(tl.int32) * SW
+    step_n, step_h, step_w = BLOCK_K // OW // OH, BLOCK_K // OW % OH * SH, BLOCK_K % OW * SW
+    y_ptrs = dy_ptr + (offs_m % OC)[:, None] + (offs_k * stride_yp)[None, :]
+    x_ptrs = x_ptr + (c % C)[None, :]
 
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K).to(INDEX)
-    mask_m = offs_m < OC
-    if FLAT:
-        j = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        c, kh, kw = j // (KH * KW), (j // KW % KH)[None, :], (j % KW)[None, :]
-    else:
-        tap = pid_n // blocks_c
-        c, kh, kw = pid_n % blocks_c * BLOCK_N + tl.arange(0, BLOCK_N), tap // KW, tap % KW
-    mask_n = c < C
+    acc0 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc1, acc2, acc_b = acc0, acc0, tl.zeros((BLOCK_M, 16), ACC)
+    ones = tl.full((BLOCK_K, 16), 1.0, OPERAND)
+    # Otherwise triton 3.6.0 waits for each product before the next; no share of a split product is empty.
+    tl.assume(first < last)
+    for _ in range(first, last, BLOCK_K):
+        mask = offs_k < last
+        x_rows = x_ptrs + (n * stride_xn + ih.to(INDEX) * stride_xh + iw.to(INDEX) * stride_xw)[:, None]
+        ptrs, inside = tap_rows(x_rows, ih, iw, mask, tap, H, W, stride_xh, stride_xw, KW, PH, PW, DH, DW)
+        dy = tl.load(y_ptrs, mask=mask[None, :], other=0.0).to(OPERAND)
+        x = tl.load(ptrs, mask=inside, other=0.0).to(OPERAND)
+        acc0 = tl.dot(dy, x, acc0, input_precision=PRECISION, out_dtype=ACC)
+        if TAPS > 1:
+            ptrs, inside = tap_rows(x_rows, ih, iw, mask, tap + 1, H, W, stride_xh, stride_xw, KW, PH, PW, DH, DW)
+            x1 = tl.load(ptrs, mask=inside, other=0.0).to(OPERAND)
+            acc1 = tl.dot(dy, x1, acc1, input_precision=PRECISION, out_dtype=ACC)
+        if TAPS > 2:
+            ptrs, inside = tap_rows(x_rows, ih, iw, mask, tap + 2, H, W, stride_xh, stride_xw, KW, PH, PW, DH, DW)
+            x2 = tl.load(ptrs, mask=inside, other=0.0).to(OPERAND)
+            acc2 = tl.dot(dy, x2, acc2, input_precision=PRECISION, out_dtype=ACC)
+        if SUM:
+            acc_b = tl.dot(dy, ones, acc_b, input_precision=PRECISION, out_dtype=ACC)
 
-    dy_ptr += group * OC * stride_yc
-    y_ptr += group * OC * stride_yc
-    x_ptr += group * C * stride_xc
-    y_rows = offs_m * stride_yc
-    x_cols = c * stride_xc
+        offs_k += BLOCK_K
+        y_ptrs += BLOCK_K * stride_yp
+        iw += step_w
+        carry = iw >= OW * SW
+        iw = tl.where(carry, iw - OW * SW, iw)
+        ih += tl.where(carry, step_h + SH, step_h)
+        carry = ih >= OH * SH
+        ih = tl.where(carry, ih - OH * SH, ih)
+        n += tl.where(carry, step_n + 1, step_n)
+    return acc0, acc1, acc2, acc_b
 
+
+@triton.jit
+def add_gathered(
+    dy_ptr, y_ptr, x_ptr, y_rows, x_cols, kh, kw, mask_m, mask_n, first, last, H, W, OH, OW,
+    stride_yn, stride_yh, stride_yw, stride_xn, stride_xh, stride_xw,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    PAD_MODE: tl.constexpr, RELU: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The product of dy and x over the pixels `first` to `last`, with the address of every pixel computed anew."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    first = split * per_split
-    last = tl.minimum(first + per_split, K)
     if OPERAND.primitive_bitwidth == 16:
-        # Otherwise triton 3.6.0 waits for each product before the next; no share of split_product is empty.
         tl.assume(first < last)
     for k0 in range(first, last, BLOCK_K):
-        k = k0 + offs_k
+        k = k0 + tl.arange(0, BLOCK_K).to(INDEX)
         mask_k = k < last
         ow = k % OW
         oh = k // OW % OH
@@ -92,40 +127,140 @@ def conv2d_weight_grad_kernel(
             dy = tl.where(y.to(ACC) <= 0, 0.0, dy)
         x = tl.load(x_ptr + x_offs, mask=mask_k[:, None] & in_h & in_w & mask_n[None, :], other=0.0)
         acc = tl.dot(dy.to(OPERAND), x.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
 
+
+@triton.jit
+def sum_of_dy(
+    dy_ptr, y_ptr, y_rows, mask_m, first, last, OH, OW, stride_yn, stride_yh, stride_yw,
+    RELU: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sum of dy over the pixels `first` to `last`, in a loop of its own.
+
+    In the loop of the products it would stall the matrix unit, and tf32 has too few bits for a product with ones.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+    for k0 in range(first, last, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K).to(INDEX)
+        k_offs = k // OW // OH * stride_yn + k // OW % OH * stride_yh + k % OW * stride_yw
+        y_offs = y_rows[:, None] + k_offs[None, :]
+        mask = mask_m[:, None] & (k < last)[None, :]
+        dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)
+        if RELU:
+            y = tl.load(y_ptr + y_offs, mask=mask, other=0.0)
+            dy = tl.where(y.to(ACC) <= 0, 0.0, dy)
+        acc += dy
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def store_tap(dw_ptr, offs, acc, tap, mask, stride_wh, stride_ww, KH: tl.constexpr, KW: tl.constexpr):
+    ptrs = dw_ptr + offs + (tap // KW * stride_wh + tap % KW * stride_ww)
+    tl.store(ptrs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask & (tap < KH * KW))
+
+
+@triton.jit(do_not_specialize=["K", "per_split"])
+def conv2d_weight_grad_kernel(
+    dy_ptr, y_ptr, x_ptr, dw_ptr, db_ptr,
+    K, per_split, H, W, OH, OW,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    stride_wo, stride_wc, stride_wh, stride_ww,
+    stride_split,
+    C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    WALK: tl.constexpr, TAPS: tl.constexpr, GROUPS: tl.constexpr, UNITS: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    stride_yn, stride_yc, stride_yh, stride_yw = in_elements((stride_yn, stride_yc, stride_yh, stride_yw), UNITS, 0)
+    stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 4)
+    stride_wo, stride_wc, stride_wh, stride_ww = in_elements((stride_wo, stride_wc, stride_wh, stride_ww), UNITS, 8)
+
+    # GEMM: M = OC, N = C * KH * KW, K = N * OH * OW, of which each program takes per_split pixels
+    pid = tl.program_id(0).to(INDEX)
+    blocks_c: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    blocks_t: tl.constexpr = (KH * KW + TAPS - 1) // TAPS
+    tiles_n: tl.constexpr = (C * KH * KW + BLOCK_N - 1) // BLOCK_N if WALK == "flat" else blocks_t * blocks_c
+    tiles_m: tl.constexpr = (OC + BLOCK_M - 1) // BLOCK_M
+    pid_n = pid % tiles_n
+    pid_m = pid // tiles_n % tiles_m
+    group = pid // tiles_n // tiles_m % GROUPS
+    split = pid // tiles_n // tiles_m // GROUPS
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tap = (pid_n // blocks_c * TAPS).to(tl.int32)
+    if WALK == "flat":
+        j = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        c, kh, kw = j // (KH * KW), (j // KW % KH)[None, :], (j % KW)[None, :]
+    else:
+        c, kh, kw = pid_n % blocks_c * BLOCK_N + tl.arange(0, BLOCK_N), tap // KW, tap % KW
+    mask_m, mask_n = offs_m < OC, c < C
+    first = split * per_split
+    last = tl.minimum(first + per_split, K)
+
+    dy_ptr += group * OC * stride_yc
+    y_ptr += group * OC * stride_yc
+    x_ptr += group * C * stride_xc
     dw_ptr += split * stride_split + group * OC * stride_wo
-    w_offs = (offs_m * stride_wo)[:, None] + c[None, :] * stride_wc + kh * stride_wh + kw * stride_ww
-    tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    db_ptr += split * stride_split + group * OC
+    w_offs = (offs_m * stride_wo)[:, None] + c[None, :] * stride_wc
+    mask_w = mask_m[:, None] & mask_n[None, :]
 
-    # A separate loop, in one column of programs: inside the product's loop it would stall the matrix unit.
-    if HAS_BIAS:
+    SUM: tl.constexpr = HAS_BIAS and WALK == "taps" and OPERAND.primitive_bitwidth == 16
+    if WALK == "taps":
+        acc0, acc1, acc2, acc_b = add_taps_of_dy(
+            dy_ptr, x_ptr, offs_m, c, tap, first, last, H, W, OH, OW, stride_yw, stride_xn, stride_xh, stride_xw,
+            C, OC, KW, SH, SW, PH, PW, DH, DW, SUM, TAPS, INDEX, OPERAND, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        store_tap(dw_ptr, w_offs, acc0, tap, mask_w, stride_wh, stride_ww, KH, KW)
+        if TAPS > 1:
+            store_tap(dw_ptr, w_offs, acc1, tap + 1, mask_w, stride_wh, stride_ww, KH, KW)
+        if TAPS > 2:
+            store_tap(dw_ptr, w_offs, acc2, tap + 2, mask_w, stride_wh, stride_ww, KH, KW)
+        if SUM:
+            db = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, acc_b, 0.0), axis=1)
+            tl.store(db_ptr + offs_m, round_to(db, db_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
+    else:
+        acc = add_gathered(
+            dy_ptr, y_ptr, x_ptr, offs_m * stride_yc, c * stride_xc, kh, kw, mask_m, mask_n, first, last, H, W, OH, OW,
+            stride_yn, stride_yh, stride_yw, stride_xn, stride_xh, stride_xw,
+            SH, SW, PH, PW, DH, DW, PAD_MODE, RELU, INDEX, OPERAND, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        w_ptrs = dw_ptr + w_offs + kh * stride_wh + kw * stride_ww
+        tl.store(w_ptrs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_w)
+
+    # In one column of programs.
+    if HAS_BIAS and not SUM:
         if pid_n == 0:
-            acc_b = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-            for k0 in range(first, last, BLOCK_K):
-                k = k0 + offs_k
-                k_offs = k // OW // OH * stride_yn + k // OW % OH * stride_yh + k % OW * stride_yw
-                y_offs = y_rows[:, None] + k_offs[None, :]
-                mask = mask_m[:, None] & (k < last)[None, :]
-                dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)
-                if RELU:
-                    y = tl.load(y_ptr + y_offs, mask=mask, other=0.0)
-                    dy = tl.where(y.to(ACC) <= 0, 0.0, dy)
-                acc_b += dy
-            db = round_to(tl.sum(acc_b, axis=1), db_ptr.dtype.element_ty)
-            tl.store(db_ptr + split * stride_split + group * OC + offs_m, db, mask=mask_m)
+            db = sum_of_dy(
+                dy_ptr, y_ptr, offs_m * stride_yc, mask_m, first, last, OH, OW, stride_yn, stride_yh, stride_yw,
+                RELU, INDEX, ACC, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+            tl.store(db_ptr + offs_m, round_to(db, db_ptr.dtype.element_ty), mask=mask_m)
+
+
+def _walk(dy, y, size, pad_mode):
+    """How columns are walked, see patches.walk_for: by taps only pixels that follow each other at one distance."""
+    N, _, OH, OW = dy.shape
+    stride_yn, _, stride_yh, stride_yw = dy.stride()
+    even = (OH == 1 or stride_yh == OW * stride_yw) and (N == 1 or stride_yn == OH * OW * stride_yw)
+    walk = patches.walk_for(*size[1:], pad_mode)
+    return walk if walk == "flat" or even and y is None else "patches"
 
 
 @cached_for_architecture
-def _split(K, size, groups, dtype, precision, index):
+def _split(K, size, groups, dtype, precision, walk):
     """(Tile, tiles of dw, programs for each tile, pixels for each program)."""
     OC, C, KH, KW = size
-    OC, flat = OC // groups, C < FLAT_BELOW
     # Two warps have registers for the addresses of 64 columns at most, and none for those of a flat index.
-    table, narrow = SQUARE if flat else gradient_tiles(), flat or wants_k_inner(dtype, precision)
-    tile = tile_for(table, OC, C * KH * KW if flat else C, K, dtype, precision, index, flat, narrow)
-    tiles_n = cdiv(C * KH * KW, tile.N) if flat else KH * KW * cdiv(C, tile.N)
-    tiles = cdiv(OC, tile.M) * tiles_n * groups
-    return tile, tiles, *split_product(tiles, K, tile.K, tile.M * tile.N)
+    narrow = patches.NARROW_N if walk == "flat" or wants_k_inner(dtype, precision) else math.inf
+    (N, taps), family = ((C * KH * KW, 1), "flat gradient") if walk == "flat" else ((C, KH * KW), "gradient")
+    most_taps = 3 if walk == "taps" else 1
+    return gradient_tile(
+        family, OC // groups, N, K, dtype, precision, taps=taps, most_taps=most_taps, repeats=groups, narrow=narrow
+    )  # fmt: skip
 
 
 def masks(size):
@@ -146,15 +281,17 @@ def _weight_grad(
     stride, padding, dilation, groups, pad_mode, with_bias, precision,
 ):  # fmt: skip
     (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
-    K, index = N * OH * OW, index_type(dy, x, dw_ptr)
-    tile, tiles, splits, per_split = _split(K, size, groups, dy.dtype, precision, index)
-    steps, units = in_units(dy.itemsize, *strides(dy), *strides(x))
-    numbers = K, per_split, H, W, OH, OW, *steps, *w_strides, stride_split
-    return (tiles * splits,), numbers, dict(
+    K, index, walk = N * OH * OW, index_type(dy, x, dw_ptr), _walk(dy, y, size, pad_mode)
+    tile, tiles, splits, per_split = _split(K, size, groups, dy.dtype, precision, walk)
+    tile, steps_y = patches.fitted(tile, index, walk == "flat"), strides(dy)
+    if walk == "taps":
+        steps_y[3] = pixel_step(dy)
+    steps, units = in_units(dy.itemsize, *steps_y, *strides(x), *w_strides)
+    return (tiles * splits,), (K, per_split, H, W, OH, OW, *steps, stride_split), dict(
         C=C, OC=OC // groups, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, RELU=y is not None,
-        FLAT=C < FLAT_BELOW, GROUPS=groups, UNITS=units,
+        WALK=walk, TAPS=tile.taps, GROUPS=groups, UNITS=units,
         INDEX=index, **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
@@ -171,14 +308,18 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     N, _, OH, OW = dy.shape
     if N * OH * OW == 0:
         return dw.zero_(), db.zero_()
-    if size[1] >= FLAT_BELOW:
-        dy, x = channels_inner(dy), channels_inner(x)
+    if size[1] >= patches.FLAT_BELOW:
+        dy, x = patches.channels_inner(dy), patches.channels_inner(x)
     if y is not None:
         layout = shapes.memory_format(y)
         dy, y = dy.contiguous(memory_format=layout), y.contiguous(memory_format=layout)
-    size, products = tuple(size), precision()
-    # The number of programs does not depend on the index type, which the buffer of partial sums may change.
-    splits = _split(N * OH * OW, size, groups, dy.dtype, products, tl.int32)[2]
+    size, products = tuple(size), patches.precision()
+    if y is None and patches.is_product(size, stride, padding, groups):
+        a, b = patches.as_matrix(dy), patches.as_matrix(x)
+        half = dy.dtype != torch.float32
+        if half and a is not None and b is not None and product.serves(a.t(), b.t(), dy.dtype, products):
+            return product.weight_grad(a, b, dw, db, with_bias, products)
+    splits = _split(N * OH * OW, size, groups, dy.dtype, products, _walk(dy, y, size, pad_mode))[2]
     partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, groups, pad_mode

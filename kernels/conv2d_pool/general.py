@@ -20,9 +20,9 @@ import triton.language as tl
 from .. import shapes
 from .._common import cdiv, index_type, product_types, round_to, strides
 from ..conv2d.padding import PAD_MODES
-from ..conv2d.patches import FLAT_BELOW, SHORT_K, add_patches, channels_inner, precision, tile_for, tile_of
+from ..conv2d.patches import FLAT_BELOW, SHORT_K, add_patches, channels_inner, fitted, precision, tile_of
 from ..launching import planned
-from ..tiles import POOLED
+from ..tiles import gemm_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -89,7 +89,7 @@ def _forward(
     M, OC, flat = N * QH * QW, OC // groups, C < FLAT_BELOW
     index = index_type(x, w, bias, y)
     K = C * KH * KW if flat else C
-    tile = tile_for(POOLED, M, OC, K, x.dtype, precision, index, C <= SHORT_K, narrow=False)
+    tile = fitted(gemm_tile("pooled", M, OC, K, x.dtype, precision, repeats=groups), index, C <= SHORT_K)
     steps = *strides(x), *strides(w), 0 if bias is None else bias.stride(0), *strides(y)
     return (cdiv(M, tile.M) * cdiv(OC, tile.N) * groups,), (M, H, W, OH, OW, QH, QW, *steps), dict(
         C=C, OC=OC, KH=KH, KW=KW,

@@ -19,7 +19,7 @@ from .._common import INTERPRETED, cdiv, index_type, number_format, power_of_2, 
 from ..launching import planned, remembered
 from ..linear import precision, weight_grad_tile
 from ..reduce import Partials
-from ..tiles import SQUARE, Tile, gemm_tile, split_product
+from ..tiles import Tile, gradient_tile, split_product
 
 # M: rows of a program; N: input features in a step of dx; K: features in a step of a product. Registers hold M rows of
 # two layers, and without matrix units also K columns of both operands, so M and K are small.
@@ -287,7 +287,7 @@ def linear_chain_weight_grad_kernel(
 def _split(M, K, widths, dtype, precision):
     """(Tile, tiles of all layers, programs for each tile, rows for each program)."""
     # Tiles of at most 64 x 64, so that several programs share even a small layer.
-    tile = gemm_tile(SQUARE, min(64, max(widths)), K, M, dtype, precision)
+    tile = gradient_tile("chain gradient", max(widths), K, M, dtype, precision)[0]
     tiles = sum(cdiv(n, tile.M) * cdiv(k, tile.N) for n, k in zip(widths, [K, *widths]))
     return tile, tiles, *split_product(tiles, M, tile.K)
 
