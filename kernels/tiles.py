@@ -246,17 +246,22 @@ def _most_splits(tiles, steps):
     return max(1, min(4 * CARDS[compute_capability()].multiprocessors // max(tiles, 1), steps // 4))
 
 
-def _best_split(family, row, tile, tiles, steps):
-    """(microseconds, splits): by the model, and with the traffic and the launch that add up partial sums."""
+def _best_split(family, row, tile, tiles, steps, operands):
+    """(microseconds, splits): by the model, and with the launch that adds up partial sums and their traffic.
+
+    operands: bytes that are read from device memory in any case.
+    """
     most = _most_splits(tiles, steps)
     if INTERPRETED:
         return 0.0, most
-    # Written and read, in float32.
-    partial = 2 * 4 * tiles * tile.M * tile.N * tile.taps / MEMORY * 1e6
+    # In float32.
+    partial = 4 * tiles * tile.M * tile.N * tile.taps
 
     def time(splits):
-        added = LAUNCH + splits * partial if splits > 1 else 0.0
-        return microseconds(family, row, tile, tiles * splits, cdiv(steps, splits)) + added, splits
+        written = splits * partial if splits > 1 else 0
+        product = microseconds(family, row, tile, tiles * splits, cdiv(steps, splits))
+        adding = LAUNCH + written / MEMORY * 1e6 if splits > 1 else 0.0
+        return max(product, (operands + written) / MEMORY * 1e6) + adding, splits
 
     return min(map(time, range(1, most + 1)))
 
@@ -272,13 +277,16 @@ def gradient_tile(family, M, N, K, dtype, precision, *, taps=1, most_taps=1, rep
     def tiles(t):
         return cdiv(M, t.M) * max(1, cdiv(N, t.N)) * cdiv(taps, t.taps) * repeats
 
+    def best(t):
+        operands = (M + N) * repeats * K * _ITEMSIZES[row]
+        return _best_split(family, row, t, tiles(t), cdiv(K, t.K), operands)
+
     if INTERPRETED:
         tile = interpreted_tile(M, min(N, narrow), K)._replace(taps=min(taps, most_taps))
     else:
         rows = [t for t in _no_wider(candidates(family, row), narrow) if t.taps <= most_taps]
-        tile = min(rows, key=lambda t: _best_split(family, row, t, tiles(t), cdiv(K, t.K))[0])
-    steps = cdiv(K, tile.K)
-    per_split = cdiv(steps, _best_split(family, row, tile, tiles(tile), steps)[1]) * tile.K
+        tile = min(rows, key=lambda t: best(t)[0])
+    per_split = cdiv(cdiv(K, tile.K), best(tile)[1]) * tile.K
     return tile, tiles(tile), cdiv(K, per_split), per_split
 
 

@@ -130,8 +130,8 @@ def _weight_grad_pooled(a):
 
 
 def _product(a):
-    n, k = a.N * a.UNITS[0], a.K
-    return _cdiv(min(a.per_split, k), a.BLOCK_K), [], a.M * n * k
+    n, k = a.N * a.UNITS[4], a.K
+    return _cdiv(min(a.per_split, k), a.BLOCK_K), [], a.IMAGES * a.PIXELS * a.UNITS[0] * n * k
 
 
 def _linear(a):
@@ -231,6 +231,11 @@ def _lenet_pack(a):
     return 0, [], 0, [(0, (end - start) / a.programs) for start, end in itertools.pairwise(starts) if end > start]
 
 
+# The kernels that are one product, whose programs read each block of their operands once from L2.
+PRODUCTS = (
+    "conv2d_forward_kernel", "conv2d_input_grad_kernel", "conv2d_weight_grad_kernel", "product_kernel",
+    "linear_forward_kernel", "linear_weight_grad_kernel",
+)  # fmt: skip
 # By kernel: iterations of the loop with the products (None where several loops have products; these are then among the
 # others), iterations of the other loops from the outermost in, and multiply-adds of the whole launch. Where programs
 # have roles, also the number of loops of each role and its share of the programs. A kernel not listed has no loop.
@@ -284,8 +289,34 @@ def _by_role(instructions, loops, roles):
     return weights
 
 
+# Bytes a second that an H200's L2 delivers to all SMs, which is assumed.
+L2 = 8e12
+
+
+def waves(programs):
+    """How much longer a launch takes because an SM runs a whole number of programs."""
+    return _cdiv(programs, sass.SMS) * sass.SMS / programs
+
+
+def _l2_bytes(kernel, launch, steps):
+    """Bytes that the programs of a product read from L2, each its own operands; 0 of other kernels."""
+    if kernel not in PRODUCTS:
+        return 0
+    itemsize = next(t.element_size() for t in _tensors(launch))
+    rows = launch.BLOCK_M + launch.BLOCK_N * getattr(launch, "TAPS", 1)
+    return launch.programs * steps * rows * launch.BLOCK_K * itemsize
+
+
+def _tensors(launch):
+    arguments = [getattr(value, "base", value) for value in vars(launch).values()]
+    return {t.data_ptr(): t for t in arguments if hasattr(t, "data_ptr") and t.numel()}.values()
+
+
 def bounds(kernel, launch, instructions, format):
-    """Least microseconds by the machine code's instructions, L1 and matrix units, by arithmetic, and by memory."""
+    """Least microseconds by the machine code's instructions, L1 and matrix units, by arithmetic, and by memory.
+
+    Beside them `waves`, and for products l2_us, the time in which L2 delivers their operands.
+    """
     main_turns, other_turns, products, *roles = MODEL.get(kernel, lambda a: (0, [], 0))(launch)
     weights = [1.0] * len(instructions)
     main = sass.main_loop(instructions) if products and main_turns is not None else None
@@ -303,12 +334,12 @@ def bounds(kernel, launch, instructions, format):
     def microseconds(cycles):
         return cycles / sass.SMS / sass.CLOCK * 1e6
 
-    arguments = [getattr(value, "base", value) for value in vars(launch).values()]
-    tensors = {t.data_ptr(): t for t in arguments if hasattr(t, "data_ptr") and t.numel()}
     return {
         **{f"{name}_us": microseconds(cycles * launch.programs) for name, cycles in cost._asdict().items()},
         "arithmetic_us": microseconds(2 * products / rate),
-        "memory_us": sum(t.numel() * t.element_size() for t in tensors.values()) / sass.MEMORY * 1e6,
+        "memory_us": sum(t.numel() * t.element_size() for t in _tensors(launch)) / sass.MEMORY * 1e6,
+        "waves": waves(launch.programs),
+        "l2_us": _l2_bytes(kernel, launch, main_turns) / L2 * 1e6,
         "loops": len(others) + bool(main),
         "unaccounted_loops": max(0, len(others) - len(other_turns)),
     }
