@@ -30,7 +30,8 @@ ALIGNMENT = 16
 ROCM = torch.version.hip is not None
 
 _run = JITFunction.run
-_kept = []
+# The caches of launches, and those of what is computed for them.
+_kept, _chosen = [], []
 
 
 def settle(function):
@@ -89,13 +90,17 @@ def _has_failed(kernel):
 
 def remembered(function):
     """functools.lru_cache for pure functions of sizes and other hashable values."""
-    return functools.lru_cache(MOST_KEPT)(function)
+    cached = functools.lru_cache(MOST_KEPT)(function)
+    _chosen.append(cached)
+    return cached
 
 
 def forget():
-    """Clear the cached launches, as is needed when Triton's driver is replaced."""
+    """Clear the cached launches and choices, as is needed when Triton's driver or the tables of tiles are replaced."""
     for ready in _kept:
         ready.clear()
+    for cached in _chosen:
+        cached.cache_clear()
 
 
 def _unobserved(kernel):

@@ -23,7 +23,8 @@ from .measured_tiles import MEASURED
 class Tile(NamedTuple):
     """The block that one program computes, and its launch options.
 
-    taps: of a weight gradient, how many blocks of columns, one a tap of the filter, share the rows of dy.
+    taps: of a weight gradient, how many products, one a tap of the filter, a program computes. They share a block of
+    dy, or, of all taps of a 3 x 3 filter, three blocks of dy and three of x.
     """
 
     M: int
@@ -40,6 +41,10 @@ class Tile(NamedTuple):
     @property
     def options(self):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
+
+
+# The taps of a 3 x 3 filter.
+ALL_TAPS = 9
 
 
 class Card(NamedTuple):
@@ -123,7 +128,8 @@ HOPPER = {
     "gradient": {
         "half": (
             Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3),
-            Tile(128, 64, 64, 8, 3, 3), Tile(64, 64, 64, 4, 3, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3),
+            Tile(128, 64, 64, 8, 3, 3), Tile(64, 64, 64, 8, 3, ALL_TAPS), Tile(64, 64, 64, 4, 3, 3),
+            Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3),
             Tile(32, 32, 64, 4, 3),
         ),
         "tf32": (Tile(64, 128, 32, 2, 3), Tile(64, 64, 32, 2, 3), Tile(32, 32, 32, 4, 3)),
@@ -167,9 +173,10 @@ def only(family, tile):
         forget()
 
 
-def _operands(row, tile):
+def _operands(row, tile, taps):
     """Bytes of the operands of a step."""
-    return (tile.M + tile.N * tile.taps) * tile.K * _ITEMSIZES[row]
+    rows = 3 * tile.M + 3 * tile.N if tile.taps == ALL_TAPS else tile.M + tile.N * taps
+    return rows * tile.K * _ITEMSIZES[row]
 
 
 def numbers(family, row, tile):
@@ -178,18 +185,23 @@ def numbers(family, row, tile):
     if tuple(tile) in measured:
         return measured[tuple(tile)]
     card, itemsize, columns = CARDS[compute_capability()], _ITEMSIZES[row], tile.N * tile.taps
-    # Operands are written to shared memory once, and every 64 rows read all columns.
-    read = (tile.M * tile.taps + cdiv(tile.M, 64) * columns) * tile.K * itemsize
-    step = max(2 * tile.M * columns * tile.K / card.rates[row], (_operands(row, tile) + read) / SHARED_BYTES)
+    # Operands are written to shared memory once. Four warps compute 64 rows: they read these and all columns, or their
+    # share of the columns where there are more warps than rows.
+    rows = tile.M * max(1, tile.num_warps // 4 * 64 // tile.M) * tile.taps
+    read = (rows + cdiv(tile.M, 64) * columns) * tile.K * itemsize
+    step = max(2 * tile.M * columns * tile.K / card.rates[row], (_operands(row, tile, tile.taps) + read) / SHARED_BYTES)
     # Two programs of a small tile hide each other's latency.
     latency = LATENCY / (2 if tile.M * columns <= 128 * 128 else 1)
     return step / card.gigahertz / 1e3, (latency + tile.M * columns * itemsize / L2_BYTES) / card.gigahertz / 1e3
 
 
-def microseconds(family, row, tile, programs, steps):
-    """The model's time of a launch, which is at least that of reading its operands from L2."""
+def microseconds(family, row, tile, programs, steps, taps=1):
+    """The model's time of a launch, which is at least that of reading its operands from L2.
+
+    taps: of a weight gradient, how many a program has on average.
+    """
     card, (step, fixed) = CARDS[compute_capability()], numbers(family, row, tile)
-    l2 = programs * steps * _operands(row, tile) / L2_BYTES / card.multiprocessors / card.gigahertz / 1e3
+    l2 = programs * steps * _operands(row, tile, taps) / L2_BYTES / card.multiprocessors / card.gigahertz / 1e3
     return max(cdiv(programs, card.multiprocessors) * (steps * step + fixed), l2)
 
 
@@ -246,10 +258,10 @@ def _most_splits(tiles, steps):
     return max(1, min(4 * CARDS[compute_capability()].multiprocessors // max(tiles, 1), steps // 4))
 
 
-def _best_split(family, row, tile, tiles, steps, operands):
+def _best_split(family, row, tile, tiles, steps, taps, operands):
     """(microseconds, splits): by the model, and with the launch that adds up partial sums and their traffic.
 
-    operands: bytes that are read from device memory in any case.
+    taps: as in `microseconds`. operands: bytes that are read from device memory in any case.
     """
     most = _most_splits(tiles, steps)
     if INTERPRETED:
@@ -259,35 +271,41 @@ def _best_split(family, row, tile, tiles, steps, operands):
 
     def time(splits):
         written = splits * partial if splits > 1 else 0
-        product = microseconds(family, row, tile, tiles * splits, cdiv(steps, splits))
+        product = microseconds(family, row, tile, tiles * splits, cdiv(steps, splits), taps)
         adding = LAUNCH + written / MEMORY * 1e6 if splits > 1 else 0.0
         return max(product, (operands + written) / MEMORY * 1e6) + adding, splits
 
     return min(map(time, range(1, most + 1)))
 
 
-def gradient_tile(family, M, N, K, dtype, precision, *, taps=1, most_taps=1, repeats=1, narrow=math.inf):
+def gradient_tile(
+    family, M, N, K, dtype, precision, *, taps=1, most_taps=1, padded=None, repeats=1, narrow=math.inf
+):  # fmt: skip
     """(Tile, tiles, programs that share a tile's sum, products of each but the last) of a weight gradient.
 
     It is the product of (M, K) and (K, N) for each of `taps` and `repeats`, of which a program computes at most
-    `most_taps` and `narrow` columns. No share is empty, and one is a whole number of blocks.
+    `most_taps` and `narrow` columns, or all taps in a sum of `padded` products unless that is None. No share is empty,
+    and one is a whole number of blocks.
     """
     row = number_format(dtype, precision)
 
     def tiles(t):
         return cdiv(M, t.M) * max(1, cdiv(N, t.N)) * cdiv(taps, t.taps) * repeats
 
+    def length(t):
+        return padded if t.taps > most_taps else K
+
     def best(t):
         operands = (M + N) * repeats * K * _ITEMSIZES[row]
-        return _best_split(family, row, t, tiles(t), cdiv(K, t.K), operands)
+        return _best_split(family, row, t, tiles(t), cdiv(length(t), t.K), taps / cdiv(taps, t.taps), operands)
 
     if INTERPRETED:
-        tile = interpreted_tile(M, min(N, narrow), K)._replace(taps=min(taps, most_taps))
+        tile = interpreted_tile(M, min(N, narrow), K)._replace(taps=taps if padded else min(taps, most_taps))
     else:
-        rows = [t for t in _no_wider(candidates(family, row), narrow) if t.taps <= most_taps]
-        tile = min(rows, key=lambda t: best(t)[0])
-    per_split = cdiv(cdiv(K, tile.K), best(tile)[1]) * tile.K
-    return tile, tiles(tile), cdiv(K, per_split), per_split
+        rows = _no_wider(candidates(family, row), narrow)
+        tile = min((t for t in rows if t.taps <= most_taps or padded and t.taps == taps), key=lambda t: best(t)[0])
+    per_split = cdiv(cdiv(length(tile), tile.K), best(tile)[1]) * tile.K
+    return tile, tiles(tile), cdiv(length(tile), per_split), per_split
 
 
 # Programs with a 128 x 128 tile that an H100 or H200 runs at once.

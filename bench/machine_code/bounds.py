@@ -303,8 +303,12 @@ def _l2_bytes(kernel, launch, steps):
     if kernel not in PRODUCTS:
         return 0
     itemsize = next(t.element_size() for t in _tensors(launch))
-    rows = launch.BLOCK_M + launch.BLOCK_N * getattr(launch, "TAPS", 1)
-    return launch.programs * steps * rows * launch.BLOCK_K * itemsize
+    taps, rows, columns = getattr(launch, "TAPS", 1), launch.BLOCK_M, launch.BLOCK_N
+    if getattr(launch, "WALK", "") == "whole":
+        rows, columns = rows * launch.KH, columns * launch.KW
+    elif taps > 1:  # the last program of a filter has fewer
+        columns *= launch.KH * launch.KW / _cdiv(launch.KH * launch.KW, taps)
+    return launch.programs * steps * (rows + columns) * launch.BLOCK_K * itemsize
 
 
 def _tensors(launch):
@@ -329,7 +333,9 @@ def bounds(kernel, launch, instructions, format):
     for (first, last), n in turns:
         weights[first : last + 1] = [w * n for w in weights[first : last + 1]]
     rate = sass.RATES[format]
-    cost = sass.cost(instructions, weights, launch.num_warps, rate)
+    # A pipelined loop copies the first blocks before it and nothing in as many of its last iterations.
+    copied = [i for i in range(len(instructions)) if main and not main[0] <= i <= main[1]]
+    cost = sass.cost(instructions, weights, launch.num_warps, rate, set(copied))
 
     def microseconds(cycles):
         return cycles / sass.SMS / sass.CLOCK * 1e6

@@ -175,12 +175,17 @@ class Cost(NamedTuple):
     matrix: float
 
 
-def cost(instructions, weights, num_warps, rate):
-    """The Cost of a program that runs instruction i `weights[i]` times, with products at `rate` operations a cycle."""
+def cost(instructions, weights, num_warps, rate, uncounted=()):
+    """The Cost of a program that runs instruction i `weights[i]` times, with products at `rate` operations a cycle.
+
+    uncounted: positions at which copies to shared memory do not count as bytes.
+    """
     issue = l1 = matrix = 0.0
-    for instruction, weight in zip(instructions, weights):
+    for position, (instruction, weight) in enumerate(zip(instructions, weights)):
         head = instruction.opcode.split(".")[0]
         issue += weight * num_warps / 4
+        if head == "LDGSTS" and position in uncounted:
+            continue
         if head in ("LDG", "STG", "LDS", "STS", "LDGSTS", "STSM", "LDSM"):
             # A warp's threads at four bytes each fill the 128 bytes of a cycle.
             l1 += weight * num_warps * _lane_bytes(instruction.opcode) / 4

@@ -23,79 +23,129 @@ from . import patches
 from .padding import PAD_MODES, source
 from .patches import in_elements
 
+# How many taps may share a block of dy; and the filters whose taps may all be computed by one program.
+MOST_SHARED, WHOLE = 3, (3, 3)
 # The most columns, C * KH * KW, of a convolution whose weight gradient masks dy itself: too few rows for wgmma.
 ONE_TILE = 32
 
 
 @triton.jit
-def tap_rows(x_rows, ih, iw, mask, tap, H, W, stride_xh, stride_xw, KW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-):  # fmt: skip
-    """(Pointers to the pixels that a tap reads for output pixels at (ih, iw), whether they are in the image)."""
-    dh, dw = tap // KW * DH - PH, tap % KW * DW - PW
-    # Unsigned comparisons find both ends at once.
-    mask &= (ih + dh).to(tl.uint32) < tl.cast(H, tl.uint32)
-    inside = mask & ((iw + dw).to(tl.uint32) < tl.cast(W, tl.uint32))
-    return x_rows + (dh * stride_xh + dw * stride_xw), inside[:, None]
+def advance(n, h, w, step_n, step_h, step_w, end_h, end_w, stride_h: tl.constexpr):
+    """The position (n, h, w) a block of pixels further; h and w are multiples of the strides and below their ends."""
+    w += step_w
+    carry = w >= end_w
+    w = tl.where(carry, w - end_w, w)
+    h += tl.where(carry, step_h + stride_h, step_h)
+    carry = h >= end_h
+    h = tl.where(carry, h - end_h, h)
+    return n + tl.where(carry, step_n + 1, step_n), h, w
 
 
 @triton.jit
-def add_taps_of_dy(
-    dy_ptr, x_ptr, offs_m, c, tap, first, last, H, W, OH, OW,
+def within(i, size, mask):
+    """mask and 0 <= i < size: an unsigned comparison finds both ends at once."""
+    return mask & (i.to(tl.uint32) < tl.cast(size, tl.uint32))
+
+
+@triton.jit
+def some_taps(
+    dy_ptr, x_ptr, tap, first, last, H, W, OH, OW,
     stride_yp, stride_xn, stride_xh, stride_xw,
-    C: tl.constexpr, OC: tl.constexpr, KW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     SUM: tl.constexpr, TAPS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The products of dy and x over the pixels `first` to `last` for `tap` and, of TAPS <= 3, the taps that follow it.
+    """The products of dy and x over the pixels `first` to `last`, one for each of TAPS taps from `tap` on.
 
-    A block of dy is loaded once for all of them. The position of a pixel is counted up from one block to the next,
-    because divisions would take longer than the products. With SUM the last result is the sum of dy, in each of 16
-    columns, from one more product, with ones: dy itself must have no use but in products, see bench/machine_code.
+    dy_ptr and x_ptr point at the first pixel, for each row and column of the product. A block of dy is loaded once for
+    all taps. The position of a pixel is counted up from one block to the next, because divisions would take longer than
+    the products. With SUM the last result is the sum of dy, in each of 16 columns, from one more product, with ones: an
+    operand in shared memory must have no use but in products, see bench/machine_code/ttgir.py.
     """
     offs_k = first + tl.arange(0, BLOCK_K).to(INDEX)
     n = offs_k // OW // OH
     ih = (offs_k // OW % OH).to(tl.int32) * SH
     iw = (offs_k % OW).to(tl.int32) * SW
     step_n, step_h, step_w = BLOCK_K // OW // OH, BLOCK_K // OW % OH * SH, BLOCK_K % OW * SW
-    y_ptrs = dy_ptr + (offs_m % OC)[:, None] + (offs_k * stride_yp)[None, :]
-    x_ptrs = x_ptr + (c % C)[None, :]
+    y_ptrs = dy_ptr + (offs_k * stride_yp)[None, :]
 
-    acc0 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    acc1, acc2, acc_b = acc0, acc0, tl.zeros((BLOCK_M, 16), ACC)
-    ones = tl.full((BLOCK_K, 16), 1.0, OPERAND)
+    accs = ()
+    for _ in tl.static_range(TAPS):
+        accs += (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
+    acc_b, ones = tl.zeros((BLOCK_M, 16), ACC), tl.full((BLOCK_K, 16), 1.0, OPERAND)
     # Otherwise triton 3.6.0 waits for each product before the next; no share of a split product is empty.
     tl.assume(first < last)
     for _ in range(first, last, BLOCK_K):
         mask = offs_k < last
-        x_rows = x_ptrs + (n * stride_xn + ih.to(INDEX) * stride_xh + iw.to(INDEX) * stride_xw)[:, None]
-        ptrs, inside = tap_rows(x_rows, ih, iw, mask, tap, H, W, stride_xh, stride_xw, KW, PH, PW, DH, DW)
+        x_rows = (n * stride_xn + ih.to(INDEX) * stride_xh + iw.to(INDEX) * stride_xw)[:, None]
         dy = tl.load(y_ptrs, mask=mask[None, :], other=0.0).to(OPERAND)
-        x = tl.load(ptrs, mask=inside, other=0.0).to(OPERAND)
-        acc0 = tl.dot(dy, x, acc0, input_precision=PRECISION, out_dtype=ACC)
-        if TAPS > 1:
-            ptrs, inside = tap_rows(x_rows, ih, iw, mask, tap + 1, H, W, stride_xh, stride_xw, KW, PH, PW, DH, DW)
-            x1 = tl.load(ptrs, mask=inside, other=0.0).to(OPERAND)
-            acc1 = tl.dot(dy, x1, acc1, input_precision=PRECISION, out_dtype=ACC)
-        if TAPS > 2:
-            ptrs, inside = tap_rows(x_rows, ih, iw, mask, tap + 2, H, W, stride_xh, stride_xw, KW, PH, PW, DH, DW)
-            x2 = tl.load(ptrs, mask=inside, other=0.0).to(OPERAND)
-            acc2 = tl.dot(dy, x2, acc2, input_precision=PRECISION, out_dtype=ACC)
+        sums = ()
+        for t in tl.static_range(TAPS):
+            dh, dw = (tap + t) // KW * DH - PH, (tap + t) % KW * DW - PW
+            inside = within(iw + dw, W, within(ih + dh, H, mask & (tap + t < KH * KW)))
+            x_ptrs = x_ptr + (dh * stride_xh + dw * stride_xw) + x_rows
+            x = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(OPERAND)
+            sums += (tl.dot(dy, x, accs[t], input_precision=PRECISION, out_dtype=ACC),)
+        accs = sums
         if SUM:
             acc_b = tl.dot(dy, ones, acc_b, input_precision=PRECISION, out_dtype=ACC)
-
         offs_k += BLOCK_K
         y_ptrs += BLOCK_K * stride_yp
-        iw += step_w
-        carry = iw >= OW * SW
-        iw = tl.where(carry, iw - OW * SW, iw)
-        ih += tl.where(carry, step_h + SH, step_h)
-        carry = ih >= OH * SH
-        ih = tl.where(carry, ih - OH * SH, ih)
-        n += tl.where(carry, step_n + 1, step_n)
-    return acc0, acc1, acc2, acc_b
+        n, ih, iw = advance(n, ih, iw, step_n, step_h, step_w, OH * SH, OW * SW, SH)
+    return accs, acc_b
+
+
+@triton.jit
+def all_taps(
+    dy_ptr, x_ptr, first, last, H, W, OH, OW,
+    stride_yn, stride_yh, stride_yw, stride_xn, stride_xh, stride_xw,
+    KH: tl.constexpr, KW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    SUM: tl.constexpr,
+    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As some_taps, for all taps of a filter with stride 1, whose KH * KW products need KH + KW blocks of operands.
+
+    The sum is over the rows of the padded image: of row i, tap (kh, kw) multiplies row i - kh * DH of dy and pixels of
+    row i - PH of x, shifted by kw. Each block of dy serves KW products, and each block of x serves KH.
+    """
+    rows = OH + (KH - 1) * DH
+    offs_k = first + tl.arange(0, BLOCK_K).to(INDEX)
+    n = offs_k // OW // rows
+    i = (offs_k // OW % rows).to(tl.int32)
+    ow = (offs_k % OW).to(tl.int32)
+    step_n, step_h, step_w = BLOCK_K // OW // rows, BLOCK_K // OW % rows, BLOCK_K % OW
+
+    accs = ()
+    for _ in tl.static_range(KH * KW):
+        accs += (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
+    acc_b, ones = tl.zeros((BLOCK_M, 16), ACC), tl.full((BLOCK_K, 16), 1.0, OPERAND)
+    tl.assume(first < last)
+    for _ in range(first, last, BLOCK_K):
+        mask = offs_k < last
+        y_offs = n * stride_yn + i.to(INDEX) * stride_yh + ow.to(INDEX) * stride_yw
+        x_offs = n * stride_xn + (i - PH).to(INDEX) * stride_xh + (ow - PW).to(INDEX) * stride_xw
+        in_x = within(i - PH, H, mask)
+        xs, sums = (), ()
+        for kw in tl.static_range(KW):
+            x_ptrs = x_ptr + kw * DW * stride_xw + x_offs[:, None]
+            x = tl.load(x_ptrs, mask=within(ow + (kw * DW - PW), W, in_x)[:, None], other=0.0)
+            xs += (x.to(OPERAND),)
+        for kh in tl.static_range(KH):
+            y_ptrs = dy_ptr - kh * DH * stride_yh + y_offs[None, :]
+            dy = tl.load(y_ptrs, mask=within(i - kh * DH, OH, mask)[None, :], other=0.0).to(OPERAND)
+            for kw in tl.static_range(KW):
+                acc = accs[kh * KW + kw]
+                sums += (tl.dot(dy, xs[kw], acc, input_precision=PRECISION, out_dtype=ACC),)
+            if SUM and kh == 0:
+                acc_b = tl.dot(dy, ones, acc_b, input_precision=PRECISION, out_dtype=ACC)
+        accs = sums
+        offs_k += BLOCK_K
+        n, i, ow = advance(n, i, ow, step_n, step_h, step_w, rows, OW, 1)
+    return accs, acc_b
 
 
 @triton.jit
@@ -132,31 +182,25 @@ def add_gathered(
 
 @triton.jit
 def sum_of_dy(
-    dy_ptr, y_ptr, y_rows, mask_m, first, last, OH, OW, stride_yn, stride_yh, stride_yw,
+    dy_ptr, y_ptr, y_rows, mask_m, first, last, rows, OH, OW, stride_yn, stride_yh, stride_yw,
     RELU: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sum of dy over the pixels `first` to `last`, in a loop of its own.
+    """The sum of dy over the pixels `first` to `last` of images with so many rows, of which dy has OH.
 
     In the loop of the products it would stall the matrix unit, and tf32 has too few bits for a product with ones.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K).to(INDEX)
-        k_offs = k // OW // OH * stride_yn + k // OW % OH * stride_yh + k % OW * stride_yw
-        y_offs = y_rows[:, None] + k_offs[None, :]
-        mask = mask_m[:, None] & (k < last)[None, :]
+        oh = k // OW % rows
+        y_offs = y_rows[:, None] + (k // OW // rows * stride_yn + oh * stride_yh + k % OW * stride_yw)[None, :]
+        mask = mask_m[:, None] & ((k < last) & (oh < OH))[None, :]
         dy = tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)
         if RELU:
             y = tl.load(y_ptr + y_offs, mask=mask, other=0.0)
             dy = tl.where(y.to(ACC) <= 0, 0.0, dy)
         acc += dy
     return tl.sum(acc, axis=1)
-
-
-@triton.jit
-def store_tap(dw_ptr, offs, acc, tap, mask, stride_wh, stride_ww, KH: tl.constexpr, KW: tl.constexpr):
-    ptrs = dw_ptr + offs + (tap // KW * stride_wh + tap % KW * stride_ww)
-    tl.store(ptrs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask & (tap < KH * KW))
 
 
 @triton.jit(do_not_specialize=["K", "per_split"])
@@ -208,17 +252,23 @@ def conv2d_weight_grad_kernel(
     w_offs = (offs_m * stride_wo)[:, None] + c[None, :] * stride_wc
     mask_w = mask_m[:, None] & mask_n[None, :]
 
-    SUM: tl.constexpr = HAS_BIAS and WALK == "taps" and OPERAND.primitive_bitwidth == 16
-    if WALK == "taps":
-        acc0, acc1, acc2, acc_b = add_taps_of_dy(
-            dy_ptr, x_ptr, offs_m, c, tap, first, last, H, W, OH, OW, stride_yw, stride_xn, stride_xh, stride_xw,
-            C, OC, KW, SH, SW, PH, PW, DH, DW, SUM, TAPS, INDEX, OPERAND, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        store_tap(dw_ptr, w_offs, acc0, tap, mask_w, stride_wh, stride_ww, KH, KW)
-        if TAPS > 1:
-            store_tap(dw_ptr, w_offs, acc1, tap + 1, mask_w, stride_wh, stride_ww, KH, KW)
-        if TAPS > 2:
-            store_tap(dw_ptr, w_offs, acc2, tap + 2, mask_w, stride_wh, stride_ww, KH, KW)
+    SUM: tl.constexpr = HAS_BIAS and (WALK == "taps" or WALK == "whole") and OPERAND.primitive_bitwidth == 16
+    if WALK == "taps" or WALK == "whole":
+        y_ptrs, x_ptrs = dy_ptr + (offs_m % OC)[:, None], x_ptr + (c % C)[None, :]
+        if WALK == "taps":
+            accs, acc_b = some_taps(
+                y_ptrs, x_ptrs, tap, first, last, H, W, OH, OW, stride_yw, stride_xn, stride_xh, stride_xw,
+                KH, KW, SH, SW, PH, PW, DH, DW, SUM, TAPS, INDEX, OPERAND, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            accs, acc_b = all_taps(
+                y_ptrs, x_ptrs, first, last, H, W, OH, OW,
+                stride_yn, stride_yh, stride_yw, stride_xn, stride_xh, stride_xw,
+                KH, KW, PH, PW, DH, DW, SUM, INDEX, OPERAND, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        for t in tl.static_range(TAPS):
+            ptrs = dw_ptr + w_offs + ((tap + t) // KW * stride_wh + (tap + t) % KW * stride_ww)
+            tl.store(ptrs, round_to(accs[t], dw_ptr.dtype.element_ty), mask=mask_w & (tap + t < KH * KW))
         if SUM:
             db = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, acc_b, 0.0), axis=1)
             tl.store(db_ptr + offs_m, round_to(db, db_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
@@ -235,7 +285,8 @@ def conv2d_weight_grad_kernel(
     if HAS_BIAS and not SUM:
         if pid_n == 0:
             db = sum_of_dy(
-                dy_ptr, y_ptr, offs_m * stride_yc, mask_m, first, last, OH, OW, stride_yn, stride_yh, stride_yw,
+                dy_ptr, y_ptr, offs_m * stride_yc, mask_m, first, last,
+                OH + (KH - 1) * DH if WALK == "whole" else OH, OH, OW, stride_yn, stride_yh, stride_yw,
                 RELU, INDEX, ACC, BLOCK_M, BLOCK_K,
             )  # fmt: skip
             tl.store(db_ptr + offs_m, round_to(db, db_ptr.dtype.element_ty), mask=mask_m)
@@ -251,16 +302,21 @@ def _walk(dy, y, size, pad_mode):
 
 
 @cached_for_architecture
-def _split(K, size, groups, dtype, precision, walk):
-    """(Tile, tiles of dw, programs for each tile, pixels for each program)."""
-    OC, C, KH, KW = size
+def _split(dy_size, size, geometry, dtype, precision, walk):
+    """(Walk, pixels of the sum, Tile, tiles of dw, programs for each tile, pixels for each program)."""
+    (images, _, OH, OW), (OC, C, KH, KW) = dy_size, size
+    stride, _, dilation, groups = geometry
     # Two warps have registers for the addresses of 64 columns at most, and none for those of a flat index.
     narrow = patches.NARROW_N if walk == "flat" or wants_k_inner(dtype, precision) else math.inf
     (N, taps), family = ((C * KH * KW, 1), "flat gradient") if walk == "flat" else ((C, KH * KW), "gradient")
-    most_taps = 3 if walk == "taps" else 1
-    return gradient_tile(
-        family, OC // groups, N, K, dtype, precision, taps=taps, most_taps=most_taps, repeats=groups, narrow=narrow
+    K, padded = images * OH * OW, images * (OH + (KH - 1) * dilation[0]) * OW
+    found = gradient_tile(
+        family, OC // groups, N, K, dtype, precision, taps=taps, most_taps=MOST_SHARED if walk == "taps" else 1,
+        padded=padded if walk == "taps" and (KH, KW) == WHOLE and stride == (1, 1) else None,
+        repeats=groups, narrow=narrow,
     )  # fmt: skip
+    whole = found[0].taps > MOST_SHARED
+    return "whole" if whole else walk, padded if whole else K, *found
 
 
 def masks(size):
@@ -280,9 +336,11 @@ def _weight_grad(
     dy, y, x, dw_ptr, db_ptr, size, w_strides, stride_split,
     stride, padding, dilation, groups, pad_mode, with_bias, precision,
 ):  # fmt: skip
-    (N, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
-    K, index, walk = N * OH * OW, index_type(dy, x, dw_ptr), _walk(dy, y, size, pad_mode)
-    tile, tiles, splits, per_split = _split(K, size, groups, dy.dtype, precision, walk)
+    (_, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
+    geometry, index = (stride, padding, dilation, groups), index_type(dy, x, dw_ptr)
+    walk, K, tile, tiles, splits, per_split = _split(
+        dy.shape, size, geometry, dy.dtype, precision, _walk(dy, y, size, pad_mode)
+    )  # fmt: skip
     tile, steps_y = patches.fitted(tile, index, walk == "flat"), strides(dy)
     if walk == "taps":
         steps_y[3] = pixel_step(dy)
@@ -319,7 +377,8 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         half = dy.dtype != torch.float32
         if half and a is not None and b is not None and product.serves(a.t(), b.t(), dy.dtype, products):
             return product.weight_grad(a, b, dw, db, with_bias, products)
-    splits = _split(N * OH * OW, size, groups, dy.dtype, products, _walk(dy, y, size, pad_mode))[2]
+    walk = _walk(dy, y, size, pad_mode)
+    splits = _split(dy.shape, size, (stride, padding, dilation, groups), dy.dtype, products, walk)[4]
     partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, groups, pad_mode
