@@ -102,7 +102,9 @@ TABLES = {
         "fp64": (Tile(32, 16, 16, 4, 2),),
     },
 }
-TABLES["gradient"] = TABLES["flat gradient"] = TABLES["matrices"]
+TABLES["flat gradient"] = TABLES["matrices"]
+# In full float32 the positions of 32 pixels would spill registers.
+TABLES["gradient"] = {**TABLES["matrices"], "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3))}
 # Small tiles, so that several programs share even a small layer.
 TABLES["chain gradient"] = {row: tiles[-2:] for row, tiles in TABLES["matrices"].items()}
 # On sm_90 a tile of 128 x 256 reads 128 bytes of shared memory a cycle at the full rate of the matrix units, one of
@@ -185,10 +187,15 @@ def numbers(family, row, tile):
     if tuple(tile) in measured:
         return measured[tuple(tile)]
     card, itemsize, columns = CARDS[compute_capability()], _ITEMSIZES[row], tile.N * tile.taps
-    # Operands are written to shared memory once. Four warps compute 64 rows: they read these and all columns, or their
-    # share of the columns where there are more warps than rows.
-    rows = tile.M * max(1, tile.num_warps // 4 * 64 // tile.M) * tile.taps
-    read = (rows + cdiv(tile.M, 64) * columns) * tile.K * itemsize
+    # Operands are written to shared memory once, and read from there.
+    if row == "ieee" and compute_capability():
+        # A thread of FMA reads the rows and columns of its share of the tile, which is about a square.
+        read = 2 * math.isqrt(tile.M * columns * 32 * tile.num_warps) * tile.K * itemsize
+    else:
+        # Four warps compute 64 rows: they read these and all columns, or their share of the columns where there are more
+        # warps than rows.
+        rows = tile.M * max(1, tile.num_warps // 4 * 64 // tile.M) * tile.taps
+        read = (rows + cdiv(tile.M, 64) * columns) * tile.K * itemsize
     step = max(2 * tile.M * columns * tile.K / card.rates[row], (_operands(row, tile, tile.taps) + read) / SHARED_BYTES)
     # Two programs of a small tile hide each other's latency.
     latency = LATENCY / (2 if tile.M * columns <= 128 * 128 else 1)

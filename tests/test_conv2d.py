@@ -139,23 +139,22 @@ def test_padding_modes(mode, groups, padding, stride, backend, device):
     )  # fmt: skip
 
 
-def test_every_shipped_tile(device, monkeypatch):
-    """3x3 and 5x5 under every tile of the table, walked flat and by taps: sizes that fill no tile evenly."""
+def test_every_shipped_tile(device):
+    """3x3 and 5x5 by every tile of the tables, walked flat and by taps: sizes that fill no tile evenly."""
     from tritonnet.kernels import tiles
-    from tritonnet.kernels.conv2d import patches
 
-    for name in tiles.TALL:
-        dtype = {"half": torch.float16, "fp64": torch.float64}.get(name, torch.float32)
-        rows = {*tiles.TALL[name], *tiles.SQUARE[name]}
-        # In the interpreter tiles differ by their size alone.
-        for tile in rows if DEVICE != "cpu" else tiles.TALL[name][:1]:
-            for C in (3, 40):
-                for k in (3, 5):
-                    monkeypatch.setattr(patches, "gemm_tile", lambda *_, tile=tile: tile)
-                    x, w = torch.randn(2, C, 9, 11).double(), torch.randn(20, C, k, k).double()
+    # In the interpreter tiles differ by their size alone, and none of the tables is used.
+    some = device == "cpu" and DEVICE == "cpu"
+    for row in ("half", "tf32", "ieee", "fp64"):
+        dtype = {"half": torch.float16, "fp64": torch.float64}.get(row, torch.float32)
+        pairs = [(family, tile) for family in ("patches", "gradient") for tile in tiles.candidates(family, row)]
+        for family, tile in pairs[:1] if some else pairs:
+            for C, k in ((3, 3), (40, 3), (40, 5)):
+                x, w = torch.randn(2, C, 9, 11).double(), torch.randn(20, C, k, k).double()
+                with tiles.only(family, tile):
                     check_linear(
                         lambda x, w: F.conv2d(x, w, padding=1), lambda x, w: TF.conv2d(x, w, padding=1),
-                        (x, w), [C * k * k, 20 * k * k, 2 * 9 * 11], dtype, device, tf32=True,
+                        (x, w), [C * k * k, 20 * k * k, 2 * 9 * 11], dtype, device, tf32=row == "tf32",
                     )  # fmt: skip
 
 

@@ -135,12 +135,14 @@ def _product(a):
 
 
 def _linear(a):
-    return _cdiv(a.K, a.BLOCK_K), [], a.M * a.N * a.K
+    n, k = a.N * a.UNITS[0], a.K * a.UNITS[1]
+    return _cdiv(k, a.BLOCK_K), [], a.M * n * k
 
 
 def _linear_weight_grad(a):
     blocks = _cdiv(min(a.per_split, a.M), a.BLOCK_K)
-    return blocks, [blocks / _cdiv(a.K, a.BLOCK_N)], a.M * a.N * a.K
+    n, k = a.N * a.UNITS[0], a.K * a.UNITS[1]
+    return blocks, [blocks / _cdiv(k, a.BLOCK_N)], a.M * n * k
 
 
 def _chain(a):
