@@ -160,9 +160,12 @@ def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
     )  # fmt: skip
 
 
-def input_grad(dy, w, size, stride, padding, dilation, groups):
-    """dy (N, OC, OH, OW), w (OC, C / groups, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros."""
-    dx = shapes.conv2d_input_grad(dy, w, size)
+def input_grad(dy, w, size, stride, padding, dilation, groups, dx=None):
+    """dy (N, OC, OH, OW), w (OC, C / groups, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros.
+
+    dx is allocated here unless it is given.
+    """
+    dx = shapes.conv2d_input_grad(dy, w, size) if dx is None else dx
     if dx.numel() == 0:
         return dx
     if w.shape[0] // groups >= patches.FLAT_BELOW:
