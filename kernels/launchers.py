@@ -13,8 +13,8 @@ from .conv2d import depthwise as _depthwise
 from .conv2d import forward as _forward
 from .conv2d import input_grad as _input_grad
 from .conv2d import padding as _padding
+from .conv2d import patches as _patches
 from .conv2d import weight_grad as _weight_grad
-from .conv2d.patches import FLAT_BELOW, channels_inner
 from .conv2d_few import convolve as _few_convolve
 from .conv2d_few import cut as _few
 from .conv2d_few import weight_grad as _few_weight_grad
@@ -79,12 +79,12 @@ def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode,
 
 def conv2d_grads(dy, x, w, stride, padding, dilation, groups, pad_mode, with_bias):
     geometry = stride, padding, dilation, groups, pad_mode
-    if dy.stride(1) == 1 or min(w.shape[0] // groups, w.shape[1]) < FLAT_BELOW:
+    if dy.stride(1) == 1 or min(w.shape[0] // groups, w.shape[1]) < _patches.FLAT_BELOW:
         dx = conv2d_input_grad(dy, w, x.shape, *geometry)
         return dx, *conv2d_weight_grad(dy, x, w.shape, *geometry, with_bias)
     # Both kernels want dy's channels contiguous and share a copy. The layouts of the results are those that dy gives.
     dx, *dw_db = shapes.conv2d_grads(dy, x, w, with_bias)
-    dy = channels_inner(dy)
+    dy = _patches.channels_inner(dy)
     conv2d_input_grad(dy, w, x.shape, *geometry, dx)
     _weight_grad.weight_grad(dy, x, w.shape, *geometry, with_bias, grads=dw_db)
     return dx, *dw_db
