@@ -286,15 +286,22 @@ def test_both_gradients_at_once(case, backend, device):
 
 
 @pytest.mark.parametrize("batched", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-def test_both_gradients_under_vmap(batched, backend, device):
+@pytest.mark.parametrize("pooled", [False, True], ids=["conv2d_grads", "conv2d_relu_max_pool2d_grads"])
+def test_both_gradients_under_vmap(pooled, batched, backend, device):
     from tritonnet import ops
 
-    tensors, geometry = grads_case("groups", device)
-    dims = tuple(1 if i in batched else None for i in range(3))
+    (dy, *x_w), geometry = grads_case("groups", device)
+    operator, code, pool = ops.conv2d_grads, (), ()
+    if pooled:
+        operator, pool = ops.conv2d_relu_max_pool2d_grads, ((2, 2), (2, 1), (0, 0))
+        dy, *code = ops.conv2d_relu_max_pool2d(*x_w, None, *geometry, *pool, False)
+    tensors = [dy, *code, *x_w]
+    chosen = {id((dy, *x_w)[i]) for i in batched}
+    dims = tuple(1 if id(t) in chosen else None for t in tensors)
     tensors = [t if dim is None else torch.stack([t, 2 * t, t.flip(0)], dim) for t, dim in zip(tensors, dims)]
 
     def grads(*t):
-        return ops.conv2d_grads(*t, *geometry, True)
+        return operator(*t, *geometry, *pool, True)
 
     each = [grads(*(t if dim is None else t[:, i] for t, dim in zip(tensors, dims))) for i in range(3)]
     for a, b in zip(torch.func.vmap(grads, dims)(*tensors), map(torch.stack, zip(*each)), strict=True):
