@@ -85,9 +85,8 @@ def conv2d_grads(dy, x, w, stride, padding, dilation, groups, pad_mode, with_bia
     # Both kernels want dy's channels contiguous and share a copy. The layouts of the results are those that dy gives.
     dx, *dw_db = shapes.conv2d_grads(dy, x, w, with_bias)
     dy = _patches.channels_inner(dy)
-    conv2d_input_grad(dy, w, x.shape, *geometry, dx)
-    _weight_grad.weight_grad(dy, x, w.shape, *geometry, with_bias, grads=dw_db)
-    return dx, *dw_db
+    dx = conv2d_input_grad(dy, w, x.shape, *geometry, dx)
+    return dx, *_weight_grad.weight_grad(dy, x, w.shape, *geometry, with_bias, grads=dw_db)
 
 
 def conv2d_relu_weight_grad(dy, y, x, size, *geometry_with_bias):
