@@ -13,6 +13,7 @@ from .conv2d import depthwise as _depthwise
 from .conv2d import forward as _forward
 from .conv2d import input_grad as _input_grad
 from .conv2d import padding as _padding
+from .conv2d import patches as _patches
 from .conv2d import weight_grad as _weight_grad
 from .conv2d_few import convolve as _few_convolve
 from .conv2d_few import cut as _few
@@ -49,22 +50,24 @@ def conv2d_relu_max_pool2d(x, w, bias, *geometry):
     return (_pool_patch if form.product else _pool_lanes).forward(form, x, w, bias, *geometry)
 
 
-def _input_grad_of_zeros(dy, w, size, stride, padding, dilation, groups):
-    """The input gradient for padding with zeros."""
+def _input_grad_of_zeros(dy, w, size, stride, padding, dilation, groups, dx=None):
+    """The input gradient for padding with zeros; only the kernel of many channels takes a dx."""
     if _few.serves(dy.dtype, min(w.shape[:2]), padding, dilation, groups, "zeros"):
         return _few_convolve.input_grad(dy, w, size, stride, padding)
-    family = _depthwise if _depthwise.serves(w.shape, groups) else _input_grad
-    return family.input_grad(dy, w, size, stride, padding, dilation, groups)
+    if _depthwise.serves(w.shape, groups):
+        return _depthwise.input_grad(dy, w, size, stride, padding, dilation, groups)
+    return _input_grad.input_grad(dy, w, size, stride, padding, dilation, groups, dx)
 
 
-def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
+def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode, dx=None):
     if pad_mode == "zeros":
-        return _input_grad_of_zeros(dy, w, size, stride, padding, dilation, groups)
+        return _input_grad_of_zeros(dy, w, size, stride, padding, dilation, groups, dx)
     # The gradient of the padded image is that of a convolution without padding; copied pixels add to their source.
     (N, C, H, W), (top, bottom, left, right) = size, padding
     padded = N, C, H + top + bottom, W + left + right
     dp = _input_grad_of_zeros(dy, w, padded, stride, (0, 0, 0, 0), dilation, groups)
-    return _padding.fold_padding(dp, shapes.conv2d_input_grad(dy, w, size), padding, pad_mode)
+    dx = shapes.conv2d_input_grad(dy, w, size) if dx is None else dx
+    return _padding.fold_padding(dp, dx, padding, pad_mode)
 
 
 def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias):
@@ -72,6 +75,18 @@ def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode,
         return _few_weight_grad.weight_grad(dy, x, size, stride, padding, with_bias)
     family = _depthwise if _depthwise.serves(size, groups) else _weight_grad
     return family.weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias)
+
+
+def conv2d_grads(dy, x, w, stride, padding, dilation, groups, pad_mode, with_bias):
+    geometry = stride, padding, dilation, groups, pad_mode
+    if dy.stride(1) == 1 or min(w.shape[0] // groups, w.shape[1]) < _patches.FLAT_BELOW:
+        dx = conv2d_input_grad(dy, w, x.shape, *geometry)
+        return dx, *conv2d_weight_grad(dy, x, w.shape, *geometry, with_bias)
+    # Both kernels want dy's channels contiguous and share a copy. The layouts of the results are those that dy gives.
+    dx, *dw_db = shapes.conv2d_grads(dy, x, w, with_bias)
+    dy = _patches.channels_inner(dy)
+    dx = conv2d_input_grad(dy, w, x.shape, *geometry, dx)
+    return dx, *_weight_grad.weight_grad(dy, x, w.shape, *geometry, with_bias, grads=dw_db)
 
 
 def conv2d_relu_weight_grad(dy, y, x, size, *geometry_with_bias):
@@ -98,6 +113,16 @@ def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, *geometry):
     before = shapes.conv2d_size(x.shape[2:], size[2:], stride, padding, dilation)
     dz = max_pool2d_scatter(dy, code, before, *pool, (1, 1))
     return conv2d_weight_grad(dz, x, size, *geometry[:5], with_bias)
+
+
+def conv2d_relu_max_pool2d_grads(dy, code, x, w, *geometry_with_bias):
+    (*geometry, with_bias), (stride, padding, dilation) = geometry_with_bias, geometry_with_bias[:3]
+    if _pool_chooser.gradients_are_fused(dy, w.shape, *geometry):
+        dx = conv2d_relu_max_pool2d_input_grad(dy, code, w, x.shape, *geometry)
+        return dx, *conv2d_relu_max_pool2d_weight_grad(dy, code, x, w.shape, *geometry_with_bias)
+    before = shapes.conv2d_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    dz = max_pool2d_scatter(dy, code, before, *geometry[5:], (1, 1))
+    return conv2d_grads(dz, x, w, *geometry[:5], with_bias)
 
 
 cross_entropy = _cross_entropy.forward

@@ -62,6 +62,11 @@ def conv2d_weight_grad(dy, x, size, with_bias):
     return _empty(dy, size, dy, x), dy.new_empty(size[0] if with_bias else 0)
 
 
+def conv2d_grads(dy, x, w, with_bias):
+    """The gradients of image, weight and bias."""
+    return conv2d_input_grad(dy, w, x.shape), *conv2d_weight_grad(dy, x, w.shape, with_bias)
+
+
 def max_pool2d_size(size, kernel, stride, padding, dilation, ceil_mode):
     """(OH, OW) of a pooling over an image of `size` (H, W)."""
     return (
@@ -109,6 +114,12 @@ def conv2d_relu_max_pool2d_input_grad(dy, code, w, size):
 def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, with_bias):
     """As in conv2d_weight_grad, with the layout of the code, which is that of the image before pooling."""
     return _empty(dy, size, code, x), dy.new_empty(size[0] if with_bias else 0)
+
+
+def conv2d_relu_max_pool2d_grads(dy, code, x, w, with_bias):
+    """The gradients of image, weight and bias."""
+    dx = conv2d_relu_max_pool2d_input_grad(dy, code, w, x.shape)
+    return dx, *conv2d_relu_max_pool2d_weight_grad(dy, code, x, w.shape, with_bias)
 
 
 def max_pool2d_scatter(dy, code, size):

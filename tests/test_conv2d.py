@@ -4,6 +4,9 @@ In the interpreter the float64, float32 and float16 cases prove the arithmetic; 
 computed in full float32; these same tests prove their hardware paths on a GPU, or as compiled code.
 """
 
+import itertools
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -246,3 +249,91 @@ def test_other_dtypes_are_torchs(backend, device):
     )
     ours = torch.autograd.grad(F.conv2d(z, v).abs().sum(), (z, v))
     torch.testing.assert_close(ours, torch.autograd.grad(TF.conv2d(z, v).abs().sum(), (z, v)))
+
+
+GRADS = {
+    "many channels": ((2, 18, 5, 3), (17, 18, 3, 2), (1, 0), 1, "zeros"),
+    "groups": ((1, 36, 5, 3), (34, 18, 3, 2), (1, 1), 2, "zeros"),
+    "circular": ((1, 18, 3, 4), (17, 18, 3, 3), (1, 2), 1, "circular"),
+    "few channels": ((2, 3, 5, 3), (17, 3, 3, 2), (1, 1), 1, "zeros"),
+    "to few channels": ((2, 18, 5, 3), (3, 18, 3, 2), (1, 1), 1, "zeros"),
+    "depthwise": ((2, 18, 5, 3), (18, 1, 3, 3), (1, 1), 18, "zeros"),
+}
+
+
+def grads_case(case, device):
+    """dy, x, w and the geometry of conv2d_grads, with a stride of 2 along rows."""
+    (N, C, H, W), (OC, _, KH, KW), (PH, PW), groups, mode = GRADS[case]
+    OH, OW = (H + 2 * PH - KH) // 2 + 1, W + 2 * PW - KW + 1
+    sizes = (N, OC, OH, OW), (N, C, H, W), GRADS[case][1]
+    tensors = [torch.randn(size, device=device, dtype=torch.float64) for size in sizes]
+    return tensors, ((2, 1), (PH, PH, PW, PW), (1, 1), groups, mode)
+
+
+@pytest.mark.parametrize("case", GRADS)
+def test_both_gradients_at_once(case, backend, device):
+    """conv2d_grads gives the values and layouts of the two operators, for any layouts of dy, x and w."""
+    from tritonnet import ops
+
+    tensors, geometry = grads_case(case, device)
+    for prepared in (*itertools.product((torch.clone, channels_last), repeat=3), [strided] * 3):
+        dy, x, w = (prepare(t) for prepare, t in zip(prepared, tensors))
+        both = ops.conv2d_grads(dy, x, w, *geometry, True)
+        one = ops.conv2d_input_grad(dy, w, x.shape, *geometry)
+        for a, b in zip(both, (one, *ops.conv2d_weight_grad(dy, x, w.shape, *geometry, True)), strict=True):
+            torch.testing.assert_close(a, b, check_stride=True)
+
+
+@pytest.mark.parametrize("batched", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("pooled", [False, True], ids=["conv2d_grads", "conv2d_relu_max_pool2d_grads"])
+def test_both_gradients_under_vmap(pooled, batched, backend, device):
+    from tritonnet import ops
+
+    (dy, *x_w), geometry = grads_case("groups", device)
+    operator, code, pool = ops.conv2d_grads, (), ()
+    if pooled:
+        operator, pool = ops.conv2d_relu_max_pool2d_grads, ((2, 2), (2, 1), (0, 0))
+        dy, *code = ops.conv2d_relu_max_pool2d(*x_w, None, *geometry, *pool, False)
+    tensors = [dy, *code, *x_w]
+    chosen = {id((dy, *x_w)[i]) for i in batched}
+    dims = tuple(1 if id(t) in chosen else None for t in tensors)
+    tensors = [t if dim is None else torch.stack([t, 2 * t, t.flip(0)], dim) for t, dim in zip(tensors, dims)]
+
+    def grads(*t):
+        return operator(*t, *geometry, *pool, True)
+
+    each = [grads(*(t if dim is None else t[:, i] for t, dim in zip(tensors, dims))) for i in range(3)]
+    for a, b in zip(torch.func.vmap(grads, dims)(*tensors), map(torch.stack, zip(*each)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+STEPS = {
+    "conv2d": lambda x, w, b: F.conv2d(x, w, b),
+    "conv2d_relu": lambda x, w, b: F.conv2d_relu(x, w, b),
+    "conv2d_relu_max_pool2d": lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b),
+}
+
+
+@pytest.mark.parametrize("layer", STEPS)
+def test_copies_of_a_training_step(layer, device, monkeypatch):
+    """In NCHW the gradients share a copy of dy; in channels_last nothing is copied. Results keep their layouts."""
+    copies, contiguous = Counter(), torch.Tensor.contiguous
+
+    def counting(t, **options):
+        result = contiguous(t, **options)
+        if result.data_ptr() != t.data_ptr():
+            copies[names[t.shape]] += 1
+        return result
+
+    for prepare, expected in ((torch.clone, {"x": 2, "w": 2, "dy": 1}), (channels_last, {})):
+        x, w, b = (torch.randn(size, device=device) for size in ((2, 20, 8, 6), (24, 20, 3, 3), (24,)))
+        names = {x.shape: "x", w.shape: "w", (2, 24, 6, 4): "dy"}
+        x, w = prepare(x).half().requires_grad_(), prepare(w).half().requires_grad_()
+        copies.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "contiguous", counting)
+            y = STEPS[layer](x, w, b.half().requires_grad_())
+            dx, dw = torch.autograd.grad(y, (x, w), prepare(torch.ones_like(y)))
+        assert copies == expected
+        assert dx.stride() == x.stride() and dw.stride() == w.stride()
+        assert y.is_contiguous(memory_format=torch.channels_last if expected == {} else torch.contiguous_format)

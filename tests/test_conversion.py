@@ -1,6 +1,7 @@
 """convert and revert on other people's models."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -154,3 +155,116 @@ def test_converted_model_compiles(device):
     x = torch.randn(2, 3, 16, 16, device=device).double()
     with tritonnet.backend("reference"):
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+class Wide(torch.nn.Module):
+    """A stem of few channels, a strided, a 1 x 1 and a depthwise convolution, and relu and pooling between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.strided = torch.nn.Conv2d(16, 18, 3, 2, 1)
+        self.pointwise = torch.nn.Conv2d(18, 20, 1)
+        self.depthwise = torch.nn.Conv2d(20, 20, 3, padding=1, groups=20)
+        self.pool = torch.nn.MaxPool2d(2)
+        self.relu = torch.nn.ReLU()
+        self.fc = torch.nn.Linear(20 * 4, 5)
+
+    def forward(self, x):
+        x = self.relu(self.strided(self.relu(self.stem(x))))
+        return self.fc(self.pool(self.depthwise(self.relu(self.pointwise(x)))).flatten(1))
+
+    def convolutions(self):
+        return self.stem, self.strided, self.pointwise, self.depthwise
+
+
+def is_channels_last(t):
+    """Whether the strides are those of channels_last; is_contiguous does not look at dimensions of size 1."""
+    return t.stride() == torch.empty(t.shape).to(memory_format=torch.channels_last).stride()
+
+
+def step(model, optimizer, x):
+    """The result of the model, and what its convolutions gave."""
+    results = []
+    handles = [conv.register_forward_hook(lambda module, args, y: results.append(y)) for conv in model.convolutions()]
+    y = model(x)
+    optimizer.zero_grad()
+    y.pow(2).sum().backward()
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    return y, results
+
+
+def test_channels_last_trains_as_torch(backend, device):
+    """Three steps on contiguous images: results, gradients, parameters and moments; layouts of all that has one."""
+    theirs = Wide().double()
+    ours = copy.deepcopy(theirs).to(device)
+    optimizers = [torch.optim.Adam(model.parameters()) for model in (ours, theirs)]
+    parameters, addresses = list(ours.parameters()), {name: p.data_ptr() for name, p in ours.named_parameters()}
+    assert tritonnet.convert(ours, channels_last=True) is ours
+    assert all(p is q for p, q in zip(ours.parameters(), parameters, strict=True))
+    moved = {name for name, p in ours.named_parameters() if p.data_ptr() != addresses[name]}
+    assert moved <= {"stem.weight", "strided.weight", "pointwise.weight", "depthwise.weight"}
+    for _ in range(3):
+        x = torch.randn(2, 3, 8, 7).double()
+        y, results = step(ours, optimizers[0], x.to(device))
+        true_y, _ = step(theirs, optimizers[1], x)
+        torch.testing.assert_close(y.cpu(), true_y)
+        assert len(results) == 4 and all(map(is_channels_last, results))
+    for conv in ours.convolutions():
+        moments = optimizers[0].state[conv.weight]
+        for t in (conv.weight, conv.weight.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+            assert is_channels_last(t), conv
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.cpu(), q)
+        torch.testing.assert_close(p.grad.cpu(), q.grad)
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(optimizers[0].state[p][name].cpu(), optimizers[1].state[q][name])
+
+
+def test_channels_last_makes_the_layouts_that_torch_makes():
+    """Those of Module.to, of gradients that exist too, for layers that are ours already; and no others' are changed."""
+    theirs = Wide()
+    ours = tritonnet.convert(copy.deepcopy(theirs))
+    ours.own = Doubled(3, 4, 3)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    tritonnet.convert(ours)
+    assert [p.stride() for p in ours.parameters()][:-2] == [p.stride() for p in theirs.parameters()]
+    tritonnet.convert(ours, channels_last=True)
+    assert ours.own.weight.is_contiguous()
+    theirs.to(memory_format=torch.channels_last)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        assert p.stride() == q.stride() and p.grad.stride() == q.grad.stride()
+        assert torch.equal(p, q) and torch.equal(p.grad, q.grad)
+
+
+def test_channels_last_stays(device):
+    """In copies, pickles, checkpoints both ways, and after revert."""
+    theirs = Wide()
+    ours = tritonnet.convert(copy.deepcopy(theirs), channels_last=True)
+    theirs.load_state_dict(ours.state_dict())
+    assert all(conv.weight.is_contiguous() for conv in theirs.convolutions())
+    ours.load_state_dict({name: t + 1 for name, t in theirs.state_dict().items()})
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), tritonnet.revert(copy.deepcopy(ours))):
+        model.load_state_dict(torch.load(file, weights_only=True))
+        file.seek(0)
+        assert all(is_channels_last(conv.weight) for conv in model.convolutions())
+        for p, q in zip(model.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q + 1)
+    back = tritonnet.revert(ours).to(memory_format=torch.contiguous_format)
+    assert all(conv.weight.is_contiguous() for conv in back.convolutions())
+
+
+def test_channels_last_of_fused_layers_and_of_views(device):
+    """As in torch, `view` raises on a result whose dimensions are not in the order of memory, and reshape copies."""
+    model = tritonnet.convert(torch.nn.Sequential(nn.Conv2dReLUMaxPool2d(3, 16, 3)), channels_last=True).to(device)
+    y = model(torch.randn(2, 3, 8, 8, device=device))
+    assert is_channels_last(y)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        y.view(2, -1)
+    assert y.reshape(2, -1).shape == (2, 144)

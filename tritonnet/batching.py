@@ -106,6 +106,31 @@ def _conv2d_weight_grad(info, dims, dy, x, size, stride, padding, dilation, grou
     return (dw.unflatten(0, (B, size[0])), db.unflatten(0, (B, -1)) if with_bias else db), (0, 0 if with_bias else None)
 
 
+def _size(t, dim):
+    """The size of one element of the batch."""
+    return t.shape if dim is None else t.select(dim, 0).shape
+
+
+@register_batching(ops.conv2d_grads)
+def _conv2d_grads(info, dims, dy, x, w, *geometry_with_bias):
+    (dy_dim, x_dim, w_dim), geometry = dims[:3], geometry_with_bias[:-1]
+    dx, dx_dim = _conv2d_input_grad(info, (dy_dim, w_dim), dy, w, _size(x, x_dim), *geometry)
+    dw_db, dw_db_dims = _conv2d_weight_grad(info, (dy_dim, x_dim), dy, x, _size(w, w_dim), *geometry_with_bias)
+    return (dx, *dw_db), (dx_dim, *dw_db_dims)
+
+
+@register_batching(ops.conv2d_relu_max_pool2d_grads)
+def _conv2d_relu_max_pool2d_grads(info, dims, dy, code, x, w, *geometry_with_bias):
+    (dy_dim, code_dim, x_dim, w_dim), geometry = dims[:4], geometry_with_bias[:-1]
+    dx, dx_dim = _conv2d_relu_max_pool2d_input_grad(
+        info, (dy_dim, code_dim, w_dim), dy, code, w, _size(x, x_dim), *geometry
+    )
+    dw_db, dw_db_dims = _conv2d_relu_max_pool2d_weight_grad(
+        info, (dy_dim, code_dim, x_dim), dy, code, x, _size(w, w_dim), *geometry_with_bias
+    )
+    return (dx, *dw_db), (dx_dim, *dw_db_dims)
+
+
 @register_batching(ops.conv2d_relu_weight_grad)
 def _conv2d_relu_weight_grad(info, dims, dy, y, x, *size_and_rest):
     dy, dim = _relu_grad(info, dims[:2], dy, y)

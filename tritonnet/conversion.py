@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
@@ -53,7 +54,18 @@ def _converted(cls):
     return cls
 
 
-def convert(model: Model) -> Model:
+def _lay_out_channels_last(conv):
+    """Give the filters of a convolution, and gradients that they have, torch's channels_last layout."""
+    for parameter in conv.parameters():
+        if parameter.dim() == 4:
+            # Unlike `contiguous`, `to` also changes the strides of filters with one channel or one pixel. By these
+            # torch tells the layout of the result.
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+            if parameter.grad is not None:
+                parameter.grad.data = parameter.grad.data.to(memory_format=torch.channels_last)
+
+
+def convert(model: Model, channels_last: bool = False) -> Model:
     """Convert every torch.nn layer in `model` that tritonnet has kernels for into tritonnet's layer.
 
     Each module stays the same object: parameters, buffers, hooks, training mode, device, dtype, names and state_dict
@@ -61,8 +73,24 @@ def convert(model: Model) -> Model:
     instance of its class, unless it overrides forward or _conv_forward or has a metaclass. Layers under
     torch.nn.utils.parametrize (convert first) and lazy layers (run them once first) are left unchanged too.
 
+    With `channels_last` the weights of all of tritonnet's convolutions are kept in torch.channels_last. A convolution
+    gives channels_last if its input or its weight has this layout, so that the whole network runs in it, whatever the
+    images have, and no kernel has to copy its images. Values, names, shapes and Parameter objects stay. As after
+    model.to(memory_format=torch.channels_last):
+
+    - `view` raises on results of convolutions whose dimensions are not in the order of memory: use flatten or reshape.
+    - Weights are in new memory. Do it before the optimizer's first step, as state that it has already keeps its layout:
+      torch's optimizers with fused=True compute wrong updates for it, or raise. The same holds for a checkpoint of an
+      optimizer's state in another layout. Do it before DistributedDataParallel, too.
+    - load_state_dict and copies keep the layout; tensors of a state_dict have it.
+
+    Depthwise filters and those of few channels, which are not copied in any layout, are included for the sake of the
+    layers behind them. Networks in which no convolution has 16 channels have no copies to save, and TrainStep trains a
+    LeNet in four launches only if its weights are contiguous.
+
     Args:
         model: torch.nn.Module of any depth, or one layer; changed in place.
+        channels_last: whether to change the layout of the convolutions' weights; False leaves every layout as it is.
 
     Returns:
         model.
@@ -75,11 +103,15 @@ def convert(model: Model) -> Model:
         if not isinstance(module, LazyModuleMixin) and not parametrize.is_parametrized(module):
             cls: Any = type(module)
             module.__class__ = _converted(cls)
+        if channels_last and isinstance(module, nn.Conv2d):
+            _lay_out_channels_last(module)
     return model
 
 
 def revert(model: Model) -> Model:
     """Undo `convert` and `fuse`: make tritonnet's layers in `model` torch.nn's again, and run the forwards as written.
+
+    Weights stay in the layout that they have; model.to(memory_format=torch.contiguous_format) changes it back.
 
     Args, Returns, Raises: as for `convert`.
     """

@@ -44,6 +44,10 @@ conv2d_weight_grad = _operator(
     f"conv2d_weight_grad(Tensor dy, Tensor x, SymInt[] size, {_GEOMETRY}, bool with_bias) -> (Tensor, Tensor)",
     lambda dy, x, size, *geometry_with_bias: shapes.conv2d_weight_grad(dy, x, size, geometry_with_bias[-1]),
 )
+conv2d_grads = _operator(
+    f"conv2d_grads(Tensor dy, Tensor x, Tensor w, {_GEOMETRY}, bool with_bias) -> (Tensor, Tensor, Tensor)",
+    lambda dy, x, w, *geometry_with_bias: shapes.conv2d_grads(dy, x, w, geometry_with_bias[-1]),
+)
 conv2d_relu = _operator(
     f"conv2d_relu(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor",
     lambda x, w, bias, stride, padding, dilation, groups, pad_mode: shapes.conv2d(x, w, stride, padding, dilation),
@@ -70,6 +74,13 @@ conv2d_relu_max_pool2d_weight_grad = _operator(
     "bool with_bias) -> (Tensor, Tensor)",
     lambda dy, code, x, size, *geometry_with_bias: shapes.conv2d_relu_max_pool2d_weight_grad(
         dy, code, x, size, geometry_with_bias[-1]
+    ),
+)
+conv2d_relu_max_pool2d_grads = _operator(
+    f"conv2d_relu_max_pool2d_grads(Tensor dy, Tensor code, Tensor x, Tensor w, {_GEOMETRY}, {_POOL}, bool with_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda dy, code, x, w, *geometry_with_bias: shapes.conv2d_relu_max_pool2d_grads(
+        dy, code, x, w, geometry_with_bias[-1]
     ),
 )
 max_pool2d = _operator(

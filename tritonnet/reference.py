@@ -64,6 +64,11 @@ def conv2d_relu_max_pool2d_weight_grad(dy, code, x, size, *geometry):
     return conv2d_weight_grad(dz, x, size, *geometry[:5], with_bias)
 
 
+def conv2d_relu_max_pool2d_grads(dy, code, x, w, *geometry_with_bias):
+    dx = conv2d_relu_max_pool2d_input_grad(dy, code, w, x.shape, *geometry_with_bias[:-1])
+    return dx, *conv2d_relu_max_pool2d_weight_grad(dy, code, x, w.shape, *geometry_with_bias)
+
+
 def conv2d_input_grad(dy, w, size, stride, padding, dilation, groups, pad_mode):
     plain, (top, bottom, left, right) = _plain(padding, pad_mode), padding
     wide_dy, wide_w = _wide(dy, w)
@@ -91,6 +96,11 @@ def conv2d_weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode,
     dw = conv_grad.conv2d_weight(image, size, wide_dy, stride, plain or 0, dilation, groups)
     db = wide_dy.sum((0, 2, 3)) if with_bias else wide_dy.new_empty(0)
     return dw.to(dy.dtype).contiguous(memory_format=shapes.memory_format(dy, x)), db.to(dy.dtype)
+
+
+def conv2d_grads(dy, x, w, *geometry_with_bias):
+    dx = conv2d_input_grad(dy, w, x.shape, *geometry_with_bias[:-1])
+    return dx, *conv2d_weight_grad(dy, x, w.shape, *geometry_with_bias)
 
 
 def conv2d_relu_weight_grad(dy, y, x, size, *geometry_with_bias):

@@ -135,6 +135,24 @@ def register_autograd(operator, alone=None):
     return decorate
 
 
+def register_decomposition(operator):
+    """Decorator: makes function(*args), which calls other operators, take the operator's place where it is recorded.
+
+    The derivatives of any order are then those of the other operators.
+    """
+
+    def decorate(function):
+        def autograd_kernel(*args):
+            if _are_functorch_transforms_active() or _recorded(args):
+                return function(*args)
+            return below_autograd(operator, *args)
+
+        _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd_kernel, "Autograd")
+        return function
+
+    return decorate
+
+
 def register_batching(operator):
     """Decorator: makes rule(info, dims, *args) -> (results, their dims) the operator's rule for torch.func.vmap."""
 

@@ -160,15 +160,20 @@ def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
     )  # fmt: skip
 
 
-def input_grad(dy, w, size, stride, padding, dilation, groups):
-    """dy (N, OC, OH, OW), w (OC, C / groups, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros."""
-    dx = shapes.conv2d_input_grad(dy, w, size)
+def input_grad(dy, w, size, stride, padding, dilation, groups, dx=None):
+    """dy (N, OC, OH, OW), w (OC, C / groups, KH, KW) -> dx of `size` (N, C, H, W), for padding with zeros.
+
+    dx is allocated here unless it is given.
+    """
+    dx = shapes.conv2d_input_grad(dy, w, size) if dx is None else dx
     if dx.numel() == 0:
         return dx
     if w.shape[0] // groups >= patches.FLAT_BELOW:
-        dy, w = patches.channels_inner(dy), patches.channels_inner(w)
+        dy = patches.channels_inner(dy)
         if wants_k_inner(w.dtype, patches.precision()):
             w = w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+        else:
+            w = patches.channels_inner(w)
     if patches.is_product(w.shape, stride, padding, groups):
         a, b = patches.as_matrix(dy), w[:, :, 0, 0].t()
         if a is not None and product.serves(a, b, dy.dtype, patches.precision()):

@@ -355,12 +355,13 @@ def _weight_grad(
     )  # fmt: skip
 
 
-def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias, y=None):
+def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_bias, y=None, grads=None):
     """dy (N, OC, OH, OW), x (N, C, H, W) -> dw of `size` (OC, C / groups, KH, KW), db (OC), empty without `with_bias`.
 
     y is the result of a relu after the convolution: dy counts only where y > 0. It is for sizes with masks(size).
+    `grads`, dw and db, are allocated here unless they are given.
     """
-    dw, db = shapes.conv2d_weight_grad(dy if y is None else y, x, size, with_bias)
+    dw, db = shapes.conv2d_weight_grad(dy if y is None else y, x, size, with_bias) if grads is None else grads
     if dw.numel() == 0:
         return dw, db
     N, _, OH, OW = dy.shape

@@ -4,7 +4,7 @@ import torch
 
 from .. import ops
 from ..kernels import shapes
-from ..registration import below_autograd, register_autograd
+from ..registration import below_autograd, register_autograd, register_decomposition
 from ._common import save, total
 
 
@@ -33,13 +33,21 @@ def _conv2d_grads(ctx, dy, x, w):
     """The gradients of the arguments of a convolution whose result has the gradient dy."""
     needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
     dx = dw = db = None
-    if needs_x:
+    if needs_x and needs_w:
+        dx, dw, db = ops.conv2d_grads(dy, x, w, *ctx.geometry, needs_bias)
+    elif needs_x:
         dx = ops.conv2d_input_grad(dy, w, x.shape, *ctx.geometry)
-    if needs_w:
+    elif needs_w:
         dw, db = ops.conv2d_weight_grad(dy, x, w.shape, *ctx.geometry, needs_bias)
-    elif needs_bias:
+    if needs_bias and not needs_w:
         db = dy.sum((0, 2, 3))
     return dx, dw, db if needs_bias else None, *(None,) * len(ctx.geometry)
+
+
+@register_decomposition(ops.conv2d_grads)
+def _separate_grads(dy, x, w, *geometry_with_bias):
+    dx = ops.conv2d_input_grad(dy, w, x.shape, *geometry_with_bias[:-1])
+    return dx, *ops.conv2d_weight_grad(dy, x, w.shape, *geometry_with_bias)
 
 
 def _conv2d_tangent(x, w, tx, tw, tbias, size, geometry):
@@ -117,11 +125,15 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         geometry = *ctx.geometry, *ctx.pool
         dx = dw = db = None
-        if needs_x and dy is not None:
+        if dy is None:
+            return (None,) * 12
+        if needs_x and needs_w:
+            dx, dw, db = ops.conv2d_relu_max_pool2d_grads(dy, code, x, w, *geometry, needs_bias)
+        elif needs_x:
             dx = ops.conv2d_relu_max_pool2d_input_grad(dy, code, w, x.shape, *geometry)
-        if needs_w and dy is not None:
+        elif needs_w:
             dw, db = ops.conv2d_relu_max_pool2d_weight_grad(dy, code, x, w.shape, *geometry, needs_bias)
-        elif needs_bias and dy is not None:
+        if needs_bias and not needs_w:
             db = _Pooled.scatter(ctx, dy, code).sum((0, 2, 3))
         return dx, dw, db if needs_bias else None, *(None,) * 9
 
@@ -130,6 +142,12 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
         x, w, code = ctx.saved_tensors
         size = (*code.shape[:2], *ctx.before)
         return _Pooled.gather(ctx, _conv2d_tangent(x, w, tx, tw, tbias, size, ctx.geometry), code), None
+
+
+@register_decomposition(ops.conv2d_relu_max_pool2d_grads)
+def _separate_pooled_grads(dy, code, x, w, *geometry_with_bias):
+    dx = ops.conv2d_relu_max_pool2d_input_grad(dy, code, w, x.shape, *geometry_with_bias[:-1])
+    return dx, *ops.conv2d_relu_max_pool2d_weight_grad(dy, code, x, w.shape, *geometry_with_bias)
 
 
 @register_autograd(ops.conv2d_relu_max_pool2d_input_grad)
