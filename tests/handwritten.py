@@ -3,6 +3,7 @@
 import numpy as np
 import ptx
 import torch
+from ptx.descriptors import TensorMap
 
 TEXT = """
 .version 8.7
@@ -28,9 +29,20 @@ TEXT = """
 
 
 def run(code, *arguments, threads=32, programs=1, shared=4096, **choices):
-    """Runs a program with its arguments in %rd0, %rd1, ... and the thread index in %r0; returns the machine."""
-    params = ",\n".join(f".param .u64 kernel_param_{k}" for k in range(len(arguments)))
-    loads = "\n".join(f"ld.param.b64 %rd{k}, [kernel_param_{k}];" for k in range(len(arguments)))
+    """Runs a program with its arguments in %rd0, %rd1, ... and the thread index in %r0; returns the machine.
+
+    The argument in a register is an address: of a tensor or a tensor map.
+    """
+    params, loads = [], []
+    for k, argument in enumerate(arguments):
+        name = f"kernel_param_{k}"
+        if isinstance(argument, TensorMap):
+            params.append(f".param .align 64 .b8 {name}[128]")
+            loads.append(f"mov.b64 %rd{k}, {name}; cvta.param.u64 %rd{k}, %rd{k};")
+        else:
+            params.append(f".param .u64 {name}")
+            loads.append(f"ld.param.b64 %rd{k}, [{name}];")
+    params, loads = ",\n".join(params), "\n".join(loads)
     text = TEXT.format(params=params, loads=loads, threads=threads, code=code)
     machine = ptx.Emulator("sm_90", **choices)
     machine.run(text, shared, (programs, 1, 1), arguments)

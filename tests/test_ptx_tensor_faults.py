@@ -262,7 +262,7 @@ def test_divergence():
         "@%p1 tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%r10], 64;",
         "@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r10], 48;",
         "mbarrier.arrive.shared::cta.b64 %rd1, [%r16];", "mbarrier.test_wait.parity.shared::cta.b64 %p5, [%r16], 0;",
-        "@%p2 mbarrier.init.shared::cta.b64 [%r16], 2;", "mbarrier.init.shared::cta.b64 [%r16], 1;",
+        "mbarrier.init.shared::cta.b64 [%r16], 1;",
     ],
 )  # fmt: skip
 def test_what_is_not_known(code):

@@ -6,8 +6,8 @@
 
 parse reads the text and flow finds its basic blocks. translate, with values and operations, makes a Python function of
 each block. What instructions do is in arithmetic, formats, warp, matrix, memory, shared, copies, products and operands,
-and for the products of sm_100 in mbarrier, tensor, tensor_products and flight. schedule runs the blocks, and launch
-takes Triton's launches.
+for the products of sm_100 in mbarrier, tensor, tensor_products and flight, and for copies of tensor descriptors' boxes
+in mbarrier, bulk and descriptors. schedule runs the blocks, and launch takes Triton's launches.
 
 An unknown instruction raises; nothing is guessed.
 """

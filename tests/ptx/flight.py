@@ -72,7 +72,7 @@ class Product:
 
 @dataclass(eq=False)
 class Commit:
-    """known: by program and warp. arrived: whether the phase is complete."""
+    """known: by program and warp. phases: those of the mbarrier that it has arrived in, or None."""
 
     products: list
     numbers: object
@@ -80,12 +80,13 @@ class Commit:
     place: int
     known: object
     here: int
-    arrived: bool = False
+    phases: object = None
 
     def among(self, numbers):
         kept = np.isin(self.numbers, numbers)
         products = [part for this in self.products if (part := this.among(numbers))]
-        return replace(self, products=products, numbers=self.numbers[kept])
+        phases = None if self.phases is None else self.phases[kept]
+        return replace(self, products=products, numbers=self.numbers[kept], phases=phases)
 
 
 class Flight:
@@ -136,14 +137,13 @@ class Flight:
 
     def arrive(self, commit):
         self.compute(commit.products)
-        self.batch.tensor.barriers.arrive(commit.place, commit.numbers)
-        commit.arrived = True
-        self.batch.wake()
+        place = np.full(len(commit.numbers), commit.place)
+        commit.phases = self.batch.tensor.barriers.change(place, commit.numbers, commit.here, arrivals=1)
 
     def deliver(self):
         """The oldest pending commit of each program arrives; returns whether there is any."""
         seen = np.zeros(self.programs, bool)
-        for commit in [commit for commit in self.commits if not commit.arrived]:
+        for commit in [commit for commit in self.commits if commit.phases is None]:
             first = ~seen[commit.numbers]
             seen[commit.numbers] = True
             if first.all():
@@ -157,18 +157,18 @@ class Flight:
 
     # What warps know of completion.
 
-    def observed(self, numbers, warps, places):
-        """Warps have seen the mbarriers at these addresses complete a phase: they know of all commits that had arrived
-        there.
+    def observed(self, numbers, warps, places, phases):
+        """Warps have seen that the mbarriers at these addresses have completed this many phases: they know of all
+        commits that had arrived in those.
 
         They know of earlier commits of the same threads as well.
         """
-        at, learned = np.full(self.programs, -1), {}
-        at[numbers] = places
+        (at, seen), learned = np.full((2, self.programs), -1), {}
+        at[numbers], seen[numbers] = places, phases
         for commit in reversed(self.commits):
             rows = learned.setdefault(commit.issuer, np.zeros(self.programs, bool))
-            if commit.arrived:
-                rows[commit.numbers] |= at[commit.numbers] == commit.place
+            if commit.phases is not None:
+                rows[commit.numbers] |= (at[commit.numbers] == commit.place) & (commit.phases < seen[commit.numbers])
             commit.known[np.ix_(commit.numbers[rows[commit.numbers]], np.unique(warps))] = True
         self.retire()
 
@@ -207,17 +207,17 @@ class Flight:
             if kind == WRITE and isinstance(this.a, Region) and this.a.meets(region):
                 self.fault("overwritten", "writes tensor memory that is read by", this, here, flags)
 
-    def judge_shared(self, b, address, offset, size, mask, here):
+    def judge_shared(self, b, address, offset, size, mask, warps, here):
         """Faults if the warps of some threads may not write to shared memory."""
         shared = self.batch.shared
         stride = shared.stride // 16
         cells = (address.value + offset >> 4) + b.row * stride
-        mask = np.broadcast_to(True if mask is None else mask, np.broadcast_shapes(cells.shape, b.warps.shape))
-        for warp in np.unique(b.warps):
+        mask = np.broadcast_to(True if mask is None else mask, np.broadcast_shapes(cells.shape, warps.shape))
+        for warp in np.unique(warps):
             rows = np.zeros(self.programs, bool)
             rows[b.row[:, 0]] = True
             for this, flags in self.unaware(rows, warp):
-                chosen = flags[b.row] & mask & (b.warps == warp)
+                chosen = flags[b.row] & mask & (warps == warp)
                 for read in this.addresses():
                     bad = np.isin(cells, (read.value >> 4) + this.row * stride) & chosen
                     if bad.any():

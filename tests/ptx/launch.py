@@ -16,9 +16,11 @@ from triton.runtime.jit import JITFunction
 
 from bench.machine_code.compile import NoDevice
 
+from .descriptors import UTILS, expanded
+from .faults import Fault
 from .formats import Approximate
 from .memory import Memory
-from .parse import parse
+from .parse import MAP, parse
 from .schedule import Machine
 from .translate import Translated
 
@@ -51,6 +53,8 @@ class AsFarAsPTX(CUDABackend):
 class NoGPU(NoDevice):
     """A driver with one device, whose index is its architecture: Triton caches compiled kernels by device."""
 
+    utils = UTILS
+
     def get_current_device(self):
         return self.target.arch
 
@@ -80,11 +84,11 @@ class Emulator:
         return translate(text, self.worst, self.seed if self.worst else 0)
 
     def run(self, text, shared_bytes, grid, arguments):
-        """Runs a grid of programs of a PTX text. arguments: tensors and numbers, one for each parameter."""
+        """Runs a grid of programs of a PTX text. arguments: tensors, tensor maps and numbers, one a parameter."""
         translated = self.translated(text)
         kernel = translated.kernel
         self.memory.forget_arguments()
-        params = [self.bits(kind, value) for (_, kind), value in zip(kernel.params, arguments, strict=True)]
+        params = [self.bits(kind, value, kernel) for (_, kind), value in zip(kernel.params, arguments, strict=True)]
         copies, products = (
             WHEN[self.rng.integers(2)] if given is None else given for given in (self.copies, self.products)
         )
@@ -98,13 +102,15 @@ class Emulator:
         )  # fmt: skip
         machine.launch(grid, params)
 
-    def bits(self, kind, value):
-        """The bits of an argument as a parameter's type."""
+    def bits(self, kind, value, kernel):
+        """The bits of an argument as a parameter's type; of a tensor map, its address."""
+        if kind == MAP:
+            if complaint := value.complaint():
+                raise Fault(*complaint, kernel.name)
+            kind, value = "u64", self.memory.place_map(value)
         size = int(re.search(r"\d+", kind)[0]) // 8
         if isinstance(value, torch.Tensor):
-            value = (
-                self.memory.argument(value.untyped_storage()) + value.data_ptr() - value.untyped_storage().data_ptr()
-            )
+            value = self.memory.address(value)
         elif kind[0] == "f":
             value = int(np.array(value, f"f{size}").view(f"u{size}"))
         return np.array([[int(value) & (1 << 8 * size) - 1]], f"u{size}")
@@ -131,7 +137,8 @@ def emulate(arch, *, seed=0, copies=None, products=None, apart=None, worst=False
         bound = dict(zip(self.arg_names, args)) | kwargs
         size = grid(bound) if callable(grid) else grid
         size = tuple(int(n) for n in (*size, 1, 1)[:3])
-        arguments = [bound[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+        kinds = {name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"}
+        arguments = expanded([bound[name] for name in kinds], kinds.values(), kernel.metadata)
         text = kernel.asm["ptx"].decode()
         # The kernels that run here need no scratch memory, and so its two pointers are 0.
         emulator.run(text, kernel.metadata.shared, size, [*arguments, 0, 0])

@@ -1,11 +1,13 @@
-"""Barriers in shared memory that products arrive at: mbarrier, and elect.sync, which elects the thread that issues
-them.
+"""Barriers in shared memory that products and bulk copies arrive at: mbarrier, and elect.sync, which elects the thread
+that issues them.
 
-An mbarrier completes a phase at each arrival, as it expects one. A thread waits for the phase of a parity: while that
-phase is the current one the wait fails, and the bundle pauses until some mbarrier completes a phase. Only
-tcgen05.commit arrives here (see flight).
+An mbarrier completes a phase once the arrivals and the bytes that the phase expects are there. A thread waits for the
+phase of a parity: while that phase is the current one the wait fails, and the bundle pauses until some mbarrier
+completes a phase. tcgen05.commit arrives (see flight), and mbarrier.arrive.expect_tx, which also says how many bytes
+bulk copies will bring (see bulk). Threads do not synchronize with each other by arrivals here.
 
-Sources: PTX ISA 9.0, sections "Parallel Synchronization and Communication Instructions: mbarrier" and "elect.sync".
+Sources: PTX ISA 9.0, sections "Parallel Synchronization and Communication Instructions: mbarrier" (with "Tracking
+asynchronous operations by the mbarrier object: Expect-tx operation, Complete-tx operation") and "elect.sync".
 """
 
 import numpy as np
@@ -17,6 +19,8 @@ from .warp import members
 
 U4, U8 = np.uint32, np.uint64
 SIZE = 8
+# Above the counts of arrivals and of bytes.
+LIMIT = 1 << 20
 
 
 class Part:
@@ -28,7 +32,7 @@ class Part:
         self.numbers = self.row[:, 0]
         self.rows = None if len(kept) == len(b.batch.programs) else self.numbers
         self.warps = b.warps[:, thread : thread + 1]
-        self.warp = int(self.warps[0, 0])
+        self.warp, self.tid = int(self.warps[0, 0]), int(b.tid[0, thread])
 
     def of(self, value):
         """A register's value in each program."""
@@ -54,35 +58,81 @@ def single(b, mask, what, here):
     return Part(b, kept, int(threads[0]))
 
 
+def issuers(b, mask):
+    """A Part of a bundle for each thread that executes an instruction, in any program."""
+    chosen = np.broadcast_to(True if mask is None else mask, (1 if mask is None else len(mask), b.threads))
+    for thread in np.flatnonzero(chosen.any(axis=0)):
+        kept = np.flatnonzero(np.broadcast_to(chosen[:, thread], b.program_count))
+        yield Part(b, kept, int(thread))
+
+
 def compact(values):
     """A value for each program as a column; one row if all are the same."""
     return values[:1, None] if (values == values[0]).all() else values[:, None]
 
 
-class Barriers:
-    """Of programs that run together: how many phases the mbarrier at each address has completed; -1 for none."""
+class State:
+    """Of the mbarriers at one address in all programs.
+
+    phases: how many each has completed; -1 where there is none. count: arrivals that each phase expects. arrivals,
+    bytes: those that the current phase still expects; more bytes than expected may come before the thread that says so.
+    """
 
     def __init__(self, programs):
-        self.programs, self.phases = programs, {}
+        self.phases = np.full(programs, -1)
+        self.count, self.arrivals, self.bytes = np.zeros((3, programs), int)
+
+
+class Barriers:
+    """Of programs that run together: the State at each address."""
+
+    def __init__(self, batch):
+        self.batch, self.programs, self.states = batch, len(batch.programs), {}
 
     def of(self, b, place, what, here):
         """The completed phases of the mbarrier at each program's address."""
         result = np.empty(len(place), int)
         for one in np.unique(place):
             chosen = place == one
-            result[chosen] = self.phases[one][b.row[chosen, 0]] if one in self.phases else -1
+            result[chosen] = self.states[one].phases[b.row[chosen, 0]] if one in self.states else -1
         if (result < 0).any():
             row = int(np.flatnonzero(result < 0)[0])
             b.fault("mbarrier", f"{what} of shared memory at {int(place[row])}, which is no mbarrier", here, row)
         return result
 
-    def set(self, place, rows, value):
+    def make(self, place, numbers, count):
         for one in np.unique(place):
-            phases = self.phases.setdefault(one, np.full(self.programs, -1))
-            phases[rows[place == one]] = value
+            state, chosen = self.states.setdefault(one, State(self.programs)), place == one
+            rows = numbers[chosen]
+            state.phases[rows] = state.bytes[rows] = 0
+            state.count[rows] = state.arrivals[rows] = count[chosen]
 
-    def arrive(self, place, rows):
-        self.phases[place][rows] += 1
+    def unmake(self, place, numbers):
+        for one in np.unique(place):
+            self.states[one].phases[numbers[place == one]] = -1
+
+    def change(self, place, numbers, here, arrivals=0, expected=0, brought=0):
+        """Arrivals, expected bytes and brought bytes; returns the index of the phase to which they belong."""
+        phases, added = np.empty(len(numbers), int), np.broadcast_to(expected - brought, len(numbers))
+        for one in np.unique(place):
+            state, chosen = self.states[one], place == one
+            rows = numbers[chosen]
+            phases[chosen] = state.phases[rows]
+            state.arrivals[rows] -= arrivals
+            state.bytes[rows] += added[chosen]
+            last, left = state.arrivals[rows] == 0, state.bytes[rows]
+            self.judge(state.arrivals[rows] < 0, "an arrival that the current phase does not expect", rows, here)
+            self.judge(last & (left < 0) | (abs(left) >= LIMIT), "other bytes than the phase expects", rows, here)
+            complete = rows[last & (left == 0)]
+            state.phases[complete] += 1
+            state.arrivals[complete] = state.count[complete]
+            if len(complete):
+                self.batch.wake()
+        return phases
+
+    def judge(self, wrong, detail, rows, here):
+        if wrong.any():
+            self.batch.fault("mbarrier", detail, here, int(rows[wrong.argmax()]))
 
 
 def log(b, kind, address, here):
@@ -96,8 +146,9 @@ def barrier_init(b, address, offset, count, mask, here):
     part = single(b, mask, "mbarrier.init", here)
     if part is None:
         return
-    if (part.of(count) != 1).any():
-        b.fault("instruction", "an mbarrier that expects several arrivals", here)
+    count = part.of(count).astype(int)
+    if not ((count > 0) & (count < LIMIT)).all():
+        part.fault("instruction", f"an mbarrier that expects {int(count.min())} to {int(count.max())} arrivals", here)
     shared, barriers = b.batch.shared, b.batch.tensor.barriers
     place = part.of(address.value) + offset
     address, _ = shared.checked(part, Address(compact(place)), 0, SIZE, None, here)
@@ -105,7 +156,7 @@ def barrier_init(b, address, offset, count, mask, here):
     shared.write(part, address, 0, SIZE, np.full((1, 1), ~U8(0)), None)
     shared.mark(part, BARRIER, address, 0, SIZE, None, True)
     shared.in_flight += part.program_count
-    barriers.set(place, part.numbers, 0)
+    barriers.make(place, part.numbers, count)
 
 
 def barrier_inval(b, address, offset, mask, here):
@@ -116,11 +167,22 @@ def barrier_inval(b, address, offset, mask, here):
     place = part.of(address.value) + offset
     tensor.barriers.of(part, place, "mbarrier.inval", here)
     tensor.flight.judge_inval(part, place, here)
+    tensor.bulk.judge_inval(part, place, here)
     address = Address(compact(place))
     shared.mark(part, BARRIER, address, 0, SIZE, None, False)
     shared.in_flight -= part.program_count
     log(part, WRITE, address, here)
-    tensor.barriers.set(place, part.numbers, -1)
+    tensor.barriers.unmake(place, part.numbers)
+
+
+def barrier_arrive(b, address, offset, expected, mask, here):
+    """mbarrier.arrive.expect_tx, by any threads."""
+    barriers = b.batch.tensor.barriers
+    for part in issuers(b, mask):
+        place = part.of(address.value) + offset
+        barriers.of(part, place, "mbarrier.arrive", here)
+        log(part, READ, Address(compact(place)), here)
+        barriers.change(place, part.numbers, here, arrivals=1, expected=part.of(expected).astype(int))
 
 
 def barrier_wait(b, address, offset, parity, here):
@@ -138,7 +200,9 @@ def barrier_wait(b, address, offset, parity, here):
     if not complete.all():
         b.waits = here
     if complete.any():
-        tensor.flight.observed(b.row[complete, 0], b.warps, place[complete])
+        seen = b.row[complete, 0], b.warps, place[complete], phases[complete]
+        tensor.flight.observed(*seen)
+        tensor.bulk.observed(*seen)
     return complete[:, None]
 
 
@@ -149,4 +213,4 @@ def elect(b, mask, here):
     return np.full((1, 1), leader), b.lane == leader
 
 
-NAMES = {f.__name__: f for f in (barrier_init, barrier_inval, barrier_wait, elect)}
+NAMES = {f.__name__: f for f in (barrier_init, barrier_inval, barrier_arrive, barrier_wait, elect)}

@@ -15,6 +15,8 @@ BY_SIZE = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex
 SHIFT = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 READ, WRITE = "reads", "writes"
 RANGE = 40
+# The first address of tensor maps, below all storages.
+MAPS = 1 << RANGE - 1
 # Allocations on a GPU start at multiples of this.
 ALIGNED = 512
 
@@ -38,7 +40,7 @@ class Memory:
     """The segments that kernels may touch."""
 
     def __init__(self):
-        self.arguments, self.kept, self.shifts = {}, {}, {}
+        self.arguments, self.kept, self.shifts, self.maps = {}, {}, {}, {}
 
     def argument(self, storage):
         """The address at which a launch's kernel sees a storage."""
@@ -50,13 +52,24 @@ class Memory:
             self.arguments[real] = Segment(start, real, size, storage)
         return self.arguments[real].start
 
+    def address(self, tensor):
+        """The address at which a launch's kernel sees a tensor."""
+        storage = tensor.untyped_storage()
+        return self.argument(storage) + tensor.data_ptr() - storage.data_ptr()
+
+    def place_map(self, tensor_map):
+        """The address at which a launch's kernel sees a tensor map, which it can only copy from."""
+        address = MAPS + len(self.maps) * 128
+        self.maps[address] = tensor_map
+        return address
+
     def keep(self, tensor):
         """Lets kernels access a tensor by its real address while this memory lives; returns the tensor."""
         storage = tensor.untyped_storage()
         self.kept[storage.data_ptr()] = Segment(storage.data_ptr(), storage.data_ptr(), storage.nbytes(), storage)
 
     def forget_arguments(self):
-        self.arguments, self.shifts = {}, {}
+        self.arguments, self.shifts, self.maps = {}, {}, {}
 
     def segments(self):
         return [*self.arguments.values(), *self.kept.values()]

@@ -7,6 +7,7 @@ import re
 
 from . import products
 from .arithmetic import TABLE
+from .parse import MAP
 from .values import NUMBER, SPECIAL, WIDTHS, Value, Values, bits_of
 
 MEMORY_TYPES = {"b8": "u1", "b16": "u2", "b32": "u4", "b64": "u8", "u8": "u1", "s8": "i1", "u16": "u2", "s16": "i2"}
@@ -181,7 +182,7 @@ class Operations(Computing):
     def parameter(self, kinds):
         each = self.instruction
         name, form = each.operands[1][1:-1].strip(), MEMORY_TYPES[kinds[0]]
-        index = next((k for k, (param, _) in enumerate(self.kernel.params) if param == name), None)
+        index = next((k for k, param in enumerate(self.kernel.params) if param[0] == name and param[1] != MAP), None)
         if index is None or len(kinds) != 1:
             raise self.unknown()
         self.put(each.operands[0], form, self.variable(f"b.batch.params[{index}].astype(u{form[1]}).view({form})"))

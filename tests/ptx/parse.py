@@ -16,6 +16,8 @@ GUARD = re.compile(r"@(!?)(%\w+)\s+")
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+.*?(?://\s*(.*))?$")
 # Names that look like registers but cannot be written.
 SPECIAL = re.compile(r"%(tid|ctaid|nctaid|ntid|laneid)\b")
+# The type of a parameter that is a tensor map.
+MAP = "map"
 # Directives that do not affect what a kernel computes.
 SILENT = (".pragma", ".file", ".loc")
 # Opcodes whose first operand is not a destination, except for a few of their forms.
@@ -81,15 +83,12 @@ def operand(text):
 
 
 def registers_of(part):
-    """The registers of an operand: a vector, a pair a|b, an address or a single register."""
+    """The registers of an operand: a vector, a pair a|b, an address, a place in a tensor or a single register."""
     if isinstance(part, tuple):
         return [name for one in part for name in registers_of(one)]
     if "%" not in part:
         return []
-    if part[0] == "[":
-        part = part[1:-1].split("+")[0]
-    names = (name.strip() for name in part.split("|"))
-    return [name for name in names if name[:1] == "%" and not SPECIAL.match(name)]
+    return [name for name in re.findall(r"%\w+", part) if not SPECIAL.match(name)]
 
 
 def effects(instruction):
@@ -112,17 +111,24 @@ def read_and_written(instruction):
     return read, written
 
 
+def parameter(words):
+    """(name, type) of a parameter."""
+    if found := re.fullmatch(r"\.param \.align (?:64|128) \.b8 (\w+)\[128\]", " ".join(words)):
+        return found[1], MAP
+    return words[-1], words[1].lstrip(".")
+
+
 def header(text):
     """(kernel without code, position where its code starts)."""
     entry = ENTRY.search(text)
     if entry is None or len(ENTRY.findall(text)) != 1:
         raise Fault("instruction", "a text without exactly one kernel")
-    params = [part.split() for part in entry[2].split(",") if part.strip()]
+    params = [parameter(part.split()) for part in entry[2].split(",") if part.strip()]
     # How many registers ptxas may use does not affect what a kernel computes.
     threads = re.fullmatch(r"\.reqntid\s+(\d+)(?:,\s*1)*(?:\s*\.maxnreg\s+\d+)?", entry[3].strip())
     if threads is None:
         raise Fault("instruction", f"threads of a program: {entry[3].strip()}", entry[1])
-    kernel = Kernel(entry[1], [(part[-1], part[1].lstrip(".")) for part in params], int(threads[1]))
+    kernel = Kernel(entry[1], params, int(threads[1]))
     for name, size in re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text):
         if size or kernel.symbols:
             raise Fault("instruction", f"shared memory {name} besides the one block of unknown size", kernel.name)

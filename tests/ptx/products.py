@@ -15,7 +15,7 @@ from .copies import Owner
 from .formats import F4, U4
 from .memory import READ, kept_rows
 from .operands import Form, chunks, left_operand, right_operand
-from .shared import COPY, PRODUCT, Access, Address
+from .shared import BULK, COPY, PRODUCT, Access, Address
 from .warp import whole
 
 # The thread index of products in the log of shared memory, which belongs to no warp.
@@ -77,7 +77,7 @@ def product(b, what, a, b_operand, scale, here):
     this = Product(form, registers, names, operands, b.rows, b.row, threads, a, columns, scale[:, :1], here)
     for address in regions(this):
         shared.checked(b, address, 0, 16, None, here)
-        judge_stores(b, address, here)
+        judge_stores(b, address, f"the product {READ}", here)
         touch(b, this, address)
         shared.mark(b, PRODUCT, address, 0, 16, None, True)
     shared.in_flight += len(this.row)
@@ -94,15 +94,20 @@ def touch(b, this, address):
     b.batch.shared.log.append(Access(READ, address, 0, 16, None, this.rows, warps, this.here))
 
 
-def judge_stores(b, address, here):
-    """Faults if stores or copies have written an operand's chunks without a fence.proxy.async since."""
+def judge_stores(b, address, what, here):
+    """Faults if a product or a bulk copy may not touch chunks: those that copies have yet to write, and those that
+    stores or cp.async have written without a fence.proxy.async since.
+    """
     shared = b.batch.shared
     in_flight = shared.in_flight and shared.cells(b, address, 0, 16)
     if in_flight:
         view, words = in_flight
-        undelivered = view.take(words) & U4(0x01010101 * COPY)
+        found = view.take(words)
+        undelivered = found & U4(0x01010101 * COPY)
         if undelivered.any():
             b.fault("undelivered", "a product reads what a copy in flight has yet to write", here, undelivered != 0)
+        for warp in np.unique(b.warps) if (found & U4(0x01010101 * BULK)).any() else ():
+            shared.bulk.judge(READ, b, address, 0, 16, None, np.full((1, 1), warp), here)
     if not shared.unfenced:
         return
     rows = np.arange(shared.programs) if b.rows is None else b.rows
@@ -113,7 +118,7 @@ def judge_stores(b, address, here):
         found = np.isin(mine, cells)
         if found.any():
             place = b.batch.machine.describe(access.here)
-            b.fault("proxy", f"the product reads what {place} has stored, without fence.proxy.async", here, found)
+            b.fault("proxy", f"{what} what {place} has stored, without fence.proxy.async", here, found)
 
 
 def judge_fences(b, form, names, operands, here):

@@ -75,7 +75,9 @@ class Batch:
         self.traffic = Traffic(len(programs)) if warps > 1 else None
         self.copies_late, self.products_late = machine.copies_late, machine.products_late
         self.tensor = Tensor(self, tensor_products.compute) if translated.tensor else None
-        self.shared.flight = self.tensor and self.tensor.flight
+        if self.tensor:
+            self.shared.bulk = self.tensor.bulk
+            self.shared.flight = None if translated.asynchronous else self.tensor.flight
         self.ntid = uniform(kernel.threads, np.uint32)
         self.nctaid = [uniform(n, np.uint32) for n in grid]
         self.threads = kernel.threads
@@ -126,8 +128,10 @@ class Batch:
             b.waits = None
 
     def go_on(self):
-        """All threads wait. Releases complete barriers, or delivers pending commits; faults if there are none."""
-        if not self.release() and not (self.tensor and self.tensor.flight.deliver()):
+        """All threads wait. Releases complete barriers, or delivers pending copies or commits; faults if there are
+        none.
+        """
+        if not self.release() and not (self.tensor and (self.tensor.bulk.deliver() or self.tensor.flight.deliver())):
             self.incomplete()
 
     def settle(self, rows):

@@ -18,7 +18,7 @@ import numpy as np
 
 from .memory import BY_SIZE, READ, SHIFT, WRITE, active, elements, joined, kept_rows
 
-COPY, PRODUCT, BARRIER = 1, 2, 4
+COPY, PRODUCT, BARRIER, BULK, OUT = 1, 2, 4, 8, 16
 I8, U1 = np.int64, np.uint8
 FLAGS = {size: np.dtype(f"u{max(size // 4, 1)}") for size in BY_SIZE}
 # A flag for every word of an access.
@@ -111,8 +111,9 @@ class Shared:
         self.views = {n: data.view(kind) for n, kind in BY_SIZE.items()}
         self.flat = {n: view.reshape(-1) for n, view in self.views.items()}
         self.flags = np.zeros((1, padded // 4), U1)
-        # How many words are flagged; and the products of tcgen05.mma, which some warps may have waited for.
-        self.in_flight, self.flight = 0, None
+        # How many words are flagged; and the products of tcgen05.mma and bulk copies, for which some warps may have
+        # waited.
+        self.in_flight, self.flight, self.bulk = 0, None, None
         self.log, self.unfenced = [], []
 
     # Addresses.
@@ -163,7 +164,7 @@ class Shared:
     def touch(self, b, kind, address, offset, size, mask, warps, here, data=None):
         """Checks and logs an access by an ordinary instruction, or by a copy at its start; data: what it writes."""
         if self.in_flight:
-            self.judge_flags(b, kind, address, offset, size, mask, here)
+            self.judge_flags(b, kind, address, offset, size, mask, warps, here)
         if self.many:
             self.log.append(Access(kind, address, offset, size, mask, b.rows, warps, here, data))
 
@@ -175,9 +176,9 @@ class Shared:
             words = words + b.row * view.shape[1]
         return view.reshape(-1), words
 
-    def judge_flags(self, b, kind, address, offset, size, mask, here):
+    def judge_flags(self, b, kind, address, offset, size, mask, warps, here):
         view, words = self.cells(b, address, offset & ~3 if size < 4 else offset, size)
-        forbidden = COPY | BARRIER if kind == READ else COPY | PRODUCT | BARRIER
+        forbidden = COPY | BARRIER | BULK | (PRODUCT | OUT if kind == WRITE else 0)
         found = view.take(words) & view.dtype.type(forbidden * EVERY[size])
         if not found.any():
             return
@@ -189,9 +190,28 @@ class Shared:
             b.fault("undelivered", f"{kind} {size} bytes that a copy in flight has yet to write", here, bad)
         if (found & view.dtype.type(BARRIER * EVERY[size])).any():
             b.fault("mbarrier", f"{kind} {size} bytes where an mbarrier is", here, bad)
+        if (found & view.dtype.type((BULK | OUT) * EVERY[size])).any():
+            self.bulk.judge(kind, b, address, offset, size, mask, warps, here)
+        if kind == READ or not (found & view.dtype.type(PRODUCT * EVERY[size])).any():
+            return
         if self.flight is None:
             b.fault("overwritten", f"{kind} {size} bytes that a product in flight still reads", here, bad)
-        self.flight.judge_shared(b, address, offset, size, mask, here)
+        self.flight.judge_shared(b, address, offset, size, mask, warps, here)
+
+    def judge_race(self, part, kind, address, what, here):
+        """Faults if another warp has touched chunks since the last barrier, and either of the two writes."""
+        stride = self.stride // 16
+        for access in self.log:
+            if READ == kind == access.kind:
+                continue
+            apart = part.rows is not None or len(address.value) > 1 or access.by_program()
+            cells, warps = access.units(16, stride, self.programs if apart else 0)
+            mine = (address.value >> 4) + (part.row * stride if apart else 0)
+            bad = np.isin(mine, cells[warps != part.warp])
+            if bad.any():
+                place = part.batch.describe(access.here)
+                detail = f"{what} of warp {part.warp} {kind} what another warp {access.kind} at {place}"
+                part.fault("race", f"{detail} without a barrier in between", here, bad)
 
     def mark(self, b, flag, address, offset, size, mask, on):
         """Sets or clears a flag of every word of an access."""

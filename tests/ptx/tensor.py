@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .bulk import Bulk
 from .flight import Flight, Region
 from .mbarrier import Barriers
 from .memory import READ, WRITE, active
@@ -59,7 +60,7 @@ class Tensor:
         self.permit = np.ones(self.programs, bool)
         self.data, self.log, self.stores = None, [], []
         self.allocated_at = {}
-        self.barriers, self.flight = Barriers(self.programs), Flight(batch, compute)
+        self.barriers, self.flight, self.bulk = Barriers(batch), Flight(batch, compute), Bulk(batch)
         self.leader = int(batch.machine.rng.integers(32))
 
     def storage(self):
@@ -116,10 +117,12 @@ class Tensor:
         free = np.ones(self.programs, bool) if rows is None else self.flags(rows)
         self.log = without(self.log, free)
         self.flight.together(free)
+        self.bulk.together(free)
 
     def finish(self):
         """Faults if programs end with allocated tensor memory, or while something is in flight."""
         self.flight.finish()
+        self.bulk.finish()
         for store in self.stores:
             self.batch.fault(
                 "pending", "a store to tensor memory, without a wait", store.here, int(store.rows.argmax())

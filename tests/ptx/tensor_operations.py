@@ -1,15 +1,21 @@
-"""Translates sm_100's instructions for products: elect, mbarrier and tcgen05.
+"""Translates tcgen05, the products of sm_100, and what these share with bulk copies: elect and mbarrier.
 
-What an instruction does is in mbarrier, tensor and tensor_products; here it becomes a call.
+What an instruction does is in mbarrier, bulk, tensor and tensor_products; here it becomes a call.
 """
 
 import re
 
 from .operations import Operations, address
 
+# Copies of boxes within a program, which has its cluster to itself: their dimensions, and what follows.
+COPY = re.compile(
+    r"async\.bulk\.tensor\.([1-5])d\.(?:tile\.)?"
+    r"(?:(shared::(?:cta|cluster)\.global\.mbarrier::complete_tx::bytes)|global\.shared::cta\.bulk_group)"
+)
+
 
 class TensorOperations(Operations):
-    """Tensor memory, and the barriers that its products arrive at."""
+    """Bulk copies, tensor memory, and the barriers that copies and products arrive at."""
 
     def op_elect(self, *kinds):
         if kinds != ("sync",):
@@ -23,7 +29,7 @@ class TensorOperations(Operations):
 
     def op_mbarrier(self, *kinds):
         each, mask, here = self.instruction, self.mask(), self.here
-        known = {("init",): 2, ("inval",): 1, ("try_wait", "parity"): 3}
+        known = {("init",): 2, ("inval",): 1, ("arrive", "expect_tx"): 3, ("try_wait", "parity"): 3}
         if kinds[-2:] != ("shared::cta", "b64") or known.get(kinds[:-2]) != len(each.operands):
             raise self.unknown()
         place, offset = self.shared_address(each.operands[len(kinds) == 4])
@@ -32,11 +38,51 @@ class TensorOperations(Operations):
             self.lines.append(f"barrier_init(b, {place}, {offset}, {count}, {mask}, {here})")
         elif kinds[0] == "inval":
             self.lines.append(f"barrier_inval(b, {place}, {offset}, {mask}, {here})")
+        elif kinds[0] == "arrive":
+            if each.operands[0] != "_":
+                raise self.unknown()
+            expected = self.get(each.operands[2], "u4")
+            self.lines.append(f"barrier_arrive(b, {place}, {offset}, {expected}, {mask}, {here})")
         elif each.guard:
             raise self.unknown()
         else:
             parity = self.get(each.operands[2], "u4")
             self.put(each.operands[0], "b1", self.variable(f"barrier_wait(b, {place}, {offset}, {parity}, {here})"))
+
+    def op_cvta(self, *kinds):
+        """The generic address of a tensor map, which is the one that it has here."""
+        register, token = self.instruction.operands
+        if kinds != ("param", "u64"):
+            raise self.unknown()
+        self.put(register, "u8", self.get(token, "u8"))
+
+    def op_cp(self, *kinds):
+        each, text = self.instruction, ".".join(kinds)
+        if kinds[:2] != ("async", "bulk"):
+            super().op_cp(*kinds)
+        elif text == "async.bulk.commit_group" and not each.guard:
+            self.lines.append("bulk_commit(b)")
+        elif text in ("async.bulk.wait_group", "async.bulk.wait_group.read") and not each.guard:
+            self.lines.append(f"bulk_wait(b, {int(each.operands[0], 0)})")
+        elif (found := COPY.fullmatch(text)) and len(each.operands) == (3 if found[2] else 2):
+            self.bulk_copy(int(found[1]), bool(found[2]))
+        else:
+            raise self.unknown()
+
+    def bulk_copy(self, dimensions, inward):
+        operands = self.instruction.operands
+        place = re.fullmatch(r"\[\s*(%\w+)\s*,\s*\{(.*)\}\s*\]", operands[1 if inward else 0])
+        indices = [token.strip() for token in place[2].split(",")] if place else []
+        if len(indices) != dimensions:
+            raise self.unknown()
+        coordinates = " ".join(self.get(token, "i4") + "," for token in indices)
+        tensor_map, end = f"{self.get(place[1], 'u8')}, ({coordinates})", f"{self.mask()}, {self.here})"
+        shared, offset = self.shared_address(operands[0 if inward else 1])
+        if inward:
+            barrier, by = self.shared_address(operands[2])
+            self.lines.append(f"bulk_load(b, {shared}, {offset}, {tensor_map}, {barrier}, {by}, {end}")
+        else:
+            self.lines.append(f"bulk_store(b, {shared}, {offset}, {tensor_map}, {end}")
 
     def op_tcgen05(self, *kinds):
         each, mask, here = self.instruction, self.mask(), self.here

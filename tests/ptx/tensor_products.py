@@ -73,8 +73,7 @@ def tensor_product(b, kind, d, a, in_tensor, right, descriptor, keep, mask, here
     right = tensor_chunks(part, right, form.n, form, form.b_transposed, here)
     sums = Region(bits, d & 0xFFFF, (d & 0xFFFF) + form.n)
     keep = compact(part.of(keep))
-    issuer = int(b.tid[0, part.thread])
-    this = Product(b.batch, form, part.numbers, issuer, lanes, sums, left, right, keep, here)
+    this = Product(b.batch, form, part.numbers, part.tid, lanes, sums, left, right, keep, here)
     judge(part, this)
     b.batch.tensor.flight.issue(this)
 
@@ -89,26 +88,9 @@ def judge(part, this):
             tensor.alone(kind, rows, part.warp, region, here)
     for address in this.addresses():
         part.batch.shared.checked(part, address, 0, 16, None, here)
-        judge_stores(part, address, here)
-        judge_race(part, address, here)
+        judge_stores(part, address, f"the product {READ}", here)
+        part.batch.shared.judge_race(part, READ, address, "the product", here)
     tensor.flight.judge_product(this)
-
-
-def judge_race(part, address, here):
-    """Faults if another warp has written an operand since the last barrier."""
-    shared = part.batch.shared
-    stride = shared.stride // 16
-    for access in shared.log:
-        if access.kind != WRITE:
-            continue
-        apart = part.rows is not None or len(address.value) > 1 or access.by_program()
-        cells, warps = access.units(16, stride, shared.programs if apart else 0)
-        mine = (address.value >> 4) + (part.row * stride if apart else 0)
-        bad = np.isin(mine, cells[warps != part.warp])
-        if bad.any():
-            place = part.batch.describe(access.here)
-            detail = f"the product of warp {part.warp} reads what another warp writes at {place}"
-            part.fault("race", f"{detail} without a barrier in between", here, bad)
 
 
 def tensor_commit(b, address, offset, mask, here):
@@ -119,7 +101,7 @@ def tensor_commit(b, address, offset, mask, here):
     place = part.of(address.value) + offset
     b.batch.tensor.barriers.of(part, place, "tcgen05.commit", here)
     log(part, READ, Address(compact(place)), here)
-    b.batch.tensor.flight.commit(part, int(b.tid[0, part.thread]), place, here)
+    b.batch.tensor.flight.commit(part, part.tid, place, here)
 
 
 def compute(products):

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import (
     arithmetic,
+    bulk,
     copies,
     flow,
     formats,
@@ -45,7 +46,9 @@ class Translated:
             name for each in kernel.code if each.opcode.startswith("wgmma.mma") for name in each.operands[0]
         }
         self.asynchronous = bool(self.accumulators)
-        self.tensor = any(each.base in ("tcgen05", "mbarrier", "elect") for each in kernel.code)
+        self.tensor = any(
+            each.base in ("tcgen05", "mbarrier", "elect") or "bulk" in each.opcode for each in kernel.code
+        )
         votes = usage(kernel)
         for name in sorted(set().union(*(set().union(*effects(each)) for each in kernel.code))):
             self.index[name] = len(self.forms)
@@ -78,7 +81,7 @@ def namespace(approximate):
     names |= {name: getattr(formats, name) for name in ("widen_bf16", "to_bf16", "bf16_pair", "f16_pair", "halves")}
     names |= {name: getattr(formats, name) for name in ("f32_pair", "joined_f32")}
     names |= {name: getattr(formats, name) for name in ("pack_bf16", "pack_f16", "to_tf32", "flush", "fma32", "fma64")}
-    for module in (memory, shared, warp, matrix, copies, products, mbarrier, tensor, tensor_products):
+    for module in (memory, shared, warp, matrix, copies, products, mbarrier, bulk, tensor, tensor_products):
         names |= module.NAMES
     return names | {"approximate": approximate, "float64": np.float64}
 

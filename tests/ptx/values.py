@@ -11,7 +11,7 @@ import numpy as np
 
 from .faults import Fault
 from .matrix import Products
-from .parse import effects
+from .parse import MAP, effects
 
 FORMS = {name: np.dtype(name) for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")}
 FORMS["b1"] = np.dtype(bool)
@@ -94,6 +94,8 @@ class Values:
             return self.convert(self.specials.setdefault(token, Value("u4", SPECIAL[token])), form)
         if token in self.kernel.symbols:
             return self.number("0", form)
+        if (token, MAP) in self.kernel.params:
+            return self.convert(Value("u8", f"b.batch.params[{self.kernel.params.index((token, MAP))}]"), form)
         if not token.startswith("%"):
             raise self.unknown(f"operand {token}")
         value = self.value(token)
