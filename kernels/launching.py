@@ -127,6 +127,23 @@ def _descriptor(like, base):
     return descriptor
 
 
+def _kind(tensors, device, values):
+    """(The tensors' addresses, everything that a launch depends on)."""
+    pointers, kind = [], [device, *values]
+    for t in tensors:
+        if t is None:
+            pointers.append(pointers[0])
+            kind.append(None)
+        else:
+            pointer = t.data_ptr()
+            pointers.append(pointer)
+            kind += t.shape, t.stride(), t.dtype, t.device, pointer % ALIGNMENT == 0
+            if ROCM:
+                # On ROCm Triton specialises on storages of less than 2 GiB.
+                kind.append(t.untyped_storage().nbytes() >= 2**31)
+    return pointers, tuple(kind)
+
+
 def planned(kernel):
     """Decorator: turns a plan into a function that launches the kernel, called as launch(tensors, *values).
 
@@ -174,19 +191,7 @@ def planned(kernel):
                 return
             active = driver.active
             device = active.get_current_device()
-            pointers, kind = [], [device, *values]
-            for t in tensors:
-                if t is None:
-                    pointers.append(pointers[0])
-                    kind.append(None)
-                else:
-                    pointer = t.data_ptr()
-                    pointers.append(pointer)
-                    kind += t.shape, t.stride(), t.dtype, t.device, pointer % ALIGNMENT == 0
-                    if ROCM:
-                        # On ROCm Triton specialises on storages of less than 2 GiB.
-                        kind.append(t.untyped_storage().nbytes() >= 2**31)
-            kind = tuple(kind)
+            pointers, kind = _kind(tensors, device, values)
             found = ready.get(kind)
             if found is None:
                 keep(kind, tensors, *in_full(tensors, values))

@@ -192,8 +192,7 @@ def numbers(family, row, tile):
         # A thread of FMA reads the rows and columns of its share of the tile, which is about a square.
         read = 2 * math.isqrt(tile.M * columns * 32 * tile.num_warps) * tile.K * itemsize
     else:
-        # Four warps compute 64 rows: they read these and all columns, or their share of the columns where there are more
-        # warps than rows.
+        # Four warps compute 64 rows: they read these and all columns, or a share of the columns if there are more warps.
         rows = tile.M * max(1, tile.num_warps // 4 * 64 // tile.M) * tile.taps
         read = (rows + cdiv(tile.M, 64) * columns) * tile.K * itemsize
     step = max(2 * tile.M * columns * tile.K / card.rates[row], (_operands(row, tile, tile.taps) + read) / SHARED_BYTES)
@@ -215,10 +214,10 @@ def microseconds(family, row, tile, programs, steps, taps=1):
 def wants_k_inner(dtype, precision):
     """Whether a product's operands should be contiguous along the summed index, even at the cost of a copy.
 
-    The matrix units of sm_90 read tf32 operands in that order only. Triton reorders other operands 4 bytes at a time,
-    which on an H200 took up to five times as long as the product.
+    The matrix units of sm_90 and sm_100 read tf32 operands in that order only. Triton reorders other operands 4 bytes
+    at a time, which on an H200 took up to five times as long as the product.
     """
-    return dtype == torch.float32 and precision == "tf32" and compute_capability() == 9
+    return dtype == torch.float32 and precision == "tf32" and compute_capability() >= 9
 
 
 def clamped_power(size, least, most):

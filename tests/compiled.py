@@ -7,6 +7,8 @@ format's tolerance are those of the benchmark (bench/exactness.py). Sizes are od
 edges, and sums are long enough to fill a pipeline.
 """
 
+from unittest import mock
+
 import ptx
 import pytest
 import torch
@@ -20,6 +22,7 @@ from bench.case import BOTH, CHANNELS_LAST, CONTIGUOUS, INFERENCE, TRAINING
 from bench.lenet import Network
 from bench.libraries import WHOLE_STEPS, installed
 from bench.measure import Host, precision
+from tritonnet.kernels import product
 
 if EMULATED is None:
     raise pytest.UsageError("TRITONNET_TEST_DEVICE has to be sm_80, sm_90 or sm_100")
@@ -85,6 +88,7 @@ CASES = {
     "cross_entropy, programs": (operators.cross_entropy(41, 600), CONTIGUOUS),
     "linear": (operators.linear("", 70, 200, 40, relu=True), CONTIGUOUS),
     "linear, split": (operators.linear("", 4100, 24, 24), CONTIGUOUS),
+    "linear, descriptors": (operators.linear("", 140, 200, 136, relu=True), CONTIGUOUS),
     "chain": (operator(chain, *CHAIN), CONTIGUOUS),
     "conv2d": (operators.conv2d("", (2, 40, 9, 11), (24, 3), padding=1, relu=True), CHANNELS_LAST),
     "conv2d, first layer": (
@@ -105,6 +109,10 @@ CASES = {
         CHANNELS_LAST,
     ),
     "conv2d, LeNet": (operators.conv2d("", (5, 6, 14, 14), (16, 5)), CONTIGUOUS),
+    "conv2d, wide": (operators.conv2d("", (3, 72, 12, 10), (136, 3), padding=1), CONTIGUOUS),
+    "conv2d, strided": (operators.conv2d("", (2, 72, 12, 10), (136, 3), stride=2, padding=1), CHANNELS_LAST),
+    "conv2d, descriptors": (operators.conv2d("", (2, 72, 9, 11), (136, 1)), CHANNELS_LAST),
+    "conv2d, descriptors, NCHW": (operators.conv2d("", (3, 72, 12, 10), (136, 1)), CONTIGUOUS),
     "depthwise": (operators.conv2d("", (2, 12, 9, 11), (12, 3), padding=1, groups=12), CHANNELS_LAST),
     "depthwise, strided": (
         operators.conv2d("", (2, 16, 17, 15), (32, 5), stride=2, padding=2, groups=16),
@@ -144,6 +152,18 @@ FEW_CHANNELS = {
     "float64": POOLED,
 }
 WHOLE = "lenet_pack", "lenet_forward"
+# Products large enough that tensor descriptors read their operands. On sm_80 none is, and in tf32 no weight gradient.
+BY_DESCRIPTORS = EMULATED != "sm_80"
+WHOLE_PRODUCTS = dict.fromkeys(("bfloat16", "float16"), ("product",))
+
+
+def large(forward, weight_grad):
+    """The kernels of large products by format, where `forward` and `weight_grad` are those by pointers."""
+    if not BY_DESCRIPTORS:
+        return dict.fromkeys(("bfloat16", "float16", "tf32"), (*forward, weight_grad))
+    return {**WHOLE_PRODUCTS, "tf32": ("product", weight_grad)}
+
+
 # The kernels that each case launches, in all formats or by format.
 LAUNCHED = {
     "relu": ("relu", "relu_grad"),
@@ -156,6 +176,9 @@ LAUNCHED = {
     "cross_entropy, programs": ("cross_entropy", "sum_losses", "cross_entropy_grad"),
     "linear": ("linear_forward", "linear_weight_grad", "relu_grad"),
     "linear, split": ("linear_forward", "linear_weight_grad", "sum_partials"),
+    "linear, descriptors": {
+        format: (*names, "relu_grad") for format, names in large(("linear_forward",), "linear_weight_grad").items()
+    },
     "chain": ("linear_chain_forward", "linear_chain_input_grad", "linear_chain_weight_grad"),
     "conv2d": (*CONV, "relu_grad"),
     "conv2d, first layer": {
@@ -168,6 +191,9 @@ LAUNCHED = {
     "conv2d, few channels": FEW,
     "conv2d, few channels innermost": {**dict.fromkeys(FORMATS, FEW_PRODUCTS), "float64": CONV},
     "conv2d, LeNet": FEW,
+    "conv2d, wide": CONV,
+    "conv2d, strided": CONV,
+    **dict.fromkeys(("conv2d, descriptors", "conv2d, descriptors, NCHW"), large(CONV[:2], CONV[2])),
     "depthwise": DEPTHWISE,
     "depthwise, strided": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
     "depthwise, pixels": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
@@ -180,13 +206,14 @@ LAUNCHED = {
     "LeNet step": dict.fromkeys(WHOLE_STEPS, (*WHOLE, "lenet_gradient", "lenet_update")),
 }
 # Kernels that do not serve a format; FEW_CHANNELS and LAUNCHED have those that take their place.
+UNSERVED = set() if BY_DESCRIPTORS else {"product"}
 LANES, LENET = {"conv2d_relu_max_pool2d_lanes", "few_channels_lanes"}, {*WHOLE, "lenet_gradient", "lenet_update"}
 OTHERS = {
-    "bfloat16": LANES,
-    "tf32": LANES,
-    "float16": LANES | LENET,
-    "float32": {*BY_PRODUCT},
-    "float64": LANES | LENET | {*BY_PRODUCT, *FEW_PRODUCTS},
+    "bfloat16": LANES | UNSERVED,
+    "tf32": LANES | UNSERVED,
+    "float16": LANES | LENET | UNSERVED,
+    "float32": {*BY_PRODUCT, "product"},
+    "float64": LANES | LENET | {*BY_PRODUCT, *FEW_PRODUCTS, "product"},
 }
 
 
@@ -206,7 +233,8 @@ def check(case, format):
     """Launches a case and checks its results with the gate."""
     subject, layout = CASES[case]
     library = LIBRARIES["TrainStep" if case == "LeNet step" else "tritonnet"]
-    with precision(format):
+    large = 0 if "descriptors" in case else product.LARGE
+    with precision(format), mock.patch.object(product, "LARGE", large):
         gate = subject.gate(format, "cpu")
         with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
             contestant = subject.contestant(library, layout, format, Host())

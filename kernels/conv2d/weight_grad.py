@@ -15,137 +15,29 @@ import triton
 import triton.language as tl
 
 from .. import product, shapes
-from .._common import cached_for_architecture, in_units, index_type, pixel_step, product_types, round_to, strides
+from .._common import (
+    cached_for_architecture,
+    compute_capability,
+    in_units,
+    index_type,
+    number_format,
+    pixel_step,
+    product_types,
+    round_to,
+    strides,
+)
 from ..launching import planned
 from ..reduce import Partials
-from ..tiles import gradient_tile, wants_k_inner
+from ..tiles import gradient_tile
 from . import patches
 from .padding import PAD_MODES, source
 from .patches import in_elements
+from .shared_taps import all_taps, some_taps
 
 # How many taps may share a block of dy; and the filters whose taps may all be computed by one program.
 MOST_SHARED, WHOLE = 3, (3, 3)
 # The most columns, C * KH * KW, of a convolution whose weight gradient masks dy itself: too few rows for wgmma.
 ONE_TILE = 32
-
-
-@triton.jit
-def advance(n, h, w, step_n, step_h, step_w, end_h, end_w, stride_h: tl.constexpr):
-    """The position (n, h, w) a block of pixels further; h and w are multiples of the strides and below their ends."""
-    w += step_w
-    carry = w >= end_w
-    w = tl.where(carry, w - end_w, w)
-    h += tl.where(carry, step_h + stride_h, step_h)
-    carry = h >= end_h
-    h = tl.where(carry, h - end_h, h)
-    return n + tl.where(carry, step_n + 1, step_n), h, w
-
-
-@triton.jit
-def within(i, size, mask):
-    """mask and 0 <= i < size: an unsigned comparison finds both ends at once."""
-    return mask & (i.to(tl.uint32) < tl.cast(size, tl.uint32))
-
-
-@triton.jit
-def some_taps(
-    dy_ptr, x_ptr, tap, first, last, H, W, OH, OW,
-    stride_yp, stride_xn, stride_xh, stride_xw,
-    KH: tl.constexpr, KW: tl.constexpr,
-    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    SUM: tl.constexpr, TAPS: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The products of dy and x over the pixels `first` to `last`, one for each of TAPS taps from `tap` on.
-
-    dy_ptr and x_ptr point at the first pixel, for each row and column of the product. A block of dy is loaded once for
-    all taps. The position of a pixel is counted up from one block to the next, because divisions would take longer than
-    the products. With SUM the last result is the sum of dy, in each of 16 columns, from one more product, with ones: an
-    operand in shared memory must have no use but in products, see bench/machine_code/ttgir.py.
-    """
-    offs_k = first + tl.arange(0, BLOCK_K).to(INDEX)
-    n = offs_k // OW // OH
-    ih = (offs_k // OW % OH).to(tl.int32) * SH
-    iw = (offs_k % OW).to(tl.int32) * SW
-    step_n, step_h, step_w = BLOCK_K // OW // OH, BLOCK_K // OW % OH * SH, BLOCK_K % OW * SW
-    y_ptrs = dy_ptr + (offs_k * stride_yp)[None, :]
-
-    accs = ()
-    for _ in tl.static_range(TAPS):
-        accs += (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
-    acc_b, ones = tl.zeros((BLOCK_M, 16), ACC), tl.full((BLOCK_K, 16), 1.0, OPERAND)
-    # Otherwise triton 3.6.0 waits for each product before the next; no share of a split product is empty.
-    tl.assume(first < last)
-    for _ in range(first, last, BLOCK_K):
-        mask = offs_k < last
-        x_rows = (n * stride_xn + ih.to(INDEX) * stride_xh + iw.to(INDEX) * stride_xw)[:, None]
-        dy = tl.load(y_ptrs, mask=mask[None, :], other=0.0).to(OPERAND)
-        sums = ()
-        for t in tl.static_range(TAPS):
-            dh, dw = (tap + t) // KW * DH - PH, (tap + t) % KW * DW - PW
-            inside = within(iw + dw, W, within(ih + dh, H, mask & (tap + t < KH * KW)))
-            x_ptrs = x_ptr + (dh * stride_xh + dw * stride_xw) + x_rows
-            x = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(OPERAND)
-            sums += (tl.dot(dy, x, accs[t], input_precision=PRECISION, out_dtype=ACC),)
-        accs = sums
-        if SUM:
-            acc_b = tl.dot(dy, ones, acc_b, input_precision=PRECISION, out_dtype=ACC)
-        offs_k += BLOCK_K
-        y_ptrs += BLOCK_K * stride_yp
-        n, ih, iw = advance(n, ih, iw, step_n, step_h, step_w, OH * SH, OW * SW, SH)
-    return accs, acc_b
-
-
-@triton.jit
-def all_taps(
-    dy_ptr, x_ptr, first, last, H, W, OH, OW,
-    stride_yn, stride_yh, stride_yw, stride_xn, stride_xh, stride_xw,
-    KH: tl.constexpr, KW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    SUM: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """As some_taps, for all taps of a filter with stride 1, whose KH * KW products need KH + KW blocks of operands.
-
-    The sum is over the rows of the padded image: of row i, tap (kh, kw) multiplies row i - kh * DH of dy and pixels of
-    row i - PH of x, shifted by kw. Each block of dy serves KW products, and each block of x serves KH.
-    """
-    rows = OH + (KH - 1) * DH
-    offs_k = first + tl.arange(0, BLOCK_K).to(INDEX)
-    n = offs_k // OW // rows
-    i = (offs_k // OW % rows).to(tl.int32)
-    ow = (offs_k % OW).to(tl.int32)
-    step_n, step_h, step_w = BLOCK_K // OW // rows, BLOCK_K // OW % rows, BLOCK_K % OW
-
-    accs = ()
-    for _ in tl.static_range(KH * KW):
-        accs += (tl.zeros((BLOCK_M, BLOCK_N), ACC),)
-    acc_b, ones = tl.zeros((BLOCK_M, 16), ACC), tl.full((BLOCK_K, 16), 1.0, OPERAND)
-    tl.assume(first < last)
-    for _ in range(first, last, BLOCK_K):
-        mask = offs_k < last
-        y_offs = n * stride_yn + i.to(INDEX) * stride_yh + ow.to(INDEX) * stride_yw
-        x_offs = n * stride_xn + (i - PH).to(INDEX) * stride_xh + (ow - PW).to(INDEX) * stride_xw
-        in_x = within(i - PH, H, mask)
-        xs, sums = (), ()
-        for kw in tl.static_range(KW):
-            x_ptrs = x_ptr + kw * DW * stride_xw + x_offs[:, None]
-            x = tl.load(x_ptrs, mask=within(ow + (kw * DW - PW), W, in_x)[:, None], other=0.0)
-            xs += (x.to(OPERAND),)
-        for kh in tl.static_range(KH):
-            y_ptrs = dy_ptr - kh * DH * stride_yh + y_offs[None, :]
-            dy = tl.load(y_ptrs, mask=within(i - kh * DH, OH, mask)[None, :], other=0.0).to(OPERAND)
-            for kw in tl.static_range(KW):
-                acc = accs[kh * KW + kw]
-                sums += (tl.dot(dy, xs[kw], acc, input_precision=PRECISION, out_dtype=ACC),)
-            if SUM and kh == 0:
-                acc_b = tl.dot(dy, ones, acc_b, input_precision=PRECISION, out_dtype=ACC)
-        accs = sums
-        offs_k += BLOCK_K
-        n, i, ow = advance(n, i, ow, step_n, step_h, step_w, rows, OW, 1)
-    return accs, acc_b
 
 
 @triton.jit
@@ -306,8 +198,9 @@ def _split(dy_size, size, geometry, dtype, precision, walk):
     """(Walk, pixels of the sum, Tile, tiles of dw, programs for each tile, pixels for each program)."""
     (images, _, OH, OW), (OC, C, KH, KW) = dy_size, size
     stride, _, dilation, groups = geometry
-    # Two warps have registers for the addresses of 64 columns at most, and none for those of a flat index.
-    narrow = patches.NARROW_N if walk == "flat" or wants_k_inner(dtype, precision) else math.inf
+    # Two warps, in tf32 on sm_90, have registers for the addresses of 64 columns at most, and none for a flat index's.
+    two_warps = number_format(dtype, precision) == "tf32" and compute_capability() == 9
+    narrow = patches.NARROW_N if walk == "flat" or two_warps else math.inf
     (N, taps), family = ((C * KH * KW, 1), "flat gradient") if walk == "flat" else ((C, KH * KW), "gradient")
     K, padded = images * OH * OW, images * (OH + (KH - 1) * dilation[0]) * OW
     found = gradient_tile(
