@@ -8,7 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable
 
-from .run import QUICK
+from .record import PASSES_ENDING
+from .run import OF_PASSES, QUICK
 
 PYTHON = (sys.executable,)
 # pytest's exit status where there was no test to run.
@@ -42,6 +43,10 @@ INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"
 SANITIZERS = "memcheck", "racecheck"
 # Where CUDA's tools are if they are not on the PATH.
 CUDA = "/usr/local/cuda/bin"
+
+
+# Stages that go on until nothing is missing in their record, with what follows the GPU's name in its file's name.
+UNTIL_COMPLETE = {"passes": PASSES_ENDING, "bench": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +129,7 @@ def planned(folder, kept):
     else:
         left_out["tune"] = "there is no bench.tune"
     tests("all other tests", OTHER_TESTS, 60)
+    bench("passes", 100, OF_PASSES, "--passes", "--no-pictures")
     bench("bench", 200, math.inf)
     return found, left_out
 

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 from tritonnet.cli import doctor
 
-from .. import TARGETS, smoke, stages
+from .. import TARGETS, passes, smoke, stages
 from ..keep import ROOT
 from ..libraries import installed
 from ..machine_code import every_kernel
@@ -39,7 +39,7 @@ NOT_TESTS = "not from_a_data_loader and not older_flags"
 TESTS_SECONDS = 3000
 
 
-def _timed(quick):
+def _timed(cases):
     """The first step of each of our contestants in every case of the bench."""
     ours = {name: library for name, library in installed().items() if name in OURS}
     device = Host()
@@ -53,7 +53,7 @@ def _timed(quick):
                     for steps in contestant.steps.values():
                         steps[0]()
 
-    return {case.name: functools.partial(launch, case) for case in plan(quick)}
+    return {case.name: functools.partial(launch, case) for case in cases()}
 
 
 def _smoke():
@@ -88,8 +88,9 @@ PARTS = {
     "every_kernel": _every_kernel,
     "doctor": _doctor,
     "smoke": _smoke,
-    "quick": functools.partial(_timed, True),
-    "full": functools.partial(_timed, False),
+    "quick": functools.partial(_timed, lambda: plan(quick=True)),
+    "passes": functools.partial(_timed, passes.plan),
+    "full": functools.partial(_timed, lambda: plan(quick=False)),
 }
 
 
