@@ -64,8 +64,8 @@ class Passes(Operator):
         return Results(None, [*returned, None] if task == INPUT_GRAD else [None, *returned])
 
 
-def convolution(layer):
-    """The Passes of a resnet.Layer.
+def convolution(layer, network="ResNet-50"):
+    """The Passes of a resnet.Layer; `network` is for the name.
 
     Each pass takes the same products, and reads or writes x, w and y or their gradients once; where the stride leaves
     out pixels, only the input gradient has them, as zeros.
@@ -83,7 +83,7 @@ def convolution(layer):
     }
     tasks = PASSES if C > resnet.CHANNELS else (FORWARD, WEIGHT_GRAD)
     return Passes(
-        f"conv2d ResNet-50 {layer.name}", N, lambda f, x, w: f.conv2d(x, w, **geometry), (x, w), y,
+        f"conv2d {network} {layer.name}", N, lambda f, x, w: f.conv2d(x, w, **geometry), (x, w), y,
         {task: works[task] for task in tasks}, gradients=gradients, count=count,
     )  # fmt: skip
 
