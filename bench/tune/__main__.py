@@ -60,9 +60,9 @@ def write(path, architecture, entry):
     os.replace(part, path)
 
 
-def report(samples, entry, predicted, missed):
+def report(samples, entry, multiprocessors, missed):
     """What was found, in Markdown: choices, those that lose, failures, and what was not measured."""
-    found = fit.choices(samples, predicted)
+    found = fit.choices(samples, entry["families"], multiprocessors)
     lines = [
         (c.problem, c.family, _name(c.chosen), f"{c.chosen_us:.1f}", _name(c.best), f"{c.best_us:.1f}", f"{c.loss:.1%}")
         for c in found
@@ -128,7 +128,7 @@ def on_card(args, begun):
         status = 130
     finally:
         of_card = entry()
-        print(report(taken.samples, of_card, lambda sample: card.predicted(sample, of_card), missed))
+        print(report(taken.samples, of_card, multiprocessors, missed))
         if taken.samples:
             write(args.out, architecture, of_card)
             print(f"written: {args.out}")

@@ -4,6 +4,7 @@ import contextlib
 import statistics
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -40,37 +41,54 @@ def compile_all(processes, seconds):
     return [f"{of['kernel']}, {of['job']}: {of['error']}" for of in findings if "error" in of]
 
 
+class Work(NamedTuple):
+    """What a launch is planned to do; programs and what follows are those of fit.Sample."""
+
+    family: str
+    tile: tuple
+    programs: int
+    steps: int
+    floor_us: float
+    added_us: float = 0.0
+
+
+class TooWide(Exception):
+    """A product has no registers for a tile with so many columns, and the chooser does not consider it."""
+
+
 @contextlib.contextmanager
 def planned_work():
-    """Inside, each choice of a tile is added to the list that this yields: (family, tile, programs, steps, added_us).
+    """Inside, where each family has one tile, every choice adds a Work to the list that this yields.
 
-    This is all that `python -m bench.tune` takes from inside the chooser of tiles.py.
+    This is all that `python -m bench.tune` takes from inside the chooser of tiles.py. It raises TooWide where the tile
+    is not considered.
     """
-    seen, splitting = [], []
-    time_of, split_of = tiles.microseconds, tiles._best_split
+    seen, time_of, split_of, no_wider = [], tiles.microseconds, tiles._best_split, tiles._no_wider
 
-    def microseconds(family, row, tile, programs, steps):
-        if not splitting:
-            seen.append((family, tuple(tile), programs, steps, 0.0))
-        return time_of(family, row, tile, programs, steps)
+    def microseconds(family, row, tile, programs, steps, *rest):
+        with mock.patch.object(tiles, "numbers", lambda *_: (0.0, 0.0)):
+            floor_us = time_of(family, row, tile, programs, steps, *rest)  # what L2 takes
+        seen.append(Work(family, tuple(tile), programs, steps, floor_us))
+        return time_of(family, row, tile, programs, steps, *rest)
 
-    def best_split(family, row, tile, of_one, steps):
-        splitting.append(True)
-        us, splits = split_of(family, row, tile, of_one, steps)
-        splitting.pop()
-        programs, share = of_one * splits, -(-steps // splits)
-        seen.append((family, tuple(tile), programs, share, us - time_of(family, row, tile, programs, share)))
+    def best_split(family, row, tile, of_one, steps, *rest):
+        before = len(seen)
+        us, splits = split_of(family, row, tile, of_one, steps, *rest)
+        work = next(work for work in seen[before:] if work.programs == of_one * splits)
+        # As in tiles.py: partial sums in float32, and the bytes that are read in any case.
+        written = 4 * work.programs * tile.M * tile.N * tile.taps if splits > 1 else 0
+        floor_us = max(work.floor_us, (rest[-1] + written) / tiles.MEMORY * 1e6)
+        added_us = tiles.LAUNCH + written / tiles.MEMORY * 1e6 if written else 0.0
+        seen[before:] = [work._replace(floor_us=floor_us, added_us=added_us)]
         return us, splits
 
-    with mock.patch.multiple(tiles, microseconds=microseconds, _best_split=best_split):
+    def not_too_wide(of_family, narrow):
+        if min(tile.N for tile in of_family) > narrow:
+            raise TooWide(f"more than {narrow} columns")
+        return no_wider(of_family, narrow)
+
+    with mock.patch.multiple(tiles, microseconds=microseconds, _best_split=best_split, _no_wider=not_too_wide):
         yield seen
-
-
-def predicted(sample, entry):
-    """The model's microseconds of a fit.Sample with the numbers of an entry of measured_tiles.py."""
-    with mock.patch.dict(tiles.MEASURED, {architecture(): entry}):
-        us = tiles.microseconds(sample.family, sample.row, tiles.Tile(*sample.tile), sample.programs, sample.steps)
-    return us + sample.added_us
 
 
 class Card:
@@ -103,7 +121,7 @@ class Card:
         return 1e3 * statistics.median(self.device.milliseconds(*span) for span in spans)
 
     def measured(self, problem, tile):
-        """The Sample of a tile on a problem.
+        """The Sample of a tile on a problem, None if it is too wide for that.
 
         Raises:
             RuntimeError: the device itself has failed.
@@ -111,7 +129,7 @@ class Card:
         none = Sample(problem.family, problem.row, tuple(tile), problem.name)
         with precision(problem.format):
             found, error = attempt(lambda: self._measured(problem, tile, none), self.device)
-        return found or none._replace(error=error)
+        return none._replace(error=error) if error else found
 
     def _measured(self, problem, tile, none):
         kind = problem.family, problem.row, problem.task, len(problem.subject.result)
@@ -121,13 +139,16 @@ class Card:
         if compared and not self.gate:
             self.gate = problem.subject.gate(problem.format, self.device.torch_device)
         with tiles.only(problem.family, tile):
-            with planned_work() as seen:
-                results = self.contestant.first(problem.task)
-            works = {work for work in seen if work[:2] == (problem.family, tuple(tile))}
+            try:
+                with planned_work() as seen:
+                    results = self.contestant.first(problem.task)
+            except TooWide:
+                return None
+            works = {work for work in seen if (work.family, work.tile) == (problem.family, tuple(tile))}
             if len(works) != 1:
                 return none._replace(error=f"{len(works)} kinds of launches with this tile, not one")
             if compared and (wrong := problem.complaint(self.gate, results)):
                 return none._replace(error=wrong)
             us = self.microseconds(self.contestant.steps[problem.task][0]) - self.launch_us
-        ((_, _, programs, steps, added_us),) = works
-        return none._replace(programs=programs, steps=steps, added_us=added_us, us=us)
+        (work,) = works
+        return none._replace(**work._asdict(), us=us)

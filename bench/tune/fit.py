@@ -2,9 +2,9 @@
 
 The model is that of kernels/tiles.py: a launch takes
 
-    waves * (steps * step_us + fixed_us) + added_us,    waves = ceil(programs / multiprocessors)
+    max(waves * (steps * step_us + fixed_us), floor_us) + added_us,    waves = ceil(programs / multiprocessors)
 
-where added_us, for partial sums, does not depend on the two numbers. Nothing here needs a GPU.
+where floor_us, for memory, and added_us, for partial sums, do not depend on the two numbers. Nothing here needs a GPU.
 """
 
 import ast
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 # A choice that takes this much longer than the best tile is listed.
 LOSS = 0.05
+# A time within this of what memory takes says nothing of the tile.
+NEAR_FLOOR = 0.05
 # Below this determinant of a matrix whose diagonal is 1, the times do not tell a step from what is fixed.
 DISTINCT = 1e-4
 
@@ -26,7 +28,7 @@ class Sample(NamedTuple):
         tile: the tile as a plain tuple.
         problem: name of the problem.
         programs, steps: how many programs there are, and steps in each.
-        added_us: microseconds of the model that are not the programs'.
+        floor_us, added_us: the model's microseconds that the programs take at least, and those after them.
         us: measured microseconds, None if it failed.
         error: why it failed.
     """
@@ -37,6 +39,7 @@ class Sample(NamedTuple):
     problem: str
     programs: int = 0
     steps: int = 0
+    floor_us: float = 0.0
     added_us: float = 0.0
     us: float | None = None
     error: str = ""
@@ -45,6 +48,13 @@ class Sample(NamedTuple):
     def of(cls, kept):
         """The Sample in an object of JSON, which has lists for tuples."""
         return cls(**{**kept, "tile": tuple(kept["tile"])})
+
+
+def predicted(sample, numbers, multiprocessors):
+    """The model's microseconds of a sample with the (step_us, fixed_us) of its tile."""
+    step_us, fixed_us = numbers
+    of_programs = math.ceil(sample.programs / multiprocessors) * (sample.steps * step_us + fixed_us)
+    return max(of_programs, sample.floor_us) + sample.added_us
 
 
 def fit(samples, computed, multiprocessors):
@@ -57,7 +67,8 @@ def fit(samples, computed, multiprocessors):
         multiprocessors: how many programs run at once in the model.
     """
     rows = []
-    for sample in samples:
+    telling = [s for s in samples if s.us - s.added_us > (1 + NEAR_FLOOR) * s.floor_us]
+    for sample in telling or samples:
         waves = math.ceil(sample.programs / multiprocessors)
         # An error in a time that is mostly added_us counts by the whole time.
         rows.append((waves * sample.steps / sample.us, waves / sample.us, 1 - sample.added_us / sample.us))
@@ -111,22 +122,30 @@ class Choice(NamedTuple):
         return self.chosen_us / self.best_us - 1
 
 
-def choices(samples, predicted):
-    """The Choice of each problem, of the tiles that have a time there.
+def choices(samples, found, multiprocessors):
+    """The Choice of each problem, of the tiles that have numbers, and a time there.
+
+    The model decides between launches as they were measured: with the numbers that were found, another count of
+    programs may come to share a sum.
 
     Args:
         samples: all of them.
-        predicted: function of a Sample: the model's microseconds with the numbers that were found.
+        found: what `families` returns.
+        multiprocessors: how many programs run at once in the model.
     """
+
+    def time(sample):
+        return predicted(sample, found[sample.family][sample.row][sample.tile], multiprocessors)
+
     of_problem = {}
     for sample in samples:
-        if sample.us:
+        if sample.us and sample.tile in found.get(sample.family, {}).get(sample.row, {}):
             of_problem.setdefault((sample.problem, sample.family), []).append(sample)
-    found = []
+    made = []
     for (problem, family), timed in of_problem.items():
-        chosen, best = min(timed, key=predicted), min(timed, key=lambda sample: sample.us)
-        found.append(Choice(problem, family, chosen.tile, chosen.us, best.tile, best.us))
-    return found
+        chosen, best = min(timed, key=time), min(timed, key=lambda sample: sample.us)
+        made.append(Choice(problem, family, chosen.tile, chosen.us, best.tile, best.us))
+    return made
 
 
 def merged(old, new):

@@ -48,8 +48,8 @@ def take(problems, taken, measured, deadline, now=time.monotonic):
     Args:
         problems: of problems.py.
         taken: Taken, which gets the samples; also if this is interrupted.
-        measured: function of a problem and a tile: the Sample, with an error if the tile fails. It raises only if
-            nothing more can be measured; the tile then counts as failed.
+        measured: function of a problem and a tile: the Sample, with an error if the tile fails, or None if it is not
+            for this problem. It raises only if nothing more can be measured; the tile then counts as failed.
         deadline: when to stop, by `now`.
     """
     missed = []
@@ -62,11 +62,13 @@ def take(problems, taken, measured, deadline, now=time.monotonic):
             while to_do and now() < deadline:
                 tile = to_do.pop(0)
                 try:
-                    taken.add(problem, measured(problem, tile))
+                    sample = measured(problem, tile)
                 except Exception as error:
                     why = f"the device was lost: {type(error).__name__}: {error}"
                     taken.add(problem, Sample(problem.family, problem.row, tuple(tile), problem.name, error=why))
                     raise
+                if sample:
+                    taken.add(problem, sample)
         finally:
             taken.keep(problem)
         if to_do:
