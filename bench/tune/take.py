@@ -37,8 +37,7 @@ class Taken:
     def keep(self, problem):
         """Keep the samples of a problem."""
         if self.path:
-            found = [sample._asdict() for sample in self.of_problem.get(problem.name, ())]
-            put(self.path, SECTION, problem.name, found)
+            put(self.path, SECTION, problem.name, [sample._asdict() for sample in self.of_problem[problem.name]])
         self.changed()
 
 
@@ -56,8 +55,7 @@ def take(problems, taken, measured, deadline, now=time.monotonic):
     for problem in problems:
         done = taken.tiles(problem)
         to_do = [tile for tile in problem.candidates if tuple(tile) not in done]
-        if not to_do:
-            continue
+        before = len(taken.samples)
         try:
             while to_do and now() < deadline:
                 tile = to_do.pop(0)
@@ -70,7 +68,8 @@ def take(problems, taken, measured, deadline, now=time.monotonic):
                 if sample:
                     taken.add(problem, sample)
         finally:
-            taken.keep(problem)
+            if len(taken.samples) > before:
+                taken.keep(problem)
         if to_do:
             missed.append(problem)
     return missed
