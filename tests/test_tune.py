@@ -271,6 +271,15 @@ def test_the_whole_command(monkeypatch, tmp_path, capsys):
     assert found["MEASURED"]["sm_90"]["families"]["patches"]["half"] == NUMBERS
 
 
+def test_a_run_without_time_for_all_says_so(monkeypatch, tmp_path, capsys):
+    on_made_up_card(monkeypatch, measured)
+    monkeypatch.setattr(tune, "REPORT", 100)
+    path = tmp_path / "measured_tiles.py"
+    assert tune.main(["--out", str(path), "--minutes", "1"]) == 1 and not path.exists()
+    out = capsys.readouterr().out
+    assert "No tile was measured." in out and out.count(f"- {MADE[2].name}\n") == 1
+
+
 def test_sigterm_half_way_writes_what_there_is(monkeypatch, tmp_path, capsys):
     def stopped(problem, tile):
         if problem is MADE[1]:
@@ -342,7 +351,7 @@ def test_a_tile_is_compared_and_timed(monkeypatch):
         made, problem, tile = made_card(monkeypatch, [(7, 3, 2.0, 1.0)])
         found = made.measured(problem, tile)
         assert not found.error and found[:8] == ("matrices", "tf32", tuple(tile), problem.name, 7, 3, 2.0, 1.0)
-        assert found.us == 0.0  # as long as the launch that does nothing
+        assert found.us == card.LEAST_US  # it takes as long as the launch that does nothing
         assert made.gate and made.device.captured == 2
         made, problem, tile = made_card(monkeypatch, [(7, 3, 2.0), (8, 3, 2.0)])
         assert made.measured(problem, tile).error == "2 kinds of launches with this tile, not one"
@@ -396,3 +405,14 @@ with no_launch.gpu_that_does_nothing(90), nothing_random():
     result = run_python("-c", code, TRITON_INTERPRET=None)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 8
+
+
+def test_compiling_ends_in_time(monkeypatch):
+    """Nothing runs on, and what was not compiled is no failure."""
+    monkeypatch.setattr(card, "architecture", lambda: "sm_90")
+    started, start = [], warm_work._start
+    monkeypatch.setattr(warm_work, "_start", lambda *arguments: started.append(start(*arguments)) or started[-1])
+    assert card.compile_all(2, 0.2) == []
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    monkeypatch.setattr(card, "architecture", lambda: "sm_70")
+    assert card.compile_all(2, 0.2) == [] and len(started) == 2

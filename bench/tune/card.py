@@ -20,6 +20,8 @@ from ..warm.work import run_jobs
 from .fit import Sample
 
 REPETITIONS = 15
+# What events resolve; nothing counts as faster.
+LEAST_US = 0.5
 # Writing this many bytes leaves nothing else in L2, and takes the GPU longer than the host takes for the next launch.
 FLUSHED = 2**28
 
@@ -102,6 +104,7 @@ class Card:
         self.device = device or Cuda()
         self.flushed = torch.empty(FLUSHED, dtype=torch.int8, device=self.device.torch_device)
         nothing = torch.empty(1, device=self.device.torch_device)
+        # Not a part of the model, and the same for all tiles.
         self.launch_us = self.microseconds(nothing.zero_)
         self.problem = self.contestant = self.gate = None
         # The problem on which the tiles of a kind of product are compared with float64.
@@ -149,6 +152,6 @@ class Card:
                 return none._replace(error=f"{len(works)} kinds of launches with this tile, not one")
             if compared and (wrong := problem.complaint(self.gate, results)):
                 return none._replace(error=wrong)
-            us = self.microseconds(self.contestant.steps[problem.task][0]) - self.launch_us
+            us = max(LEAST_US, self.microseconds(self.contestant.steps[problem.task][0]) - self.launch_us)
         (work,) = works
         return none._replace(**work._asdict(), us=us)
