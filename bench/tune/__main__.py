@@ -6,8 +6,8 @@
 
 Every candidate is compiled in parallel processes, compared with float64 on one shape, and timed on all; a tile that
 fails is left out. The table is written after each shape, so that Ctrl-C, SIGTERM and the time limit lose nothing. At
-the end each shape has a line with the tile that is now chosen and the fastest. The exit status is 1 if a tile failed or there was
-not enough time for all, and 130 after an interrupt.
+the end each shape has a line with the tile that is now chosen and the fastest. The exit status is 1 if a tile failed
+or there was not enough time for all, and 130 after an interrupt.
 """
 
 import argparse
