@@ -1,6 +1,7 @@
 """Checks and times everything against torch, on one GPU.
 
     python -m bench             # everything, in less than 8 minutes; --quick takes 90 seconds
+    python -m bench --passes    # ResNet-50's convolutions and linear, pass by pass, against cuDNN and cuBLAS
     python -m bench --data DIR  # and the time to 99 % on MNIST, from the four IDX files in DIR
     python -m bench --cpu       # without a GPU: the cost of a call in Python, and the reference
     python -m bench --verify    # on a GPU: whether it is right and how fast, in stages (see bench/verify.py)
@@ -19,7 +20,7 @@ import torch
 
 import tritonnet
 
-from . import cpu, plots, verify
+from . import cpu, passes, plots, verify
 from .accuracy import add_arguments, race
 from .case import TIMED
 from .keep import ROOT, sources
@@ -29,7 +30,7 @@ from .measure import Cuda, ceilings
 from .progress import progress
 from .record import Record, earlier, machine
 from .report import page
-from .run import COMPILED_OPERATORS, COMPILED_QUICKLY, FULL, QUICK, Budget, plan, run
+from .run import COMPILED_OPERATORS, COMPILED_QUICKLY, FULL, OF_PASSES, QUICK, Budget, plan, run
 
 RESULTS = ROOT / "bench" / "results"
 FULL_LEAVES_OUT = (
@@ -40,7 +41,9 @@ QUICK_LEAVES_OUT = (
     "--quick: float16, float32, operators in tf32, some of them in bfloat16, and torch.compile but for LeNet in "
     f"bfloat16 at batch {' and '.join(map(str, COMPILED_QUICKLY))} in its default mode"
 )
-NOT_OF_VERIFY = "quick", "cpu", "resume", "seconds", "without", "data"
+PASSES_LEAVE_OUT = "--passes: torch.compile in tf32, and in its slower modes"
+ALL_FORMATS = "all"
+NOT_OF_VERIFY = "quick", "passes", "cpu", "resume", "seconds", "without", "data"
 
 
 def parse(argv=None):
@@ -48,6 +51,15 @@ def parse(argv=None):
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="LeNet in bfloat16 and tf32, some operators in bfloat16")
+    parser.add_argument(
+        "--passes",
+        nargs="?",
+        const=ALL_FORMATS,
+        choices=(ALL_FORMATS, *passes.FORMATS),
+        metavar="FORMAT",
+        help="only ResNet-50's convolutions and linear, each pass alone; one of "
+        f"{', '.join(passes.FORMATS)} (default: both)",
+    )
     parser.add_argument("--cpu", action="store_true", help="without a GPU: the cost of a call, and the reference")
     parser.add_argument("--verify", action="store_true", help="tests, sanitizers and measurements in stages")
     parser.add_argument("--minutes", type=float, metavar="M", help="with --verify: how long it may take in all")
@@ -56,7 +68,8 @@ def parse(argv=None):
         "--seconds",
         type=float,
         metavar="S",
-        help=f"time for the cases (default: {FULL}, quick {QUICK}; {cpu.FULL} or {cpu.QUICK} on the CPU)",
+        help=f"time for the cases (default: {FULL}, quick {QUICK}, passes {OF_PASSES}; {cpu.FULL} or {cpu.QUICK} on "
+        "the CPU)",
     )
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave a contestant out")
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write tables and JSON only")
@@ -71,6 +84,8 @@ def parse(argv=None):
         parser.error(f"--minutes has to be more than 0, got {args.minutes:g}")
     if args.minutes is not None and not args.verify:
         parser.error("--minutes goes with --verify; --seconds is for the cases alone")
+    if args.passes and (args.quick or args.cpu):
+        parser.error(f"--passes has no --{'quick' if args.quick else 'cpu'}")
     if args.verify and (others := [name for name in NOT_OF_VERIFY if getattr(args, name)]):
         parser.error(f"--verify has no --{others[0]}: its stages are fixed")
     if args.out and args.out.exists() and not args.out.is_dir():
@@ -88,13 +103,20 @@ def on_gpu(record, args, start, keep):
         record.left_out.append(f"{name}: by --without")
     if "FlagGems" not in libraries:
         record.left_out.append("FlagGems: it is not installed")
-    record.left_out.append(QUICK_LEAVES_OUT if args.quick else FULL_LEAVES_OUT)
+    if args.passes:
+        formats = passes.FORMATS if args.passes == ALL_FORMATS else (args.passes,)
+        cases, seconds, leaves_out = passes.plan(formats), OF_PASSES, PASSES_LEAVE_OUT
+    elif args.quick:
+        cases, seconds, leaves_out = plan(quick=True), QUICK, QUICK_LEAVES_OUT
+    else:
+        cases, seconds, leaves_out = plan(quick=False), FULL, FULL_LEAVES_OUT
+    record.left_out.append(leaves_out)
     record.ceilings = record.ceilings or ceilings(TIMED, device)
     keep()
     if args.data and not record.accuracy:
         race(record, args.data, args.target, libraries, device)
-    budget = Budget(args.seconds or (QUICK if args.quick else FULL), start)
-    run(record, progress(plan(args.quick)), libraries, device, budget, keep=keep)
+    budget = Budget(args.seconds or seconds, start)
+    run(record, progress(cases), libraries, device, budget, keep=keep)
 
 
 def save(record, folder, draw=True):
@@ -121,7 +143,9 @@ def main(argv=None):
         if args.verify:
             sys.exit(verify.main(folder, args.minutes, start))
         here = machine("cpu" if args.cpu else "cuda")
-        record = earlier(here, args.quick, folder) if args.resume and folder else Record(here, args.quick)
+        record = Record(here, args.quick, passes=bool(args.passes))
+        if args.resume and folder:
+            record = earlier(here, args.quick, folder, record.passes)
         record.sources = sources()
         keep = (lambda: record.write(folder / f"{record.name}.json")) if folder else lambda: None
         try:

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-# Tasks of an operator, then of a network. PACKED is the forward launch of inference alone, on weights packed before;
-# only our kernels have it.
+# Tasks of an operator, its gradients alone, and tasks of a network. PACKED is the forward launch of inference alone, on
+# weights packed before; only our kernels have it.
 FORWARD, BOTH = "forward", "forward + backward"
+INPUT_GRAD, WEIGHT_GRAD = "input gradient", "weight gradient"
 INFERENCE, TRAINING, PACKED = "inference", "training step", "packed before"
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 # How a call is timed: the device's time when it is launched directly, the device's time when it is replayed in a CUDA

@@ -16,7 +16,7 @@ import tritonnet.nn.functional as F
 from tritonnet import dispatch
 from tritonnet.lenet import weights as lenet_weights
 
-from . import unfused
+from . import gradients, unfused
 
 if dispatch.launchers is not None:
     from tritonnet.kernels.lenet import forward as lenet_forward
@@ -147,6 +147,7 @@ class Library(NamedTuple):
         packed: function of a LeNet and a format that packs the weights and returns the forward alone, a function of
             images, or None where there is none; None for a library without such a forward.
         context: function that returns the context manager in which it has to run.
+        gradients: the class of gradients.py that has its gradients.
     """
 
     functional: ModuleType
@@ -156,11 +157,12 @@ class Library(NamedTuple):
     training_step: Callable = eager_step
     packed: Callable | None = None
     context: Callable = contextlib.nullcontext
+    gradients: type = gradients.OfTorch
 
 
 def installed():
     """{name: Library} of the contestants that are installed."""
-    found = {"tritonnet": Library(F, tritonnet.LeNet, packed=packed_before)}
+    found = {"tritonnet": Library(F, tritonnet.LeNet, packed=packed_before, gradients=gradients.Ours)}
     if hasattr(tritonnet, "TrainStep"):
         found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=WholeStep)
     found["torch"] = Library(unfused, TutorialLeNet)

@@ -81,16 +81,21 @@ class Operator:
         with Rounding(format):
             return Gate(truth, results(), format, decided if self.rectified else None)
 
-    def contestant(self, library, layout, format, device, mode=None):
-        """The Contestant of a libraries.Library, under torch.compile in `mode` unless that is None."""
-        call = compiled(lambda *inputs: self.call(library.functional, *inputs), mode)
+    def sets(self, layout, format, device):
+        """[(inputs, dy)] in a layout: as many as overflow the device's L2 cache."""
 
         def laid_out(number):
             tensors, dy = self.inputs(format, device.torch_device, number)
             return [lay_out(t, layout) for t in tensors], lay_out(dy, layout)
 
-        sets = [laid_out(0)]
-        sets += [laid_out(n) for n in range(1, copies(sum(t.nbytes for t in sets[0][0]), device))]
+        first = laid_out(0)
+        return [first, *(laid_out(n) for n in range(1, copies(sum(t.nbytes for t in first[0]), device)))]
+
+    def contestant(self, library, layout, format, device, mode=None):
+        """The Contestant of a libraries.Library, under torch.compile in `mode` unless that is None."""
+        call = compiled(lambda *inputs: self.call(library.functional, *inputs), mode)
+
+        sets = self.sets(layout, format, device)
         leaves = [[_leaf(t) for t in tensors] for tensors, _ in sets]
         steps = {
             FORWARD: [lambda tensors=tensors: [call(*tensors)] for tensors, _ in sets],

@@ -16,8 +16,8 @@ from .keep import read_json, sources, write_json
 # The contestants of this project; all others are its peers.
 OURS = "tritonnet", "TrainStep"
 OK, WRONG, FAILED = "ok", "WRONG", "failed"
-# Follows the GPU's name in the names of a quick run's files.
-QUICK_ENDING = "-quick"
+# Follow the GPU's name in the names of the files of a quick run, and of a run of the passes.
+QUICK_ENDING, PASSES_ENDING = "-quick", "-passes"
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Record:
     Attributes:
         machine: what it ran on, with versions and date.
         quick: whether it was the quick run.
+        passes: whether it was the run of the passes alone.
         ceilings: what measure.ceilings() found.
         rows: every Row.
         accuracy: the times to a test accuracy, of accuracy.race().
@@ -102,16 +103,17 @@ class Record:
     begun: str = ""
     without: list = field(default_factory=list)
     sources: str = ""
+    passes: bool = False
 
     @property
     def name(self):
         """A file name without its ending."""
-        return file_name(self.machine) + QUICK_ENDING * self.quick
+        return file_name(self.machine) + QUICK_ENDING * self.quick + PASSES_ENDING * self.passes
 
     @property
     def title(self):
         """The machine in a line."""
-        return title(self.machine) + ", quick run" * self.quick
+        return title(self.machine) + ", quick run" * self.quick + ", passes" * self.passes
 
     @property
     def faults(self):
@@ -138,6 +140,21 @@ class Record:
         return record
 
 
+def groups(rows):
+    """{(subject, batch, format, task, layout, form): {library: Row}}, of rows that did the same work."""
+    found = {}
+    for row in rows:
+        key = row.subject, row.batch, row.format, row.task, row.layout, row.form
+        found.setdefault(key, {})[row.library] = row
+    return found
+
+
+def best_of_ours(group):
+    """The fastest Row of this project in a group, or None."""
+    timed = [group[name] for name in OURS if name in group and group[name].ms]
+    return min(timed, key=lambda row: row.ms, default=None)
+
+
 def file_name(machine):
     """The name of a machine's files, without an ending."""
     return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
@@ -156,13 +173,13 @@ def same_but_date(one, other):
     return {**one, "date": ""} == {**other, "date": ""}
 
 
-def earlier(machine, quick, folder):
+def earlier(machine, quick, folder, passes=False):
     """The Record of an earlier run of the same code on the same machine, to be continued, or a new one.
 
     A full run without an earlier one starts from the quick run's record.
     """
-    new, code = Record(machine, quick), sources()
-    for name in dict.fromkeys((new.name, f"{file_name(machine)}-quick")):
+    new, code = Record(machine, quick, passes=passes), sources()
+    for name in [new.name] if passes else dict.fromkeys((new.name, file_name(machine) + QUICK_ENDING)):
         path = folder / f"{name}.json"
         if path.exists():
             found = Record.read(path)

@@ -1,27 +1,14 @@
 """A record as tables: times, how they compare with each peer, and how close they come to what the device can do."""
 
-from .case import BOTH, FORWARD, HOST, INFERENCE, PACKED, TRAINING
-from .record import OK, OURS
+from . import passes
+from .case import BOTH, FORWARD, HOST, INFERENCE, INPUT_GRAD, PACKED, TRAINING, WEIGHT_GRAD
+from .record import OK, OURS, best_of_ours, groups
 from .table import markdown
 
 TASKS = {TRAINING: "LeNet, training step", INFERENCE: "LeNet, inference",
          PACKED: "LeNet, inference on weights packed before", FORWARD: "Operators, forward",
-         BOTH: "Operators, forward + backward"}  # fmt: skip
-
-
-def groups(rows):
-    """{(subject, batch, format, task, layout, form): {library: Row}}, of rows that did the same work."""
-    found = {}
-    for row in rows:
-        key = row.subject, row.batch, row.format, row.task, row.layout, row.form
-        found.setdefault(key, {})[row.library] = row
-    return found
-
-
-def best_of_ours(group):
-    """The fastest Row of this project in a group, or None."""
-    timed = [group[name] for name in OURS if name in group and group[name].ms]
-    return min(timed, key=lambda row: row.ms, default=None)
+         BOTH: "Operators, forward + backward", INPUT_GRAD: "Operators, input gradient alone",
+         WEIGHT_GRAD: "Operators, weight gradient alone"}  # fmt: skip
 
 
 def ratio(group, library):
@@ -103,6 +90,8 @@ def page(record, plots=()):
         header, lines = table(record, task)
         if lines:
             parts.append(f"## {heading}\n\n{markdown(header, lines)}")
+    if text := passes.in_words(record):
+        parts.append(f"## The passes together\n\n{text}")
     if lines := memory(record):
         parts.append("## Peak memory of a training step, beside its images and labels\n\n" + markdown(*lines))
     if record.overhead:

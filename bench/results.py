@@ -8,12 +8,12 @@ cases.
 
 import sys
 
-from . import stages, verify
+from . import passes, stages, verify
 from .case import BOTH, CALLS, FORWARD, GRAPH, HOST, INFERENCE, PACKED, TRAINING
 from .keep import ROOT, read_json
 from .lenet import Network
 from .libraries import COMPILE
-from .record import OURS, QUICK_ENDING, Record, file_name, same_but_date
+from .record import OURS, PASSES_ENDING, QUICK_ENDING, Record, file_name, same_but_date
 from .report import accuracy_table, memory
 from .run import plan
 from .table import markdown
@@ -38,11 +38,13 @@ HEADLINES = (
 def records(folder):
     """The Records in `folder`, one for each machine: the newest, or of two from the same day the full run.
 
+    A run of the passes is no such record; `section` adds it to that of its machine.
+
     Rows of a quick run that is no older replace the full run's own, if both had the same versions.
     """
     paths = [path for path in sorted(folder.glob("*.json")) if not path.stem.endswith(verify.ENDING)]
     of_machine = {}
-    for record in filter(None, map(Record.read, paths)):
+    for record in (record for record in map(Record.read, paths) if record and not record.passes):
         of_machine.setdefault(file_name(record.machine), []).append(record)
     return [_one_of(runs) for runs in of_machine.values()]
 
@@ -167,6 +169,7 @@ def section(found, folder):
             parts.append(
                 f"Peak memory of a training step, beside its images and labels:\n\n{markdown(header, rows).strip()}"
             )
+        parts += _passes(record, folder)
         if record.accuracy:
             parts.append(accuracy_table(record.accuracy).strip())
         state = read_json(folder / f"{file_name(record.machine)}{verify.ENDING}.json")
@@ -176,6 +179,17 @@ def section(found, folder):
         if lacking := unmeasured(record, state if checked else {}):
             parts.append(f"Not measured by `python -m bench`: {'; '.join(lacking)}.")
     return "\n\n".join(parts)
+
+
+def _passes(record, folder):
+    """[what follows, table] of the passes timed on a record's machine with its versions, [] if there are none."""
+    path = folder / f"{file_name(record.machine)}{PASSES_ENDING}.json"
+    found = Record.read(path) if path.exists() else None
+    if not found or not same_but_date(found.machine, record.machine):
+        return []
+    (header, rows), _ = passes.summary(found)
+    pages = f"{found.machine['date']}, [all of it, and the shapes below {passes.SLOWER}x](results/{found.name}.md)"
+    return [f"{passes.SUMMARY} ({pages}):", markdown(header, rows).strip()] if rows else []
 
 
 def headlines(found):

@@ -14,10 +14,11 @@ from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS,
 from .limit import OutOfTime, limited
 from .measure import measure, measure_graph, measure_host, precision
 from .operators import catalogue
+from .passes import Passes
 from .record import FAILED, OK, OURS, WRONG, Row
 
 # Seconds until the last case ends; the start of Python and the pictures take the rest of the planned time.
-FULL, QUICK = 440, 75
+FULL, QUICK, OF_PASSES = 440, 75, 300
 # Seconds that each is expected to take before one has run, and the most that an entry under torch.compile gets, by
 # mode.
 EXPECTED = {"case": 4.0, "compile": 8.0}
@@ -84,8 +85,10 @@ class Entry(NamedTuple):
     mode: str | None = None
 
 
-def forms_on(device):
-    """The forms that a device can time."""
+def forms_on(device, subject):
+    """The forms in which a device can time a subject; of passes the device's time counts, without the host's work."""
+    if isinstance(subject, Passes):
+        return (GRAPH,) if device.capture else (CALLS,)
     return (CALLS, HOST, GRAPH) if device.capture else (CALLS, HOST)
 
 
@@ -94,7 +97,7 @@ def entries(case, libraries, device):
     subject = case.subject
     whole_too = isinstance(subject, Network) and subject.training and case.format in WHOLE_STEPS
     return [
-        Entry(name, library, layout, forms_on(device))
+        Entry(name, library, layout, forms_on(device, subject))
         for name, library in libraries.items() if not library.compiled and (whole_too or not library.whole)
         for layout in (subject.layouts[:1] if library.whole else subject.layouts)
     ]  # fmt: skip
@@ -109,7 +112,8 @@ def compiled_entries(case, libraries, device, quick):
     if not worth_compiling(case, quick):
         return []
     network = isinstance(case.subject, Network)
-    modes = [(forms_on(device), COMPILE_QUICKLY if quick else COMPILE_NO_GRAPHS)]
+    quickly = quick or isinstance(case.subject, Passes)
+    modes = [(forms_on(device, case.subject), COMPILE_QUICKLY if quickly else COMPILE_NO_GRAPHS)]
     if network and case.subject.small and not quick:
         modes = [((GRAPH,), COMPILE_NO_GRAPHS)] if device.capture else []
         modes.append(((CALLS, HOST), COMPILE))
@@ -122,6 +126,8 @@ def compiled_entries(case, libraries, device, quick):
 
 
 def worth_compiling(case, quick):
+    if isinstance(case.subject, Passes):
+        return case.format == "bfloat16"
     if not isinstance(case.subject, Network):
         return not quick and case.format == "bfloat16" and case.subject.name in COMPILED_OPERATORS
     first, second = COMPILED_NETWORKS

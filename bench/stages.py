@@ -1,6 +1,7 @@
 """The stages of --verify, the most informative first: their commands, their seconds and the test files of each."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -8,7 +9,8 @@ import shutil
 import sys
 from collections.abc import Callable
 
-from .run import QUICK
+from .record import PASSES_ENDING
+from .run import OF_PASSES, QUICK
 
 PYTHON = (sys.executable,)
 # pytest's exit status where there was no test to run.
@@ -35,13 +37,19 @@ OTHER_TESTS = (
 WITHOUT_GPU = (
     "test_bench", "test_compiled", "test_files", "test_images", "test_machine_code", "test_package", "test_ptx",
     "test_ptx_bulk", "test_ptx_faults", "test_ptx_matrices", "test_ptx_tensor", "test_ptx_tensor_faults",
-    "test_step_on_host", "test_structure", "test_verify", "test_warm", "test_watch",
+    "test_step_on_host", "test_structure", "test_tune", "test_verify", "test_warm", "test_watch",
 )  # fmt: skip
 # A test of the interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"
 SANITIZERS = "memcheck", "racecheck"
+# What the stage "tune" writes into the folder of the records, to be copied into kernels/.
+TILES = "measured_tiles.py"
 # Where CUDA's tools are if they are not on the PATH.
 CUDA = "/usr/local/cuda/bin"
+
+
+# Stages that go on until nothing is missing in their record, with what follows the GPU's name in its file's name.
+UNTIL_COMPLETE = {"passes": PASSES_ENDING, "bench": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +127,17 @@ def planned(folder, kept):
     else:
         left_out.update(dict.fromkeys(SANITIZERS, f"there is no compute-sanitizer on the PATH or in {CUDA}"))
     add("first step and image", 60, 20, "-m", "bench.start", "--keep", str(kept), times=True)
-    if importlib.util.find_spec("bench.tune"):
-        add("tune", 100, 60, "-m", "bench.tune", "--keep", str(kept))
-    else:
-        left_out["tune"] = "there is no bench.tune"
+    found.append(Stage("tune", functools.partial(_tune, folder, kept), 150, 60))
     tests("all other tests", OTHER_TESTS, 60)
+    bench("passes", 100, OF_PASSES, "--passes", "--no-pictures")
     bench("bench", 200, math.inf)
     return found, left_out
+
+
+def _tune(folder, kept, limit, without):
+    """The command that measures tiles. It writes no source, which must not change while it is verified."""
+    options = ["--keep", str(kept), "--out", str(folder / TILES), "--minutes", f"{max(10, limit - GRACE) / 60:.2f}"]
+    return [*PYTHON, "-m", "bench.tune", *options]
 
 
 def _without(contestants):

@@ -167,8 +167,9 @@ def _main(folder, minutes, begun):
             put(kept, "stages", stage.name, {"status": STOPPED, "seconds": 0.0, "said": ""})
             without = _not_timed(read_json(kept))
             status, seconds, last = run(stage, limit, without)
-            if status == PASSED and stage.name == "bench" and Record.read(folder / f"{file_name(here)}.json").missing:
-                status = LATE
+            if status == PASSED and stage.name in stages.UNTIL_COMPLETE:
+                record = folder / f"{file_name(here)}{stages.UNTIL_COMPLETE[stage.name]}.json"
+                status = LATE if Record.read(record).missing else PASSED
             entry = {"status": status, "seconds": round(seconds, 1), "said": last[-1] if last else ""}
             if status != PASSED:
                 entry["last_lines"] = last

@@ -27,8 +27,10 @@ from bench import (
     cpu,
     libraries,
     operators,
+    passes,
     plots,
     report,
+    resnet,
     results,
     smoke,
     start,
@@ -44,9 +46,11 @@ from bench.case import (
     GRAPH,
     HOST,
     INFERENCE,
+    INPUT_GRAD,
     PACKED,
     TIMED,
     TRAINING,
+    WEIGHT_GRAD,
     Case,
 )
 from bench.lenet import Network
@@ -313,6 +317,137 @@ def test_signs_that_rounding_twice_changes_are_no_fault():
     assert "from zero the relu has another sign" in complaint("all that is negative passes")
     gate.decided = None
     assert complaint().startswith("gradient 0 is off by 0.0")
+
+
+def test_the_convolutions_of_resnet_50():
+    """53 in all, 23 of them distinct; 4.09 G multiply-adds and 23,454,912 weights, as the table of the paper has it."""
+    layers = resnet.layers(128)
+    assert len(layers) == len({layer[1:] for layer in layers}) == 23 and sum(layer.count for layer in layers) == 53
+    weights = {layer: layer.OC * layer.C * layer.K**2 for layer in layers}
+    assert sum(layer.count * number for layer, number in weights.items()) == 23_454_912
+    products = sum(layer.count * number * layer.OH**2 for layer, number in weights.items())
+    assert products == 4_087_136_256
+    # Name, count, C, H, OC, K, stride of the first, of a shortcut that halves the image, and of the last.
+    assert layers[0] == (1, 128, 3, 224, 64, 7, 2) and layers[-1] == (2, 128, 512, 7, 512, 3, 1)
+    assert (1, 128, 256, 56, 512, 1, 2) in layers and (4, 128, 64, 56, 256, 1, 1) in layers
+    assert (1, 128, 128, 56, 128, 3, 2) in layers and (3, 128, 128, 28, 128, 3, 1) in layers
+
+
+def small_passes():
+    """A stem without an input gradient, a 1x1 with a stride, a 3x3 and a linear.
+
+    The size of the second is odd: for even ones with few channels, torch 2.13.0 on one thread of a CPU writes outside
+    its memory in the weight gradient.
+    """
+    layers = [(1, 2, 3, 9, 4, 7, 2), (2, 2, 4, 7, 8, 1, 2), (3, 2, 4, 5, 4, 3, 1)]
+    return [*(passes.convolution(resnet.Layer(*layer)) for layer in layers), passes.linear(5, 4, 3)]
+
+
+def test_the_work_of_a_pass_by_hand():
+    stem, strided, whole, linear = small_passes()
+    # 2 images, 5 x 5 results of 4 filters with 147 products each; 486 pixels, 588 weights.
+    assert stem.works == dict.fromkeys((FORWARD, WEIGHT_GRAD), (2 * 200 * 147, 486 + 588 + 200, 0))
+    # Of 7 x 7 pixels 4 x 4 are read, but each has a gradient.
+    assert strided.works[FORWARD] == strided.works[WEIGHT_GRAD] == (2 * 256 * 4, 128 + 32 + 256, 0)
+    assert strided.works[INPUT_GRAD] == (2 * 256 * 4, 392 + 32 + 256, 0)
+    assert whole.works == dict.fromkeys(passes.PASSES, (2 * 200 * 36, 200 + 144 + 200, 0))
+    assert linear.works == dict.fromkeys(passes.PASSES, (120, 20 + 12 + 15, 0))
+
+
+@pytest.mark.parametrize("format", passes.FORMATS)
+def test_each_pass_alone(format):
+    """Ours and torch's, in graphs where there are any; one that computes another gradient is named."""
+    there = {name: of for name, of in libraries.installed().items() if not of.compiled and not of.whole}
+    cases, record, device = [Case(subject, format) for subject in small_passes()], Record(MACHINE), Clockwork()
+    with tritonnet.backend("reference"):
+        run(record, cases, there, device, Budget(1e9), seconds=0.001)
+        assert {(row.status, row.form) for row in record.rows} == {(OK, GRAPH)} and len(record.done) == 4
+        # Two libraries, and two layouts of the convolutions; 2, 3, 3 and 3 passes.
+        assert len(record.rows) == 2 * (2 * (2 + 3 + 3) + 3)
+
+        class Wrong(libraries.gradients.Ours):
+            @staticmethod
+            def conv2d_weight_grad(dy, x, w, stride, padding):
+                return libraries.gradients.Ours.conv2d_weight_grad(dy, x, w, stride, padding) * 1.1
+
+        record = Record(MACHINE)
+        wrong = {"tritonnet": there["tritonnet"]._replace(gradients=Wrong)}
+        run(record, cases[2:3], wrong, Host(), Budget(1e9), seconds=0.001)
+    assert {(row.task, row.status) for row in record.rows} == {
+        (FORWARD, OK), (INPUT_GRAD, OK), (WEIGHT_GRAD, WRONG)
+    }  # fmt: skip
+    assert {row.form for row in record.rows} == {CALLS}
+    assert all(row.detail.startswith("gradient 1 is off by 0.1") for row in record.rows if row.status == WRONG)
+
+
+def timed_passes():
+    """A record of all passes in bfloat16: torch takes twice our time, in channels_last half of it in the stem.
+
+    In NCHW the last convolution has no time.
+    """
+    record = Record(MACHINE, passes=True)
+    subjects = [case.subject for case in passes.plan(("bfloat16",))]
+    for subject in subjects:
+        for task in subject.works:
+            for layout in subject.layouts:
+                for library in ("tritonnet", "torch"):
+                    row = Row(subject.name, subject.batch, "bfloat16", task, layout, GRAPH, library, 1, 1)
+                    in_stem = layout == CHANNELS_LAST and subject is subjects[0]
+                    row.ms = 1.0 if library == "tritonnet" else 0.5 if in_stem else 2.0
+                    record.rows.append(row)
+                    if layout == CONTIGUOUS and subject is subjects[22] and library == "torch":
+                        row.status, row.ms = FAILED, None
+    return record
+
+
+def test_the_passes_together(tmp_path):
+    """Geometric means, the network's time by counts, how many shapes have both times, and which are slower."""
+    record = timed_passes()
+    (header, rows), faster = passes.summary(record)
+    found = {row[:1] + row[1:2] + row[3:4]: dict(zip(header, row)) for row in rows}
+    assert len(rows) == len(found) == 3 * 3  # passes; convolutions in two layouts, and linear
+
+    def line(*key):
+        return tuple(found[key][name] for name in ("shapes", "geometric mean", "ResNet-50"))
+
+    # 22 shapes at 2x and the stem at 0.5x; 52 convolutions at 2x and the stem.
+    mean, network = 2 ** (21 / 23), (52 * 2 + 0.5) / 53
+    assert line("conv2d", FORWARD, CHANNELS_LAST) == ("23 of 23", f"{mean:.2f}x", f"{network:.2f}x")
+    assert line("conv2d", WEIGHT_GRAD, CONTIGUOUS) == ("22 of 23", "2.00x", "2.00x")
+    assert line("conv2d", INPUT_GRAD, CHANNELS_LAST) == ("22 of 22", "2.00x", "2.00x")
+    assert line("linear", INPUT_GRAD, CONTIGUOUS) == ("3 of 3", "2.00x", "-")
+    assert [words.split(": ")[1] for words in faster] == ["torch takes 0.50x"] * 2
+    text = report.page(record)
+    assert text.startswith("# Made-up GPU") and "2000-01-01, passes\n" in text
+    for part in (
+        "## Operators, weight gradient alone",
+        "## The passes together",
+        f"Below {passes.SLOWER}x:\n\n- conv2d",
+    ):
+        assert part in text, part
+    record.rows = [row for row in record.rows if "stem" not in row.subject and "3 to 64" not in row.subject]
+    assert f"No shape is below {passes.SLOWER}x." in report.page(record)
+    assert passes.in_words(made_up()) == ""
+
+    # Files of their own, which neither a full nor a quick run goes on with; bench/README.md has the table.
+    record = timed_passes()
+    record.write(tmp_path / f"{record.name}.json")
+    assert record.name == "made-up-gpu-passes" and not results.records(tmp_path)
+    made_up().write(tmp_path / "made-up-gpu.json")
+    (full,) = results.records(tmp_path)
+    assert not full.passes and "| geometric mean |" in results.section([full], tmp_path)
+    full.machine = full.machine | {"triton": "4.0"}
+    assert "geometric mean" not in results.section([full], tmp_path)
+
+
+def test_the_plan_of_passes():
+    both, one = passes.plan(), passes.plan(("bfloat16",))
+    names = [case.name for case in both]
+    assert len(set(names)) == len(names) == 2 * 26 and [case.name for case in one] == names[:26]
+    there = libraries.installed()
+    for case in both:
+        of = compiled_entries(case, there, Clockwork(), False)
+        assert [entry.mode for entry in of] == [libraries.COMPILE_QUICKLY] * (case.format == "bfloat16")
 
 
 def test_a_step_that_trains_wrongly_is_named():
@@ -661,7 +796,8 @@ def test_report_and_record(tmp_path):
     record = made_up()
     text = report.page(record, ["a.png"])
     assert text.startswith("# Made-up GPU, torch 2.0, triton 3.0, CUDA 12, tritonnet 0, 2000-01-01\n")
-    for part in (*report.TASKS.values(), "off by 1", "- some case: no time", "![a.png](a.png)", "99", "2.00x", "3.00x"):
+    headings = [text for task, text in report.TASKS.items() if task not in (INPUT_GRAD, WEIGHT_GRAD)]
+    for part in (*headings, "off by 1", "- some case: no time", "![a.png](a.png)", "99", "2.00x", "3.00x"):
         assert part in text, part
     record.write(tmp_path / "r.json")
     assert Record.read(tmp_path / "r.json") == record
@@ -958,7 +1094,9 @@ with no_launch.gpu_that_does_nothing():
     assert "conv2d_forward_kernel" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argument", [(), ("--quick",), ("--verify",)], ids=["all", "quick", "verify"])
+@pytest.mark.parametrize(
+    "argument", [(), ("--quick",), ("--passes",), ("--verify",)], ids=["all", "quick", "passes", "verify"]
+)
 def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as e:
@@ -975,6 +1113,10 @@ def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
         (("--minutes", "5"), "--minutes goes with --verify"),
         (("--verify", "--cpu"), "--verify has no --cpu"),
         (("--verify", "--without", "torch"), "--verify has no --without"),
+        (("--verify", "--passes"), "--verify has no --passes"),
+        (("--passes", "--cpu"), "--passes has no --cpu"),
+        (("--passes", "bfloat16", "--quick"), "--passes has no --quick"),
+        (("--passes", "float16"), "invalid choice: 'float16'"),
     ],
 )
 def test_a_mistake_is_named(arguments, said, capsys):

@@ -327,14 +327,14 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     sanitizer.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sanitizer.parent}{os.pathsep}{os.environ['PATH']}")
     planned, left_out = stages.planned(tmp_path, tmp_path / "made-up-gpu-verify.json")
-    assert left_out == {"tune": "there is no bench.tune"}
+    assert not left_out
     names = [stage.name for stage in planned]
     assert names == [
         "doctor", "smoke", "quick bench", "tests of the step", "tests of convolutions", "tests of the other kernels",
-        "memcheck", "racecheck", "first step and image", "all other tests", "bench",
+        "memcheck", "racecheck", "first step and image", "tune", "all other tests", "passes", "bench",
     ]  # fmt: skip
     # Stages of tests without a file would collect every test.
-    planned = [stage for stage in planned if stage.name not in names[4:6] + names[9:10]]
+    planned = [stage for stage in planned if stage.name not in names[4:6] + names[10:11]]
 
     assert run(*planned, minutes=10) == 1
     out, kept = capfd.readouterr().out, read(tmp_path)
@@ -344,6 +344,7 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     assert kept["stages"]["memcheck"]["said"] == "memcheck: ERROR SUMMARY: 0 errors"
     assert kept["start"]["first image, torch, -"]["ms"] > 0
     assert "::test_later" in out and "KeyError" in next(iter(kept["tests"].values()))["failed"]["test_later"]
+    assert list(kept["tune"]) and "MEASURED: dict = {" in (tmp_path / stages.TILES).read_text()
     full = Record.read(tmp_path / "made-up-gpu.json")
     assert len(full.done) == 3 and full.left_out and not full.missing
     # The tests have found the step wrong: what the quick run did not time is not timed at all.
@@ -355,5 +356,5 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     assert verify.counts(read(tmp_path)["tests"]) == {"passed": 2, "failed": 0, "skipped": 0}
     # The step is right now, and is timed.
     ran = [words.partition(", up to ")[0] for words in capfd.readouterr().out.splitlines() if ", up to " in words]
-    assert ran == ["tests of the step", "first step and image", "bench"]
+    assert ran == ["tests of the step", "first step and image", "passes", "bench"]
     assert "TrainStep: by --without" not in Record.read(tmp_path / "made-up-gpu.json").left_out

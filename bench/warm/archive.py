@@ -9,6 +9,8 @@ same minor version of Python, the same build of Triton, and the same sources of 
 refused, as nothing in it would be used. Several archives may be unpacked, one after the other. The parts are:
 
     quick, full   our contestants in the cases of `python -m bench --quick`, and of `python -m bench`
+    passes        the same of `python -m bench --passes`
+    tune          every candidate that `python -m bench.tune` measures
     smoke         a TrainStep in three precisions, at batches that are captured and at others
     tests         the test files of the kernels, without their comparisons, as far as each test gets
     doctor        what `tritonnet doctor` compares on a GPU
@@ -224,7 +226,7 @@ def parse(argv=None):
         command.add_argument("--target", choices=TARGETS, default="sm_90" if packs else None)
         command.add_argument(
             "--parts", nargs="+", default=list(DEFAULT) if packs else None, metavar="PART",
-            help=f"of {', '.join(PARTS)} and FILE.py (default: {'all but full' if packs else 'those of the archive'})",
+            help=f"of {', '.join(PARTS)} and FILE.py (default: {', '.join(DEFAULT) if packs else 'those of the archive'})",
         )  # fmt: skip
         command.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N")
         if packs:

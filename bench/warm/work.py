@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import runpy
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from tritonnet.cli import doctor
 
-from .. import TARGETS, smoke, stages
+from .. import TARGETS, passes, smoke, stages
 from ..keep import ROOT
 from ..libraries import installed
 from ..machine_code import every_kernel
@@ -30,6 +31,7 @@ from ..no_launch import cpu_for_gpu, forget_kernels
 from ..processes import environment, kill_session
 from ..record import OURS
 from ..run import entries, plan
+from ..tune import problems
 from .launchers import Launchers, in_a_line
 
 # The test files that launch every kernel in the most variants.
@@ -39,7 +41,7 @@ NOT_TESTS = "not from_a_data_loader and not older_flags"
 TESTS_SECONDS = 3000
 
 
-def _timed(quick):
+def _timed(cases):
     """The first step of each of our contestants in every case of the bench."""
     ours = {name: library for name, library in installed().items() if name in OURS}
     device = Host()
@@ -53,7 +55,7 @@ def _timed(quick):
                     for steps in contestant.steps.values():
                         steps[0]()
 
-    return {case.name: functools.partial(launch, case) for case in plan(quick)}
+    return {case.name: functools.partial(launch, case) for case in cases()}
 
 
 def _smoke():
@@ -88,8 +90,10 @@ PARTS = {
     "every_kernel": _every_kernel,
     "doctor": _doctor,
     "smoke": _smoke,
-    "quick": functools.partial(_timed, True),
-    "full": functools.partial(_timed, False),
+    "quick": functools.partial(_timed, lambda: plan(quick=True)),
+    "passes": functools.partial(_timed, passes.plan),
+    "tune": problems.jobs,
+    "full": functools.partial(_timed, lambda: plan(quick=False)),
 }
 
 
@@ -187,34 +191,42 @@ def _start(folder, cache, target, parts, number):
         return subprocess.Popen(command, cwd=ROOT, env=environment(**_variables(folder, cache)), stdout=log, stderr=log)
 
 
-def run_jobs(folder, cache, target, parts, processes):
-    """Runs the jobs of the parts in processes of their own.
+def run_jobs(folder, cache, target, parts, processes, seconds=math.inf):
+    """Runs the jobs of the parts in processes of their own; none is left when this returns or raises.
 
     Args:
         folder: an empty one, which the processes share.
         cache: the folder of Triton's cache.
+        seconds: how long the processes may take; jobs that they have not finished then are not done.
 
     Returns:
         The findings, dicts with the "error" of a "kernel" in a "job", or with what was "left_out".
     """
-    findings, started = Findings(folder / "findings"), processes
-    running = {number: _start(folder, cache, target, parts, number) for number in range(processes)}
-    while running:
-        time.sleep(0.05)
-        for number, process in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[number]
-            if process.returncode == 0:
-                continue
-            lines = (folder / f"log {number}").read_text("utf-8", "replace").splitlines()
-            job = next((line[4:] for line in reversed(lines) if line.startswith("job ")), None)
-            kernel = next((line[10:] for line in reversed(lines) if line.startswith("compiling ")), "")
-            last = lines[-1] if lines else "it printed nothing"
-            findings.add(job=job or "-", kernel=kernel, error=f"a process ended with {process.returncode}: {last}")
-            if job:  # otherwise the next process would get no further
-                running[started] = _start(folder, cache, target, parts, started)
-                started += 1
+    findings, started, end = Findings(folder / "findings"), processes, time.monotonic() + seconds
+    running = {}
+    try:
+        for number in range(processes):
+            running[number] = _start(folder, cache, target, parts, number)
+        while running and time.monotonic() < end:
+            time.sleep(0.05)
+            for number, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[number]
+                if process.returncode == 0:
+                    continue
+                lines = (folder / f"log {number}").read_text("utf-8", "replace").splitlines()
+                job = next((line[4:] for line in reversed(lines) if line.startswith("job ")), None)
+                kernel = next((line[10:] for line in reversed(lines) if line.startswith("compiling ")), "")
+                last = lines[-1] if lines else "it printed nothing"
+                findings.add(job=job or "-", kernel=kernel, error=f"a process ended with {process.returncode}: {last}")
+                if job:  # otherwise the next process would get no further
+                    running[started] = _start(folder, cache, target, parts, started)
+                    started += 1
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
     return findings.read()
 
 
