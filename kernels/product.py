@@ -38,13 +38,13 @@ GROUP = 8
 
 def serves(a, b, dtype, precision):
     """Whether the product of a (M, K) and b (N, K) has its operands read by descriptors."""
-    if not INTERPRETED and compute_capability() < 9:
-        return False
-    if dtype not in (torch.bfloat16, torch.float16) and (dtype != torch.float32 or precision != "tf32"):
-        return False
     (M, K), N = a.shape, b.shape[0]
-    inner = (1,) if dtype == torch.float32 else (1, 0)
-    return M * N * K >= LARGE and all(any(_is_box(t, dim) for dim in inner) for t in (a, b))
+    if M * N * K < LARGE or not INTERPRETED and compute_capability() < 9:
+        return False
+    if dtype == torch.float32:
+        return precision == "tf32" and _is_box(a, 1) and _is_box(b, 1)
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and all(_is_box(t, 1) or _is_box(t, 0) for t in (a, b))
 
 
 def _is_box(t, inner):

@@ -192,7 +192,7 @@ def numbers(family, row, tile):
         # A thread of FMA reads the rows and columns of its share of the tile, which is about a square.
         read = 2 * math.isqrt(tile.M * columns * 32 * tile.num_warps) * tile.K * itemsize
     else:
-        # Four warps compute 64 rows: they read these and all columns, or a share of the columns if there are more warps.
+        # Four warps compute 64 rows: they read these and all columns, or a share of the columns where warps are more.
         rows = tile.M * max(1, tile.num_warps // 4 * 64 // tile.M) * tile.taps
         read = (rows + cdiv(tile.M, 64) * columns) * tile.K * itemsize
     step = max(2 * tile.M * columns * tile.K / card.rates[row], (_operands(row, tile, tile.taps) + read) / SHARED_BYTES)

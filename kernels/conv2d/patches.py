@@ -1,9 +1,12 @@
-"""What the kernels of convolutions share: precision, tile, indexing, and the loop over patches of the two forwards.
+"""What the kernels of convolutions share: precision, how the summed index is walked, and the loops over it.
 
-K, the summed index of forward and input gradient, is walked in one of two ways. FLAT, for few channels: one index over
-channels and taps, so that each element computes its own address and mask. Otherwise tap by tap, a block of channels at
-a time, so that address and mask are computed once for a pixel. This walk needs contiguous channels, and other tensors
-are copied first: gathering single elements would stall the matrix units for several times as long as the copy takes.
+K, the summed index of forward and input gradient, is walked in one of three ways:
+- "flat", for few channels: one index over channels and taps, so that each element computes its own address and mask;
+- "taps": tap by tap, a block of channels at a time, with a bit mask of the taps that are inside the image;
+- "patches": the same with the source of every pixel computed for each tap, for paddings other than zeros and for
+  filters of more than 16 rows or columns.
+The last two need contiguous channels, and other tensors are copied first: gathering single elements would stall the
+matrix units for several times as long as the copy takes.
 """
 
 import torch
