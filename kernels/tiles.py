@@ -76,7 +76,9 @@ LAUNCH = 2.0
 # Tables by family and number format, the widest tile first. Every row is compiled for every architecture by
 # bench.machine_code, so each has to be worth it.
 #
-# patches: rows are the pixels of a batch, columns the channels of a result: forward and input gradient of convolutions.
+# patches: rows are the pixels of a batch, columns the channels of a result: forward and input gradient of convolutions;
+# narrow patches: the same where each element of an operand or of the result has an address of its own, and wider tiles
+# would spill registers.
 # matrices: linear's products, by pointers.
 # products: the same by tensor descriptors; of sm_90 and later.
 # gradient: a weight gradient, with its sum over pixels or rows; flat gradient: the same of few channels, with one index
@@ -103,6 +105,7 @@ TABLES = {
     },
 }
 TABLES["flat gradient"] = TABLES["matrices"]
+TABLES["narrow patches"] = {row: [t for t in tiles if t.N <= 64] for row, tiles in TABLES["patches"].items()}
 # In full float32 the positions of 32 pixels would spill registers.
 TABLES["gradient"] = {**TABLES["matrices"], "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3))}
 # Small tiles, so that several programs share even a small layer.
@@ -231,20 +234,17 @@ def interpreted_tile(M, N, K):
     return Tile(m, n, k, num_warps=4, num_stages=1)
 
 
-def gemm_tile(family, M, N, K, dtype, precision, *, taps=1, repeats=1, narrow=math.inf):
-    """The tile for `repeats` products of (M, taps * K) and (taps * K, N), of at most `narrow` columns.
-
-    A tap's K begins a new step.
-    """
-    if INTERPRETED:
-        return interpreted_tile(M, min(N, narrow), K)
+def gemm_tile(family, M, N, K, dtype, precision, *, taps=1, repeats=1):
+    """The tile for `repeats` products of (M, taps * K) and (taps * K, N); a tap's K begins a new step."""
     row = number_format(dtype, precision)
+    if INTERPRETED:
+        return interpreted_tile(M, N, K)
 
     def time(t):
         programs, steps = cdiv(M, t.M) * cdiv(N, t.N) * repeats, taps * max(1, cdiv(K, t.K))
         return microseconds(family, row, t, programs, steps)
 
-    return min(_no_wider(candidates(family, row), narrow), key=time)
+    return min(candidates(family, row), key=time)
 
 
 def _no_wider(tiles, narrow):

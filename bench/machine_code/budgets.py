@@ -45,9 +45,11 @@ def _applies(rule, record):
 def violations(records):
     """A line for each budget that a record exceeds: where (architecture, kernel, format, case, tile) and what is wrong.
 
-    What varies between compilers is compared only where triton is the version that budgets.toml is for.
+    What varies between compilers is compared only where triton is the version that budgets.toml is for; how products
+    are pipelined, the width of accesses and the instructions of loops also for the others that it names.
     """
     same_compiler = triton.__version__ == BUDGETS["triton"]
+    held = same_compiler or triton.__version__ in BUDGETS["triton_too"]
     for r in records:
         where = f"{r['arch']}: {r['kernel']}, {r['format']}, {r['case']}"
         if "error" in r:
@@ -65,7 +67,7 @@ def violations(records):
         yield from (f"{where}: {line}" for line in r["overwritten"])
         if r["arch"] == "sm_90" and any(name.startswith("HGMMA") for name in r["matrix"]) and not r["products"]:
             yield f"{where}: its products were not found in Triton's dialect, so that their operands were not checked"
-        if not same_compiler:
+        if not held:
             continue
         for rule in BUDGETS["pipelined"]:
             if _applies(rule, r) and r["asynchronous"] is not True:
@@ -74,7 +76,11 @@ def violations(records):
             for what in ("loads", "stores"):
                 if _applies(rule, r) and (widest := max(map(int, r[what]), default=0)) < rule.get(what, 0):
                     yield f"{where}: the widest of its {what} has {widest} bytes, not {rule[what]}"
-        if "bounds" in r:
+        for rule in BUDGETS["instructions"]:
+            count, products = r["loop"]
+            if _applies(rule, r) and products and count > rule["a_product"] * products:
+                yield f"{where}: {count} instructions for {products} products, {rule['a_product']} each allowed"
+        if same_compiler and "bounds" in r:
             most = recorded(r)
             if most is None:
                 yield f"{where}: its bound of {bound(r):.2f} us is not recorded"

@@ -66,6 +66,11 @@ class Calls:
         dy, w = self.tensor(40, oc, 32, 32, last=True), self.tensor(oc, c, k, k, last=True)
         launchers.conv2d_input_grad(dy, w, (40, c, 32, 32), (1, 1), (d * (k // 2),) * 4, (d, d), 1, "zeros")
 
+    def conv_strided_input_grad(self, c, oc):
+        """The input's gradient in NCHW for a stride of 2, whose results have addresses of their own."""
+        dy, w = self.tensor(40, oc, 32, 32), self.tensor(oc, c, 3, 3)
+        launchers.conv2d_input_grad(dy, w, (40, c, 64, 64), (2, 2), (1,) * 4, (1, 1), 1, "zeros")
+
     def conv_weight_grad(self, c, oc, k, d):
         """The weight's gradient alone: (oc, pixels) x (pixels, c * k * k)."""
         dy, x = self.tensor(32, oc, 32, 32, last=True), self.tensor(32, c, 32, 32, last=True)
@@ -254,15 +259,20 @@ def tiles(c, format, brief):
     """(name, call) of every tile of every family of products."""
     row = _common.number_format(*FORMATS[format])
     for tile in tile_tables.candidates("patches", row):
-        for walk, k, channels in (("taps", 3, 64), ("short", 3, patches.SHORT_K), ("flat", 5, 3)):
+        for walk, channels in (("taps", 128), ("short", patches.SHORT_K)):
             if walk == "short" and (tile.K <= patches.SHORT_K or brief and tile.N > patches.NARROW_N):
                 continue  # the same as by taps, or hardly different
-            if walk == "flat" and (tile.N > patches.NARROW_N or format in ("float16", "float64")):
-                continue  # a tile that this walk does not use; "flat" is compiled in the most used formats
-            # Few channels without dilation have kernels of their own.
-            name, size = f"{walk}, {tile.M}x{tile.N}", {"k": k, "d": 2 if walk == "flat" else 1}
             for call, sizes in ((c.conv_forward, (channels, tile.N)), (c.conv_input_grad, (tile.N, channels))):
-                yield name, _by("patches", tile, lambda call=call, sizes=sizes, size=size: call(*sizes, **size))
+                call = _by("patches", tile, lambda call=call, sizes=sizes: call(*sizes, k=3, d=1))
+                yield f"{walk}, {tile.M}x{tile.N}", call
+    for tile in tile_tables.candidates("narrow patches", row):
+        if format not in ("float16", "float64"):  # "patches" compiles these tiles; this walk in the most used formats
+            # Few channels without dilation have kernels of their own.
+            for call, sizes in ((c.conv_forward, (3, tile.N)), (c.conv_input_grad, (tile.N, 3))):
+                call = _by("narrow patches", tile, lambda call=call, sizes=sizes: call(*sizes, k=5, d=2))
+                yield f"flat, {tile.M}x{tile.N}", call
+        strided = _by("narrow patches", tile, lambda n=tile.N: c.conv_strided_input_grad(n, 64))
+        yield f"strided, {tile.M}x{tile.N}", strided
     for tile in tile_tables.candidates("pooled", row):
         for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}

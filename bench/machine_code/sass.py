@@ -163,6 +163,7 @@ def read(cubin, instructions, arch):
         "loads": widths(instructions, ("LDG", "LDGSTS")),
         "stores": widths(instructions, ("STG",)),
         "matrix": Counter(i.opcode for i in instructions if is_matrix(i.opcode)),
+        "loop": (len(body), sum(is_matrix(i.opcode) for i in body)),
         "asynchronous": is_asynchronous(body, arch),
     }
 

@@ -10,8 +10,6 @@ weight_grad.py; patches.py has the loop over the summed index.
 Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759).
 """
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -85,9 +83,9 @@ def conv2d_forward_kernel(
 def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, precision):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
     OC, index, walk = OC // groups, index_type(x, w, bias, y), patches.walk_for(C, KH, KW, pad_mode)
-    K, narrow = (C * KH * KW, patches.NARROW_N) if walk == "flat" else (C, math.inf)
+    K, family = (C * KH * KW, "narrow patches") if walk == "flat" else (C, "patches")
     taps = 1 if walk == "flat" else KH * KW
-    tile = gemm_tile("patches", N * OH * OW, OC, K, x.dtype, precision, taps=taps, repeats=groups, narrow=narrow)
+    tile = gemm_tile(family, N * OH * OW, OC, K, x.dtype, precision, taps=taps, repeats=groups)
     tile = patches.fitted(tile, index, C <= patches.SHORT_K)
     (steps, units), (steps_y, units_y) = in_units(x.itemsize, *strides(x), *strides(w)), dense_steps(y)
     numbers = N, H, W, OW, taps * cdiv(K, tile.K), *steps, 0 if bias is None else bias.stride(0), *steps_y

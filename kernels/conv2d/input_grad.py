@@ -12,8 +12,6 @@ Source: the split by phase is the usual one of transposed convolutions (Shi et a
 https://arxiv.org/abs/1609.07009).
 """
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -37,10 +35,10 @@ from .padding import source
 from .patches import MOST_TAPS, add_taps, in_elements, taps_inside, tile_of
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "blocks"])
 def conv2d_input_grad_kernel(
     dy_ptr, w_ptr, dx_ptr,
-    N, H, W, OH, OW,
+    N, H, W, OH, OW, blocks,
     stride_yn, stride_yc, stride_yh, stride_yw,
     stride_wo, stride_wc, stride_wh, stride_ww,
     PIXELS, stride_xn, stride_xc, stride_xp,
@@ -106,7 +104,7 @@ def conv2d_input_grad_kernel(
         y_ptrs = dy_ptr + (y_rows + oh0 * stride_yh + ow0 * stride_yw)[:, None] + offs_k[None, :]
         w_ptrs = w_ptr + (offs_n % C * stride_wc)[None, :] + (offs_k * stride_wo)[:, None]
         acc = add_taps(
-            acc, y_ptrs, w_ptrs, tl.where(mask_m, bits, 0), taps_h * taps_w * ((OC + BLOCK_K - 1) // BLOCK_K),
+            acc, y_ptrs, w_ptrs, tl.where(mask_m, bits, 0), taps_h * taps_w * blocks,
             -(DH // DIVISOR_H) * stride_yh, -(DW // DIVISOR_W) * stride_yw,
             stride_wo, STEP_H * stride_wh, STEP_W * stride_ww,
             OC, taps_w, INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
@@ -139,17 +137,14 @@ def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
     taps_h, taps_w = cdiv(KH, window_h.step), cdiv(KW, window_w.step)
     walk, even = patches.walk_for(OC, taps_h, taps_w), SH * SW == 1
     K, taps = (OC * KH * KW, 1) if walk == "flat" else (OC, taps_h * taps_w)
-    # Where each result has an address of its own, wider tiles spill registers.
-    narrow = patches.NARROW_N if walk == "flat" or not even and dx.stride(1) != 1 else math.inf
-    tile = gemm_tile(
-        "patches", N * QH * QW, C, K, dy.dtype, precision, taps=taps, repeats=SH * SW * groups, narrow=narrow
-    )  # fmt: skip
+    # Of several phases none has all pixels of a row.
+    family = "narrow patches" if walk == "flat" or not even and dx.stride(1) != 1 else "patches"
+    tile = gemm_tile(family, N * QH * QW, C, K, dy.dtype, precision, taps=taps, repeats=SH * SW * groups)
     tile = patches.fitted(tile, index, OC <= patches.SHORT_K)
     steps, units = in_units(dy.itemsize, *strides(dy), *strides(w))
-    # Of several phases none has all pixels of a row.
     steps_x, units_x = dense_steps(dx) if even else in_units(dx.itemsize, QH * QW, *dx.stride()[:2], 0)
     rows_x, units_rows = in_units(dx.itemsize, *dx.stride()[2:])
-    numbers = N, H, W, OH, OW, *steps, *steps_x, *rows_x
+    numbers = N, H, W, OH, OW, cdiv(OC, tile.K), *steps, *steps_x, *rows_x
     return (cdiv(N * QH * QW, tile.M) * cdiv(C, tile.N) * SH * SW * groups,), numbers, dict(
         C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
         DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
