@@ -106,14 +106,18 @@ def weight_grad_tile(
 ):  # fmt: skip
     """Store the sum over the rows `first` to `last` for one tile of dw; the first tile of a row also stores db.
 
-    `partial` is the offset of the partial sums from dw_ptr and db_ptr.
+    `partial` is the offset of the partial sums from dw_ptr and db_ptr. db is one more product, with ones, where that is
+    exact and adds little. Otherwise it is summed in a loop of its own: tf32 has too few bits, and a use of dy in
+    registers inside the product's loop would stall the matrix unit.
     """
     # The product (N, M) x (M, K): BLOCK_M tiles N, BLOCK_N tiles K, and BLOCK_K walks this program's share of M.
     offs_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n, mask_k = offs_n < N, offs_k < K
 
+    SUM: tl.constexpr = HAS_BIAS and OPERAND.primitive_bitwidth == 16 and BLOCK_N >= 64
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc_b, ones = tl.zeros((BLOCK_M, 16), ACC), tl.full((BLOCK_K, 16), 1.0, OPERAND)
     if OPERAND.primitive_bitwidth == 16:
         # Otherwise triton 3.6.0 waits for each product before the next; no share of split_product is empty.
         tl.assume(first < last)
@@ -125,12 +129,16 @@ def weight_grad_tile(
         dy = tl.load(dy_ptr + y_offs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)
         x = tl.load(x_ptr + x_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(dy.to(OPERAND), x.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+        if SUM:
+            acc_b = tl.dot(dy.to(OPERAND), ones, acc_b, input_precision=PRECISION, out_dtype=ACC)
 
     w_offs = partial + (offs_n * stride_wn)[:, None] + (offs_k * stride_wk)[None, :]
     tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
 
-    # A separate loop, in one column of programs: inside the product's loop it would stall the matrix unit.
-    if HAS_BIAS:
+    if SUM:
+        db = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, acc_b, 0.0), axis=1)
+        tl.store(db_ptr + partial + offs_n, round_to(db, db_ptr.dtype.element_ty), mask=mask_n & (pid_k == 0))
+    elif HAS_BIAS:
         if pid_k == 0:
             acc_b = tl.zeros((BLOCK_M, BLOCK_K), ACC)
             for m0 in range(first, last, BLOCK_K):

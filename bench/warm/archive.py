@@ -226,7 +226,7 @@ def parse(argv=None):
         command.add_argument("--target", choices=TARGETS, default="sm_90" if packs else None)
         command.add_argument(
             "--parts", nargs="+", default=list(DEFAULT) if packs else None, metavar="PART",
-            help=f"of {', '.join(PARTS)} and FILE.py; default: {', '.join(DEFAULT) if packs else 'those of the archive'}",
+            help=f"of {', '.join(PARTS)} and FILE.py; default: {', '.join(DEFAULT) if packs else 'all of the archive'}",
         )  # fmt: skip
         command.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N")
         if packs:
