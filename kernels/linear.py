@@ -140,13 +140,13 @@ def weight_grad_tile(
         tl.store(db_ptr + partial + offs_n, round_to(db, db_ptr.dtype.element_ty), mask=mask_n & (pid_k == 0))
     elif HAS_BIAS:
         if pid_k == 0:
-            acc_b = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+            rows = tl.zeros((BLOCK_M, BLOCK_K), ACC)
             for m0 in range(first, last, BLOCK_K):
                 offs_m = m0 + tl.arange(0, BLOCK_K).to(INDEX)
                 y_offs = (offs_n * stride_yn)[:, None] + (offs_m * stride_ym)[None, :]
                 mask = mask_n[:, None] & (offs_m < last)[None, :]
-                acc_b += tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)
-            db = round_to(tl.sum(acc_b, axis=1), db_ptr.dtype.element_ty)
+                rows += tl.load(dy_ptr + y_offs, mask=mask, other=0.0).to(ACC)
+            db = round_to(tl.sum(rows, axis=1), db_ptr.dtype.element_ty)
             tl.store(db_ptr + partial + offs_n, db, mask=mask_n)
 
 
