@@ -7,6 +7,7 @@ products that miss the matrix units, loads of single elements, times that cannot
 import importlib
 import json
 import pkgutil
+import re
 
 import pytest
 import triton
@@ -64,11 +65,20 @@ def test_machine_code(target):
             assert row in chains, f"{target}: the row {row} of the chain's tiles has not been compiled"
 
 
+def test_a_network_by_the_model():
+    """Forward and backward of ResNet-50's convolutions, over the least time that the card allows them."""
+    if triton.__version__ != budgets.BUDGETS["triton"]:
+        pytest.skip("machine code of another compiler")
+    result = run_python("-m", "bench.machine_code.network", TRITON_INTERPRET=None)
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-2000:]
+    assert re.search(r"^all .* 1\.\d+$", result.stdout, re.M), result.stdout
+
+
 SHAPE = "ResNet 3x3, 256"
 RECORD = {
     "arch": "sm_90", "kernel": "conv2d_forward_kernel", "format": "bfloat16", "case": "taps, 128x128",
     "tile": "128x128x64", "num_warps": 8, "spilled": 0, "shared": 98304, "loads": {"16": 4}, "stores": {"16": 4},
-    "dot": True, "matrix": {"HGMMA": 4}, "asynchronous": True, "products": 1, "overwritten": [],
+    "dot": True, "matrix": {"HGMMA": 4}, "loop": [100, 4], "asynchronous": True, "products": 1, "overwritten": [],
 }  # fmt: skip
 TIMES = {"issue_us": 1.0, "l1_us": 1e6, "matrix_us": 1.0}
 SLOW = {"issue_us": 6.0, "l1_us": 1.0, "matrix_us": 0.0, "arithmetic_us": 5.0, "memory_us": 4.0}
@@ -86,6 +96,7 @@ SLOW = {"issue_us": 6.0, "l1_us": 1.0, "matrix_us": 0.0, "arithmetic_us": 5.0, "
         ({"products": 0}, "were not found in Triton's dialect"),
         ({"asynchronous": False}, "no matrix pipeline that goes on"),
         ({"asynchronous": None}, "no matrix pipeline that goes on"),
+        ({"loop": [141, 4]}, "141 instructions for 4 products, 35 each allowed"),
         ({"loads": {"2": 64}}, "the widest of its loads has 2 bytes, not 16"),
         ({"loads": {}}, "the widest of its loads has 0 bytes, not 16"),
         ({"stores": {"8": 64}}, "the widest of its stores has 8 bytes, not 16"),

@@ -235,7 +235,9 @@ def shapes(c):
     yield "ResNet 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3)
     yield "ResNet 3x3/2, 128", lambda: c.conv(64, 128, 56, 128, 3, stride=2)
     yield "ResNet 1x1, 64 to 256", lambda: c.conv(64, 64, 56, 256, 1)
+    yield "ResNet NCHW 3x3, 64", lambda: c.conv(64, 64, 56, 64, 3, last=False)
     yield "ResNet NCHW 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3, last=False)
+    yield "ResNet NCHW 1x1, 64 to 256", lambda: c.conv(64, 64, 56, 256, 1, last=False)
     yield "depthwise 3x3, 144", lambda: c.conv(64, 144, 56, 144, 3, groups=144)
     yield "depthwise 3x3/2, 144", lambda: c.conv(64, 144, 56, 144, 3, stride=2, groups=144)
     yield "depthwise 5x5, 144", lambda: c.conv(64, 144, 56, 144, 5, groups=144)
@@ -243,6 +245,9 @@ def shapes(c):
     yield "NCHW depthwise 3x3, 144", lambda: c.conv(64, 144, 56, 144, 3, groups=144, last=False)
     yield "NCHW depthwise 3x3/2, 144", lambda: c.conv(64, 144, 56, 144, 3, stride=2, groups=144, last=False)
     yield "linear 4096^3", lambda: c.linear(4096, 4096, 4096)
+    # By descriptors and, with few rows, by pointers.
+    yield "linear to 1000 features", lambda: c.linear(1024, 2048, 1000)
+    yield "linear to 1000 features, 64 rows", lambda: c.linear(64, 2048, 1000)
 
 
 def _by(family, tile, call):

@@ -20,7 +20,7 @@ from tritonnet.kernels import launchers
 from .. import FORMATS, TARGETS, resnet
 from . import sass
 from .bounds import L2, bounds
-from .budgets import BY_CODE
+from .budgets import BUDGETS, BY_CODE
 from .cases import Calls
 from .compile import compile_instead
 
@@ -116,6 +116,9 @@ def main():
         print(f"{layer.count} x {layer.name:32s} {which:16s} {time:8.1f} us, floor {least:6.1f}, {time / least:.2f}")
     for which, (time, least) in totals(found).items():
         print(f"{which:16s} {time:8.0f} us, floor {least:6.0f}, {time / least:.3f}")
+    most = BUDGETS["network"]["most"]
+    if time > most * least:
+        return f"The network takes {time / least:.3f} times its floor by the model; {most} is allowed in bfloat16."
 
 
 if __name__ == "__main__":
