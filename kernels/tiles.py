@@ -158,8 +158,10 @@ _forced: dict = {}
 
 def candidates(family, row):
     """The tiles of a family in a number format, for the architecture of the current device."""
-    if family in _forced:
-        return (_forced[family],)
+    return (_forced[family],) if family in _forced else _table(family, row)
+
+
+def _table(family, row):
     if family == "products":
         return PRODUCTS.get(row, ())
     special = HOPPER.get(family, {}) if compute_capability() == 9 else {}
@@ -168,7 +170,10 @@ def candidates(family, row):
 
 @contextlib.contextmanager
 def only(family, tile):
-    """Context in which every product of a family is computed by this tile; launches are planned anew, also after it."""
+    """Context in which this tile computes every product of a family that it can.
+
+    A weight gradient whose filter has not the tile's taps takes another. Launches are planned anew, also after it.
+    """
     _forced[family] = tile
     forget()
     try:
@@ -298,6 +303,9 @@ def gradient_tile(
     def tiles(t):
         return cdiv(M, t.M) * max(1, cdiv(N, t.N)) * cdiv(taps, t.taps) * repeats
 
+    def allowed(rows):
+        return [t for t in _no_wider(rows, narrow) if t.taps <= most_taps or padded and t.taps == taps]
+
     def length(t):
         return padded if t.taps > most_taps else K
 
@@ -308,8 +316,8 @@ def gradient_tile(
     if INTERPRETED:
         tile = interpreted_tile(M, min(N, narrow), K)._replace(taps=taps if padded else min(taps, most_taps))
     else:
-        rows = _no_wider(candidates(family, row), narrow)
-        tile = min((t for t in rows if t.taps <= most_taps or padded and t.taps == taps), key=lambda t: best(t)[0])
+        found = allowed(candidates(family, row)) or allowed(_table(family, row))
+        tile = min(found, key=lambda t: best(t)[0])
     per_split = cdiv(cdiv(length(tile), tile.K), best(tile)[1]) * tile.K
     return tile, tiles(tile), cdiv(length(tile), per_split), per_split
 

@@ -22,7 +22,7 @@ from bench.case import BOTH, CHANNELS_LAST, CONTIGUOUS, INFERENCE, TRAINING
 from bench.lenet import Network
 from bench.libraries import WHOLE_STEPS, installed
 from bench.measure import Host, precision
-from tritonnet.kernels import product
+from tritonnet.kernels import product, tiles
 
 if EMULATED is None:
     raise pytest.UsageError("TRITONNET_TEST_DEVICE has to be sm_80, sm_90 or sm_100")
@@ -253,6 +253,33 @@ SERVED = [(case, format) for format in FORMATS for case in CASES if kernels(case
 @pytest.mark.parametrize("case, format", SERVED)
 def test_against_float64(case, format):
     check(case, format)
+
+
+def shipped():
+    """(family, tile) of the tables of 16-bit formats for this architecture."""
+    with ptx.emulate(EMULATED):
+        return [
+            (family, tile)
+            for family in ("patches", "gradient", "products")
+            for tile in tiles.candidates(family, "half")
+            if BY_DESCRIPTORS or family != "products"
+        ]
+
+
+@pytest.mark.parametrize("family, tile", shipped(), ids=str)
+def test_every_tile(family, tile):
+    """Forward and gradients of a convolution by one tile, which its sizes do not fill."""
+    size, filters, padding = ((2, 72, 9, 11), (136, 1), 0) if family == "products" else ((2, 40, 9, 11), (24, 3), 1)
+    subject = operators.conv2d("", size, filters, padding=padding)
+    gate = subject.gate("bfloat16", "cpu")
+    large = 0 if family == "products" else product.LARGE
+    with (
+        tiles.only(family, tile), mock.patch.object(product, "LARGE", large), precision("bfloat16"),
+        tritonnet.backend("triton"), tritonnet.count_launches() as launches,
+    ):  # fmt: skip
+        results = subject.contestant(LIBRARIES["tritonnet"], CHANNELS_LAST, "bfloat16", Host()).first(BOTH)
+    assert "product_kernel" in launches if family == "products" else "conv2d_weight_grad_kernel" in launches
+    assert (complaint := gate.complaint(results, torch.bfloat16)) is None, complaint
 
 
 def test_float64_under_tf32():
