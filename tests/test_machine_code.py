@@ -56,7 +56,7 @@ def test_machine_code(target):
         special = tiles.HOPPER if target == "sm_90" else {}
         tables = [special.get(family, {}).get(rows) or tiles.TABLES[family][rows] for family in tiles.TABLES]
         if target in ("sm_90", "sm_100"):
-            tables.append(tiles.PRODUCTS.get(rows, ()))
+            tables.append(special.get("products", {}).get(rows) or tiles.PRODUCTS.get(rows, ()))
         for tile in {tile for table in tables for tile in table}:
             row = format, f"{tile.M}x{tile.N}x{tile.K}", tile.num_warps, tile.num_stages
             assert row in compiled_tiles, f"{target}: the row {row} of the tables of tiles has not been compiled"

@@ -283,8 +283,9 @@ def tiles(c, format, brief):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
             yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
     for tile in tile_tables.candidates("gradient", row):
-        name = f"taps, {tile.M}x{tile.N}" + f", {tile.taps} taps" * (tile.taps > 1)
-        yield name, _by("gradient", tile, lambda t=tile: c.conv_weight_grad(t.N, t.M, k=3, d=1))
+        if tile.num_warps > 2 or tile.N <= patches.NARROW_N:  # two warps have no registers for more addresses
+            name = f"taps, {tile.M}x{tile.N}" + f", {tile.taps} taps" * (tile.taps > 1)
+            yield name, _by("gradient", tile, lambda t=tile: c.conv_weight_grad(t.N, t.M, k=3, d=1))
         if tile.taps == 1:
             name = f"rows, {tile.M}x{tile.N}"
             yield name, _by("gradient", tile, lambda t=tile: c.linear_weight_grad(320 * t.M, t.N, t.M))
