@@ -115,7 +115,7 @@ def weight_grad_tile(
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n, mask_k = offs_n < N, offs_k < K
 
-    SUM: tl.constexpr = HAS_BIAS and OPERAND.primitive_bitwidth == 16 and BLOCK_N >= 64
+    SUM: tl.constexpr = HAS_BIAS and OPERAND.primitive_bitwidth == 16 and BLOCK_N >= 128
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc_b, ones = tl.zeros((BLOCK_M, 16), ACC), tl.full((BLOCK_K, 16), 1.0, OPERAND)
     if OPERAND.primitive_bitwidth == 16:

@@ -15,10 +15,11 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritonnet
 from bench.no_launch import gpu_that_does_nothing
-from tritonnet.kernels import launchers, launching
+from tritonnet.kernels import launchers, launching, product
 
 ZEROS = (1, 1), (0, 0, 0, 0), (1, 1), 1, "zeros"
 POOL = (2, 2), (2, 2), (0, 0)
@@ -121,6 +122,10 @@ def note(x, y, z, stream, name, metadata, launch_metadata, enter, leave, *args):
     if not noting:
         return
     args = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    for i, arg in enumerate(args):
+        if isinstance(arg, TensorDescriptor):
+            args[i] = arg.base.data_ptr()
+            args.append((tuple(arg.shape), tuple(arg.strides), tuple(arg.block_shape), arg.padding))
     args = ["new" if isinstance(arg, int) and arg >= ADDRESS and arg not in inputs else arg for arg in args]
     launched.append((x, y, z, stream, name, metadata, args))
 
@@ -198,6 +203,10 @@ with gpu_that_does_nothing(launch=note) as gpu, mock.patch.object(launching, "la
     matrices = [call for t in tensors(torch.float32) for call in calls(t)]
     with tritonnet.dispatch.float32_products("tf32"):
         result["tf32"] = compare(matrices)
+    # Operands by tensor descriptors, where they are aligned.
+    halves = [call for t in tensors(torch.float16) for call in calls(t)]
+    with mock.patch.object(product, "LARGE", 0):
+        result["descriptors"] = compare(halves)
     gpu.get_current_device, target, gpu.target = lambda: 1, gpu.target, GPUTarget("cuda", 80, 32)
     result["another device"] = compare(matrices)
     gpu.get_current_device, gpu.target = lambda: 0, target

@@ -39,7 +39,7 @@ def planned():
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("which", ["calls", "tf32", "another device"])
+@pytest.mark.parametrize("which", ["calls", "tf32", "descriptors", "another device"])
 def test_the_same_launches_as_through_triton(planned, which):
     """Kernel, grid, integers and pointers are the same for all shapes, layouts, dtypes, precisions and devices."""
     launches, kernels, wrong, in_full = planned[which]
