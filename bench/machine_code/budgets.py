@@ -77,8 +77,8 @@ def violations(records):
                 if _applies(rule, r) and (widest := max(map(int, r[what]), default=0)) < rule.get(what, 0):
                     yield f"{where}: the widest of its {what} has {widest} bytes, not {rule[what]}"
         for rule in BUDGETS["instructions"]:
-            count, products = r["loop"]
-            if _applies(rule, r) and products and count > rule["a_product"] * products:
+            count, products = r["loop"] if _applies(rule, r) else (0, 0)
+            if count > rule["a_product"] * products > 0:
                 yield f"{where}: {count} instructions for {products} products, {rule['a_product']} each allowed"
         if same_compiler and "bounds" in r:
             most = recorded(r)
