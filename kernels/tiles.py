@@ -77,12 +77,13 @@ LAUNCH = 2.0
 # bench.machine_code, so each has to be worth it.
 #
 # patches: rows are the pixels of a batch, columns the channels of a result: forward and input gradient of convolutions;
-# narrow patches: the same where each element of an operand or of the result has an address of its own, and wider tiles
-# would spill registers.
+# gathered patches: the same where the source of every pixel is computed; narrow patches: where each element of an
+# operand has an address of its own. Wider tiles would spill registers.
 # matrices: linear's products, by pointers.
 # products: the same by tensor descriptors; of sm_90 and later.
-# gradient: a weight gradient, with its sum over pixels or rows; flat gradient: the same of few channels, with one index
-# over channels and taps; chain gradient: those of a chain of linears.
+# gradient: a weight gradient, with its sum over pixels or rows; gathered gradient: the same where the source of every
+# pixel is computed; flat gradient: of few channels, with one index over channels and taps; chain gradient: those of a
+# chain of linears.
 # pooled: patches with pooling, where the maximum so far and its position take as many registers as the accumulator.
 TABLES = {
     "patches": {
@@ -105,6 +106,7 @@ TABLES = {
     },
 }
 TABLES["flat gradient"] = TABLES["matrices"]
+TABLES["gathered patches"], TABLES["gathered gradient"] = TABLES["patches"], TABLES["matrices"]
 TABLES["narrow patches"] = {row: [t for t in tiles if t.N <= 64] for row, tiles in TABLES["patches"].items()}
 # In full float32 the positions of 32 pixels would spill registers.
 TABLES["gradient"] = {**TABLES["matrices"], "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3))}
@@ -140,6 +142,7 @@ HOPPER = {
         "tf32": (Tile(64, 128, 32, 2, 3), Tile(64, 64, 32, 2, 3), Tile(32, 32, 32, 4, 3)),
     },
 }  # fmt: skip
+HOPPER["gathered gradient"] = {"tf32": HOPPER["gradient"]["tf32"]}
 PRODUCTS = {
     "half": (
         Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3),

@@ -57,6 +57,8 @@ def conv2d_forward_kernel(
     if WALK == "taps":
         bits = taps_inside(ih0, H, DH, KH) | (taps_inside(iw0, W, DW, KW) << MOST_TAPS)
         offs_k = tl.arange(0, BLOCK_K).to(INDEX)
+        # Otherwise triton 3.6.0 waits for each product before the next.
+        tl.assume(blocks > 0)
         x_ptrs = x_ptr + (x_rows + ih0 * stride_xh + iw0 * stride_xw)[:, None] + offs_k[None, :]
         w_ptrs = w_ptr + (offs_n % OC * stride_wo)[None, :] + (offs_k * stride_wc)[:, None]
         acc = add_taps(
@@ -83,7 +85,7 @@ def conv2d_forward_kernel(
 def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, precision):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
     OC, index, walk = OC // groups, index_type(x, w, bias, y), patches.walk_for(C, KH, KW, pad_mode)
-    K, family = (C * KH * KW, "narrow patches") if walk == "flat" else (C, "patches")
+    K, family = C * KH * KW if walk == "flat" else C, patches.family_for(walk, x, w)
     taps = 1 if walk == "flat" else KH * KW
     tile = gemm_tile(family, N * OH * OW, OC, K, x.dtype, precision, taps=taps, repeats=groups)
     tile = patches.fitted(tile, index, C <= patches.SHORT_K)
@@ -108,10 +110,10 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False)
         return y
     if w.shape[1] >= patches.FLAT_BELOW:
         x, w = patches.channels_inner(x), patches.channels_inner(w)
-    if patches.is_product(w.shape, stride, padding, groups):
-        a, b = patches.as_matrix(x), w[:, :, 0, 0]
-        if a is not None and product.serves(a, b, x.dtype, patches.precision()):
-            product.forward(a, b, bias, y, relu, patches.precision())
-            return y
-    _forward((x, w, bias, y), stride, padding, dilation, groups, pad_mode, relu, patches.precision())
-    return y
+    stored, products = patches.store_in(y), patches.precision()
+    a = patches.as_matrix(x) if patches.is_product(w.shape, stride, padding, groups) else None
+    if a is not None and product.serves(a, w[:, :, 0, 0], x.dtype, products):
+        product.forward(a, w[:, :, 0, 0], bias, stored, relu, products)
+    else:
+        _forward((x, w, bias, stored), stride, padding, dilation, groups, pad_mode, relu, products)
+    return y if stored is y else y.copy_(stored)

@@ -103,8 +103,12 @@ def conv2d_input_grad_kernel(
         bits |= taps_inside(ow0, OW, -(DW // DIVISOR_W), (KW + STEP_W - 1) // STEP_W) << MOST_TAPS
         y_ptrs = dy_ptr + (y_rows + oh0 * stride_yh + ow0 * stride_yw)[:, None] + offs_k[None, :]
         w_ptrs = w_ptr + (offs_n % C * stride_wc)[None, :] + (offs_k * stride_wo)[:, None]
+        blocks *= taps_h * taps_w
+        if DIVISOR_H * DIVISOR_W == 1 and KH >= STEP_H and KW >= STEP_W:
+            # Every phase has taps. Otherwise triton 3.6.0 waits for each product before the next.
+            tl.assume(blocks > 0)
         acc = add_taps(
-            acc, y_ptrs, w_ptrs, tl.where(mask_m, bits, 0), taps_h * taps_w * blocks,
+            acc, y_ptrs, w_ptrs, tl.where(mask_m, bits, 0), blocks,
             -(DH // DIVISOR_H) * stride_yh, -(DW // DIVISOR_W) * stride_yw,
             stride_wo, STEP_H * stride_wh, STEP_W * stride_ww,
             OC, taps_w, INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
@@ -137,8 +141,7 @@ def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
     taps_h, taps_w = cdiv(KH, window_h.step), cdiv(KW, window_w.step)
     walk, even = patches.walk_for(OC, taps_h, taps_w), SH * SW == 1
     K, taps = (OC * KH * KW, 1) if walk == "flat" else (OC, taps_h * taps_w)
-    # Of several phases none has all pixels of a row.
-    family = "narrow patches" if walk == "flat" or not even and dx.stride(1) != 1 else "patches"
+    family = patches.family_for(walk, dy, w)
     tile = gemm_tile(family, N * QH * QW, C, K, dy.dtype, precision, taps=taps, repeats=SH * SW * groups)
     tile = patches.fitted(tile, index, OC <= patches.SHORT_K)
     steps, units = in_units(dy.itemsize, *strides(dy), *strides(w))
@@ -169,10 +172,11 @@ def input_grad(dy, w, size, stride, padding, dilation, groups, dx=None):
             w = w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
         else:
             w = patches.channels_inner(w)
-    if patches.is_product(w.shape, stride, padding, groups):
-        a, b = patches.as_matrix(dy), w[:, :, 0, 0].t()
-        if a is not None and product.serves(a, b, dy.dtype, patches.precision()):
-            product.forward(a, b, None, dx, False, patches.precision())
-            return dx
-    _input_grad((dy, w, dx), stride, padding, dilation, groups, patches.precision())
-    return dx
+    # Of several phases none has adjacent pixels.
+    stored, products = patches.store_in(dx, adjacent=stride == (1, 1)), patches.precision()
+    a = patches.as_matrix(dy) if patches.is_product(w.shape, stride, padding, groups) else None
+    if a is not None and product.serves(a, w[:, :, 0, 0].t(), dy.dtype, products):
+        product.forward(a, w[:, :, 0, 0].t(), None, stored, False, products)
+    else:
+        _input_grad((dy, w, stored), stride, padding, dilation, groups, products)
+    return dx if stored is dx else dx.copy_(stored)

@@ -9,6 +9,8 @@ The last two need contiguous channels, and other tensors are copied first: gathe
 matrix units for several times as long as the copy takes.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +40,31 @@ def walk_for(C, taps_h, taps_w, pad_mode="zeros"):
     if C < FLAT_BELOW:
         return "flat"
     return "taps" if pad_mode == "zeros" and max(taps_h, taps_w) <= MOST_TAPS.value else "patches"
+
+
+def family_for(walk, *operands):
+    """The family of tiles for forward and input gradient."""
+    if walk == "flat" or not all(map(is_aligned, operands)):
+        return "narrow patches"
+    return "patches" if walk == "taps" else "gathered patches"
+
+
+def is_aligned(t):
+    """Whether all strides but that of channels are multiples of 16 bytes, so that a load takes 16."""
+    return all(size == 1 or step * t.itemsize % 16 == 0 for size, step in zip(t.shape, t.stride()) if step != 1)
+
+
+def store_in(y, adjacent=True):
+    """y itself, or where its results cannot be stored 8 bytes at once, a channels_last tensor to be copied to it.
+
+    In NCHW an image of 7 x 7 pixels begins at a multiple of 2 bytes, and without `adjacent` pixels no two results are
+    adjacent. To store them one by one would take a register for each address, and longer than a copy.
+    """
+    N, C, H, W = y.shape
+    together = 1 if y.stride(1) == 1 or not adjacent else math.gcd(H * W, 16 // y.itemsize)
+    if y.stride(1) == 1 or C < FLAT_BELOW or together * y.itemsize >= 8:
+        return y
+    return torch.empty_like(y, memory_format=torch.channels_last)
 
 
 def channels_inner(t):

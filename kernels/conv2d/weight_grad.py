@@ -36,6 +36,8 @@ from .shared_taps import all_taps, some_taps
 
 # How many taps may share a block of dy; and the filters whose taps may all be computed by one program.
 MOST_SHARED, WHOLE = 3, (3, 3)
+# The columns of the narrowest tile: where elements are loaded one by one, the addresses of more would spill registers.
+NARROWEST = 32
 # The most columns, C * KH * KW, of a convolution whose weight gradient masks dy itself: too few rows for wgmma.
 ONE_TILE = 32
 
@@ -184,28 +186,36 @@ def conv2d_weight_grad_kernel(
             tl.store(db_ptr + offs_m, round_to(db, db_ptr.dtype.element_ty), mask=mask_m)
 
 
-def _walk(dy, y, size, pad_mode):
-    """How columns are walked, see patches.walk_for: by taps only pixels that follow each other at one distance."""
+def _walk(dy, y, x, size, pad_mode):
+    """(How columns are walked, see patches.walk_for, whether operands are loaded 16 bytes at once).
+
+    By taps only pixels of dy that follow each other at one distance.
+    """
     N, _, OH, OW = dy.shape
     stride_yn, _, stride_yh, stride_yw = dy.stride()
     even = (OH == 1 or stride_yh == OW * stride_yw) and (N == 1 or stride_yn == OH * OW * stride_yw)
     walk = patches.walk_for(*size[1:], pad_mode)
-    return walk if walk == "flat" or even and y is None else "patches"
+    if walk == "taps" and (y is not None or not even):
+        walk = "patches"
+    return walk, patches.is_aligned(dy) and patches.is_aligned(x)
 
 
 @cached_for_architecture
-def _split(dy_size, size, geometry, dtype, precision, walk):
+def _split(dy_size, size, geometry, dtype, precision, walk, aligned):
     """(Walk, pixels of the sum, Tile, tiles of dw, programs for each tile, pixels for each program)."""
     (images, _, OH, OW), (OC, C, KH, KW) = dy_size, size
     stride, _, dilation, groups = geometry
     # Two warps, in tf32 on sm_90, have registers for the addresses of 64 columns at most, and none for a flat index's.
     two_warps = number_format(dtype, precision) == "tf32" and compute_capability() == 9
-    narrow = patches.NARROW_N if walk == "flat" or two_warps else math.inf
-    (N, taps), family = ((C * KH * KW, 1), "flat gradient") if walk == "flat" else ((C, KH * KW), "gradient")
+    narrow = NARROWEST if not aligned else patches.NARROW_N if walk == "flat" or two_warps else math.inf
+    (N, taps), family = ((C * KH * KW, 1), "flat gradient") if walk == "flat" else ((C, KH * KW), "gathered gradient")
+    # Where addresses take few registers, several taps share a block of dy.
+    shared = walk == "taps" and aligned
     K, padded = images * OH * OW, images * (OH + (KH - 1) * dilation[0]) * OW
     found = gradient_tile(
-        family, OC // groups, N, K, dtype, precision, taps=taps, most_taps=MOST_SHARED if walk == "taps" else 1,
-        padded=padded if walk == "taps" and (KH, KW) == WHOLE and stride == (1, 1) else None,
+        "gradient" if shared else family, OC // groups, N, K, dtype, precision,
+        taps=taps, most_taps=MOST_SHARED if shared else 1,
+        padded=padded if shared and (KH, KW) == WHOLE and stride == (1, 1) else None,
         repeats=groups, narrow=narrow,
     )  # fmt: skip
     whole = found[0].taps > MOST_SHARED
@@ -232,7 +242,7 @@ def _weight_grad(
     (_, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
     geometry, index = (stride, padding, dilation, groups), index_type(dy, x, dw_ptr)
     walk, K, tile, tiles, splits, per_split = _split(
-        dy.shape, size, geometry, dy.dtype, precision, _walk(dy, y, size, pad_mode)
+        dy.shape, size, geometry, dy.dtype, precision, *_walk(dy, y, x, size, pad_mode)
     )  # fmt: skip
     tile, steps_y = patches.fitted(tile, index, walk == "flat"), strides(dy)
     if walk == "taps":
@@ -271,8 +281,8 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
         half = dy.dtype != torch.float32
         if half and a is not None and b is not None and product.serves(a.t(), b.t(), dy.dtype, products):
             return product.weight_grad(a, b, dw, db, with_bias, products)
-    walk = _walk(dy, y, size, pad_mode)
-    splits = _split(dy.shape, size, (stride, padding, dilation, groups), dy.dtype, products, walk)[4]
+    walk = _walk(dy, y, x, size, pad_mode)
+    splits = _split(dy.shape, size, (stride, padding, dilation, groups), dy.dtype, products, *walk)[4]
     partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, groups, pad_mode
