@@ -471,10 +471,11 @@ TAPS = {
     "dilation": ((2, 17, 9, 11), (18, 3, 3), dict(dilation=(2, 3), padding=(1, 2))),
     "image within the filter": ((2, 17, 2, 3), (18, 3, 3), dict(dilation=(3, 2), padding=(5, 3))),
     "one pixel": ((1, 17, 1, 1), (18, 3, 3), dict(padding=1)),
+    "small images": ((7, 17, 2, 3), (18, 3, 3), dict(padding=1)),
     "one row": ((2, 17, 1, 40), (18, 3, 3), dict(padding=1)),
     "one column": ((2, 17, 40, 1), (18, 3, 3), dict(padding=1)),
-    "stride 2": ((2, 17, 8, 7), (18, 3, 3), dict(stride=2, padding=1)),
-    "stride (1, 2)": ((2, 17, 8, 7), (18, 3, 3), dict(stride=(1, 2), padding=1)),
+    "stride 2": ((2, 17, 9, 10), (18, 3, 3), dict(stride=2, padding=1)),
+    "stride (1, 2)": ((2, 17, 8, 6), (18, 3, 3), dict(stride=(1, 2), padding=1)),
     "groups": ((2, 34, 5, 7), (36, 3, 3), dict(groups=2, padding=1)),
     "1x3": ((2, 17, 5, 7), (18, 1, 3), dict(padding=(0, 1))),
     "3x1": ((2, 17, 5, 7), (18, 3, 1), dict(padding=(1, 0))),
@@ -514,9 +515,12 @@ def test_taps_of_a_weight_gradient(case, taps, device, monkeypatch):
     def grads(x, dy):
         return run(lambda w, b: TF.conv2d(x, w, b, **arguments), (w, b), dy, torch.clone)[1]
 
+    # Blocks of 16 pixels, of which each sum has several.
+    tile = tiles.Tile(32, 32, 16, 4, 2, taps)
+    monkeypatch.setattr(tiles, "interpreted_tile", lambda *size: tile)
     monkeypatch.setattr(weight_grad, "gradient_tile", gradient_tile)
     w, b = torch.zeros(OC, C // groups, KH, KW).double(), torch.zeros(OC).double()
-    with tiles.only("gradient", tiles.Tile(32, 32, 32, 4, 2, taps)):
+    with tiles.only("gradient", tile):
         # The sum of dy is a product with ones in 16-bit formats only.
         for dtype in (torch.float16, torch.float64) if case in ("padding 2", "dilation") else (torch.float16,):
             x = torch.randn(size).to(dtype).double()
