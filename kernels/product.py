@@ -144,7 +144,7 @@ def _product(a, b, bias, c, sums, inner, strides_c, stride_split, shared, relu, 
     return (tiles * splits,), numbers, dict(
         A_INNER=inner[0], B_INNER=inner[1], HAS_BIAS=bias is not None, RELU=relu, SUM=sums is not None,
         ONE=steps[0] * units[0] == 1, UNITS=units + unit,
-        INDEX=index_type(a, b, c), **product_types(a.dtype, precision), GROUP=GROUP,
+        INDEX=index_type(a, b, bias, c), **product_types(a.dtype, precision), GROUP=GROUP,
         **tile.blocks, **tile.options,
     ), boxes  # fmt: skip
 
