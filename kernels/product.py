@@ -32,6 +32,9 @@ from .tiles import gemm_tile, gradient_tile
 
 # Multiply-adds below which a launch takes longer on the host, which makes the descriptors, than on the GPU.
 LARGE = 2**28
+# The largest size of an operand, whose coordinates are int32, as are those of blocks past its end; and the bytes from
+# one row to the next for which a tensor map has no room.
+MOST, TOO_FAR = 2**31 - 2**20, 2**40
 # Rows of tiles whose programs run together, so that they find each other's operands in L2.
 GROUP = 8
 
@@ -50,8 +53,8 @@ def serves(a, b, dtype, precision):
 def _is_box(t, inner):
     """Whether a tensor map describes t with `inner` as the contiguous dimension: 16-byte rows at 16-byte addresses."""
     step = t.stride(1 - inner)
-    contiguous = t.stride(inner) == 1 and step >= t.shape[inner] and step * t.itemsize % 16 == 0
-    return contiguous and t.data_ptr() % 16 == 0 and max(t.shape) < 2**31
+    rows = t.stride(inner) == 1 and step >= t.shape[inner] and step * t.itemsize % 16 == 0
+    return rows and t.data_ptr() % 16 == 0 and max(t.shape) <= MOST and step * t.itemsize < TOO_FAR
 
 
 @triton.jit(do_not_specialize=["IMAGES", "per_split"])
@@ -141,7 +144,7 @@ def _product(a, b, bias, c, sums, inner, strides_c, stride_split, shared, relu, 
     return (tiles * splits,), numbers, dict(
         A_INNER=inner[0], B_INNER=inner[1], HAS_BIAS=bias is not None, RELU=relu, SUM=sums is not None,
         ONE=steps[0] * units[0] == 1, UNITS=units + unit,
-        INDEX=index_type(a, b, c), **product_types(a.dtype, precision), GROUP=GROUP,
+        INDEX=index_type(a, b, bias, c), **product_types(a.dtype, precision), GROUP=GROUP,
         **tile.blocks, **tile.options,
     ), boxes  # fmt: skip
 

@@ -56,6 +56,7 @@ if EMULATED:
     gc.set_threshold(100_000, 50, 50)
 
 import tritonnet  # noqa: E402
+from tritonnet.kernels import _common, product  # noqa: E402
 from tritonnet.kernels.lenet import layout as lenet  # noqa: E402
 from tritonnet.lenet import losses  # noqa: E402
 from tritonnet.lenet import step as lenet_step  # noqa: E402
@@ -155,6 +156,19 @@ def full_precision():
     Uses the older flag: torch.export reads it, and torch raises there once the newer one says "ieee".
     """
     torch.backends.cudnn.allow_tf32 = False
+
+
+def has_descriptors():
+    """Whether tensor descriptors read the operands of large products: in the interpreter and from sm_90 on."""
+    return bool(_common.INTERPRETED) or _common.compute_capability() >= 9
+
+
+@pytest.fixture
+def descriptors(monkeypatch):
+    """Tensor descriptors read the operands of small products too, if they can read them at all."""
+    if not has_descriptors():
+        pytest.skip("products by tensor descriptors run in the interpreter and from sm_90 on")
+    monkeypatch.setattr(product, "LARGE", 1)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Each tensor of a launch gets a range of 2^48 bytes and lies in its middle.
 RANGE = 48
@@ -151,7 +152,7 @@ class Watch:
         class Executor(interpreter.GridExecutor):
             def __call__(self, *args, **kwargs):
                 values = {**dict(zip(self.arg_names, args)), **kwargs}
-                names = [name for name in self.arg_names if hasattr(values.get(name), "data_ptr")]
+                names = [name for name in self.arg_names if _is_memory(values.get(name))]
                 self.grid = watch.begin(self.fn.__name__, names, self.grid, kwargs)
                 super().__call__(*args, **kwargs)
                 watch.end()
@@ -293,6 +294,11 @@ class Watch:
         tensor, _, real, _ = self.resolve("stores", ptrs, np.ones(ptrs.shape, bool))
         self.report("makes an atomic update of", tensor)
         return self.real.atomic_cas(real, compare, value, *rest)
+
+
+def _is_memory(argument):
+    """Whether the kernel reaches a tensor by this argument."""
+    return hasattr(argument, "data_ptr") or isinstance(argument, TensorDescriptor)
 
 
 def _line():

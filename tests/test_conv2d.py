@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from conftest import DEVICE, run_python
-from exact import DTYPES, check_linear
+from exact import DTYPES, assert_exact, check_linear, run
 
+import tritonnet
 import tritonnet.nn.functional as F
 
 # name: (N, C, H, W), (OC, KH, KW), arguments
@@ -337,3 +338,196 @@ def test_copies_of_a_training_step(layer, device, monkeypatch):
         assert copies == expected
         assert dx.stride() == x.stride() and dw.stride() == w.stride()
         assert y.is_contiguous(memory_format=torch.channels_last if expected == {} else torch.contiguous_format)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32], ids=["bfloat16", "float16", "tf32"])
+def described(request, descriptors, monkeypatch):
+    """A format whose products may be read by descriptors, with the copies that tf32 takes on sm_90."""
+    from tritonnet.kernels.conv2d import input_grad
+
+    monkeypatch.setattr(input_grad, "wants_k_inner", lambda dtype, precision: dtype == torch.float32)
+    return request.param
+
+
+def launched(launches):
+    """What was launched, apart from the sums of what programs have in common."""
+    return {name: count for name, count in launches.items() if name != "sum_partials_kernel"}
+
+
+def at_an_odd_address(t):
+    """The same values in channels_last, one element past a multiple of 16 bytes."""
+    t = channels_last(t)
+    return t.new_full((t.numel() + 1,), float("nan"))[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+
+def every_second(t):
+    """The same values as every second image of a tensor in channels_last."""
+    wide = channels_last(t.new_full((2 * t.shape[0], *t.shape[1:]), float("nan")))
+    return wide[::2].copy_(t)
+
+
+def some_channels(t):
+    """The same values as half of the channels of a tensor in channels_last."""
+    if t.dim() < 4:
+        return t
+    wide = channels_last(t.new_full((t.shape[0], 2 * t.shape[1], *t.shape[2:]), float("nan")))
+    return wide[:, : t.shape[1]].copy_(t)
+
+
+POINTERS = {f"conv2d_{name}_kernel": 1 for name in ("forward", "input_grad", "weight_grad")}
+# How x, w and dy lie in memory, and whether descriptors read them; without contiguous channels they are copied.
+ONE_BY_ONE = {
+    torch.clone: True, channels_last: True, strided: True,
+    at_an_odd_address: False, every_second: False, some_channels: False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "prepare, with_bias", [*((prepare, True) for prepare in ONE_BY_ONE), (channels_last, False)],
+    ids=lambda value: getattr(value, "__name__", f"bias {value}"),
+)  # fmt: skip
+def test_descriptors(prepare, with_bias, described, device):
+    """1x1 convolutions of sizes that no tile divides; what descriptors cannot read goes to the kernels by pointers."""
+    N, C, H, W, OC = 2, 72, 5, 9, 136
+    inputs = torch.randn(N, C, H, W).double(), torch.randn(OC, C, 1, 1).double(), torch.randn(OC).double()
+    if not with_bias:
+        inputs = *inputs[:2], None
+    with tritonnet.count_launches() as launches:
+        y = check_linear(
+            F.conv2d, TF.conv2d, inputs, [C + 1, OC, N * H * W, N * H * W], described, device, prepare, tf32=True
+        )
+    last = prepare not in (torch.clone, strided)
+    assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    if not ONE_BY_ONE[prepare]:
+        assert launched(launches) == POINTERS
+    elif described == torch.float32:
+        assert launched(launches) == {"product_kernel": 2, "conv2d_weight_grad_kernel": 1}
+    else:
+        assert launched(launches) == {"product_kernel": 3}
+
+
+@pytest.mark.parametrize("prepare", [torch.clone, channels_last])
+def test_descriptors_with_relu(prepare, described, device):
+    x, w, b = (prepare(torch.randn(size).to(device, described)) for size in ((2, 72, 5, 9), (136, 72, 1, 1), (136,)))
+    with tritonnet.count_launches() as launches:
+        y = F.conv2d_relu(x, w, b)
+    assert launches == {"product_kernel": 1}
+    x, w, b = (t.cpu().double() for t in (x, w, b))
+    assert_exact("y", y, TF.conv2d(x, w, b).relu(), TF.conv2d(x.abs(), w.abs(), b.abs()), 73, tf32=True)
+
+
+@pytest.mark.parametrize("size", [(1, 72, 1, 1), (0, 72, 5, 9)], ids=["one pixel", "no image"])
+def test_descriptors_of_few_pixels(size, described, device):
+    inputs = torch.randn(size).double(), torch.randn(136, 72, 1, 1).double(), torch.randn(136).double()
+    with tritonnet.count_launches() as launches:
+        check_linear(F.conv2d, TF.conv2d, inputs, [73, 136, 1, 1], described, device, channels_last, tf32=True)
+    assert ("product_kernel" in launches) == (size[0] == 1)
+
+
+def test_descriptors_of_repeated_gradients(described, device):
+    """The gradient of a sum is one element for all of dy: for both gradients it is copied once."""
+    inputs = torch.randn(2, 72, 5, 9).double(), torch.randn(136, 72, 1, 1).double()
+    x, w = (channels_last(t.to(device, described)).requires_grad_() for t in inputs)
+    y = F.conv2d(x, w)
+    with tritonnet.count_launches() as launches:
+        dx, dw = torch.autograd.grad(y.sum(), (x, w))
+    assert launched(launches) == (
+        {"product_kernel": 1, "conv2d_weight_grad_kernel": 1} if described == torch.float32 else {"product_kernel": 2}
+    )
+    x, w = x.detach().cpu().double(), w.detach().cpu().double()
+    columns, rows = (t.sum(0).expand(2, 72, 5, 9) for t in (w, w.abs()))
+    assert_exact("dx", dx, columns, rows, 136, tf32=True)
+    columns, rows = (t.sum((0, 2, 3)).view(1, 72, 1, 1).expand(136, 72, 1, 1) for t in (x, x.abs()))
+    assert_exact("dw", dw, columns, rows, 90, tf32=True)
+
+
+NO_PRODUCTS = {
+    "stride": ((72, 72, 1, 1), dict(stride=2)),
+    "padding": ((72, 72, 1, 1), dict(padding=1)),
+    "groups": ((72, 36, 1, 1), dict(groups=2)),
+    "channels of 140 bytes": ((72, 70, 1, 1), {}),
+}
+
+
+@pytest.mark.parametrize("case", NO_PRODUCTS)
+def test_what_is_no_product(case, descriptors, device):
+    (OC, C, KH, KW), arguments = NO_PRODUCTS[case]
+    x = torch.randn(2, C * arguments.get("groups", 1), 5, 9).double()
+    inputs, pixels = (x, torch.randn(OC, C, KH, KW).double()), 2 * 7 * 11
+    with tritonnet.count_launches() as launches:
+        check_linear(
+            lambda x, w: F.conv2d(x, w, **arguments), lambda x, w: TF.conv2d(x, w, **arguments),
+            inputs, [C * KH * KW, OC * KH * KW, pixels], torch.float16, device, channels_last,
+        )  # fmt: skip
+    assert launched(launches) == POINTERS
+
+
+# name: image (N, C, H, W), filters (OC, KH, KW), arguments
+TAPS = {
+    "3x3": ((2, 17, 7, 9), (20, 3, 3), {}),
+    "padding 1": ((3, 24, 6, 5), (36, 3, 3), dict(padding=1)),
+    "padding 2": ((1, 18, 4, 9), (17, 3, 3), dict(padding=2)),
+    "padding (2, 0)": ((2, 18, 3, 8), (17, 3, 3), dict(padding=(2, 0))),
+    "dilation": ((2, 17, 9, 11), (18, 3, 3), dict(dilation=(2, 3), padding=(1, 2))),
+    "image within the filter": ((2, 17, 2, 3), (18, 3, 3), dict(dilation=(3, 2), padding=(5, 3))),
+    "one pixel": ((1, 17, 1, 1), (18, 3, 3), dict(padding=1)),
+    "small images": ((7, 17, 2, 3), (18, 3, 3), dict(padding=1)),
+    "one row": ((2, 17, 1, 40), (18, 3, 3), dict(padding=1)),
+    "one column": ((2, 17, 40, 1), (18, 3, 3), dict(padding=1)),
+    "stride 2": ((2, 17, 9, 10), (18, 3, 3), dict(stride=2, padding=1)),
+    "stride (1, 2)": ((2, 17, 8, 6), (18, 3, 3), dict(stride=(1, 2), padding=1)),
+    "groups": ((2, 34, 5, 7), (36, 3, 3), dict(groups=2, padding=1)),
+    "1x3": ((2, 17, 5, 7), (18, 1, 3), dict(padding=(0, 1))),
+    "3x1": ((2, 17, 5, 7), (18, 3, 1), dict(padding=(1, 0))),
+    "2x2": ((2, 17, 5, 7), (18, 2, 2), dict(padding=1)),
+    "5x5": ((1, 17, 6, 7), (18, 5, 5), dict(padding=2)),
+}
+
+
+def taps_of(case):
+    """How many taps a program may compute: all of a 3x3 filter too where its stride is 1."""
+    return (2, 3, 9) if TAPS[case][1][1:] == (3, 3) and "stride" not in TAPS[case][2] else (2, 3)
+
+
+@pytest.mark.parametrize(
+    "case, taps", [("padding 1", 1), ("5x5", 1), *((case, taps) for case in TAPS for taps in taps_of(case))]
+)
+def test_taps_of_a_weight_gradient(case, taps, device, monkeypatch):
+    """The weight gradient with so many taps of the filter to a program."""
+    from tritonnet.kernels import launchers, tiles
+    from tritonnet.kernels.conv2d import weight_grad
+
+    size, (OC, KH, KW), arguments = TAPS[case]
+    C, groups = size[1], arguments.get("groups", 1)
+    stride, padding, dilation = (
+        (n, n) if isinstance(n, int) else n
+        for n in (arguments.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
+    )
+    geometry = stride, (padding[0], padding[0], padding[1], padding[1]), dilation, groups, "zeros"
+    chosen = []
+
+    def gradient_tile(*sizes, most_taps, padded, **options):
+        # In the interpreter the tile takes as many taps as it may; elsewhere there is but one tile.
+        some = dict(most_taps=min(most_taps, taps), padded=padded if taps == 9 else None)
+        chosen.append(tiles.gradient_tile(*sizes, **some, **options))
+        return chosen[-1]
+
+    def grads(x, dy):
+        return run(lambda w, b: TF.conv2d(x, w, b, **arguments), (w, b), dy, torch.clone)[1]
+
+    # Blocks of 16 pixels, of which each sum has several.
+    tile = tiles.Tile(32, 32, 16, 4, 2, taps)
+    monkeypatch.setattr(tiles, "interpreted_tile", lambda *size: tile)
+    monkeypatch.setattr(weight_grad, "gradient_tile", gradient_tile)
+    w, b = torch.zeros(OC, C // groups, KH, KW).double(), torch.zeros(OC).double()
+    with tiles.only("gradient", tile):
+        # The sum of dy is a product with ones in 16-bit formats only.
+        for dtype in (torch.float16, torch.float64) if case in ("padding 2", "dilation") else (torch.float16,):
+            x = torch.randn(size).to(dtype).double()
+            dy = torch.randn(TF.conv2d(x, w, **arguments).shape).to(dtype).double()
+            dw_db = launchers.conv2d_weight_grad(
+                *(channels_last(t.to(device, dtype)) for t in (dy, x)), w.shape, *geometry, True
+            )
+            for name, ours, true, most in zip(("dw", "db"), dw_db, grads(x, dy), grads(x.abs(), dy.abs())):
+                assert_exact(name, ours, true, most, dy[:, 0].numel())
+    assert {tile.taps for tile, *_ in chosen} == {taps}

@@ -1,13 +1,16 @@
 """Offsets of every kernel past 2^31 elements, in tensors of which only a few pages are touched."""
 
+from unittest import mock
+
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, has_descriptors
 from filelock import FileLock
 from memory import CHUNK, GUARDED, watched
 
 import tritonnet
 from tritonnet.kernels import launchers as L
+from tritonnet.kernels import product
 from tritonnet.kernels.conv2d import padding
 
 BIG = 2**17
@@ -78,7 +81,13 @@ RESULTS = {
             empty(1, 2**20, 1, 1), empty(1, 15, 23, 23), (2**20, 15, 12, 12), *plain(dilation=2), True
         ),
         lambda: L.conv2d_weight_grad(
-            empty(1, 2**16, 1, 1), empty(1, 2**16, 1, 1), (2**16, 2**16, 1, 1), *plain(), True
+            empty(1, 2**16, 1, 1), empty(1, 2**16 + 1, 1, 1), (2**16, 2**16 + 1, 1, 1), *plain(), True
+        ),
+        lambda: L.conv2d_weight_grad(  # all taps in one program
+            empty(1, 2**14 + 16, 3, 3), empty(1, 2**14, 3, 3), (2**14 + 16, 2**14, 3, 3), *PADDED, 1, "zeros", True
+        ),
+        lambda: L.conv2d_weight_grad(  # three taps
+            empty(1, 2**15, 1, 6), empty(1, 2**15, 1, 8), (2**15, 2**15, 1, 3), *plain(), True
         ),
     ],
     "few_channels_product_kernel": [
@@ -197,8 +206,19 @@ RESULTS = {
     ],
     "relu_kernel": [lambda: L.relu(empty(2**31 + 8)), lambda: L.relu_(empty(2**31 + 8))],
     "relu_grad_kernel": [lambda: L.relu_grad(empty(2**31 + 8), empty(2**31 + 8))],
-    "linear_forward_kernel": [lambda: L.linear(empty(2**24, 8), empty(136, 8), empty(136))],
-    "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 16), True)],
+    # Rows of 14 bytes, and of an odd number of elements, are not for descriptors.
+    "linear_forward_kernel": [lambda: L.linear(empty(2**24, 7), empty(136, 7), empty(136))],
+    "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 17), True)],
+    "product_kernel": [
+        lambda: L.linear(empty(2**24, 8), empty(136, 8), empty(136)),
+        lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 16), True),
+        lambda: L.conv2d(empty(1, 16, 2**9, 2**10), empty(4104, 16, 1, 1), empty(4104), *plain()),
+        lambda: L.conv2d(empty(BIG, 16, 8, 8, last=True), empty(264, 16, 1, 1), None, *plain()),
+        lambda: L.conv2d_input_grad(empty(BIG, 16, 8, 8, last=True), empty(16, 264, 1, 1), (BIG, 264, 8, 8), *plain()),
+        lambda: L.conv2d_weight_grad(
+            empty(1, 2**16, 1, 1), empty(1, 2**15 + 16, 1, 1), (2**16, 2**15 + 16, 1, 1), *plain(), True
+        ),
+    ],
     "linear_chain_forward_kernel": [
         lambda: chain_forward(rows(8), empty(128, 8), empty(128), empty(128, 128), empty(128)),
         lambda: chain_forward(rows(8), empty(128, 8), None, empty(1, 128), None),  # only the hidden layer is huge
@@ -251,6 +271,16 @@ def pooled_weight_grad(dy, code, x):
     return torch.cat([g.flatten() for g in gradients])
 
 
+def by_descriptors(function):
+    """The function, with descriptors for small products too."""
+
+    def call(*tensors):
+        with mock.patch.object(product, "LARGE", 1):
+            return function(*tensors)
+
+    return call
+
+
 # By kernel: calls and their tensors; each tensor is tried with each of its strides too long for 32 bits.
 INPUTS = {
     "conv2d_forward_kernel": [
@@ -267,6 +297,12 @@ INPUTS = {
     "conv2d_weight_grad_kernel": [
         (lambda dy, x: weight_grad(dy, x, (3, 3, 3, 3), *SPREAD, 1, "zeros"), whole(*IMAGES), whole(*IMAGES)),
         (lambda dy, x: weight_grad(dy, x, (3, 16, 3, 3), *PADDED, 1, "zeros"), last(*IMAGES), last(3, 16, 6, 6)),
+        # All taps in one program, and three of them: of one row of pixels, which follow each other at any distance.
+        (lambda dy, x: weight_grad(dy, x, (3, 16, 3, 3), *PADDED, 1, "zeros"), last(1, 3, 1, 6), last(1, 16, 1, 6)),
+        (
+            lambda dy, x: weight_grad(dy, x, (3, 16, 1, 3), (1, 1), (0, 0, 1, 1), (1, 1), 1, "zeros"),
+            last(1, 3, 1, 6), last(1, 16, 1, 6),
+        ),
     ],
     "few_channels_product_kernel": [
         (lambda x, w, b: L.conv2d(x, w, b, *PADDED, 1, "zeros"), whole(*IMAGES), whole(3, 3, 3, 3), whole(3)),
@@ -352,6 +388,10 @@ INPUTS = {
     "linear_weight_grad_kernel": [
         (weight_grad, whole(3, 5), whole(3, 4)),
     ],
+    "product_kernel": [
+        (by_descriptors(L.linear), whole(5, 16), whole(9, 16), whole(9)),
+        (by_descriptors(weight_grad), whole(5, 16), whole(5, 24)),
+    ],
     "linear_chain_forward_kernel": [
         (lambda *t: torch.cat(chain_forward(*t), 1), whole(3, 5), whole(4, 5), whole(4), whole(2, 4), whole(2)),
     ],
@@ -369,6 +409,8 @@ INPUTS = {
 DENSE = {"relu_kernel", "relu_grad_kernel", "fold_few_weight_grad_kernel"}
 # These kernels take at most some hundred programs' sums for a net's weights, or the weights themselves.
 SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_pack_kernel", "lenet_update_kernel"}
+# (kernel, tensor, dimension): in a tensor that is far along its contiguous dimension another kernel takes its place.
+ELSEWHERE = {("few_channels_lanes_kernel", 0, 3), ("product_kernel", 0, 1), ("product_kernel", 1, 1)}
 # Not tried: one program of a batch of a million images takes the interpreter minutes.
 UNTRIED = {"lenet_forward_kernel", "lenet_gradient_kernel"}
 
@@ -440,6 +482,8 @@ def test_what_is_needed_is_said(monkeypatch):
 
 @pytest.mark.parametrize("kernel", INPUTS)
 def test_far_inputs(kernel, unpoisoned, full_precision, one_at_a_time):
+    if kernel == "product_kernel" and not has_descriptors():
+        pytest.skip("there are no tensor descriptors before sm_90")
     require(needed(kernel))
     for call, *tensors in INPUTS[kernel]:
         with tritonnet.count_launches() as launches:
@@ -449,5 +493,7 @@ def test_far_inputs(kernel, unpoisoned, full_precision, one_at_a_time):
             for dim in range(t.dim()):
                 if t.size(dim) > 1:
                     # The huge tensor gets no name, which would keep it while the next one is made.
-                    result = call(*(far(t, dim) if j == i else other for j, other in enumerate(tensors)))
+                    with tritonnet.count_launches() as launches:
+                        result = call(*(far(t, dim) if j == i else other for j, other in enumerate(tensors)))
+                    assert (kernel in launches) != ((kernel, i, dim) in ELSEWHERE), f"tensor {i}, dimension {dim}"
                     torch.testing.assert_close(result, expected, rtol=0, atol=0, msg=f"tensor {i}, dimension {dim}")

@@ -9,6 +9,7 @@ from conftest import DEVICE
 from memory import BAND, guard_bands, unwatched, watched
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tritonnet
 import tritonnet.nn.functional as F
@@ -81,6 +82,18 @@ def far_kernel(x_ptr, y_ptr, stride, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, tl.load(x_ptr + offs * stride))
 
 
+@triton.jit
+def described_kernel(x_desc, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], x_desc.load([0, 0]))
+
+
+def described(rows):
+    """Copies a block of which x has three rows of 8, and its descriptor `rows`."""
+    x = torch.zeros(4, 8)
+    described_kernel[(1,)](TensorDescriptor(x[:3], [rows, 8], [8, 1], [8, 8]), torch.zeros(8, 8), 8)
+
+
 def neighbours_in_place(step):
     t = torch.zeros(6)
     neighbour_kernel[(6,)](t, t, step)
@@ -136,6 +149,7 @@ BUGS = {
         "never stores 16 elements of y_ptr",
     ),
     "an atomic sum": (lambda: atomic_kernel[(3,)](torch.zeros(1)), "makes an atomic update of y_ptr"),
+    "a descriptor of too many rows": (lambda: described(4), "loads outside x_desc (3, 8)"),
     "an offset of 32 bits": (lambda: far(tl.int32), "loads outside x_ptr"),
 }
 
@@ -165,6 +179,7 @@ def test_passes_what_is_right(unpoisoned):
         scratch_kernel[(2,)](torch.zeros(32), torch.zeros(32), torch.zeros(32), True, 16)
         neighbour_kernel[(6,)](torch.zeros(6), torch.zeros(6), 1)
         copy(torch.zeros(0), torch.zeros(0), programs=1)
+        described(3)
         far(tl.int64)
     assert not violations
 
