@@ -3,7 +3,7 @@
     c[m, n]  = bias[n] + sum over k of a[m, k] * b[n, k]
     sum_a[m] = sum over k of a[m, k]
 
-On sm_90 and later a descriptor is a tensor map, by which one thread copies a whole block to shared memory. Either
+On sm_90 and sm_100 a descriptor is a tensor map, by which one thread copies a whole block to shared memory. Either
 operand may be contiguous along k or along its other index; in tf32 the matrix units read the first form only. Programs
 that share a sum write partial sums, which reduce.py adds up.
 
@@ -35,6 +35,8 @@ LARGE = 2**28
 # The largest size of an operand, whose coordinates are int32, as are those of blocks past its end; and the bytes from
 # one row to the next for which a tensor map has no room.
 MOST, TOO_FAR = 2**31 - 2**20, 2**40
+# Major compute capabilities whose shared memory holds the tiles of products.
+DESCRIBED = 9, 10
 # Rows of tiles whose programs run together, so that they find each other's operands in L2.
 GROUP = 8
 
@@ -42,7 +44,7 @@ GROUP = 8
 def serves(a, b, dtype, precision):
     """Whether the product of a (M, K) and b (N, K) has its operands read by descriptors."""
     (M, K), N = a.shape, b.shape[0]
-    if M * N * K < LARGE or not INTERPRETED and compute_capability() < 9:
+    if M * N * K < LARGE or not (INTERPRETED or compute_capability() in DESCRIBED):
         return False
     if dtype == torch.float32:
         return precision == "tf32" and _is_box(a, 1) and _is_box(b, 1)

@@ -5,7 +5,8 @@ numbers a tile, which `python -m bench.tune` measures on a card:
 
     microseconds = ceil(programs / multiprocessors) * (steps * microseconds of a step + fixed microseconds)
 
-and at least the time in which L2 delivers all operands.
+A launch takes at least as long as L2 takes to deliver its operands, and as device memory where that is known.
+
 A choice depends only on shapes, dtypes and the kind of card, so that sums have the same bits on every card of a kind.
 """
 
@@ -15,36 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from ._common import INTERPRETED, OPTIONS, cdiv, compute_capability, number_format, power_of_2
+from ._common import INTERPRETED, cdiv, compute_capability, number_format, power_of_2
 from .launching import forget
 from .measured_tiles import MEASURED
-
-
-class Tile(NamedTuple):
-    """The block that one program computes, and its launch options.
-
-    taps: of a weight gradient, how many products, one a tap of the filter, a program computes. They share a block of
-    dy, or, of all taps of a 3 x 3 filter, three blocks of dy and three of x.
-    """
-
-    M: int
-    N: int
-    K: int
-    num_warps: int
-    num_stages: int
-    taps: int = 1
-
-    @property
-    def blocks(self):
-        return {"BLOCK_M": self.M, "BLOCK_N": self.N, "BLOCK_K": self.K}
-
-    @property
-    def options(self):
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS}
-
-
-# The taps of a 3 x 3 filter.
-ALL_TAPS = 9
+from .tile_tables import ALL_TAPS, HOPPER, PRODUCTS, TABLES, Tile
 
 
 class Card(NamedTuple):
@@ -72,93 +47,16 @@ L2_BYTES, SHARED_BYTES = 34, 128
 LATENCY, MEMORY = 1500, 4.3e12
 # Microseconds of one more launch.
 LAUNCH = 2.0
-
-# Tables by family and number format, the widest tile first. Every row is compiled for every architecture by
-# bench.machine_code, so each has to be worth it.
-#
-# patches: rows are the pixels of a batch, columns the channels of a result: forward and input gradient of convolutions;
-# gathered patches: the same where the source of every pixel is computed; narrow patches: where each element of an
-# operand has an address of its own. Wider tiles would spill registers.
-# matrices: linear's products, by pointers.
-# products: the same by tensor descriptors; of sm_90 and later.
-# gradient: a weight gradient, with its sum over pixels or rows; gathered gradient: the same where the source of every
-# pixel is computed; flat gradient: of few channels, with one index over channels and taps; chain gradient: those of a
-# chain of linears.
-# pooled: patches with pooling, where the maximum so far and its position take as many registers as the accumulator.
-TABLES = {
-    "patches": {
-        "half": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 32, 64, 4, 3)),
-        "tf32": (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 32, 32, 4, 3)),
-        "ieee": (Tile(128, 64, 16, 8, 2), Tile(64, 32, 16, 4, 3)),
-        "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
-    },
-    "matrices": {
-        "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(32, 32, 64, 4, 3)),
-        "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(32, 32, 32, 4, 3)),
-        "ieee": (Tile(64, 64, 32, 4, 3), Tile(32, 32, 16, 4, 3)),
-        "fp64": (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 3)),
-    },
-    "pooled": {
-        "half": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3)),
-        "tf32": (Tile(64, 64, 32, 8, 3),),
-        "ieee": (Tile(64, 32, 16, 8, 2),),
-        "fp64": (Tile(32, 16, 16, 4, 2),),
-    },
-}
-TABLES["flat gradient"] = TABLES["matrices"]
-TABLES["gathered patches"], TABLES["gathered gradient"] = TABLES["patches"], TABLES["matrices"]
-TABLES["narrow patches"] = {row: [t for t in tiles if t.N <= 64] for row, tiles in TABLES["patches"].items()}
-# In full float32 the positions of 32 pixels would spill registers.
-TABLES["gradient"] = {**TABLES["matrices"], "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3))}
-# Small tiles, so that several programs share even a small layer.
-TABLES["chain gradient"] = {row: tiles[-2:] for row, tiles in TABLES["matrices"].items()}
-# On sm_90 a tile of 128 x 256 reads 128 bytes of shared memory a cycle at the full rate of the matrix units, one of
-# 128 x 128 would need 160. In tf32 four warps on 128 rows were faster than eight on an H200, see
-# bench/results/products-nvidia-h200.md. A weight gradient's operands are not contiguous along the summed index: wgmma
-# cannot read these in tf32, and two warps get mma, which takes 0.3 to 0.5 of the time.
-HOPPER = {
-    "patches": {
-        "half": (
-            Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 256, 64, 4, 3),
-            Tile(64, 128, 64, 4, 3), Tile(512, 64, 64, 8, 2), Tile(256, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3),
-            Tile(128, 32, 64, 4, 3),
-        ),
-        "tf32": (
-            Tile(128, 256, 32, 8, 3), Tile(256, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3),
-            Tile(256, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(128, 32, 32, 4, 3),
-        ),
-    },
-    "matrices": {
-        "half": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), *TABLES["matrices"]["half"][1:]),
-        "tf32": (Tile(128, 128, 32, 4, 3), Tile(64, 128, 32, 4, 3), *TABLES["matrices"]["tf32"][1:]),
-    },
-    "gradient": {
-        "half": (
-            Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3),
-            Tile(128, 64, 64, 8, 3, 3), Tile(64, 64, 64, 8, 3, ALL_TAPS), Tile(64, 64, 64, 4, 3, 3),
-            Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3),
-            Tile(32, 32, 64, 4, 3),
-        ),
-        "tf32": (Tile(64, 128, 32, 2, 3), Tile(64, 64, 32, 2, 3), Tile(32, 32, 32, 4, 3)),
-    },
-}  # fmt: skip
-HOPPER["gathered gradient"] = {"tf32": HOPPER["gradient"]["tf32"]}
-PRODUCTS = {
-    "half": (
-        Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3),
-        Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4),
-    ),
-    "tf32": (
-        Tile(128, 256, 32, 8, 3), Tile(256, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3),
-        Tile(64, 64, 32, 4, 4),
-    ),
-}  # fmt: skip
-# For sm_100 triton 3.7.1 makes code that reads sums of this tile before they are loaded, as tests/ptx finds.
-HOPPER["products"] = {"half": (*PRODUCTS["half"], Tile(64, 256, 64, 4, 3))}
 FAMILIES = (*TABLES, "products")
 _ITEMSIZES = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
 # The tiles that `only` allows, by family.
 _forced: dict = {}
+
+
+def _card():
+    """The Card whose numbers stand for the current device."""
+    capability = compute_capability()
+    return CARDS[min(10, max(8, capability)) if capability else 0]
 
 
 def candidates(family, row):
@@ -198,7 +96,7 @@ def numbers(family, row, tile):
     measured = MEASURED.get(f"sm_{compute_capability()}0", {}).get("families", {}).get(family, {}).get(row, {})
     if tuple(tile) in measured:
         return measured[tuple(tile)]
-    card, itemsize, columns = CARDS[compute_capability()], _ITEMSIZES[row], tile.N * tile.taps
+    card, itemsize, columns = _card(), _ITEMSIZES[row], tile.N * tile.taps
     # Operands are written to shared memory once, and read from there.
     if row == "ieee" and compute_capability():
         # A thread of FMA reads the rows and columns of its share of the tile, which is about a square.
@@ -218,7 +116,7 @@ def microseconds(family, row, tile, programs, steps, taps=1):
 
     taps: of a weight gradient, how many a program has on average.
     """
-    card, (step, fixed) = CARDS[compute_capability()], numbers(family, row, tile)
+    card, (step, fixed) = _card(), numbers(family, row, tile)
     l2 = programs * steps * _operands(row, tile, taps) / L2_BYTES / card.multiprocessors / card.gigahertz / 1e3
     return max(cdiv(programs, card.multiprocessors) * (steps * step + fixed), l2)
 
@@ -229,7 +127,7 @@ def wants_k_inner(dtype, precision):
     The matrix units of sm_90 and sm_100 read tf32 operands in that order only. Triton reorders other operands 4 bytes
     at a time, which on an H200 took up to five times as long as the product.
     """
-    return dtype == torch.float32 and precision == "tf32" and compute_capability() >= 9
+    return dtype == torch.float32 and precision == "tf32" and compute_capability() in (9, 10)
 
 
 def clamped_power(size, least, most):
@@ -270,7 +168,7 @@ def _most_splits(tiles, steps):
     """The most programs that may share a product of so many steps: each has four, and four run on a multiprocessor."""
     if INTERPRETED:
         return max(1, min(2 // max(tiles, 1), steps))
-    return max(1, min(4 * CARDS[compute_capability()].multiprocessors // max(tiles, 1), steps // 4))
+    return max(1, min(4 * _card().multiprocessors // max(tiles, 1), steps // 4))
 
 
 def _best_split(family, row, tile, tiles, steps, taps, operands):

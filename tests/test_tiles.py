@@ -9,7 +9,8 @@ import torch
 from tritonnet.kernels import tiles
 from tritonnet.kernels._common import cdiv
 
-ARCHITECTURES = sorted(tiles.CARDS)
+# Those of CARDS, and others that are computed as the nearest of them.
+ARCHITECTURES = sorted({*tiles.CARDS, 7, 12})
 # dtype, precision: by row of the tables.
 FORMATS = {
     "half": (torch.bfloat16, "ieee"),

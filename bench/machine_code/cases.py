@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 import tritonnet  # noqa: F401  (tritonnet.kernels needs its parent)
-from tritonnet.kernels import _common, launchers, linear
+from tritonnet.kernels import _common, launchers, linear, product
 from tritonnet.kernels import shapes as kernel_shapes
 from tritonnet.kernels import tiles as tile_tables
 from tritonnet.kernels.conv2d import patches
@@ -296,7 +296,7 @@ def tiles(c, format, brief):
     for tile in tile_tables.candidates("matrices", row):
         call = _by("matrices", tile, lambda t=tile: c.linear(320 * t.M // t.N, 4 * t.N, t.N))
         yield f"{tile.M}x{tile.N}", call
-    for tile in tile_tables.candidates("products", row) if _common.compute_capability() >= 9 else ():
+    for tile in tile_tables.candidates("products", row) if _common.compute_capability() in product.DESCRIBED else ():
         yield f"descriptors, {tile.M}x{tile.N}", _by("products", tile, lambda: c.linear(8192, 512, 256))
     for tile in tile_tables.candidates("chain gradient", row):
         call = _by("chain gradient", tile, lambda: c.chain(1024, 256, 128, 128))

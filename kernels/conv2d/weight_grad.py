@@ -186,14 +186,19 @@ def conv2d_weight_grad_kernel(
             tl.store(db_ptr + offs_m, round_to(db, db_ptr.dtype.element_ty), mask=mask_m)
 
 
+def _step(dy):
+    """The elements from a pixel of dy to the next and from image to image, if all follow each other at one distance."""
+    return pixel_step(dy) if dy.shape[2] * dy.shape[3] > 1 else dy.stride(0)
+
+
 def _walk(dy, y, x, size, pad_mode):
     """(How columns are walked, see patches.walk_for, whether operands are loaded 16 bytes at once).
 
     By taps only pixels of dy that follow each other at one distance.
     """
     N, _, OH, OW = dy.shape
-    stride_yn, _, stride_yh, stride_yw = dy.stride()
-    even = (OH == 1 or stride_yh == OW * stride_yw) and (N == 1 or stride_yn == OH * OW * stride_yw)
+    step = _step(dy)
+    even = (OH == 1 or dy.stride(2) == OW * step) and (N == 1 or dy.stride(0) == OH * OW * step)
     walk = patches.walk_for(*size[1:], pad_mode)
     if walk == "taps" and (y is not None or not even):
         walk = "patches"
@@ -246,7 +251,7 @@ def _weight_grad(
     )  # fmt: skip
     tile, steps_y = patches.fitted(tile, index, walk == "flat"), strides(dy)
     if walk == "taps":
-        steps_y[3] = pixel_step(dy)
+        steps_y[3] = _step(dy)
     steps, units = in_units(dy.itemsize, *steps_y, *strides(x), *w_strides)
     return (tiles * splits,), (K, per_split, H, W, OH, OW, *steps, stride_split), dict(
         C=C, OC=OC // groups, KH=KH, KW=KW,
