@@ -56,9 +56,9 @@ STOPS = "import time\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('half
 
 
 def test_stages_follow_whatever_comes(run, tmp_path, capfd):
+    """One fails, one crashes, one stops when it is told to and one does not."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         pytest.skip("this process ignores the signal that stops a stage, as processes started with & in a script do")
-    """One fails, one crashes, one stops when it is told to and one does not."""
     started = time.monotonic()
     status = run(
         Stage("well", line("print('7 of 7')"), 1, 0.1),
