@@ -90,10 +90,18 @@ def power_of_2(n):
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
-def index_type(*tensors):
-    """int64 if an offset into one of the tensors (or None) may not fit int32, otherwise the faster int32."""
+def extent(t, rows, columns):
+    """The largest offset of an image in t (N, C, H, W) if taps reach so many rows and columns, also outside."""
+    steps = t.stride()
+    return sum((n - 1) * abs(step) for n, step in zip((*t.shape[:2], rows + 1, columns + 1), steps))
+
+
+def index_type(*tensors, reach=0):
+    """int64 if an offset into one of the tensors (or None), or `reach`, may not fit int32, else the faster int32."""
     # Masked elements past the end have offsets too, so the limit leaves room for a tile.
     limit = 2**31 - 2**20
+    if reach > limit:
+        return tl.int64
     for t in tensors:
         if t is not None and max(t.numel(), sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) > limit:
             return tl.int64

@@ -135,7 +135,7 @@ def _share(M, N, K, dtype, precision, shared):
 def _product(a, b, bias, c, sums, inner, strides_c, stride_split, shared, relu, precision):
     (M, K), (N, _) = (t.shape if inside else t.shape[::-1] for t, inside in zip((a, b), inner))
     tile, tiles, splits, per_split = _share(M, N, K, a.dtype, precision, shared)
-    if c.dim() == 4 and not shared:
+    if c.dim() == 4 and not shared and c.shape[2] * c.shape[3] > 1:
         steps, units = dense_steps(c)
     else:
         steps, units = in_units(c.itemsize, 1, 0, strides_c[1], strides_c[0])

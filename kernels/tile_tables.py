@@ -114,3 +114,10 @@ PRODUCTS = {
 }  # fmt: skip
 # For sm_100 triton 3.7.1 makes code that reads sums of this tile before they are loaded, as tests/ptx finds.
 HOPPER["products"] = {"half": (*PRODUCTS["half"], Tile(64, 256, 64, 4, 3))}
+# On sm_100 four warps spill registers in weight gradients of 64 x 64.
+BLACKWELL = {
+    family: {"half": tuple(t._replace(num_warps=8) if t.M == 64 else t for t in TABLES[family]["half"])}
+    for family in ("gradient", "chain gradient")
+}
+# By major compute capability, the families and formats that have tiles of their own there.
+SPECIAL = {9: HOPPER, 10: BLACKWELL}

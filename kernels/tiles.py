@@ -19,7 +19,7 @@ import torch
 from ._common import INTERPRETED, cdiv, compute_capability, number_format, power_of_2
 from .launching import forget
 from .measured_tiles import MEASURED
-from .tile_tables import ALL_TAPS, HOPPER, PRODUCTS, TABLES, Tile
+from .tile_tables import ALL_TAPS, PRODUCTS, SPECIAL, TABLES, Tile
 
 
 class Card(NamedTuple):
@@ -61,13 +61,21 @@ def _card():
 
 def candidates(family, row):
     """The tiles of a family in a number format, for the architecture of the current device."""
-    return (_forced[family],) if family in _forced else _table(family, row)
+    if family in _forced:
+        return (_forced[family],)
+    # Where some tiles were measured, the others gave wrong results or had no time: computed numbers would favour them.
+    measured = _measured(family, row)
+    return tuple(t for t in _table(family, row) if tuple(t) in measured) or _table(family, row)
+
+
+def _measured(family, row):
+    """{tile: its two numbers} as measured on the current device's architecture."""
+    return MEASURED.get(f"sm_{compute_capability()}0", {}).get("families", {}).get(family, {}).get(row, {})
 
 
 def _table(family, row):
-    special = HOPPER.get(family, {}) if compute_capability() == 9 else {}
     table = PRODUCTS if family == "products" else TABLES[family]
-    return special.get(row) or table.get(row, ())
+    return SPECIAL.get(compute_capability(), {}).get(family, {}).get(row) or table.get(row, ())
 
 
 @contextlib.contextmanager
@@ -93,7 +101,7 @@ def _operands(row, tile, taps):
 
 def numbers(family, row, tile):
     """(microseconds of a step, fixed microseconds) of a program with this tile, while every multiprocessor is busy."""
-    measured = MEASURED.get(f"sm_{compute_capability()}0", {}).get("families", {}).get(family, {}).get(row, {})
+    measured = _measured(family, row)
     if tuple(tile) in measured:
         return measured[tuple(tile)]
     card, itemsize, columns = _card(), _ITEMSIZES[row], tile.N * tile.taps

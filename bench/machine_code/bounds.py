@@ -338,6 +338,10 @@ def bounds(kernel, launch, instructions, format):
     # A pipelined loop copies the first blocks before it and nothing in as many of its last iterations.
     copied = [i for i in range(len(instructions)) if main and not main[0] <= i <= main[1]]
     cost = sass.cost(instructions, weights, launch.num_warps, rate, set(copied))
+    if kernel == "product_kernel":
+        # The copies of descriptors' blocks, whose instructions do not say how many bytes they are.
+        blocks = _l2_bytes(kernel, launch, main_turns) / launch.programs
+        cost = cost._replace(l1=cost.l1 + blocks / 128)
 
     def microseconds(cycles):
         return cycles / sass.SMS / sass.CLOCK * 1e6

@@ -3,8 +3,9 @@
     python -m bench.machine_code.network [--format bfloat16] [--batch 128]
 
 Each launch takes as long as the slowest of: its instructions, shared memory and products in whole waves of programs,
-operands from L2, and device memory, all at the rates of an H200 under load. That is optimistic: nothing waits. The
-floor of a pass is the larger of its arithmetic and its compulsory traffic. Nothing here is measured.
+operands from L2, and device memory, all at the rates of an H200 under load. That is optimistic: nothing waits, and a
+launch itself costs nothing. Copies by torch, such as those of NCHW tensors, are no launches of ours. The floor of a
+pass is the larger of its arithmetic and its compulsory traffic. Nothing here is measured.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .. import product, shapes
-from .._common import cdiv, dense_steps, in_units, index_type, product_types, round_to, strides
+from .._common import cdiv, dense_steps, extent, in_units, index_type, product_types, round_to, strides
 from ..launching import planned
 from ..tiles import gemm_tile
 from . import patches
@@ -39,7 +39,7 @@ def conv2d_forward_kernel(
     stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 0)
     stride_wo, stride_wc, stride_wh, stride_ww = in_elements((stride_wo, stride_wc, stride_wh, stride_ww), UNITS, 4)
     PIXELS, stride_yn, stride_yc, stride_yp = in_elements((PIXELS, stride_yn, stride_yc, stride_yp), UNITS, 8)
-    M = N * PIXELS
+    M = tl.cast(N, INDEX) * PIXELS
 
     # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
     offs_m, offs_n, group = tile_of(tl.program_id(0).to(INDEX), M, OC, BLOCK_M, BLOCK_N)
@@ -63,7 +63,7 @@ def conv2d_forward_kernel(
         w_ptrs = w_ptr + (offs_n % OC * stride_wo)[None, :] + (offs_k * stride_wc)[:, None]
         acc = add_taps(
             acc, x_ptrs, w_ptrs, tl.where(mask_m, bits, 0), blocks,
-            DH * stride_xh, DW * stride_xw, stride_wc, stride_wh, stride_ww,
+            tl.cast(stride_xh, INDEX) * DH, tl.cast(stride_xw, INDEX) * DW, stride_wc, stride_wh, stride_ww,
             C, KW, INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
         )  # fmt: skip
     else:
@@ -84,7 +84,9 @@ def conv2d_forward_kernel(
 @planned(conv2d_forward_kernel)
 def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, precision):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
-    OC, index, walk = OC // groups, index_type(x, w, bias, y), patches.walk_for(C, KH, KW, pad_mode)
+    reach = patches.reach((H, W), (OH, OW), (KH, KW), stride, padding, dilation)
+    index = index_type(x, w, bias, y, reach=extent(x, *reach))
+    OC, walk = OC // groups, patches.walk_for(C, KH, KW, pad_mode)
     K, family = C * KH * KW if walk == "flat" else C, patches.family_for(walk, x, w)
     taps = 1 if walk == "flat" else KH * KW
     tile = gemm_tile(family, N * OH * OW, OC, K, x.dtype, precision, taps=taps, repeats=groups)

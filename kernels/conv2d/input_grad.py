@@ -20,6 +20,7 @@ from .._common import (
     Window,
     cdiv,
     dense_steps,
+    extent,
     first_tap,
     in_units,
     index_type,
@@ -55,7 +56,7 @@ def conv2d_input_grad_kernel(
     stride_wo, stride_wc, stride_wh, stride_ww = in_elements((stride_wo, stride_wc, stride_wh, stride_ww), UNITS, 4)
     PIXELS, stride_xn, stride_xc, stride_xp = in_elements((PIXELS, stride_xn, stride_xc, stride_xp), UNITS, 8)
     stride_xh, stride_xw = stride_xh * UNITS[12], stride_xw * UNITS[13]
-    M = N * PIXELS
+    M = tl.cast(N, INDEX) * PIXELS
 
     # GEMM of a phase: M = N * QH * QW, N = C, K = OC * taps, where QH * QW is the largest number of pixels in a phase
     offs_m, offs_n, rest = tile_of(tl.program_id(0).to(INDEX), M, C, BLOCK_M, BLOCK_N)
@@ -109,7 +110,7 @@ def conv2d_input_grad_kernel(
             tl.assume(blocks > 0)
         acc = add_taps(
             acc, y_ptrs, w_ptrs, tl.where(mask_m, bits, 0), blocks,
-            -(DH // DIVISOR_H) * stride_yh, -(DW // DIVISOR_W) * stride_yw,
+            tl.cast(stride_yh, INDEX) * -(DH // DIVISOR_H), tl.cast(stride_yw, INDEX) * -(DW // DIVISOR_W),
             stride_wo, STEP_H * stride_wh, STEP_W * stride_ww,
             OC, taps_w, INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
         )  # fmt: skip
@@ -136,7 +137,9 @@ def conv2d_input_grad_kernel(
 def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = dx.shape, w.shape, dy.shape[2:]
     (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
-    QH, QW, index = cdiv(H, SH), cdiv(W, SW), index_type(dy, w, dx)
+    QH, QW = cdiv(H, SH), cdiv(W, SW)
+    reach = patches.reach((H, W), (OH, OW), (KH, KW), stride, padding, dilation)
+    index = index_type(dy, w, dx, reach=extent(dy, *reach))
     window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
     taps_h, taps_w = cdiv(KH, window_h.step), cdiv(KW, window_w.step)
     walk, even = patches.walk_for(OC, taps_h, taps_w), SH * SW == 1

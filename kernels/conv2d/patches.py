@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._common import next_block
+from .._common import INTERPRETED, next_block
 from .padding import source
 
 # With fewer channels a single tap does not fill the shortest K that tl.dot accepts.
@@ -42,6 +42,14 @@ def walk_for(C, taps_h, taps_w, pad_mode="zeros"):
     return "taps" if pad_mode == "zeros" and max(taps_h, taps_w) <= MOST_TAPS.value else "patches"
 
 
+def reach(size, result, kernel, stride, padding, dilation):
+    """How many rows and columns a tap is from the first pixel at most, inside the image or outside, for all passes."""
+    return [
+        max(n + before, o * step) + k * d
+        for n, o, k, step, before, d in zip(size, result, kernel, stride, padding[::2], dilation)
+    ]
+
+
 def family_for(walk, *operands):
     """The family of tiles for forward and input gradient."""
     if walk == "flat" or not all(map(is_aligned, operands)):
@@ -50,8 +58,13 @@ def family_for(walk, *operands):
 
 
 def is_aligned(t):
-    """Whether all strides but that of channels are multiples of 16 bytes, so that a load takes 16."""
-    return all(size == 1 or step * t.itemsize % 16 == 0 for size, step in zip(t.shape, t.stride()) if step != 1)
+    """Whether all strides but that of channels are multiples of 16 bytes, so that a load takes 16.
+
+    The interpreter has no registers, and walks unaligned channels as others.
+    """
+    return INTERPRETED or all(
+        size == 1 or step * t.itemsize % 16 == 0 for size, step in zip(t.shape, t.stride()) if step != 1
+    )
 
 
 def store_in(y, adjacent=True):

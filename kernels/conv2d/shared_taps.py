@@ -68,7 +68,7 @@ def some_taps(
         for t in tl.static_range(TAPS):
             dh, dw = (tap + t) // KW * DH - PH, (tap + t) % KW * DW - PW
             inside = within(iw + dw, W, within(ih + dh, H, mask & (tap + t < KH * KW)))
-            x_ptrs = x_ptr + (dh * stride_xh + dw * stride_xw) + x_rows
+            x_ptrs = x_ptr + (dh.to(INDEX) * stride_xh + dw.to(INDEX) * stride_xw) + x_rows
             x = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(OPERAND)
             sums += (tl.dot(dy, x, accs[t], input_precision=PRECISION, out_dtype=ACC),)
         accs = sums
@@ -114,11 +114,11 @@ def all_taps(
         in_x = within(i - PH, H, mask)
         xs, sums = (), ()
         for kw in tl.static_range(KW):
-            x_ptrs = x_ptr + kw * DW * stride_xw + x_offs[:, None]
+            x_ptrs = x_ptr + tl.cast(stride_xw, INDEX) * (kw * DW) + x_offs[:, None]
             x = tl.load(x_ptrs, mask=within(ow + (kw * DW - PW), W, in_x)[:, None], other=0.0)
             xs += (x.to(OPERAND),)
         for kh in tl.static_range(KH):
-            y_ptrs = dy_ptr - kh * DH * stride_yh + y_offs[None, :]
+            y_ptrs = dy_ptr - tl.cast(stride_yh, INDEX) * (kh * DH) + y_offs[None, :]
             dy = tl.load(y_ptrs, mask=within(i - kh * DH, OH, mask)[None, :], other=0.0).to(OPERAND)
             for kw in tl.static_range(KW):
                 acc = accs[kh * KW + kw]

@@ -18,6 +18,7 @@ from .. import product, shapes
 from .._common import (
     cached_for_architecture,
     compute_capability,
+    extent,
     in_units,
     index_type,
     number_format,
@@ -245,7 +246,9 @@ def _weight_grad(
     stride, padding, dilation, groups, pad_mode, with_bias, precision,
 ):  # fmt: skip
     (_, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
-    geometry, index = (stride, padding, dilation, groups), index_type(dy, x, dw_ptr)
+    geometry = stride, padding, dilation, groups
+    reach = patches.reach((H, W), (OH, OW), (KH, KW), stride, padding, dilation)
+    index = index_type(dy, x, dw_ptr, reach=max(extent(dy, *reach), extent(x, *reach)))
     walk, K, tile, tiles, splits, per_split = _split(
         dy.shape, size, geometry, dy.dtype, precision, *_walk(dy, y, x, size, pad_mode)
     )  # fmt: skip
