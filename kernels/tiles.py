@@ -63,13 +63,14 @@ def candidates(family, row):
     """The tiles of a family in a number format, for the architecture of the current device."""
     if family in _forced:
         return (_forced[family],)
-    # Where some tiles were measured, the others gave wrong results or had no time: computed numbers would favour them.
-    measured = _measured(family, row)
-    return tuple(t for t in _table(family, row) if tuple(t) in measured) or _table(family, row)
+    # Where some tiles were measured, computed numbers would favour those for which there was no time.
+    table, measured = _table(family, row), _measured(family, row)
+    working = tuple(t for t in table if measured.get(tuple(t), ()) is not None)
+    return tuple(t for t in working if tuple(t) in measured) or working or table
 
 
 def _measured(family, row):
-    """{tile: its two numbers} as measured on the current device's architecture."""
+    """{tile: its two numbers, or None if it failed} as measured on the current device's architecture."""
     return MEASURED.get(f"sm_{compute_capability()}0", {}).get("families", {}).get(family, {}).get(row, {})
 
 
@@ -101,9 +102,9 @@ def _operands(row, tile, taps):
 
 def numbers(family, row, tile):
     """(microseconds of a step, fixed microseconds) of a program with this tile, while every multiprocessor is busy."""
-    measured = _measured(family, row)
-    if tuple(tile) in measured:
-        return measured[tuple(tile)]
+    measured = _measured(family, row).get(tuple(tile))
+    if measured:
+        return measured
     card, itemsize, columns = _card(), _ITEMSIZES[row], tile.N * tile.taps
     # Operands are written to shared memory once, and read from there.
     if row == "ieee" and compute_capability():

@@ -149,6 +149,8 @@ def test_measured_numbers_decide(monkeypatch):
     # What was not measured where others were is not chosen, because it failed or computed numbers would favour it.
     monkeypatch.setattr(tiles, "MEASURED", measured("products", "half", {other: (1e3, 1e4)}))
     assert tiles.candidates("products", "half") == (other,) and tiles.gemm_tile(*asked) == other
+    monkeypatch.setattr(tiles, "MEASURED", measured("products", "half", {other: None}))
+    assert set(tiles.candidates("products", "half")) == {*found} - {other}
 
 
 def test_measured_numbers_are_of_one_family_format_and_card(monkeypatch):

@@ -102,12 +102,15 @@ def test_the_model_chooses_the_fastest_tile():
     assert all(0 <= choice.loss < 0.1 for choice in chosen)
 
 
-def test_a_tile_that_failed_is_in_no_table():
-    """Also if it has times elsewhere. Choices are made between the others."""
+def test_a_tile_that_failed_is_kept_as_failed():
+    """Also if it has times elsewhere, or had numbers before. Choices are made between the others."""
     bad, *good = NUMBERS
     samples = [*invented(), Sample("patches", "half", bad, "other", error="value 0 is off by 1")]
     found = fit.families(samples, lambda *_: (1.0, 1.0), SMS)
-    assert list(found["patches"]["half"]) == good
+    assert [tile for tile, numbers in found["patches"]["half"].items() if numbers] == good
+    assert found["patches"]["half"][bad] is None
+    entry = {"card": "a card", "triton": "3.7.1", "families": {"patches": {"half": {bad: (1.0, 1.0)}}}}
+    assert fit.merged(entry, {**entry, "families": found})["families"]["patches"]["half"][bad] is None
     assert bad not in {tile for choice in fit.choices(samples, found, SMS) for tile in (choice.chosen, choice.best)}
 
 

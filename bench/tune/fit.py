@@ -88,7 +88,7 @@ def fit(samples, computed, multiprocessors):
 
 
 def families(samples, computed, multiprocessors):
-    """{family: {row: {tile: (step_us, fixed_us)}}} of all tiles that have a time and were never wrong.
+    """{family: {row: {tile: (step_us, fixed_us)}}} of all tiles that have a time; None for those that ever failed.
 
     Args:
         samples: all of them.
@@ -104,6 +104,8 @@ def families(samples, computed, multiprocessors):
         if (family, row, tile) not in failed:
             numbers = fit(timed, computed(family, row, tile), multiprocessors)
             found.setdefault(family, {}).setdefault(row, {})[tile] = numbers
+    for family, row, tile in sorted(failed):
+        found.setdefault(family, {}).setdefault(row, {})[tile] = None
     return found
 
 
@@ -139,7 +141,7 @@ def choices(samples, found, multiprocessors):
 
     of_problem = {}
     for sample in samples:
-        if sample.us and sample.tile in found.get(sample.family, {}).get(sample.row, {}):
+        if sample.us and found.get(sample.family, {}).get(sample.row, {}).get(sample.tile):
             of_problem.setdefault((sample.problem, sample.family), []).append(sample)
     made = []
     for (problem, family), timed in of_problem.items():
