@@ -297,7 +297,7 @@ def test_addresses():
         {"strides": (136,)}, {"strides": (1 << 40,)}, {"box": (32, 257)}, {"box": (6, 32)},
         {"box": (64, 16), "swizzle": 3}, {"box": (16, 32), "swizzle": 1},
     ],
-    ids=str,
+    ids=lambda change: str({name: "unaligned" if name == "base" else value for name, value in change.items()}),
 )  # fmt: skip
 def test_descriptor(change):
     with pytest.raises(ptx.Fault, match="descriptor: a tensor map with "):
