@@ -305,7 +305,8 @@ def test_each_architecture_has_its_own_code():
     x, seen = torch.randn(64, 64, dtype=torch.bfloat16), {}
     for arch in (*ptx.ARCHITECTURES, *ptx.ARCHITECTURES):
         with ptx.emulate(arch) as machine, tritonnet.backend("triton"):
-            F.linear(x, x)
+            with tiles.only("matrices", tiles.Tile(64, 64, 64, num_warps=4, num_stages=3)):
+                F.linear(x, x)
         products = {opcode.split(".")[0] for opcode in machine.seen if "mma" in opcode}
         assert seen.setdefault(arch, products) == products
     assert seen == {"sm_80": {"mma"}, "sm_90": {"wgmma"}, "sm_100": {"tcgen05"}}

@@ -7,7 +7,7 @@ import torch.nn.functional as TF
 from exact import assert_exact
 from overwritten_operand import gradient_kernel
 
-from tritonnet.kernels import launchers
+from tritonnet.kernels import launchers, tiles
 from tritonnet.kernels.lenet import layout as lenet
 from tritonnet.kernels.lenet import update as lenet_update
 from tritonnet.lenet import losses
@@ -32,10 +32,11 @@ def random(*size, dtype=torch.float32):
 
 
 def linear_of(K, dtype=torch.bfloat16, precision="ieee"):
-    """One tile, with a few rows and columns past the end."""
+    """One tile of 64 x 64, with a few rows and columns past the end."""
     torch.backends.cuda.matmul.fp32_precision = precision
     x, w, b = random(60, K, dtype=dtype), random(60, K, dtype=dtype), random(60, dtype=dtype)
-    y = launchers.linear(x, w, b)
+    with tiles.only("matrices", tiles.Tile(64, 64, 128 // dtype.itemsize, num_warps=4, num_stages=3)):
+        y = launchers.linear(x, w, b)
     x, w, b = x.double(), w.double(), b.double()
     return [Row("y", y, TF.linear(x, w, b), TF.linear(x.abs(), w.abs(), b.abs()), K + 1, precision == "tf32")]
 
