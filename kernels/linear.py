@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import product, shapes
-from ._common import cached_for_architecture, cdiv, in_units, index_type, product_types, round_to
+from ._common import cached_for_architecture, cdiv, first_column, in_units, index_type, product_types, round_to
 from .launching import planned
 from .reduce import Partials
 from .tiles import gemm_tile, gradient_tile, wants_k_inner
@@ -86,7 +86,7 @@ def forward(x, w, bias, relu=False):
     y = shapes.linear(x, w)
     if wants_k_inner(x.dtype, precision()):
         x, w = features_inner(x), features_inner(w)
-    if product.serves(x, w, x.dtype, precision()):
+    if product.serves(x, w, precision()):
         product.forward(x, w, bias, y, relu, precision())
     elif y.numel() > 0:
         _forward((x, w, bias, y), relu, precision())
@@ -136,8 +136,8 @@ def weight_grad_tile(
     tl.store(dw_ptr + w_offs, round_to(acc, dw_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
 
     if SUM:
-        db = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, acc_b, 0.0), axis=1)
-        tl.store(db_ptr + partial + offs_n, round_to(db, db_ptr.dtype.element_ty), mask=mask_n & (pid_k == 0))
+        db = round_to(first_column(acc_b), db_ptr.dtype.element_ty)
+        tl.store(db_ptr + partial + offs_n, db, mask=mask_n & (pid_k == 0))
     elif HAS_BIAS:
         if pid_k == 0:
             rows = tl.zeros((BLOCK_M, BLOCK_K), ACC)
@@ -207,7 +207,7 @@ def weight_grad(dy, x, with_bias):
     if M == 0:
         return dw.zero_(), db.zero_()
     products = precision()
-    if dy.dtype != torch.float32 and product.serves(dy.t(), x.t(), dy.dtype, products):
+    if product.serves_weight_grad(dy, x, products):
         return product.weight_grad(dy, x, dw, db, with_bias, products)
     splits = _split(M, N, K, dy.dtype, products)[2]
     partials = Partials(splits, dw, db)

@@ -21,6 +21,7 @@ from ._common import (
     cdiv,
     compute_capability,
     dense_steps,
+    first_column,
     in_units,
     index_type,
     product_types,
@@ -41,15 +42,20 @@ DESCRIBED = 9, 10
 GROUP = 8
 
 
-def serves(a, b, dtype, precision):
+def serves(a, b, precision):
     """Whether the product of a (M, K) and b (N, K) has its operands read by descriptors."""
     (M, K), N = a.shape, b.shape[0]
     if M * N * K < LARGE or not (INTERPRETED or compute_capability() in DESCRIBED):
         return False
-    if dtype == torch.float32:
+    if a.dtype == torch.float32:
         return precision == "tf32" and _is_box(a, 1) and _is_box(b, 1)
-    half = dtype in (torch.bfloat16, torch.float16)
+    half = a.dtype in (torch.bfloat16, torch.float16)
     return half and all(_is_box(t, 1) or _is_box(t, 0) for t in (a, b))
+
+
+def serves_weight_grad(dy, x, precision):
+    """The same for `weight_grad` of dy (M, N) and x (M, K). In tf32 its product with ones would cut off dy."""
+    return dy.dtype != torch.float32 and serves(dy.t(), x.t(), precision)
 
 
 def _is_box(t, inner):
@@ -117,9 +123,8 @@ def product_kernel(
     c_offs = split.to(INDEX) * stride_split + rows_c[:, None] + (offs_n * stride_cn)[None, :]
     tl.store(c_ptr + c_offs, round_to(acc, c_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
     if SUM:
-        sums = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, acc_a, 0.0), axis=1)
         sum_ptrs = sum_ptr + split.to(INDEX) * stride_split + offs_m
-        tl.store(sum_ptrs, round_to(sums, sum_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
+        tl.store(sum_ptrs, round_to(first_column(acc_a), sum_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
 
 
 @cached_for_architecture
@@ -165,10 +170,7 @@ def forward(a, b, bias, c, relu, precision):
 
 
 def weight_grad(dy, x, dw, db, with_bias, precision):
-    """dw (N, K) and db (N), of dy (M, N) and x (M, K), whose transposed matrices `serves` accepts.
-
-    In tf32 a product with ones would cut off dy, and so `with_bias` is for 16-bit formats.
-    """
+    """dw (N, K) and db (N), of dy (M, N) and x (M, K), which `serves_weight_grad` accepts."""
     N, K = dw.shape[:2]
     splits = _share(N, K, dy.shape[0], dy.dtype, precision, True)[2]
     partials = Partials(splits, dw, db)

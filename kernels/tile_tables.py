@@ -30,6 +30,8 @@ class Tile(NamedTuple):
 
 # The taps of a 3 x 3 filter.
 ALL_TAPS = 9
+# Where each element has an address of its own, wider tiles spill registers.
+NARROW = 64
 
 
 # Tables by family and number format, the widest tile first. Every row is compiled for every architecture by
@@ -37,9 +39,9 @@ ALL_TAPS = 9
 #
 # patches: rows are the pixels of a batch, columns the channels of a result: forward and input gradient of convolutions;
 # gathered patches: the same where the source of every pixel is computed; narrow patches: where each element of an
-# operand has an address of its own. Wider tiles would spill registers.
+# operand has an address of its own.
 # matrices: linear's products, by pointers.
-# products: the same by tensor descriptors; of sm_90 and later.
+# products: the same by tensor descriptors, on sm_90 and sm_100.
 # gradient: a weight gradient, with its sum over pixels or rows; gathered gradient: the same where the source of every
 # pixel is computed; flat gradient: of few channels, with one index over channels and taps; chain gradient: those of a
 # chain of linears.
@@ -64,9 +66,9 @@ TABLES = {
         "fp64": (Tile(32, 16, 16, 4, 2),),
     },
 }
-TABLES["flat gradient"] = TABLES["matrices"]
 TABLES["gathered patches"], TABLES["gathered gradient"] = TABLES["patches"], TABLES["matrices"]
-TABLES["narrow patches"] = {row: [t for t in tiles if t.N <= 64] for row, tiles in TABLES["patches"].items()}
+for _narrow, _family in (("narrow patches", "patches"), ("flat gradient", "matrices")):
+    TABLES[_narrow] = {row: tuple(t for t in tiles if t.N <= NARROW) for row, tiles in TABLES[_family].items()}
 # In full float32 the positions of 32 pixels would spill registers.
 TABLES["gradient"] = {**TABLES["matrices"], "ieee": (Tile(64, 64, 16, 4, 3), Tile(32, 32, 16, 4, 3))}
 # Small tiles, so that several programs share even a small layer.

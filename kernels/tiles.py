@@ -53,30 +53,33 @@ _ITEMSIZES = {"half": 2, "tf32": 4, "ieee": 4, "fp64": 8}
 _forced: dict = {}
 
 
-def _card():
+def card():
     """The Card whose numbers stand for the current device."""
     capability = compute_capability()
     return CARDS[min(10, max(8, capability)) if capability else 0]
 
 
-def candidates(family, row):
+def table(family, row):
     """The tiles of a family in a number format, for the architecture of the current device."""
+    of_all = PRODUCTS if family == "products" else TABLES[family]
+    return SPECIAL.get(compute_capability(), {}).get(family, {}).get(row) or of_all.get(row, ())
+
+
+def candidates(family, row):
+    """Those of the table that are chosen from: none that failed on a card, and if some were measured, only these.
+
+    Computed numbers would favour tiles for which there was no time.
+    """
     if family in _forced:
         return (_forced[family],)
-    # Where some tiles were measured, computed numbers would favour those for which there was no time.
-    table, measured = _table(family, row), _measured(family, row)
-    working = tuple(t for t in table if measured.get(tuple(t), ()) is not None)
-    return tuple(t for t in working if tuple(t) in measured) or working or table
+    every, measured = table(family, row), _measured(family, row)
+    working = tuple(t for t in every if measured.get(tuple(t), ()) is not None)
+    return tuple(t for t in working if tuple(t) in measured) or working or every
 
 
 def _measured(family, row):
     """{tile: its two numbers, or None if it failed} as measured on the current device's architecture."""
     return MEASURED.get(f"sm_{compute_capability()}0", {}).get("families", {}).get(family, {}).get(row, {})
-
-
-def _table(family, row):
-    table = PRODUCTS if family == "products" else TABLES[family]
-    return SPECIAL.get(compute_capability(), {}).get(family, {}).get(row) or table.get(row, ())
 
 
 @contextlib.contextmanager
@@ -102,10 +105,12 @@ def _operands(row, tile, taps):
 
 def numbers(family, row, tile):
     """(microseconds of a step, fixed microseconds) of a program with this tile, while every multiprocessor is busy."""
-    measured = _measured(family, row).get(tuple(tile))
-    if measured:
-        return measured
-    card, itemsize, columns = _card(), _ITEMSIZES[row], tile.N * tile.taps
+    return _measured(family, row).get(tuple(tile)) or computed(row, tile)
+
+
+def computed(row, tile):
+    """The numbers of a tile that was not measured, from what the card can do at the most."""
+    here, itemsize, columns = card(), _ITEMSIZES[row], tile.N * tile.taps
     # Operands are written to shared memory once, and read from there.
     if row == "ieee" and compute_capability():
         # A thread of FMA reads the rows and columns of its share of the tile, which is about a square.
@@ -114,10 +119,10 @@ def numbers(family, row, tile):
         # Four warps compute 64 rows: they read these and all columns, or a share of the columns where warps are more.
         rows = tile.M * max(1, tile.num_warps // 4 * 64 // tile.M) * tile.taps
         read = (rows + cdiv(tile.M, 64) * columns) * tile.K * itemsize
-    step = max(2 * tile.M * columns * tile.K / card.rates[row], (_operands(row, tile, tile.taps) + read) / SHARED_BYTES)
+    step = max(2 * tile.M * columns * tile.K / here.rates[row], (_operands(row, tile, tile.taps) + read) / SHARED_BYTES)
     # Two programs of a small tile hide each other's latency.
     latency = LATENCY / (2 if tile.M * columns <= 128 * 128 else 1)
-    return step / card.gigahertz / 1e3, (latency + tile.M * columns * itemsize / L2_BYTES) / card.gigahertz / 1e3
+    return step / here.gigahertz / 1e3, (latency + tile.M * columns * itemsize / L2_BYTES) / here.gigahertz / 1e3
 
 
 def microseconds(family, row, tile, programs, steps, taps=1):
@@ -125,9 +130,9 @@ def microseconds(family, row, tile, programs, steps, taps=1):
 
     taps: of a weight gradient, how many a program has on average.
     """
-    card, (step, fixed) = _card(), numbers(family, row, tile)
-    l2 = programs * steps * _operands(row, tile, taps) / L2_BYTES / card.multiprocessors / card.gigahertz / 1e3
-    return max(cdiv(programs, card.multiprocessors) * (steps * step + fixed), l2)
+    here, (step, fixed) = card(), numbers(family, row, tile)
+    l2 = programs * steps * _operands(row, tile, taps) / L2_BYTES / here.multiprocessors / here.gigahertz / 1e3
+    return max(cdiv(programs, here.multiprocessors) * (steps * step + fixed), l2)
 
 
 def wants_k_inner(dtype, precision):
@@ -177,7 +182,7 @@ def _most_splits(tiles, steps):
     """The most programs that may share a product of so many steps: each has four, and four run on a multiprocessor."""
     if INTERPRETED:
         return max(1, min(2 // max(tiles, 1), steps))
-    return max(1, min(4 * _card().multiprocessors // max(tiles, 1), steps // 4))
+    return max(1, min(4 * card().multiprocessors // max(tiles, 1), steps // 4))
 
 
 def _best_split(family, row, tile, tiles, steps, taps, operands):
@@ -227,7 +232,7 @@ def gradient_tile(
     if INTERPRETED:
         tile = interpreted_tile(M, min(N, narrow), K)._replace(taps=taps if padded else min(taps, most_taps))
     else:
-        found = allowed(candidates(family, row)) or allowed(_table(family, row))
+        found = allowed(candidates(family, row)) or allowed(table(family, row))
         tile = min(found, key=lambda t: best(t)[0])
     per_split = cdiv(cdiv(length(tile), tile.K), best(tile)[1]) * tile.K
     return tile, tiles(tile), cdiv(length(tile), per_split), per_split

@@ -261,7 +261,7 @@ def shipped():
         return [
             (family, tile)
             for family in ("patches", "gradient", "products")
-            for tile in tiles.candidates(family, "half")
+            for tile in tiles.table(family, "half")
             if BY_DESCRIPTORS or family != "products"
         ]
 

@@ -212,7 +212,7 @@ def test_limits_of_descriptors(descriptors):
 
     def serves(size, step, dtype=torch.bfloat16, precision="tf32"):
         t = torch.empty(0, dtype=dtype, device="meta").as_strided(size, (step, 1))
-        return product.serves(t, torch.empty(8, size[1], dtype=dtype, device="meta"), dtype, precision)
+        return product.serves(t, torch.empty(8, size[1], dtype=dtype, device="meta"), precision)
 
     assert serves((8, 64), 64)
     assert serves((2**31 - 2**20, 64), 64) and not serves((2**31 - 2**20 + 8, 64), 64)

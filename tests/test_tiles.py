@@ -36,6 +36,7 @@ def card(request, monkeypatch):
 def as_compiled(monkeypatch, major):
     monkeypatch.setattr(tiles, "INTERPRETED", False)
     monkeypatch.setattr(tiles, "compute_capability", lambda: major)
+    monkeypatch.setattr(tiles, "MEASURED", {})
 
 
 def rows(family):

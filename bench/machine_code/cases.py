@@ -19,6 +19,7 @@ from tritonnet.kernels.lenet import layout as lenet
 from tritonnet.kernels.lenet import pack as lenet_pack
 from tritonnet.kernels.lenet import update as lenet_update
 from tritonnet.kernels.linear_chain import fused as linear_chain
+from tritonnet.kernels.tile_tables import NARROW
 
 from .. import FORMATS
 
@@ -263,14 +264,14 @@ def _by(family, tile, call):
 def tiles(c, format, brief):
     """(name, call) of every tile of every family of products."""
     row = _common.number_format(*FORMATS[format])
-    for tile in tile_tables.candidates("patches", row):
+    for tile in tile_tables.table("patches", row):
         for walk, channels in (("taps", 128), ("short", patches.SHORT_K)):
-            if walk == "short" and (tile.K <= patches.SHORT_K or brief and tile.N > patches.NARROW_N):
+            if walk == "short" and (tile.K <= patches.SHORT_K or brief and tile.N > NARROW):
                 continue  # the same as by taps, or hardly different
             for call, sizes in ((c.conv_forward, (channels, tile.N)), (c.conv_input_grad, (tile.N, channels))):
                 call = _by("patches", tile, lambda call=call, sizes=sizes: call(*sizes, k=3, d=1))
                 yield f"{walk}, {tile.M}x{tile.N}", call
-    for tile in tile_tables.candidates("narrow patches", row):
+    for tile in tile_tables.table("narrow patches", row):
         if format not in ("float16", "float64"):  # "patches" compiles these tiles; this walk in the most used formats
             # Few channels without dilation have kernels of their own.
             for call, sizes in ((c.conv_forward, (3, tile.N)), (c.conv_input_grad, (tile.N, 3))):
@@ -278,27 +279,26 @@ def tiles(c, format, brief):
                 yield f"flat, {tile.M}x{tile.N}", call
         strided = _by("narrow patches", tile, lambda n=tile.N: c.conv_strided_input_grad(n, 64))
         yield f"strided, {tile.M}x{tile.N}", strided
-    for tile in tile_tables.candidates("pooled", row):
+    for tile in tile_tables.table("pooled", row):
         for walk, k, channels in (("taps", 3, 64), ("flat", 5, 3)):
             size = {"h": 32, "oc": tile.N, "k": k, "pad": 1, "pool": (3, 2, 1)}
             yield f"{walk} to pool, {tile.M}x{tile.N}", lambda n=channels, size=size: c.conv_pool(4, n, **size)
-    for tile in tile_tables.candidates("gradient", row):
-        if tile.num_warps > 2 or tile.N <= patches.NARROW_N:  # two warps have no registers for more addresses
+    for tile in tile_tables.table("gradient", row):
+        if tile.num_warps > 2 or tile.N <= NARROW:  # two warps have no registers for more addresses
             name = f"taps, {tile.M}x{tile.N}" + f", {tile.taps} taps" * (tile.taps > 1)
             yield name, _by("gradient", tile, lambda t=tile: c.conv_weight_grad(t.N, t.M, k=3, d=1))
         if tile.taps == 1:
             name = f"rows, {tile.M}x{tile.N}"
             yield name, _by("gradient", tile, lambda t=tile: c.linear_weight_grad(320 * t.M, t.N, t.M))
-    for tile in tile_tables.candidates("flat gradient", row):
-        if tile.N <= patches.NARROW_N:
-            call = _by("flat gradient", tile, lambda m=tile.M: c.conv_weight_grad(12, m, k=5, d=2))
-            yield f"flat, {tile.M}x{tile.N}", call
-    for tile in tile_tables.candidates("matrices", row):
+    for tile in tile_tables.table("flat gradient", row):
+        call = _by("flat gradient", tile, lambda m=tile.M: c.conv_weight_grad(12, m, k=5, d=2))
+        yield f"flat, {tile.M}x{tile.N}", call
+    for tile in tile_tables.table("matrices", row):
         call = _by("matrices", tile, lambda t=tile: c.linear(320 * t.M // t.N, 4 * t.N, t.N))
         yield f"{tile.M}x{tile.N}", call
-    for tile in tile_tables.candidates("products", row) if _common.compute_capability() in product.DESCRIBED else ():
+    for tile in tile_tables.table("products", row) if _common.compute_capability() in product.DESCRIBED else ():
         yield f"descriptors, {tile.M}x{tile.N}", _by("products", tile, lambda: c.linear(8192, 512, 256))
-    for tile in tile_tables.candidates("chain gradient", row):
+    for tile in tile_tables.table("chain gradient", row):
         call = _by("chain gradient", tile, lambda: c.chain(1024, 256, 128, 128))
         yield f"chain gradient, {tile.M}x{tile.N}", call
     for tile in linear_chain.ROWS[row]:

@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from tritonnet.kernels import launchers
 
 from .. import FORMATS, TARGETS, resnet
+from ..case import FORWARD, INPUT_GRAD, WEIGHT_GRAD
+from ..passes import PASSES, convolution
 from . import sass
 from .bounds import L2, bounds
 from .budgets import BUDGETS, BY_CODE
@@ -29,7 +31,6 @@ from .compile import compile_instead
 CLOCK, MEMORY = 1.755e9, 4.3e12
 # Bytes of its L2, from the data sheet.
 L2_SIZE = 50e6
-PASSES = FORWARD, INPUT_GRAD, WEIGHT_GRAD = "forward", "input gradient", "weight gradient"
 
 
 def microseconds(kernel, found, unread):
@@ -43,21 +44,19 @@ def microseconds(kernel, found, unread):
 
 def unread(layer, which, format):
     """Bytes of x that a 1x1 convolution with a stride leaves out; its gradient is written as a whole."""
-    if layer.K > 1 or which == INPUT_GRAD:
-        return 0
-    return layer.N * (layer.H**2 - layer.OH**2) * layer.C * FORMATS[format][0].itemsize
+    works = convolution(layer).works
+    return (max(work.elements for work in works.values()) - works[which].elements) * FORMATS[format][0].itemsize
 
 
 def floor(layer, which, format):
-    """The least microseconds of one pass over a layer: each gives all products, and moves x, y and w once."""
-    y = layer.N * layer.OH**2 * layer.OC
-    elements = y + layer.N * layer.H**2 * layer.C + layer.OC * layer.C * layer.K**2
-    bytes = elements * FORMATS[format][0].itemsize - unread(layer, which, format)
-    return max(2 * y * layer.C * layer.K**2 / (sass.RATES[format] * sass.SMS * CLOCK), bytes / MEMORY) * 1e6
+    """The least microseconds of one pass over a layer."""
+    work = convolution(layer).works[which]
+    arithmetic = work.flops / (sass.RATES[format] * sass.SMS * CLOCK)
+    return max(arithmetic, work.bytes(FORMATS[format][0]) / MEMORY) * 1e6
 
 
 def calls(layer, format):
-    """{pass: call} of a layer in channels_last; images need no gradient."""
+    """{pass: call} of a layer in channels_last."""
     c, geometry = Calls(FORMATS[format][0]), ((layer.stride,) * 2, (layer.K // 2,) * 4, (1, 1), 1, "zeros")
     x = c.tensor(layer.N, layer.C, layer.H, layer.H, last=True)
     dy = c.tensor(layer.N, layer.OC, layer.OH, layer.OH, last=True)
@@ -67,9 +66,7 @@ def calls(layer, format):
         INPUT_GRAD: lambda: launchers.conv2d_input_grad(dy, w, x.shape, *geometry),
         WEIGHT_GRAD: lambda: launchers.conv2d_weight_grad(dy, x, w.shape, *geometry, False),
     }
-    if layer.C == resnet.CHANNELS:
-        del found[INPUT_GRAD]
-    return found
+    return {which: found[which] for which in convolution(layer).works}
 
 
 def times(batch, format, arch="sm_90"):

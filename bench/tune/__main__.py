@@ -108,11 +108,11 @@ def on_card(args, begun):
     from .problems import problems
 
     architecture, name, to_do = card.architecture(), torch.cuda.get_device_name(), problems()
-    multiprocessors = tiles.CARDS[tiles.compute_capability()].multiprocessors
+    multiprocessors = tiles.card().multiprocessors
 
     def entry():
         def computed(family, row, tile):
-            return tiles.numbers(family, row, tiles.Tile(*tile))
+            return tiles.computed(row, tiles.Tile(*tile))
 
         return entry_of(taken.samples, computed, multiprocessors, name)
 

@@ -64,7 +64,7 @@ class Problem(NamedTuple):
         """The tiles that may compute it, for the architecture of the current device."""
         # Only a convolution has taps, and programs with several of them are for its weight gradient.
         several = self.task == WEIGHT_GRAD and len(self.subject.sizes[1]) == 4
-        return [tile for tile in tiles.candidates(self.family, self.row) if several or tile.taps == 1]
+        return [tile for tile in tiles.table(self.family, self.row) if several or tile.taps == 1]
 
     def contestant(self, device):
         """Ours, on one set of inputs on a torch device."""

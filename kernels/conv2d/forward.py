@@ -114,7 +114,7 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False)
         x, w = patches.channels_inner(x), patches.channels_inner(w)
     stored, products = patches.store_in(y), patches.precision()
     a = patches.as_matrix(x) if patches.is_product(w.shape, stride, padding, groups) else None
-    if a is not None and product.serves(a, w[:, :, 0, 0], x.dtype, products):
+    if a is not None and product.serves(a, w[:, :, 0, 0], products):
         product.forward(a, w[:, :, 0, 0], bias, stored, relu, products)
     else:
         _forward((x, w, bias, stored), stride, padding, dilation, groups, pad_mode, relu, products)

@@ -178,7 +178,7 @@ def input_grad(dy, w, size, stride, padding, dilation, groups, dx=None):
     # Of several phases none has adjacent pixels.
     stored, products = patches.store_in(dx, adjacent=stride == (1, 1)), patches.precision()
     a = patches.as_matrix(dy) if patches.is_product(w.shape, stride, padding, groups) else None
-    if a is not None and product.serves(a, w[:, :, 0, 0].t(), dy.dtype, products):
+    if a is not None and product.serves(a, w[:, :, 0, 0].t(), products):
         product.forward(a, w[:, :, 0, 0].t(), None, stored, False, products)
     else:
         _input_grad((dy, w, stored), stride, padding, dilation, groups, products)

@@ -22,8 +22,6 @@ from .padding import source
 FLAT_BELOW = 16
 # So few channels do not fill longer blocks of K.
 SHORT_K = 32
-# Where each element has an address of its own, wider tiles spill registers.
-NARROW_N = 64
 # A bit mask of 32 has room for so many rows of taps and as many columns.
 MOST_TAPS = tl.constexpr(16)
 
@@ -52,19 +50,17 @@ def reach(size, result, kernel, stride, padding, dilation):
 
 def family_for(walk, *operands):
     """The family of tiles for forward and input gradient."""
-    if walk == "flat" or not all(map(is_aligned, operands)):
+    if walk == "flat" or not all(is_aligned(t.shape, t.stride(), t.itemsize) for t in operands):
         return "narrow patches"
     return "patches" if walk == "taps" else "gathered patches"
 
 
-def is_aligned(t):
+def is_aligned(size, steps, itemsize):
     """Whether all strides but that of channels are multiples of 16 bytes, so that a load takes 16.
 
     The interpreter has no registers, and walks unaligned channels as others.
     """
-    return INTERPRETED or all(
-        size == 1 or step * t.itemsize % 16 == 0 for size, step in zip(t.shape, t.stride()) if step != 1
-    )
+    return INTERPRETED or all(n == 1 or step * itemsize % 16 == 0 for n, step in zip(size, steps) if step != 1)
 
 
 def store_in(y, adjacent=True):
@@ -73,9 +69,10 @@ def store_in(y, adjacent=True):
     In NCHW an image of 7 x 7 pixels begins at a multiple of 2 bytes, and without `adjacent` pixels no two results are
     adjacent. To store them one by one would take a register for each address, and longer than a copy.
     """
-    N, C, H, W = y.shape
-    together = 1 if y.stride(1) == 1 or not adjacent else math.gcd(H * W, 16 // y.itemsize)
-    if y.stride(1) == 1 or C < FLAT_BELOW or together * y.itemsize >= 8:
+    if y.stride(1) == 1 or y.shape[1] < FLAT_BELOW:
+        return y
+    together = math.gcd(y.shape[2] * y.shape[3], 16 // y.itemsize) if adjacent else 1
+    if together * y.itemsize >= 8:
         return y
     return torch.empty_like(y, memory_format=torch.channels_last)
 

@@ -9,8 +9,8 @@ C and OC count the channels of one group. The programs of a split write partial 
 """
 
 import math
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -19,16 +19,17 @@ from .._common import (
     cached_for_architecture,
     compute_capability,
     extent,
+    first_column,
     in_units,
     index_type,
     number_format,
-    pixel_step,
     product_types,
     round_to,
     strides,
 )
 from ..launching import planned
 from ..reduce import Partials
+from ..tile_tables import NARROW, Tile
 from ..tiles import gradient_tile
 from . import patches
 from .padding import PAD_MODES, source
@@ -165,8 +166,8 @@ def conv2d_weight_grad_kernel(
             ptrs = dw_ptr + w_offs + ((tap + t) // KW * stride_wh + (tap + t) % KW * stride_ww)
             tl.store(ptrs, round_to(accs[t], dw_ptr.dtype.element_ty), mask=mask_w & (tap + t < KH * KW))
         if SUM:
-            db = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, acc_b, 0.0), axis=1)
-            tl.store(db_ptr + offs_m, round_to(db, db_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
+            db = round_to(first_column(acc_b), db_ptr.dtype.element_ty)
+            tl.store(db_ptr + offs_m, db, mask=mask_m & (pid_n == 0))
     else:
         acc = add_gathered(
             dy_ptr, y_ptr, x_ptr, offs_m * stride_yc, c * stride_xc, kh, kw, mask_m, mask_n, first, last, H, W, OH, OW,
@@ -187,45 +188,56 @@ def conv2d_weight_grad_kernel(
             tl.store(db_ptr + offs_m, round_to(db, db_ptr.dtype.element_ty), mask=mask_m)
 
 
-def _step(dy):
-    """The elements from a pixel of dy to the next and from image to image, if all follow each other at one distance."""
-    return pixel_step(dy) if dy.shape[2] * dy.shape[3] > 1 else dy.stride(0)
+class Split(NamedTuple):
+    """How a weight gradient is computed.
 
-
-def _walk(dy, y, x, size, pad_mode):
-    """(How columns are walked, see patches.walk_for, whether operands are loaded 16 bytes at once).
-
-    By taps only pixels of dy that follow each other at one distance.
+    Attributes:
+        walk: over columns, see patches.walk_for; "whole" for all taps by one program.
+        step: elements from a pixel of dy to the next, if all follow each other at one distance.
+        pixels: of the sum.
+        tile, tiles, splits, per_split: what tiles.gradient_tile gives.
     """
-    N, _, OH, OW = dy.shape
-    step = _step(dy)
-    even = (OH == 1 or dy.stride(2) == OW * step) and (N == 1 or dy.stride(0) == OH * OW * step)
-    walk = patches.walk_for(*size[1:], pad_mode)
-    if walk == "taps" and (y is not None or not even):
-        walk = "patches"
-    return walk, patches.is_aligned(dy) and patches.is_aligned(x)
+
+    walk: str
+    step: int
+    pixels: int
+    tile: Tile
+    tiles: int
+    splits: int
+    per_split: int
 
 
 @cached_for_architecture
-def _split(dy_size, size, geometry, dtype, precision, walk, aligned):
-    """(Walk, pixels of the sum, Tile, tiles of dw, programs for each tile, pixels for each program)."""
+def _split(dy_size, dy_steps, x_size, x_steps, size, stride, dilation, groups, pad_mode, masked, dtype, precision):
+    """The Split for tensors with these sizes and strides, where dy is `masked` by a relu or not."""
     (images, _, OH, OW), (OC, C, KH, KW) = dy_size, size
-    stride, _, dilation, groups = geometry
-    # Two warps, in tf32 on sm_90, have registers for the addresses of 64 columns at most, and none for a flat index's.
-    two_warps = number_format(dtype, precision) == "tf32" and compute_capability() == 9
-    narrow = NARROWEST if not aligned else patches.NARROW_N if walk == "flat" or two_warps else math.inf
-    (N, taps), family = ((C * KH * KW, 1), "flat gradient") if walk == "flat" else ((C, KH * KW), "gathered gradient")
+    step = dy_steps[3] if OW > 1 else dy_steps[2] if OH > 1 else dy_steps[0]
+    even = (OH == 1 or dy_steps[2] == OW * step) and (images == 1 or dy_steps[0] == OH * OW * step)
+    walk = patches.walk_for(C, KH, KW, pad_mode)
+    if walk == "taps" and (masked or not even):
+        walk = "patches"
+    aligned = all(patches.is_aligned(*t, dtype.itemsize) for t in ((dy_size, dy_steps), (x_size, x_steps)))
     # Where addresses take few registers, several taps share a block of dy.
     shared = walk == "taps" and aligned
     K, padded = images * OH * OW, images * (OH + (KH - 1) * dilation[0]) * OW
+    if walk == "flat":
+        found = gradient_tile("flat gradient", OC // groups, C * KH * KW, K, dtype, precision, repeats=groups)
+        return Split(walk, step, K, *found)
+    # Two warps, in tf32 on sm_90, have registers for the addresses of NARROW columns at most.
+    two_warps = number_format(dtype, precision) == "tf32" and compute_capability() == 9
     found = gradient_tile(
-        "gradient" if shared else family, OC // groups, N, K, dtype, precision,
-        taps=taps, most_taps=MOST_SHARED if shared else 1,
+        "gradient" if shared else "gathered gradient", OC // groups, C, K, dtype, precision,
+        taps=KH * KW, most_taps=MOST_SHARED if shared else 1,
         padded=padded if shared and (KH, KW) == WHOLE and stride == (1, 1) else None,
-        repeats=groups, narrow=narrow,
+        repeats=groups, narrow=NARROWEST if not aligned else NARROW if two_warps else math.inf,
     )  # fmt: skip
     whole = found[0].taps > MOST_SHARED
-    return "whole" if whole else walk, padded if whole else K, *found
+    return Split("whole" if whole else walk, step, padded if whole else K, *found)
+
+
+def _split_of(dy, y, x, size, stride, dilation, groups, pad_mode, precision):
+    of_tensors = dy.shape, dy.stride(), x.shape, x.stride()
+    return _split(*of_tensors, size, stride, dilation, groups, pad_mode, y is not None, dy.dtype, precision)
 
 
 def masks(size):
@@ -246,21 +258,19 @@ def _weight_grad(
     stride, padding, dilation, groups, pad_mode, with_bias, precision,
 ):  # fmt: skip
     (_, OC, OH, OW), (_, C, KH, KW), (H, W) = dy.shape, size, x.shape[2:]
-    geometry = stride, padding, dilation, groups
     reach = patches.reach((H, W), (OH, OW), (KH, KW), stride, padding, dilation)
     index = index_type(dy, x, dw_ptr, reach=max(extent(dy, *reach), extent(x, *reach)))
-    walk, K, tile, tiles, splits, per_split = _split(
-        dy.shape, size, geometry, dy.dtype, precision, *_walk(dy, y, x, size, pad_mode)
-    )  # fmt: skip
-    tile, steps_y = patches.fitted(tile, index, walk == "flat"), strides(dy)
-    if walk == "taps":
-        steps_y[3] = _step(dy)
+    split = _split_of(dy, y, x, size, stride, dilation, groups, pad_mode, precision)
+    tile, steps_y = patches.fitted(split.tile, index, split.walk == "flat"), strides(dy)
+    if split.walk == "taps":
+        steps_y[3] = split.step
     steps, units = in_units(dy.itemsize, *steps_y, *strides(x), *w_strides)
-    return (tiles * splits,), (K, per_split, H, W, OH, OW, *steps, stride_split), dict(
+    numbers = split.pixels, split.per_split, H, W, OH, OW, *steps, stride_split
+    return (split.tiles * split.splits,), numbers, dict(
         C=C, OC=OC // groups, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, RELU=y is not None,
-        WALK=walk, TAPS=tile.taps, GROUPS=groups, UNITS=units,
+        WALK=split.walk, TAPS=tile.taps, GROUPS=groups, UNITS=units,
         INDEX=index, **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
@@ -286,12 +296,10 @@ def weight_grad(dy, x, size, stride, padding, dilation, groups, pad_mode, with_b
     size, products = tuple(size), patches.precision()
     if y is None and patches.is_product(size, stride, padding, groups):
         a, b = patches.as_matrix(dy), patches.as_matrix(x)
-        half = dy.dtype != torch.float32
-        if half and a is not None and b is not None and product.serves(a.t(), b.t(), dy.dtype, products):
+        if a is not None and b is not None and product.serves_weight_grad(a, b, products):
             return product.weight_grad(a, b, dw, db, with_bias, products)
-    walk = _walk(dy, y, x, size, pad_mode)
-    splits = _split(dy.shape, size, (stride, padding, dilation, groups), dy.dtype, products, *walk)[4]
-    partials = Partials(splits, dw, db)
+    split = _split_of(dy, y, x, size, stride, dilation, groups, pad_mode, products)
+    partials = Partials(split.splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     geometry = stride, padding, dilation, groups, pad_mode
     _weight_grad((dy, y, x, dw_ptr, db_ptr), size, tuple(strides(dw)), stride_split, *geometry, with_bias, products)
