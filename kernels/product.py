@@ -42,10 +42,15 @@ DESCRIBED = 9, 10
 GROUP = 8
 
 
+def described():
+    """Whether the current device has descriptors for products; the interpreter has."""
+    return INTERPRETED or compute_capability() in DESCRIBED
+
+
 def serves(a, b, precision):
     """Whether the product of a (M, K) and b (N, K) has its operands read by descriptors."""
     (M, K), N = a.shape, b.shape[0]
-    if M * N * K < LARGE or not (INTERPRETED or compute_capability() in DESCRIBED):
+    if M * N * K < LARGE or not described():
         return False
     if a.dtype == torch.float32:
         return precision == "tf32" and _is_box(a, 1) and _is_box(b, 1)

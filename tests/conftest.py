@@ -56,7 +56,7 @@ if EMULATED:
     gc.set_threshold(100_000, 50, 50)
 
 import tritonnet  # noqa: E402
-from tritonnet.kernels import _common, product  # noqa: E402
+from tritonnet.kernels import product  # noqa: E402
 from tritonnet.kernels.lenet import layout as lenet  # noqa: E402
 from tritonnet.lenet import losses  # noqa: E402
 from tritonnet.lenet import step as lenet_step  # noqa: E402
@@ -158,15 +158,10 @@ def full_precision():
     torch.backends.cudnn.allow_tf32 = False
 
 
-def has_descriptors():
-    """Whether tensor descriptors read the operands of large products: in the interpreter and from sm_90 on."""
-    return bool(_common.INTERPRETED) or _common.compute_capability() >= 9
-
-
 @pytest.fixture
 def descriptors(monkeypatch):
     """Tensor descriptors read the operands of small products too, if they can read them at all."""
-    if not has_descriptors():
+    if not product.described():
         pytest.skip("products by tensor descriptors run in the interpreter and from sm_90 on")
     monkeypatch.setattr(product, "LARGE", 1)
 

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import DEVICE, has_descriptors
+from conftest import DEVICE
 from filelock import FileLock
 from memory import CHUNK, GUARDED, watched
 
@@ -482,7 +482,7 @@ def test_what_is_needed_is_said(monkeypatch):
 
 @pytest.mark.parametrize("kernel", INPUTS)
 def test_far_inputs(kernel, unpoisoned, full_precision, one_at_a_time):
-    if kernel == "product_kernel" and not has_descriptors():
+    if kernel == "product_kernel" and not product.described():
         pytest.skip("there are no tensor descriptors before sm_90")
     require(needed(kernel))
     for call, *tensors in INPUTS[kernel]:

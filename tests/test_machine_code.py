@@ -8,6 +8,7 @@ import importlib
 import json
 import pkgutil
 import re
+from unittest import mock
 
 import pytest
 import triton
@@ -18,7 +19,7 @@ import tritonnet.kernels
 pytest.importorskip("tqdm")
 from bench import FORMATS, TARGETS
 from bench.machine_code import budgets, cases, report
-from tritonnet.kernels import _common, tiles
+from tritonnet.kernels import _common, product, tiles
 from tritonnet.kernels.linear_chain import fused as linear_chain
 
 
@@ -41,8 +42,9 @@ def test_machine_code(target):
     assert not (found := list(budgets.violations(records))), "\n".join(found)
     # AMD's matrix units have full float32.
     absent = {"few_channels_lanes_kernel"} if target == "gfx942" else set()
-    if target in ("sm_80", "gfx942"):  # tensor descriptors are for later architectures of NVIDIA
-        absent.add("product_kernel")
+    capability = {"sm_80": 8, "sm_90": 9, "sm_100": 10}.get(target, 0)
+    described = capability in product.DESCRIBED
+    absent |= set() if described else {"product_kernel"}
     assert {r["kernel"] for r in records} == every_kernel() - absent
     # Each row of the tables of tiles has been compiled in each format.
     compiled_tiles = {(r["format"], r["tile"], r["num_warps"], r["num_stages"]) for r in records}
@@ -55,10 +57,9 @@ def test_machine_code(target):
         if not cases.has_tiles(target, format, brief=True):
             continue
         rows = _common.number_format(*FORMATS[format])
-        special = tiles.SPECIAL.get({"sm_90": 9, "sm_100": 10}.get(target), {})
-        tables = [special.get(family, {}).get(rows) or tiles.TABLES[family][rows] for family in tiles.TABLES]
-        if target in ("sm_90", "sm_100"):
-            tables.append(special.get("products", {}).get(rows) or tiles.PRODUCTS.get(rows, ()))
+        families = tiles.FAMILIES if described else tiles.TABLES
+        with mock.patch.object(tiles, "compute_capability", lambda: capability):
+            tables = [tiles.table(family, rows) for family in families]
         for tile in {tile for table in tables for tile in table}:
             row = format, f"{tile.M}x{tile.N}x{tile.K}", tile.num_warps, tile.num_stages
             assert row in compiled_tiles, f"{target}: the row {row} of the tables of tiles has not been compiled"

@@ -296,7 +296,7 @@ def tiles(c, format, brief):
     for tile in tile_tables.table("matrices", row):
         call = _by("matrices", tile, lambda t=tile: c.linear(320 * t.M // t.N, 4 * t.N, t.N))
         yield f"{tile.M}x{tile.N}", call
-    for tile in tile_tables.table("products", row) if _common.compute_capability() in product.DESCRIBED else ():
+    for tile in tile_tables.table("products", row) if product.described() else ():
         yield f"descriptors, {tile.M}x{tile.N}", _by("products", tile, lambda: c.linear(8192, 512, 256))
     for tile in tile_tables.table("chain gradient", row):
         call = _by("chain gradient", tile, lambda: c.chain(1024, 256, 128, 128))

@@ -14,7 +14,6 @@ import tritonnet
 import tritonnet.nn.functional as F
 from tritonnet.dispatch import float32_products
 from tritonnet.kernels import launchers, product
-from tritonnet.kernels._common import INTERPRETED, compute_capability
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 # The batch of a step on a GPU, too large to be captured: captures are not possible with the sanitizers' allocations.
@@ -94,8 +93,7 @@ def main():
     if device == "cuda":
         torch.cuda.synchronize()
     print(", ".join(f"{name} {count}" for name, count in sorted(launches.items())))
-    # Before sm_90 there are no descriptors.
-    absent = set() if INTERPRETED or compute_capability() >= 9 else {"product_kernel"}
+    absent = set() if product.described() else {"product_kernel"}
     if forgotten := {kernel.fn.__name__ for kernel in launchers.KERNELS} - absent - set(launches):
         sys.exit(f"never launched: {', '.join(sorted(forgotten))}")
 
