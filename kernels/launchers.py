@@ -6,6 +6,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
+from . import epilogue as _epilogue
 from . import linear as _linear
 from . import relu as _relu
 from . import shapes
@@ -33,14 +34,18 @@ from .max_pool2d import gather as _max_pool2d_gather
 from .max_pool2d import scatter as _max_pool2d_scatter
 
 
-def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
+def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=_epilogue.NONE):
     if _few.serves(x.dtype, w.shape[1], padding, dilation, groups, pad_mode):
-        return _few_convolve.forward(x, w, bias, stride, padding, relu)
+        return _few_convolve.forward(x, w, bias, stride, padding, epilogue)
     family = _depthwise if _depthwise.serves(w.shape, groups) else _forward
-    return family.forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu)
+    return family.forward(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue)
 
 
-conv2d_relu = functools.partial(conv2d, relu=True)
+conv2d_relu = functools.partial(conv2d, epilogue=_epilogue.RELU)
+
+
+def conv2d_epilogue(x, w, bias, stride, padding, dilation, groups, pad_mode, *epilogue):
+    return conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, _epilogue.Epilogue(*epilogue))
 
 
 def conv2d_relu_max_pool2d(x, w, bias, *geometry):
@@ -136,8 +141,15 @@ relu = _relu.forward
 relu_ = _relu.forward_
 relu_grad = _relu.grad
 linear = _linear.forward
-linear_relu = functools.partial(_linear.forward, relu=True)
+linear_relu = functools.partial(_linear.forward, epilogue=_epilogue.RELU)
 linear_weight_grad = _linear.weight_grad
+epilogue = _epilogue.forward
+activate_ = _epilogue.activate_
+activation_grad = _epilogue.activation_grad
+
+
+def linear_epilogue(x, w, bias, *epilogue):
+    return _linear.forward(x, w, bias, _epilogue.Epilogue(*epilogue))
 
 
 def _chain(name, features, widths):

@@ -42,6 +42,43 @@ def _conv2d(info, dims, x, w, bias, stride, padding, dilation, groups, pad_mode)
     return (y if rest is None else y + rest[:, None, :, None, None]), 0
 
 
+@register_batching(ops.conv2d_epilogue)
+def _conv2d_epilogue(info, dims, x, w, bias, *geometry_epilogue):
+    B, geometry, epilogue = info.batch_size, geometry_epilogue[:5], geometry_epilogue[5:]
+    if all(dim is None for dim in (dims[1], dims[2], *dims[8:12])):
+        x, residual = _front(info, x, dims[0]), epilogue[4]
+        if residual is not None:
+            residual = _as_images(_front(info, residual, dims[12]))
+        y = ops.conv2d_epilogue(_as_images(x), w, bias, *geometry, *epilogue[:4], residual, *epilogue[5:])
+        return y.unflatten(0, (B, x.shape[1])), 0
+    z, z_dim = _conv2d(info, dims, x, w, bias, *geometry)
+    return _epilogue(info, (z_dim, *dims[8:]), z, *epilogue)
+
+
+@register_batching(ops.epilogue)
+def _epilogue(info, dims, x, mean, var, scale, shift, residual, *rest):
+    x, residual = _front(info, x, dims[0]), None if residual is None else _front(info, residual, dims[5])
+    vectors, of_vectors = (mean, var, scale, shift), dims[1:5]
+    if all(t is None for t in vectors):
+        return ops.epilogue(x, *vectors, residual, *rest), 0
+    if all(dim is None for dim in of_vectors):
+        y = ops.epilogue(_as_images(x), *vectors, None if residual is None else _as_images(residual), *rest)
+        return y.unflatten(0, x.shape[:2]), 0
+    vectors = [None if t is None else _as_images(_front(info, t, dim)) for t, dim in zip(vectors, of_vectors)]
+    y = ops.epilogue(_as_channels(x), *vectors, None if residual is None else _as_channels(residual), *rest)
+    return y.unflatten(1, (info.batch_size, x.shape[2])), 1
+
+
+@register_batching(ops.activate_)
+def _activate_(info, dims, x, *arguments):
+    return ops.activate_(x, *arguments), None
+
+
+@register_batching(ops.activation_grad)
+def _activation_grad(info, dims, dy, t, *arguments):
+    return ops.activation_grad(*(_front(info, a, dim) for a, dim in zip((dy, t), dims)), *arguments), 0
+
+
 @register_batching(ops.conv2d_relu)
 def _conv2d_relu(info, dims, *arguments):
     y, dim = _conv2d(info, dims, *arguments)
@@ -195,6 +232,17 @@ def _linear(info, dims, x, w, bias):
     fused, rest = (bias, None) if bias_dim is None else (None, _front(info, bias, bias_dim))
     y = ops.linear(_as_images(x), w, fused).unflatten(0, x.shape[:2])
     return (y if rest is None else y + rest[:, None]), 0
+
+
+@register_batching(ops.linear_epilogue)
+def _linear_epilogue(info, dims, x, w, bias, mean, var, scale, shift, residual, *rest):
+    if all(dim is None for dim in dims[1:7]):
+        x = _front(info, x, dims[0])
+        residual = None if residual is None else _as_images(_front(info, residual, dims[7]))
+        y = ops.linear_epilogue(_as_images(x), w, bias, mean, var, scale, shift, residual, *rest)
+        return y.unflatten(0, x.shape[:2]), 0
+    z, z_dim = _linear(info, dims[:3], x, w, bias)
+    return _epilogue(info, (z_dim, *dims[3:]), z, mean, var, scale, shift, residual, *rest)
 
 
 @register_batching(ops.linear_relu)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import grad as conv_grad
 
-from .kernels import shapes
+from .kernels import activations, shapes
 from .kernels.cross_entropy import targets
 from .kernels.linear_chain import layered
 
@@ -209,6 +209,41 @@ def relu_(x):
 
 def relu_grad(dy, y):
     return _like(shapes.relu(y), torch.ops.aten.threshold_backward(dy, y, 0))
+
+
+def epilogue(x, mean, var, scale, shift, residual, eps, activation, slope):
+    (z,) = _wide(x)
+
+    def along(t):
+        return t.to(z.dtype).view(-1, *(1,) * (x.dim() - 2))
+
+    if mean is not None:
+        z = z - along(mean)
+    if var is not None:
+        z = z * along((var.to(z.dtype) + eps).rsqrt())
+    if scale is not None:
+        z = z * along(scale)
+    if shift is not None:
+        z = z + along(shift)
+    if residual is not None:
+        z = z + residual
+    return _like(shapes.relu(x), activations.activated(z, activation, slope).to(x.dtype))
+
+
+def activate_(x, activation, slope):
+    x.copy_(activations.activated(*_wide(x), activation, slope))
+
+
+def activation_grad(dy, t, activation, slope):
+    return _like(shapes.relu(t), activations.gradient(dy, t, activation, slope))
+
+
+def conv2d_epilogue(x, w, bias, stride, padding, dilation, groups, pad_mode, *arguments):
+    return epilogue(conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode), *arguments)
+
+
+def linear_epilogue(x, w, bias, *arguments):
+    return epilogue(linear(x, w, bias), *arguments)
 
 
 def linear(x, w, bias):

@@ -4,7 +4,7 @@ import operator
 
 import torch
 
-from ..kernels import shapes
+from ..kernels import activations, shapes
 
 # The dtypes of the kernels; torch serves the others.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -160,3 +160,37 @@ def check_linear_chain(name, input, weights, biases):
         features = w.shape[0]
         if b is not None and tuple(b.shape) != (features,):
             raise RuntimeError(f"{name}: biases[{i}] must have size [{features}], got {list(b.shape)}")
+
+
+def check_activation(name, eps, activation, slope):
+    for argument, value in (("eps", eps), ("slope", slope)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: {argument} must be a float, got {value!r}")
+    if not isinstance(activation, str):
+        raise TypeError(f"{name}: activation must be a str, got {activation!r}")
+    if activation not in activations.NAMES:
+        raise ValueError(f"{name}: activation must be one of {activations.NAMES}, got {activation!r}")
+
+
+def check_epilogue(name, x, size, mean, var, scale, shift, residual):
+    """The tensors of an epilogue whose result has x's dtype and this size, with channels in its second dimension.
+
+    For one of matrices with more leading dimensions these are the last.
+    """
+    vectors = {"mean": mean, "var": var, "scale": scale, "shift": shift}
+    added = {argument: t for argument, t in {**vectors, "residual": residual}.items() if t is not None}
+    check_tensors(name, **added)
+    for argument, t in added.items():
+        if argument != "residual":
+            channels = size[-1] if name == "linear_epilogue" else size[1] if len(size) > 1 else 0
+            if tuple(t.shape) != (channels,):
+                raise RuntimeError(f"{name}: {argument} must have size [{channels}], got {list(t.shape)}")
+            if not t.is_floating_point():
+                raise RuntimeError(f"{name}: {argument} must be of a floating dtype, got {t.dtype}")
+        elif tuple(t.shape) != tuple(size) or t.dtype != x.dtype:
+            raise RuntimeError(
+                f"{name}: residual must be {x.dtype} of size {list(size)} like the result, "
+                f"got {t.dtype} of size {list(t.shape)}"
+            )
+        if t.device != x.device:
+            raise RuntimeError(f"{name}: {argument} must be on input's device {x.device}, got {t.device}")

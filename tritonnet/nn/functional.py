@@ -11,7 +11,7 @@ import torch.nn.functional as _torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
+from .. import autograd, batching, ops, reference  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
 from ..registration import in_transforms
 from . import _checks
@@ -20,7 +20,9 @@ from ._stand_in import stand_in
 Pixels = int | Sequence[int]
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
-__all__ += ["conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_relu"]
+__all__ += [
+    "conv2d_epilogue", "conv2d_relu", "conv2d_relu_max_pool2d", "epilogue", "linear_chain", "linear_epilogue", "linear_relu",
+]  # fmt: skip
 
 
 def _autocast(*tensors):
@@ -30,6 +32,11 @@ def _autocast(*tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _as_autocast(t, like):
+    """t, cast like the other operands if autocast is on; `like` is one of them."""
+    return t if t is None or not torch.is_autocast_enabled(t.device.type) else t.to(like.dtype)
 
 
 def _sized(t, size):
@@ -116,6 +123,61 @@ def conv2d_relu(
 
 def _conv2d_relu(*arguments):
     return _convolve("conv2d_relu", ops.conv2d_relu, _torch.relu, *arguments)
+
+
+def conv2d_epilogue(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pixels = 1, padding: Pixels | str = 0,
+    dilation: Pixels = 1, groups: int = 1, *,
+    mean: Tensor | None = None, var: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+    eps: float = 1e-5, residual: Tensor | None = None, activation: str = "none", slope: float = 0.01,
+) -> Tensor:  # fmt: skip
+    """act((conv2d(...) - mean) * scale / sqrt(var + eps) + shift + residual) in one kernel, rounded once.
+
+    With the running statistics, weight and bias of a BatchNorm2d, this is what it computes in evaluation.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as for conv2d.
+        mean, var, scale, shift: (OC), of any floating dtype, or None for zeros, no division, ones and zeros.
+        eps: added to var.
+        residual: of the result's size and input's dtype, any strides, or None.
+        activation: "none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid" or
+            "hardsigmoid", as in torch; "gelu_tanh" is torch's gelu with approximate="tanh".
+        slope: of leaky_relu.
+
+    Returns:
+        (N, OC, OH, OW) or (OC, OH, OW), as conv2d.
+
+    Gradients exist for all tensors, of any order. Backward recomputes the argument of leaky_relu, silu, hardswish and
+    gelu, and the convolution's result for the gradients of scale and var.
+
+    Raises:
+        TypeError: an argument is not of a type above.
+        RuntimeError: sizes, dtypes, devices or values do not fit together.
+        ValueError: an unknown activation.
+    """
+    tensors: Any = (input, weight, bias, mean, var, scale, shift, residual)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            conv2d_epilogue, tensors, *tensors[:3], stride, padding, dilation, groups,
+            mean=mean, var=var, scale=scale, shift=shift, eps=eps, residual=residual,
+            activation=activation, slope=slope,
+        )  # fmt: skip
+    vectors, values = tensors[3:7], (eps, activation, slope)
+    _checks.check_activation("conv2d_epilogue", *values)
+    unbatched = residual is not None and residual.dim() == 3 and input.dim() == 3
+    residual = residual.unsqueeze(0) if unbatched else residual
+
+    def fused(x, weight, bias, *geometry):
+        size = x.shape[0], weight.shape[0], *shapes.conv2d_size(x.shape[2:], weight.shape[2:], *geometry[:3])
+        added = _as_autocast(residual, x)
+        _checks.check_epilogue("conv2d_epilogue", x, size, *vectors, added)
+        return ops.conv2d_epilogue(x, weight, bias, *geometry, *vectors, added, *values)
+
+    def rest(z):
+        return reference.epilogue(z, *vectors, residual, *values)
+
+    arguments = input, weight, bias, stride, padding, dilation, groups, "zeros"
+    return _convolve("conv2d_epilogue", fused, rest, *arguments)
 
 
 def conv2d_relu_max_pool2d(
@@ -302,6 +364,82 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     return _linear("linear_relu", ops.linear_relu, relu, input, weight, bias)
+
+
+def linear_epilogue(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    mean: Tensor | None = None, var: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+    eps: float = 1e-5, residual: Tensor | None = None, activation: str = "none", slope: float = 0.01,
+) -> Tensor:  # fmt: skip
+    """act((linear(...) - mean) * scale / sqrt(var + eps) + shift + residual) in one kernel, rounded once.
+
+    Args:
+        input, weight, bias: as for linear.
+        mean, var, scale, shift: (N), of any floating dtype, or None.
+        eps, residual, activation, slope: as for conv2d_epilogue.
+
+    Returns:
+        (..., N), or (...) for a weight of one dimension, of input's dtype.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as conv2d_epilogue.
+    """
+    name, tensors = "linear_epilogue", (input, weight, bias, mean, var, scale, shift, residual)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            linear_epilogue, tensors, *tensors[:3], mean=mean, var=var, scale=scale, shift=shift, eps=eps,
+            residual=residual, activation=activation, slope=slope,
+        )  # fmt: skip
+    vectors, values = tensors[3:7], (eps, activation, slope)
+    _checks.check_activation(name, *values)
+    _checks.check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    input, weight, bias = _autocast(input, weight, bias)
+    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise RuntimeError(
+            f"{name}: weight must be (N, K) and bias (N) or None, got size {list(weight.shape)} and "
+            f"{None if bias is None else list(bias.shape)}"
+        )
+    _checks.check_alike(name, input=input, weight=weight, bias=bias)
+    _checks.check_linear(name, input, weight, bias)
+    size, rows = (*input.shape[:-1], weight.shape[0]), input.reshape(-1, input.shape[-1])
+    residual = _as_autocast(residual, input)
+    _checks.check_epilogue(name, input, size, *vectors, residual)
+    residual = residual if residual is None else residual.reshape(-1, size[-1])
+    if not _checks.is_served(input, weight, bias):
+        return reference.linear_epilogue(rows, weight, bias, *vectors, residual, *values).view(size)
+    y = ops.linear_epilogue(rows, weight, bias, *vectors, residual, *values)
+    return y if len(size) == 2 else _sized(y, size)
+
+
+def epilogue(
+    input: Tensor, *,
+    mean: Tensor | None = None, var: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+    eps: float = 1e-5, residual: Tensor | None = None, activation: str = "none", slope: float = 0.01,
+) -> Tensor:  # fmt: skip
+    """act((input - mean) * scale / sqrt(var + eps) + shift + residual) in one pass, rounded once.
+
+    Args:
+        input: (N, C, ...), or of any shape without mean, var, scale and shift; any strides.
+        mean, var, scale, shift: (C), of any floating dtype, or None.
+        eps, residual, activation, slope: as for conv2d_epilogue.
+
+    Returns:
+        input's shape and dtype and, if it is dense, its strides.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as conv2d_epilogue.
+    """
+    name, tensors = "epilogue", (input, mean, var, scale, shift, residual)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            epilogue, tensors, input, mean=mean, var=var, scale=scale, shift=shift, eps=eps, residual=residual,
+            activation=activation, slope=slope,
+        )  # fmt: skip
+    _checks.check_tensors(name, input=input)
+    _checks.check_activation(name, eps, activation, slope)
+    _checks.check_epilogue(name, input, tuple(input.shape), *tensors[1:])
+    implementation = ops if _checks.is_served(input) else reference
+    return implementation.epilogue(*tensors, eps, activation, slope)
 
 
 def _linear(name, operator, rest, input, weight, bias):

@@ -1,0 +1,225 @@
+"""The derivatives of epilogues, alone and behind a convolution or a product.
+
+The rules are for the form y = act(z * scale + shift + residual): `_folded` brings the others into it, in operators that
+autograd records. What activations.BY_RESULT lacks is differentiated from act's argument, which backward computes again.
+"""
+
+import torch
+
+from .. import ops
+from ..kernels import activations
+from ..registration import below_autograd, recorded, register_autograd, register_decomposition
+from ._common import save, total
+from .conv2d import conv2d_tangent
+from .linear import linear_tangent
+
+_NOTHING = (None,) * 3
+
+
+def _folded(bias, mean, var, scale, shift, residual, eps, activation, slope):
+    """The arguments of an epilogue without bias, mean and var, its vectors in the type of its sums."""
+    scale, shift, *others = (
+        t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
+        for t in (scale, shift, bias, mean, var)
+    )
+    bias, mean, var = others
+    if var is not None:
+        factor = (var + eps).rsqrt()
+        scale = factor if scale is None else scale * factor
+    before = total(bias, None if mean is None else -mean)
+    if before is not None:
+        shift = total(before if scale is None else before * scale, shift)
+    return None, None, scale, shift, residual, 0.0, activation, slope
+
+
+def _of_image(x, *arguments):
+    return x, *_folded(None, *arguments)
+
+
+def _of_convolution(x, w, bias, stride, padding, dilation, groups, pad_mode, *arguments):
+    return x, w, None, stride, padding, dilation, groups, pad_mode, *_folded(bias, *arguments)
+
+
+def _of_product(x, w, bias, *arguments):
+    return x, w, None, *_folded(bias, *arguments)
+
+
+def _along(vector, like):
+    """A vector over the channels, in a shape that broadcasts."""
+    return vector.view(-1, *(1,) * (like.dim() - 2))
+
+
+def _scaled(t, scale):
+    """t with its channels times scale."""
+    return t if scale is None else ops.epilogue(t, None, None, scale, None, None, 0.0, "none", 0.0)
+
+
+class _Rule(torch.autograd.Function):
+    """The rule of an operator whose epilogue has the arguments scale, shift, residual, activation and slope.
+
+    A subclass sets `operator`, how many of its arguments come before the epilogue's, and what z is of these.
+    """
+
+    first: int
+
+    @classmethod
+    def compute(cls, ctx, *args):
+        y = below_autograd(cls.operator, *args)
+        ctx.before, (_, _, scale, shift, residual, _, ctx.activation, ctx.slope) = args[: cls.first], args[cls.first :]
+        ctx.tensors = [isinstance(a, torch.Tensor) for a in ctx.before]
+        kept = [a for a in ctx.before if isinstance(a, torch.Tensor)]
+        ctx.before = [None if isinstance(a, torch.Tensor) else a for a in ctx.before]
+        result = y if ctx.activation in activations.BY_RESULT else None
+        save(ctx, scale, shift, residual if result is None else None, result, *kept)
+        return y
+
+    @classmethod
+    def saved(cls, ctx):
+        """(the arguments before the epilogue's, scale, what activation_grad takes)."""
+        scale, shift, residual, t, *kept = ctx.saved_tensors
+        kept = iter(kept)
+        before = [next(kept) if is_tensor else a for is_tensor, a in zip(ctx.tensors, ctx.before)]
+        if t is None:
+            t = cls.operator(*before, None, None, scale, shift, residual, 0.0, "none", 0.0)
+        return before, scale, t
+
+    @classmethod
+    def gradients(cls, ctx, dy):
+        """The gradient of z, and those of the epilogue's arguments."""
+        before, scale, t = cls.saved(ctx)
+        needs_scale, needs_shift, needs_residual = ctx.needs_input_grad[cls.first + 2 : cls.first + 5]
+        dz = ops.activation_grad(dy, t, ctx.activation, ctx.slope)
+        pixels = [dim for dim in range(dz.dim()) if dim != 1]
+        dscale = (dz.to(scale.dtype) * cls.z(*before)).sum(pixels) if needs_scale else None
+        dshift = dz.sum(pixels, dtype=ctx.saved_tensors[1].dtype) if needs_shift else None
+        rest = None, None, dscale, dshift, dz if needs_residual else None, *_NOTHING
+        return before, _scaled(dz, scale), rest
+
+    @classmethod
+    def tangent(cls, ctx, tz, tscale, tshift, tresidual):
+        before, scale, t = cls.saved(ctx)
+        of_scale = None if tscale is None else cls.z(*before) * _along(tscale, t)
+        of_shift = None if tshift is None else _along(tshift, t)
+        tangent = total(None if tz is None else _scaled(tz, scale), tresidual, of_scale, of_shift)
+        return ops.activation_grad(tangent.to(t.dtype).expand(t.shape), t, ctx.activation, ctx.slope)
+
+
+@register_autograd(ops.epilogue, prepare=_of_image)
+class Epilogue(_Rule):
+    """y = act(x * scale + shift + residual)."""
+
+    operator, first = ops.epilogue, 1
+
+    @staticmethod
+    def forward(ctx, *args):
+        return Epilogue.compute(ctx, *args)
+
+    @staticmethod
+    def z(x):
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        _, dx, rest = Epilogue.gradients(ctx, dy)
+        return dx, *rest
+
+    @staticmethod
+    def jvp(ctx, tx, _, __, tscale, tshift, tresidual, *___):
+        return Epilogue.tangent(ctx, tx, tscale, tshift, tresidual)
+
+
+@register_autograd(ops.linear_epilogue, prepare=_of_product)
+class LinearEpilogue(_Rule):
+    """y = act(x wT * scale + shift + residual), over matrices."""
+
+    operator, first = ops.linear_epilogue, 3
+
+    @staticmethod
+    def forward(ctx, *args):
+        return LinearEpilogue.compute(ctx, *args)
+
+    @staticmethod
+    def z(x, w, _):
+        return ops.linear(x, w, None)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, w, _), dz, rest = LinearEpilogue.gradients(ctx, dy)
+        needs_x, needs_w, _ = ctx.needs_input_grad[:3]
+        dx = ops.linear(dz, w.t(), None) if needs_x else None
+        dw = ops.linear_weight_grad(dz, x, False)[0] if needs_w else None
+        return dx, dw, None, *rest
+
+    @staticmethod
+    def jvp(ctx, tx, tw, _, __, ___, tscale, tshift, tresidual, *____):
+        (x, w, _), *_ = LinearEpilogue.saved(ctx)
+        return LinearEpilogue.tangent(ctx, linear_tangent(x, w, tx, tw, None), tscale, tshift, tresidual)
+
+
+@register_autograd(ops.conv2d_epilogue, prepare=_of_convolution)
+class Conv2dEpilogue(_Rule):
+    """y = act((x * w) * scale + shift + residual)."""
+
+    operator, first = ops.conv2d_epilogue, 8
+
+    @staticmethod
+    def forward(ctx, *args):
+        return Conv2dEpilogue.compute(ctx, *args)
+
+    @staticmethod
+    def z(x, w, _, *geometry):
+        return ops.conv2d(x, w, None, *geometry)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, w, _, *geometry), dz, rest = Conv2dEpilogue.gradients(ctx, dy)
+        needs_x, needs_w, _ = ctx.needs_input_grad[:3]
+        dx = dw = None
+        if needs_x and needs_w:
+            dx, dw, _ = ops.conv2d_grads(dz, x, w, *geometry, False)
+        elif needs_x:
+            dx = ops.conv2d_input_grad(dz, w, x.shape, *geometry)
+        elif needs_w:
+            dw, _ = ops.conv2d_weight_grad(dz, x, w.shape, *geometry, False)
+        return dx, dw, None, *(None,) * 5, *rest
+
+    @staticmethod
+    def jvp(ctx, tx, tw, *others):
+        (x, w, _, *geometry), *_ = Conv2dEpilogue.saved(ctx)
+        tz = conv2d_tangent(x, w, tx, tw, None, None, geometry)
+        return Conv2dEpilogue.tangent(ctx, tz, *others[8:11])
+
+
+@register_decomposition(ops.activation_grad)
+def _activation_grad(dy, t, activation, slope):
+    return activations.gradient(dy, t, activation, slope)
+
+
+def _with_argument(x, activation, slope):
+    """The arguments of the rule: where it needs act's argument, a copy of it whose gradient is that of x."""
+    return x, activation, slope, None if activation in activations.BY_RESULT or not recorded((x,)) else x.clone()
+
+
+@register_autograd(ops.activate_, prepare=_with_argument)
+class ActivateInplace(torch.autograd.Function):
+    """x = act(x), in place; act's argument is x or, if it is not None, `before`."""
+
+    @staticmethod
+    def forward(ctx, x, activation, slope, before):
+        below_autograd(ops.activate_, x, activation, slope, counted=True)
+        ctx.mark_dirty(x)
+        save(ctx, x if before is None else before)
+        ctx.activation, ctx.slope, ctx.copied = activation, slope, before is not None
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx = ops.activation_grad(dy, *ctx.saved_tensors, ctx.activation, ctx.slope)
+        return (None, None, None, dx) if ctx.copied else (dx, None, None, None)
+
+    @staticmethod
+    def jvp(ctx, tx, _, __, tbefore):
+        tx.copy_(ops.activation_grad(tbefore if ctx.copied else tx, *ctx.saved_tensors, ctx.activation, ctx.slope))
+        # The engine checks by its version that the tangent was overwritten, and a batched tensor does not count copies.
+        torch.autograd.graph.increment_version(tx)
+        return tx
