@@ -78,7 +78,7 @@ def of_channels(vectors, stride_b, channel, mask, EPILOGUE: tl.constexpr, ACC: t
 
 @triton.jit
 def finished(z, factor, summand, r_ptrs, mask, EPILOGUE: tl.constexpr):
-    """The results of the sums z, given what `of_channels` returns, in shapes that broadcast, and the residual's place."""
+    """The results of the sums z; factor and summand are those of `of_channels`, in shapes that broadcast with z."""
     if EPILOGUE[VAR] or EPILOGUE[SCALE]:
         z *= factor
     if EPILOGUE[BIAS] or EPILOGUE[MEAN] or EPILOGUE[SHIFT]:

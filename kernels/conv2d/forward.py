@@ -99,7 +99,8 @@ def _forward(x, w, bias, y, mean, var, scale, shift, residual, geometry, values,
     return (cdiv(N * OH * OW, tile.M) * cdiv(OC, tile.N) * groups,), numbers, dict(
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), WALK=walk, UNITS=units + units_y,
+        PAD_MODE=PAD_MODES[pad_mode], WALK=walk, UNITS=units + units_y,
+        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values),
         INDEX=index, **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip

@@ -87,9 +87,8 @@ def few_channels_lanes_kernel(
     most_h, most_e = tl.cast(H, tl.uint32), tl.cast(width * UNIT, tl.uint32)
 
     sums = ()
-    for o in tl.static_range(BLOCK_C):
-        for _ in tl.static_range(BH * BW):
-            sums = sums + (tl.zeros((BLOCK_M,), tl.float32),)
+    for _ in tl.static_range(BLOCK_C * BH * BW):
+        sums = sums + (tl.zeros((BLOCK_M,), tl.float32),)
 
     for ci in range(CI):
         # Scalar pointers advance: AMD's compiler passes take minutes for vectors of changing pointers.

@@ -21,7 +21,8 @@ Pixels = int | Sequence[int]
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
 __all__ += [
-    "conv2d_epilogue", "conv2d_relu", "conv2d_relu_max_pool2d", "epilogue", "linear_chain", "linear_epilogue", "linear_relu",
+    "conv2d_epilogue", "conv2d_relu", "conv2d_relu_max_pool2d", "epilogue", "linear_chain", "linear_epilogue",
+    "linear_relu",
 ]  # fmt: skip
 
 
