@@ -55,6 +55,13 @@ def constant(bias, mean, var, scale, shift, residual, eps, activation, slope):
     return *there, eps if var is not None else 0.0, activation, slope if activation == "leaky_relu" else 0.0
 
 
+def parts_for(tile, residual):
+    """The number of parts in which a tile is stored: with a residual, those of at most 32 results a thread."""
+    if residual is None:
+        return 1
+    return max(1, min(tile.M * tile.N // (32 * tile.num_warps) // 32, tile.N // 32))
+
+
 @triton.jit
 def of_channels(vectors, stride_b, channel, mask, EPILOGUE: tl.constexpr, ACC: tl.constexpr):
     """(factor, summand) of each channel, from pointers to the vectors (bias, mean, var, scale, shift)."""
@@ -62,7 +69,7 @@ def of_channels(vectors, stride_b, channel, mask, EPILOGUE: tl.constexpr, ACC: t
     factor, summand = tl.full(channel.shape, 1.0, ACC), tl.zeros(channel.shape, ACC)
     if EPILOGUE[VAR]:
         var = tl.load(var_ptr + channel, mask=mask, other=1.0).to(ACC) + EPILOGUE[EPS]
-        factor = 1.0 / (tl.sqrt(var) if ACC == tl.float64 else tl.sqrt_rn(var))
+        factor = 1.0 / tl.sqrt(var) if ACC == tl.float64 else tl.rsqrt(var)
     if EPILOGUE[SCALE]:
         factor *= tl.load(scale_ptr + channel, mask=mask, other=0.0).to(ACC)
     if EPILOGUE[BIAS]:
@@ -86,6 +93,46 @@ def finished(z, factor, summand, r_ptrs, mask, EPILOGUE: tl.constexpr):
     if EPILOGUE[RESIDUAL]:
         z += tl.load(r_ptrs, mask=mask, other=0.0).to(z.dtype)
     return activated(z, EPILOGUE[ACT], EPILOGUE[SLOPE])
+
+
+@triton.jit
+def halves_of(sums):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(sums, (sums.shape[0], 2, sums.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def in_parts(sums, PARTS: tl.constexpr):
+    """The columns of sums as a tuple of PARTS blocks, a power of two."""
+    parts = (sums,)
+    for _ in tl.static_range(PARTS.bit_length() - 1):
+        halves = ()
+        for i in tl.static_range(len(parts)):
+            halves = halves + halves_of(parts[i])
+        parts = halves
+    return parts
+
+
+@triton.jit
+def store_finished(
+    y_ptr, r_ptr, sums, rows, mask_m, n0, N, channel0, stride_n,
+    vectors, stride_b, EPILOGUE: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Store the results of a tile of sums, whose columns are the channels n0, n0 + 1, ... of N.
+
+    rows: the offsets of its rows in y and in the residual. channel0: of the first of the N channels in y. All that is
+    computed for a column exists for one part of the columns at a time, so that a residual needs fewer registers.
+    """
+    parts = in_parts(sums, PARTS)
+    columns: tl.constexpr = sums.shape[1] // PARTS
+    for part in tl.static_range(PARTS):
+        offs_n = n0 + part * columns + tl.arange(0, columns)
+        mask_n = offs_n < N
+        factor, summand = of_channels(vectors, stride_b, channel0 + offs_n, mask_n, EPILOGUE, ACC)
+        offs = rows[:, None] + ((channel0 + offs_n) * stride_n)[None, :]
+        mask = mask_m[:, None] & mask_n[None, :]
+        y = finished(parts[part], factor[None, :], summand[None, :], r_ptr + offs, mask, EPILOGUE)
+        tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

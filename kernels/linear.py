@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import product, shapes
 from ._common import cached_for_architecture, cdiv, first_column, in_units, index_type, product_types, round_to
-from .epilogue import NONE, constant, finished, of_channels
+from .epilogue import NONE, constant, parts_for, store_finished
 from .launching import planned
 from .reduce import Partials
 from .tiles import gemm_tile, gradient_tile, wants_k_inner
@@ -38,7 +38,7 @@ def linear_forward_kernel(
     stride_wn, stride_wk,
     stride_b,
     stride_ym, stride_yn,
-    EPILOGUE: tl.constexpr, UNITS: tl.constexpr,
+    EPILOGUE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -61,12 +61,10 @@ def linear_forward_kernel(
         w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
 
-    vectors = (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
-    factor, summand = of_channels(vectors, stride_b, offs_n, mask_n, EPILOGUE, ACC)
-    y_offs = (offs_m * stride_ym)[:, None] + (offs_n * stride_yn)[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    y = finished(acc, factor[None, :], summand[None, :], r_ptr + y_offs, mask, EPILOGUE)
-    tl.store(y_ptr + y_offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
+    store_finished(
+        y_ptr, r_ptr, acc, offs_m * stride_ym, mask_m, pid % tiles_n * BLOCK_N, N, 0, stride_yn,
+        (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr), stride_b, EPILOGUE, PARTS, ACC,
+    )  # fmt: skip
 
 
 @planned(linear_forward_kernel)
@@ -76,7 +74,8 @@ def _forward(x, w, bias, y, mean, var, scale, shift, residual, values, precision
     (n, k, *steps, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
     numbers = M, n, k, *steps, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1)
     return (cdiv(M, tile.M) * cdiv(N, tile.N),), numbers, dict(
-        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), UNITS=units,
+        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), PARTS=parts_for(tile, residual),
+        UNITS=units,
         INDEX=index_type(x, w, bias, y), **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip

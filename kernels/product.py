@@ -27,7 +27,7 @@ from ._common import (
     product_types,
     round_to,
 )  # fmt: skip
-from .epilogue import NONE, constant, finished, of_channels
+from .epilogue import NONE, constant, parts_for, store_finished
 from .launching import planned
 from .reduce import Partials
 from .tiles import gemm_tile, gradient_tile
@@ -79,7 +79,7 @@ def product_kernel(
     PIXELS, stride_ci, stride_cn, stride_cm,
     stride_split,
     A_INNER: tl.constexpr, B_INNER: tl.constexpr,
-    EPILOGUE: tl.constexpr, SUM: tl.constexpr, ONE: tl.constexpr, UNITS: tl.constexpr,
+    EPILOGUE: tl.constexpr, PARTS: tl.constexpr, SUM: tl.constexpr, ONE: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -115,19 +115,16 @@ def product_kernel(
             acc_a = tl.dot(a.to(OPERAND), ones, acc_a, input_precision=PRECISION, out_dtype=ACC)
 
     offs_m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    vectors = (bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
-    factor, summand = of_channels(vectors, stride_bias, offs_n, mask_n, EPILOGUE, ACC)
+    mask_m = offs_m < M
     if not ONE:
         image = offs_m // PIXELS
         rows_c = image * stride_ci + (offs_m - image * PIXELS) * stride_cm
     else:
         rows_c = offs_m * stride_cm
-    c_offs = split.to(INDEX) * stride_split + rows_c[:, None] + (offs_n * stride_cn)[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    c = finished(acc, factor[None, :], summand[None, :], r_ptr + c_offs, mask, EPILOGUE)
-    tl.store(c_ptr + c_offs, round_to(c, c_ptr.dtype.element_ty), mask=mask)
+    store_finished(
+        c_ptr, r_ptr, acc, split.to(INDEX) * stride_split + rows_c, mask_m, pid_n.to(INDEX) * BLOCK_N, N, 0, stride_cn,
+        (bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr), stride_bias, EPILOGUE, PARTS, ACC,
+    )  # fmt: skip
     if SUM:
         sum_ptrs = sum_ptr + split.to(INDEX) * stride_split + offs_m
         tl.store(sum_ptrs, round_to(first_column(acc_a), sum_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
@@ -157,7 +154,8 @@ def _product(
     numbers = images, n, K, per_split, 0 if bias is None else bias.stride(0), *steps, stride_split
     boxes = [(t, tile.K) if inside else (tile.K, t) for t, inside in zip((tile.M, tile.N), inner)]
     return (tiles * splits,), numbers, dict(
-        A_INNER=inner[0], B_INNER=inner[1], EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values),
+        A_INNER=inner[0], B_INNER=inner[1],
+        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), PARTS=parts_for(tile, residual),
         SUM=sums is not None,
         ONE=steps[0] * units[0] == 1, UNITS=units + unit,
         INDEX=index_type(a, b, bias, c), **product_types(a.dtype, precision), GROUP=GROUP,

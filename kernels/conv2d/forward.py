@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from .. import product, shapes
-from .._common import cdiv, dense_steps, extent, in_units, index_type, product_types, round_to, strides
-from ..epilogue import NONE, constant, finished, of_channels
+from .._common import cdiv, dense_steps, extent, in_units, index_type, product_types, strides
+from ..epilogue import NONE, constant, parts_for, store_finished
 from ..launching import planned
 from ..tiles import gemm_tile
 from . import patches
@@ -35,7 +35,7 @@ def conv2d_forward_kernel(
     C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     PAD_MODE: tl.constexpr, EPILOGUE: tl.constexpr, WALK: tl.constexpr, UNITS: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 0)
@@ -44,7 +44,8 @@ def conv2d_forward_kernel(
     M = tl.cast(N, INDEX) * PIXELS
 
     # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
-    offs_m, offs_n, group = tile_of(tl.program_id(0).to(INDEX), M, OC, BLOCK_M, BLOCK_N)
+    pid = tl.program_id(0).to(INDEX)
+    offs_m, offs_n, group = tile_of(pid, M, OC, BLOCK_M, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < OC
     n = offs_m // PIXELS
     pixel = offs_m - n * PIXELS
@@ -75,12 +76,11 @@ def conv2d_forward_kernel(
             C, KH, KW, DH, DW, PAD_MODE, WALK == "flat", INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
         )  # fmt: skip
 
-    oc, vectors = group * OC + offs_n, (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
-    factor, summand = of_channels(vectors, stride_b, oc, mask_n, EPILOGUE, ACC)
-    y_offs = (n * stride_yn + pixel * stride_yp)[:, None] + (oc * stride_yc)[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    y = finished(acc, factor[None, :], summand[None, :], r_ptr + y_offs, mask, EPILOGUE)
-    tl.store(y_ptr + y_offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
+    store_finished(
+        y_ptr, r_ptr, acc, n * stride_yn + pixel * stride_yp, mask_m,
+        pid % tl.cdiv(OC, BLOCK_N) * BLOCK_N, OC, group * OC, stride_yc,
+        (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr), stride_b, EPILOGUE, PARTS, ACC,
+    )  # fmt: skip
 
 
 @planned(conv2d_forward_kernel)
@@ -100,7 +100,7 @@ def _forward(x, w, bias, y, mean, var, scale, shift, residual, geometry, values,
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], WALK=walk, UNITS=units + units_y,
-        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values),
+        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), PARTS=parts_for(tile, residual),
         INDEX=index, **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
