@@ -55,9 +55,10 @@ def constant(bias, mean, var, scale, shift, residual, eps, activation, slope):
     return *there, eps if var is not None else 0.0, activation, slope if activation == "leaky_relu" else 0.0
 
 
-def parts_for(tile, residual):
-    """The number of parts in which a tile is stored: with a residual, those of at most 32 results a thread."""
-    if residual is None:
+def parts_for(tile, epilogue):
+    """The number of parts in which a tile is stored, given the constant EPILOGUE: with more than a bias and a relu,
+    parts of at most 32 results a thread."""
+    if not any(epilogue[MEAN.value : EPS.value]) and epilogue[ACT.value] in ("none", "relu"):
         return 1
     return max(1, min(tile.M * tile.N // (32 * tile.num_warps) // 32, tile.N // 32))
 

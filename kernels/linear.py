@@ -72,9 +72,10 @@ def _forward(x, w, bias, y, mean, var, scale, shift, residual, values, precision
     (M, K), N = x.shape, w.shape[0]
     tile = gemm_tile("matrices", M, N, K, x.dtype, precision)
     (n, k, *steps, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
+    epilogue = constant(bias, mean, var, scale, shift, residual, *values)
     numbers = M, n, k, *steps, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1)
     return (cdiv(M, tile.M) * cdiv(N, tile.N),), numbers, dict(
-        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), PARTS=parts_for(tile, residual),
+        EPILOGUE=epilogue, PARTS=parts_for(tile, epilogue),
         UNITS=units,
         INDEX=index_type(x, w, bias, y), **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,

@@ -152,10 +152,11 @@ def _product(
     (n,), unit = in_units(c.itemsize, N)
     images = M // (steps[0] * units[0])
     numbers = images, n, K, per_split, 0 if bias is None else bias.stride(0), *steps, stride_split
+    epilogue = constant(bias, mean, var, scale, shift, residual, *values)
     boxes = [(t, tile.K) if inside else (tile.K, t) for t, inside in zip((tile.M, tile.N), inner)]
     return (tiles * splits,), numbers, dict(
         A_INNER=inner[0], B_INNER=inner[1],
-        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), PARTS=parts_for(tile, residual),
+        EPILOGUE=epilogue, PARTS=parts_for(tile, epilogue),
         SUM=sums is not None,
         ONE=steps[0] * units[0] == 1, UNITS=units + unit,
         INDEX=index_type(a, b, bias, c), **product_types(a.dtype, precision), GROUP=GROUP,

@@ -95,12 +95,13 @@ def _forward(x, w, bias, y, mean, var, scale, shift, residual, geometry, values,
     tile = gemm_tile(family, N * OH * OW, OC, K, x.dtype, precision, taps=taps, repeats=groups)
     tile = patches.fitted(tile, index, C <= patches.SHORT_K)
     (steps, units), (steps_y, units_y) = in_units(x.itemsize, *strides(x), *strides(w)), dense_steps(y)
+    epilogue = constant(bias, mean, var, scale, shift, residual, *values)
     numbers = N, H, W, OW, taps * cdiv(K, tile.K), *steps, 0 if bias is None else bias.stride(0), *steps_y
     return (cdiv(N * OH * OW, tile.M) * cdiv(OC, tile.N) * groups,), numbers, dict(
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
         PAD_MODE=PAD_MODES[pad_mode], WALK=walk, UNITS=units + units_y,
-        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), PARTS=parts_for(tile, residual),
+        EPILOGUE=epilogue, PARTS=parts_for(tile, epilogue),
         INDEX=index, **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
