@@ -35,7 +35,8 @@ def adaptive_avg_pool2d_kernel(
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_yn, stride_yc, stride_yh, stride_yw,
     GRAD: tl.constexpr, X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr,
-    INNER_UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    INNER_UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    INDEX: tl.constexpr, BIN: tl.constexpr, ACC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # x is (N, C, H, W) and y is (N, C, OH, OW); with GRAD, x is dy and y is dx.
@@ -44,22 +45,25 @@ def adaptive_avg_pool2d_kernel(
         INNER_UNIT, CHANNELS_LAST, INDEX, BLOCK_R, BLOCK_V,
     )  # fmt: skip
     y_offs = offset(n, c, oh, ow, stride_yn, stride_yc, stride_yh, stride_yw, Y_UNIT, CHANNELS_LAST)
-    h0, h1 = bin(oh, H, OH, inverse_oh)
-    w0, w1 = bin(ow, W, OW, inverse_ow)
+    # Offsets may need 64 bits where rows and columns do not: dividing those takes many registers.
+    h0, h1 = bin(oh.to(BIN), H, OH, inverse_oh)
+    w0, w1 = bin(ow.to(BIN), W, OW, inverse_ow)
 
     acc = tl.zeros((BLOCK_R, BLOCK_V), ACC)
     for i in range(0, most_h):
         h = h0 + i
         for j in range(0, most_w):
             w = w0 + j
-            x_offs = offset(n, c, h, w, stride_xn, stride_xc, stride_xh, stride_xw, X_UNIT, CHANNELS_LAST)
+            x_offs = offset(
+                n, c, h.to(INDEX), w.to(INDEX), stride_xn, stride_xc, stride_xh, stride_xw, X_UNIT, CHANNELS_LAST
+            )
             x = tl.load(x_ptr + x_offs, mask=mask & (h < h1) & (w < w1), other=0.0).to(ACC)
             if GRAD:
-                x = x / (length(h, OH, H, inverse_h) * length(w, OW, W, inverse_w)).to(ACC)
+                x = x * (1.0 / (length(h, OH, H, inverse_h) * length(w, OW, W, inverse_w)).to(ACC))
             acc += x
 
     if not GRAD:
-        acc = acc / ((h1 - h0) * (w1 - w0)).to(ACC)
+        acc = acc * (1.0 / ((h1 - h0) * (w1 - w0)).to(ACC))
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -70,14 +74,17 @@ def _most(pixels, bins):
 
 @planned(adaptive_avg_pool2d_kernel)
 def _adaptive(x, y, grad):
-    channels_last = shapes.is_channels_last(y)
-    grid, numbers, constants = over(y.shape, channels_last, 16 // y.element_size())
+    channels_last, vector, index = shapes.is_channels_last(y), 16 // y.element_size(), index_type(x, y)
+    # Along columns each element has an address of its own, and those of 64 bits take twice the registers.
+    most = vector if channels_last or index == tl.int32 else max(1, vector // 2)
+    grid, numbers, constants = over(y.shape, channels_last, most)
     (x_strides, x_unit), (y_strides, y_unit) = laid_out(x, channels_last), laid_out(y, channels_last)
     (H, W), (OH, OW) = x.shape[2:], y.shape[2:]
     reach = max((H + 1) * (OH + 1), (W + 1) * (OW + 1))
     constants |= dict(
-        GRAD=grad, X_UNIT=x_unit, Y_UNIT=y_unit, INDEX=index_type(x, y, reach=reach), ACC=acc_type(x.dtype)
-    )
+        GRAD=grad, X_UNIT=x_unit, Y_UNIT=y_unit, INDEX=index, BIN=index_type(reach=reach),
+        ACC=acc_type(x.dtype),
+    )  # fmt: skip
     numbers = *numbers, H, W, OH, OW, *map(reciprocal, (H, W, OH, OW)), _most(H, OH), _most(W, OW)
     return grid, (*numbers, *x_strides, *y_strides), constants
 

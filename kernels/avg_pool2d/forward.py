@@ -13,22 +13,13 @@ from ..strips import UNROLLED, laid_out, offset, over, places, step, tap_inside,
 
 @triton.jit
 def counted(o, size, K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, INCLUDE_PAD: tl.constexpr):
-    """The rows or columns of window o that count in its divisor, of an image with so many."""
+    """The rows or columns of window o that count in its divisor, of an image with so many; 1 for what is no window."""
     start = o * S - P
     if INCLUDE_PAD:
-        return tl.minimum(start + K, size + P) - start
+        count = tl.minimum(start + K, size + P) - start
     else:
-        return tl.minimum(start + K, size) - tl.maximum(start, 0)
-
-
-@triton.jit
-def divisor(
-    oh, ow, H, W, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, INCLUDE_PAD: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The divisors of windows, and at least 1 for what is no window."""
-    count = counted(oh, H, KH, SH, PH, INCLUDE_PAD) * counted(ow, W, KW, SW, PW, INCLUDE_PAD)
-    return tl.maximum(count, 1).to(ACC)
+        count = tl.minimum(start + K, size) - tl.maximum(start, 0)
+    return tl.maximum(count, 1)
 
 
 def scale(size, windows, kernel, stride, padding, include_pad, override):
@@ -103,7 +94,9 @@ def avg_pool2d_forward_kernel(
                 acc += tl.load(x_ptrs + tap, mask=inside, other=0.0).to(ACC)
 
     if SCALE is None:
-        acc = acc / divisor(oh, ow, H, W, KH, KW, SH, SW, PH, PW, INCLUDE_PAD, ACC)
+        divisor = counted(oh, H, KH, SH, PH, INCLUDE_PAD) * counted(ow, W, KW, SW, PW, INCLUDE_PAD)
+        # In channels_last a strip has one divisor, of which a thread takes one reciprocal.
+        acc = acc * (1.0 / divisor.to(ACC))
     else:
         acc = acc * SCALE
     tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask)

@@ -9,7 +9,7 @@ from .. import shapes
 from .._common import acc_type, cdiv, index_type, round_to
 from ..launching import planned
 from ..strips import UNROLLED, laid_out, offset, over, places, step, window_constants, within
-from .forward import divisor, scale
+from .forward import counted, scale
 
 
 @triton.jit
@@ -62,7 +62,9 @@ def avg_pool2d_grad_blocks_kernel(
             dy_step = step(h, w, stride_yh, stride_yw, Y_UNIT, CHANNELS_LAST, INDEX)
             dy = tl.load(dy_ptrs + dy_step, mask=covers, other=0.0).to(ACC)
             if SCALE is None:
-                dy = dy / divisor(i + h, j + w, H, W, KH, KW, SH, SW, PH, PW, INCLUDE_PAD, ACC)
+                # Rows and columns apart, as all windows of a strip share the reciprocals of their rows.
+                share_h = 1.0 / counted(i + h, H, KH, SH, PH, INCLUDE_PAD).to(ACC)
+                dy = dy * (share_h * (1.0 / counted(j + w, W, KW, SW, PW, INCLUDE_PAD).to(ACC)))
             acc = with_window(acc, dy, PH - h * SH, PW - w * SW, KH, KW, SH, SW)
 
     FACTOR: tl.constexpr = 1 if SCALE is None else SCALE
@@ -139,7 +141,8 @@ def avg_pool2d_grad_kernel(
             dy_offs = offset(n, c, oh, ow, stride_yn, stride_yc, stride_yh, stride_yw, Y_UNIT, CHANNELS_LAST)
             dy = tl.load(dy_ptr + dy_offs, mask=covers, other=0.0).to(ACC)
             if SCALE is None:
-                dy = dy / divisor(oh, ow, H, W, KH, KW, SH, SW, PH, PW, INCLUDE_PAD, ACC)
+                divisor = counted(oh, H, KH, SH, PH, INCLUDE_PAD) * counted(ow, W, KW, SW, PW, INCLUDE_PAD)
+                dy = dy * (1.0 / divisor.to(ACC))
             acc += dy
 
     FACTOR: tl.constexpr = 1 if SCALE is None else SCALE

@@ -98,7 +98,7 @@ def whole_avg_pool2d_grad_kernel(
     dy_offs = n * stride_yn * Y_UNIT + c * stride_yc
 
     dy = tl.load(dy_ptr + dy_offs, mask=mask, other=0.0).to(ACC)
-    dx = dy / tl.full((1, 1), divisor, ACC)
+    dx = dy * (1.0 / tl.full((1, 1), divisor, ACC))
     tl.store(dx_ptr + dx_offs, round_to(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
