@@ -143,7 +143,9 @@ def max_pool2d(name, size, kernel, stride, padding=0):
 def avg_pool2d(name, size, kernel, stride, padding=0):
     window = [(value, value) for value in (kernel, stride, padding, 1)]
     result = (*size[:2], *shapes.max_pool2d_size(size[2:], *window, False))
-    return _average(f"avg_pool2d {name}", size, result, lambda f, x: f.avg_pool2d(x, kernel, stride, padding), kernel**2)
+    return _average(
+        f"avg_pool2d {name}", size, result, lambda f, x: f.avg_pool2d(x, kernel, stride, padding), kernel**2
+    )
 
 
 def adaptive_avg_pool2d(name, size, bins):
@@ -225,7 +227,6 @@ def catalogue():
         linear("4096 x 4096 x 4096", 4096, 4096, 4096),
         relu("ResNet", 64, 64, 112, 112),
         max_pool2d("ResNet 3x3 stride 2", (64, 64, 112, 112), 3, 2, 1),
-        adaptive_avg_pool2d("ResNet", (64, 2048, 7, 7), (1, 1)),
         cross_entropy(8192, 1000),
         conv2d("ResNet stem 7x7 stride 2", (64, 3, 224, 224), (64, 7), stride=2, padding=3),
         conv2d("ResNet stem", (64, 3, 224, 224), (64, 7), stride=2, padding=3, relu=True, pool=(3, 2, 1)),
@@ -245,5 +246,6 @@ def catalogue():
         linear("4096 x 4096 x 4096", 4096, 4096, 4096, relu=True),
         relu("LeNet", 1024, 6, 28, 28),
         max_pool2d("LeNet 2x2", (1024, 6, 28, 28), 2, 2),
+        adaptive_avg_pool2d("ResNet", (64, 2048, 7, 7), (1, 1)),
         avg_pool2d("DenseNet 2x2", (64, 128, 56, 56), 2, 2),
     ]
