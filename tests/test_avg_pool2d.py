@@ -1,5 +1,6 @@
 """avg_pool2d and adaptive_avg_pool2d: values and gradients against torch in float64."""
 
+import math
 import random
 
 import pytest
@@ -48,9 +49,19 @@ CASES = {
 }
 
 
+def terms(function, arguments, size, result):
+    """The most pixels in a window or bin, and the most of these that a pixel is in, one more for their reciprocals."""
+    if function is WINDOWS:
+        kernel, stride = ((n, n) if isinstance(n, int) else n for n in (*arguments, arguments[0])[:2])
+        return [math.prod(kernel), math.prod(-(-k // s) for k, s in zip(kernel, stride)) + 1]
+    shares = zip(size[2:], result[2:])
+    per_bin, per_pixel = zip(*((-(-pixels // bins) + 1, -(-bins // pixels) + 1) for pixels, bins in shares))
+    return [math.prod(per_bin), math.prod(per_pixel) + 1]
+
+
 def check(function, size, arguments, dtype, device, layout="contiguous"):
     theirs = getattr(TF, function.__name__)
-    terms = size[2] * size[3] + 2
+    result = theirs(torch.empty(size), *arguments).shape
     results = []
 
     def ours(x):
@@ -58,8 +69,9 @@ def check(function, size, arguments, dtype, device, layout="contiguous"):
         return results[-1]
 
     check_linear(
-        ours, lambda x: theirs(x, *arguments).clone(), [torch.randn(size, dtype=torch.float64)], [terms, terms], dtype,
-        device, prepare=lambda t: LAYOUTS[layout](t) if t.shape == torch.Size(size) else t,
+        ours, lambda x: theirs(x, *arguments).clone(), [torch.randn(size, dtype=torch.float64)],
+        terms(function, arguments, size, result), dtype, device,
+        prepare=lambda t: LAYOUTS[layout](t) if t.shape == torch.Size(size) else t,
     )  # fmt: skip
     return results
 
