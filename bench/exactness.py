@@ -29,7 +29,9 @@ SUMS = 1e-4
 FLIPS = 4
 
 _PRODUCTS = {torch.conv2d, F.linear}
-_OPERATORS = _PRODUCTS | {F.relu, torch.relu, torch.max_pool2d, F.max_pool2d, F.cross_entropy}
+_OPERATORS = _PRODUCTS | {
+    F.relu, torch.relu, torch.max_pool2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.cross_entropy,
+}  # fmt: skip
 
 
 def _rounded(t, format):
@@ -55,7 +57,7 @@ class _Round(torch.autograd.Function):
 
 
 class Rounding(TorchFunctionMode):
-    """Inside, convolutions, linear, relu, max_pool2d and cross_entropy in float64 round as `format` does."""
+    """Inside, convolutions, linear, relu, pooling and cross_entropy in float64 round as `format` does."""
 
     def __init__(self, format):
         super().__init__()

@@ -140,6 +140,27 @@ def max_pool2d(name, size, kernel, stride, padding=0):
     )  # fmt: skip
 
 
+def avg_pool2d(name, size, kernel, stride, padding=0):
+    window = [(value, value) for value in (kernel, stride, padding, 1)]
+    result = (*size[:2], *shapes.max_pool2d_size(size[2:], *window, False))
+    return _average(
+        f"avg_pool2d {name}", size, result, lambda f, x: f.avg_pool2d(x, kernel, stride, padding), kernel**2
+    )
+
+
+def adaptive_avg_pool2d(name, size, bins):
+    pixels = size[2] * size[3] // math.prod(bins)
+    call = lambda f, x: f.adaptive_avg_pool2d(x, bins)  # noqa: E731
+    return _average(f"adaptive_avg_pool2d {name}", size, (*size[:2], *bins), call, pixels)
+
+
+def _average(name, size, result, call, pixels):
+    """Means of so many pixels each: an addition for each pixel, forward and backward."""
+    x, y = math.prod(size), math.prod(result)
+    work = Work(y * pixels, x + y)
+    return Operator(name, size[0], call, (size,), result, _works(work, work))
+
+
 def linear(name, M, K, N, relu=False):
     sizes, result = ((M, K), (N, K), (N,)), (M, N)
     forward = Work(2 * M * K * N, M * K + N * K + N + M * N)
@@ -225,4 +246,6 @@ def catalogue():
         linear("4096 x 4096 x 4096", 4096, 4096, 4096, relu=True),
         relu("LeNet", 1024, 6, 28, 28),
         max_pool2d("LeNet 2x2", (1024, 6, 28, 28), 2, 2),
+        adaptive_avg_pool2d("ResNet", (64, 2048, 7, 7), (1, 1)),
+        avg_pool2d("DenseNet 2x2", (64, 128, 56, 56), 2, 2),
     ]

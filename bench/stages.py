@@ -26,7 +26,8 @@ CONVOLUTION_TESTS = (
     "test_conv2d", "test_conv2d_few", "test_depthwise", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch",
 )  # fmt: skip
 KERNEL_TESTS = (
-    "test_max_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu", "test_memory"
+    "test_max_pool2d", "test_avg_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu",
+    "test_memory",
 )  # fmt: skip
 OTHER_TESTS = (
     "test_distributed", "test_citizenship", "test_gradcheck", "test_peers", "test_properties", "test_layers",

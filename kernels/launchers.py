@@ -10,6 +10,10 @@ from . import epilogue as _epilogue
 from . import linear as _linear
 from . import relu as _relu
 from . import shapes
+from .avg_pool2d import bins as _avg_bins
+from .avg_pool2d import forward as _avg_pool2d
+from .avg_pool2d import gradient as _avg_gradient
+from .avg_pool2d import whole as _avg_whole
 from .conv2d import depthwise as _depthwise
 from .conv2d import forward as _forward
 from .conv2d import input_grad as _input_grad
@@ -128,6 +132,38 @@ def conv2d_relu_max_pool2d_grads(dy, code, x, w, *geometry_with_bias):
     before = shapes.conv2d_size(x.shape[2:], w.shape[2:], stride, padding, dilation)
     dz = max_pool2d_scatter(dy, code, before, *geometry[5:], (1, 1))
     return conv2d_grads(dz, x, w, *geometry[:5], with_bias)
+
+
+def avg_pool2d(x, kernel, stride, padding, ceil_mode, include_pad, divisor):
+    if _avg_whole.serves(x.shape[2:], kernel, padding):
+        return _avg_whole.forward(x, divisor)
+    return _avg_pool2d.forward(x, kernel, stride, padding, ceil_mode, include_pad, divisor)
+
+
+def avg_pool2d_grad(dy, size, kernel, stride, padding, ceil_mode, include_pad, divisor, channels_last):
+    if _avg_whole.serves(size, kernel, padding):
+        return _avg_whole.gradient(dy, size, divisor, channels_last)
+    return _avg_gradient.gradient(dy, size, kernel, stride, padding, include_pad, divisor, channels_last)
+
+
+def _equal_bins(size, bins):
+    """The arguments of avg_pool2d after its tensors if all bins of an image of `size` (H, W) have one size, or None."""
+    if size[0] % bins[0] or size[1] % bins[1]:
+        return None
+    kernel = size[0] // bins[0], size[1] // bins[1]
+    return kernel, kernel, (0, 0), False, True, None
+
+
+def adaptive_avg_pool2d(x, size):
+    window = _equal_bins(x.shape[2:], size)
+    return _avg_bins.forward(x, size) if window is None else avg_pool2d(x, *window)
+
+
+def adaptive_avg_pool2d_grad(dy, size, channels_last):
+    window = _equal_bins(size, dy.shape[2:])
+    if window is None:
+        return _avg_bins.gradient(dy, size, channels_last)
+    return avg_pool2d_grad(dy, size, *window, channels_last)
 
 
 cross_entropy = _cross_entropy.forward

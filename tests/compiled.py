@@ -74,6 +74,10 @@ def dilated(f, x, w, b):
     return f.conv2d(x, w, b, padding=2, dilation=2)
 
 
+def means(*window):
+    return lambda f, x: f.avg_pool2d(x, *window)
+
+
 IMAGES, CHAIN = (2, 4, 9, 11), ((70, 10), (70, 200), (84, 200), (10, 84), (84,), (10,))
 # name: subject, layout
 CASES = {
@@ -84,6 +88,12 @@ CASES = {
     "max_pool2d, dilated": (operator(pooling(3, 2, 1, 2), (2, 5, 5, 5), (2, 5, 11, 12)), CONTIGUOUS),
     "max_pool2d, large": (operator(pooling(6, 2, 3), (2, 16, 6, 5), (2, 16, 10, 9)), CHANNELS_LAST),
     "max_pool2d twice": (operator(gradient_of_pooling, IMAGES, IMAGES), CONTIGUOUS),
+    "avg_pool2d": (operator(means(3, 2, 1, True, False), (2, 5, 6, 5), (2, 5, 11, 9)), CHANNELS_LAST),
+    "avg_pool2d, NCHW": (operators.avg_pool2d("", (2, 5, 10, 28), 3, 2, 1), CONTIGUOUS),
+    "avg_pool2d, large": (operator(means(6, 3, 3, True), (2, 16, 5, 4), (2, 16, 11, 9)), CHANNELS_LAST),
+    "avg_pool2d, bins": (operators.adaptive_avg_pool2d("", (2, 12, 9, 7), (4, 3)), CHANNELS_LAST),
+    "avg_pool2d, images": (operators.adaptive_avg_pool2d("", (3, 72, 9, 10), (1, 1)), CHANNELS_LAST),
+    "avg_pool2d, images, NCHW": (operators.adaptive_avg_pool2d("", (3, 40, 7, 7), (1, 1)), CONTIGUOUS),
     "cross_entropy": (operators.cross_entropy(37, 50), CONTIGUOUS),
     "cross_entropy, programs": (operators.cross_entropy(41, 600), CONTIGUOUS),
     "linear": (operators.linear("", 70, 200, 40, relu=True), CONTIGUOUS),
@@ -172,6 +182,12 @@ LAUNCHED = {
     ),
     **dict.fromkeys(("max_pool2d, dilated", "max_pool2d, large"), ("max_pool2d_forward", "max_pool2d_scatter")),
     "max_pool2d twice": ("max_pool2d_forward", "max_pool2d_scatter_blocks", "max_pool2d_gather"),
+    "avg_pool2d": ("avg_pool2d_forward", "avg_pool2d_grad_blocks"),
+    "avg_pool2d, NCHW": dict.fromkeys(("bfloat16", "float32"), ("avg_pool2d_forward", "avg_pool2d_grad_blocks")),
+    "avg_pool2d, large": ("avg_pool2d_forward", "avg_pool2d_grad"),
+    "avg_pool2d, bins": ("adaptive_avg_pool2d",),
+    "avg_pool2d, images": ("whole_avg_pool2d", "whole_avg_pool2d_grad"),
+    "avg_pool2d, images, NCHW": dict.fromkeys(("bfloat16", "float32"), ("whole_avg_pool2d", "whole_avg_pool2d_grad")),
     "cross_entropy": ("cross_entropy", "cross_entropy_grad"),
     "cross_entropy, programs": ("cross_entropy", "sum_losses", "cross_entropy_grad"),
     "linear": ("linear_forward", "linear_weight_grad", "relu_grad"),

@@ -27,6 +27,9 @@ OPERATORS = {
     "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1, groups=2), (4, 4, 5, 3), (6, 2, 3, 2), (6,)),
     "conv2d depthwise": (lambda f, x, w: f.conv2d(x, w, padding="same", groups=4), (4, 4, 3, 4), (4, 1, 3, 3)),
     "max_pool2d": (lambda f, x: f.max_pool2d(x, 3, 2, 1), (4, 2, 5, 4)),
+    "avg_pool2d, adaptive_avg_pool2d": (
+        lambda f, x: f.adaptive_avg_pool2d(f.avg_pool2d(x, 3, 2, 1, True, False), (2, None)), (4, 2, 5, 4),
+    ),
     "relu": (lambda f, x: f.relu(x), (4, 3, 5)),
     "relu_": (lambda f, x: f.relu_(x * 1.5), (4, 3, 5)),
     "linear": (lambda f, x, w, b: f.linear(x, w, b), (4, 3, 5), (6, 5), (6,)),
@@ -449,7 +452,7 @@ def operator_calls(device):
     x, w = t(2, 4, 6, 7), t(6, 2, 3, 2)
     dy = torch.randn_like(ops.conv2d(x, w, None, *conv)).requires_grad_()
     y, code = ops.max_pool2d(x.detach(), *window, False)
-    pool = ([2, 2], [2, 1], [1, 0])
+    pool, means = ([2, 2], [2, 1], [1, 0]), ([3, 2], [2, 2], [1, 0], True, False, None)
     q, dead = ops.conv2d_relu_max_pool2d(x.detach(), w.detach(), None, *conv, *pool, True)
     dq, weight = torch.randn_like(q).requires_grad_(), t(4).detach().abs()
     layers = t(5, 4), t(5), t(2, 5), None, t(6, 2), t(6), None, None
@@ -469,6 +472,10 @@ def operator_calls(device):
         ops.max_pool2d_scatter: (torch.randn_like(y).requires_grad_(), code, [6, 7], *window),
         ops.max_pool2d_gather: (x, code, *window),
         ops.max_pool2d_indices: (code, 7, *window),
+        ops.avg_pool2d: (x, *means),
+        ops.avg_pool2d_grad: (t(2, 4, 4, 4), [6, 7], *means, True),
+        ops.adaptive_avg_pool2d: (x, [4, 1]),
+        ops.adaptive_avg_pool2d_grad: (t(2, 4, 3, 1), [5, 6], False),
         ops.relu: (x,),
         ops.relu_: (x.detach().clone(),),
         ops.relu_grad: (t(3, 4), t(3, 4)),

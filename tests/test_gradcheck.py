@@ -41,6 +41,10 @@ CASES = {
     "max_pool2d dilated, ceil_mode": (
         lambda x: F.max_pool2d(x, 2, (1, 2), 1, (2, 1), True), (distinct, (1, 2, 5, 4)),
     ),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), (draw, (1, 1, 4, 5))),
+    "avg_pool2d of a large window": (lambda x: F.avg_pool2d(x, (4, 5), 3, 2), (draw, (1, 1, 3, 4))),
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (3, 2)), (draw, (1, 1, 5, 3))),
+    "adaptive_avg_pool2d, whole images": (lambda x: F.adaptive_avg_pool2d(x, 1), (draw, (2, 2, 2, 2))),
     "conv2d_relu": (lambda x, w, b: F.conv2d_relu(x, w, b, padding=1), (draw, (1, 2, 3, 3), (2, 2, 3, 2), (2,))),
     "conv2d_relu of images": (lambda w, b: F.conv2d_relu(images(w), w, b, padding=1), (draw, (2, 2, 3, 2), (2,))),
     "conv2d_relu_weight_grad": (

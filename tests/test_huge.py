@@ -17,6 +17,7 @@ BIG = 2**17
 ROWS = 2**24 + 16
 WINDOW = (2, 2), (1, 1), (0, 0), (1, 1)
 HALVES = (3, 3), (2, 2), (1, 1), (1, 1)
+COUNTED = False, True, None  # of avg_pool2d, after the window
 DILATED = (2, 2), (1, 1), (0, 0), (2, 2)
 
 
@@ -204,6 +205,29 @@ RESULTS = {
         lambda: L.max_pool2d_gather(many(16, 34, 34), many(16, 33, 33, dtype=torch.uint8), *WINDOW),
         lambda: L.max_pool2d_indices(many(16, 33, 33, dtype=torch.uint8), 34, *WINDOW),
     ],
+    "avg_pool2d_forward_kernel": [
+        lambda: L.avg_pool2d(many(20, 28, 28), (2, 2), (1, 1), (1, 1), *COUNTED),  # only the result is huge
+        lambda: L.avg_pool2d(many(16, 34, 34, last=False), *WINDOW[:3], *COUNTED),
+    ],
+    "avg_pool2d_grad_blocks_kernel": [
+        lambda: L.avg_pool2d_grad(many(16, 30, 30), (33, 33), (4, 4), *WINDOW[1:3], *COUNTED, True),
+        lambda: L.avg_pool2d_grad(many(16, 17, 17, last=False), (33, 33), *HALVES[:3], *COUNTED, False),
+    ],
+    "avg_pool2d_grad_kernel": [
+        lambda: L.avg_pool2d_grad(many(16, 8, 8), (33, 33), (5, 5), (4, 4), (0, 0), *COUNTED, True),
+    ],
+    "adaptive_avg_pool2d_kernel": [
+        lambda: L.adaptive_avg_pool2d(many(16, 20, 20), (33, 33)),
+        lambda: L.adaptive_avg_pool2d_grad(many(16, 20, 20), (33, 33), False),
+    ],
+    "whole_avg_pool2d_kernel": [
+        lambda: L.adaptive_avg_pool2d(many(2**14 + 16, 1, 2), (1, 1)),
+        lambda: L.adaptive_avg_pool2d(many(2**14 + 16, 1, 2, last=False), (1, 1)),
+    ],
+    "whole_avg_pool2d_grad_kernel": [
+        lambda: L.adaptive_avg_pool2d_grad(many(16, 1, 1), (33, 33), True),
+        lambda: L.adaptive_avg_pool2d_grad(many(16, 1, 1), (33, 33), False),
+    ],
     "relu_kernel": [lambda: L.relu(empty(2**31 + 8)), lambda: L.relu_(empty(2**31 + 8))],
     "relu_grad_kernel": [lambda: L.relu_grad(empty(2**31 + 8), empty(2**31 + 8))],
     # Rows of 14 bytes, and of an odd number of elements, are not for descriptors.
@@ -383,6 +407,30 @@ INPUTS = {
     "max_pool2d_gather_kernel": [
         (lambda x, c: L.max_pool2d_gather(x, c, *WINDOW), whole(3, 3, 7, 7), code(*IMAGES)),
         (lambda c: L.max_pool2d_indices(c, 7, *WINDOW), code(*IMAGES)),
+    ],
+    "avg_pool2d_forward_kernel": [
+        (lambda x: L.avg_pool2d(x, *WINDOW[:3], *COUNTED), whole(*IMAGES)),
+        (lambda x: L.avg_pool2d(x, *HALVES[:3], True, False, None), whole(*IMAGES)),
+        (lambda x: L.avg_pool2d(x, (5, 5), (2, 2), (2, 2), *COUNTED), last(*IMAGES)),
+    ],
+    "avg_pool2d_grad_blocks_kernel": [
+        (lambda dy: L.avg_pool2d_grad(dy, (7, 7), *WINDOW[:3], *COUNTED, False), whole(*IMAGES)),
+        (lambda dy: L.avg_pool2d_grad(dy, (12, 12), *HALVES[:3], *COUNTED, False), whole(*IMAGES)),
+    ],
+    "avg_pool2d_grad_kernel": [
+        (lambda dy: L.avg_pool2d_grad(dy, (25, 25), (5, 5), (4, 4), (0, 0), *COUNTED, False), whole(*IMAGES)),
+    ],
+    "adaptive_avg_pool2d_kernel": [
+        (lambda x: L.adaptive_avg_pool2d(x, (4, 5)), whole(*IMAGES)),
+        (lambda dy: L.adaptive_avg_pool2d_grad(dy, (7, 9), True), last(*IMAGES)),
+    ],
+    "whole_avg_pool2d_kernel": [
+        (lambda x: L.adaptive_avg_pool2d(x, (1, 1)), whole(*IMAGES)),
+        (lambda x: L.adaptive_avg_pool2d(x, (1, 1)), last(*IMAGES)),
+    ],
+    "whole_avg_pool2d_grad_kernel": [
+        (lambda dy: L.adaptive_avg_pool2d_grad(dy, (6, 6), False), whole(3, 3, 1, 1)),
+        (lambda dy: L.adaptive_avg_pool2d_grad(dy, (6, 6), True), whole(3, 3, 1, 1)),
     ],
     "linear_forward_kernel": [(lambda x, w, b: L.linear(x, w, b), whole(3, 5), whole(4, 5), whole(4))],
     "linear_weight_grad_kernel": [

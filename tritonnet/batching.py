@@ -181,10 +181,20 @@ def _max_pool2d(info, dims, x, *arguments):
     return tuple(t.unflatten(0, x.shape[:2]) for t in results), (0, 0)
 
 
-@register_batching(ops.max_pool2d_values)
-def _max_pool2d_values(info, dims, x, *arguments):
-    x = x.movedim(dims[0], 0)
-    return ops.max_pool2d_values(_as_images(x), *arguments).unflatten(0, x.shape[:2]), 0
+def _over_images(operator):
+    """The rule of an operator on images alone."""
+
+    def rule(info, dims, t, *arguments):
+        t = t.movedim(dims[0], 0)
+        return operator(_as_images(t), *arguments).unflatten(0, t.shape[:2]), 0
+
+    return rule
+
+
+for _operator in (
+    ops.max_pool2d_values, ops.avg_pool2d, ops.avg_pool2d_grad, ops.adaptive_avg_pool2d, ops.adaptive_avg_pool2d_grad,
+):  # fmt: skip
+    register_batching(_operator)(_over_images(_operator))
 
 
 def _over_code(operator):

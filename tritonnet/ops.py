@@ -32,6 +32,7 @@ _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation"
 _EPILOGUE = (
     "Tensor? mean, Tensor? var, Tensor? scale, Tensor? shift, Tensor? residual, float eps, str activation, float slope"
 )
+_MEANS = "int[] kernel, int[] stride, int[] padding, bool ceil_mode, bool include_pad, int? divisor"
 _LAYERS = "Tensor w1, Tensor? bias1, Tensor w2, Tensor? bias2, Tensor? w3, Tensor? bias3, Tensor? w4, Tensor? bias4"
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor? w3, Tensor? w4"
 
@@ -109,6 +110,22 @@ max_pool2d_gather = _operator(
 max_pool2d_indices = _operator(
     f"max_pool2d_indices(Tensor code, SymInt width, {_WINDOW}) -> Tensor",
     lambda code, width, *window: shapes.max_pool2d_indices(code),
+)
+avg_pool2d = _operator(
+    f"avg_pool2d(Tensor x, {_MEANS}) -> Tensor",
+    lambda x, kernel, stride, padding, ceil_mode, *_: shapes.avg_pool2d(x, kernel, stride, padding, ceil_mode),
+)
+avg_pool2d_grad = _operator(
+    f"avg_pool2d_grad(Tensor dy, SymInt[] size, {_MEANS}, bool channels_last) -> Tensor",
+    lambda dy, size, *window_channels_last: shapes.avg_pool2d_grad(dy, size, window_channels_last[-1]),
+)
+adaptive_avg_pool2d = _operator(
+    "adaptive_avg_pool2d(Tensor x, SymInt[] size) -> Tensor",
+    shapes.adaptive_avg_pool2d,
+)
+adaptive_avg_pool2d_grad = _operator(
+    "adaptive_avg_pool2d_grad(Tensor dy, SymInt[] size, bool channels_last) -> Tensor",
+    shapes.avg_pool2d_grad,
 )
 relu = _operator("relu(Tensor x) -> Tensor", shapes.relu)
 relu_ = _operator("relu_(Tensor(a!) x) -> ()", lambda x: None)

@@ -199,6 +199,38 @@ def max_pool2d_gather(x, code, kernel, stride, padding, dilation):
     return _like(shapes.max_pool2d_gather(x, code), torch.where(named, found, 0))
 
 
+def avg_pool2d(x, *window):
+    y = shapes.avg_pool2d(x, *window[:4])
+    return _like(y, F.avg_pool2d(*_wide(x), *window))
+
+
+def avg_pool2d_grad(dy, size, *window_channels_last):
+    (*window, channels_last), (wide,) = window_channels_last, _wide(dy)
+    dx = shapes.avg_pool2d_grad(dy, size, channels_last)
+    image = wide.new_empty(1).expand(dx.shape)
+    return _like(dx, torch.ops.aten.avg_pool2d_backward(wide, image, *window))
+
+
+def adaptive_avg_pool2d(x, size):
+    return _like(shapes.adaptive_avg_pool2d(x, size), F.adaptive_avg_pool2d(*_wide(x), size))
+
+
+def _spread(dy, dim, size):
+    """The gradient by rows (dim 2) or columns (dim 3), `size` of them, of the means of bins of these."""
+    bins = dy.shape[dim]
+    dx = dy.new_zeros(*dy.shape[:dim], size, *dy.shape[dim + 1 :])
+    for i in range(bins):
+        start, end = i * size // bins, -(-(i + 1) * size // bins)
+        dx.narrow(dim, start, end - start).add_(dy.narrow(dim, i, 1) / (end - start))
+    return dx
+
+
+def adaptive_avg_pool2d_grad(dy, size, channels_last):
+    # torch's own is not deterministic on a GPU.
+    dx = _spread(_spread(*_wide(dy), 3, size[1]), 2, size[0])
+    return _like(shapes.avg_pool2d_grad(dy, size, channels_last), dx)
+
+
 def relu(x):
     return torch.relu(x)
 

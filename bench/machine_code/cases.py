@@ -90,6 +90,21 @@ class Calls:
         x = self.tensor(*size, last=last)
         launchers.max_pool2d_values(x, (kernel, kernel), (stride, stride), (pad, pad), (1, 1), False)
 
+    def means(self, size, kernel, stride, pad, last, include_pad=True):
+        """The means of windows, and their gradient."""
+        window = ((kernel, kernel), (stride, stride), (pad, pad), False, include_pad, None)
+        y = launchers.avg_pool2d(self.tensor(*size, last=last), *window)
+        launchers.avg_pool2d_grad(y, size[2:], *window, last)
+
+    def bins(self, size, bins, last):
+        """The means of bins, and their gradient."""
+        y = launchers.adaptive_avg_pool2d(self.tensor(*size, last=last), bins)
+        launchers.adaptive_avg_pool2d_grad(y, size[2:], last)
+
+    def rows_apart(self, *size):
+        """The means of images that are slices of wider ones."""
+        launchers.adaptive_avg_pool2d(self.tensor(*size[:3], 2 * size[3])[..., : size[3]], (1, 1))
+
     def relu(self, *size, last=False):
         y = launchers.relu(self.tensor(*size, last=last))
         launchers.relu_grad(y, y)
@@ -196,6 +211,10 @@ class Calls:
         self.conv(1, 2, 2**15, 2, 3, groups=2, last=False)
         self.conv(1, 1, 2**15 + 1, 1, 3, mode="reflect", last=False)
         self.pool((1, 1, 2**16, 2**15 + 1), 2, 2, 0, False)
+        self.means((1, 1, 2**16, 2**15 + 1), 2, 2, 0, False)
+        self.means((1, 1, 2**16, 2**15 + 1), 5, 3, 2, False)
+        self.bins((1, 1, 2**16, 2**15 + 1), (3, 4), False)
+        self.bins((1, 1, 2**16, 2**15 + 1), (1, 1), False)
         self.conv_pool(1, 16, 11600, 16, 1)
         self.conv_pool(big // 2**10, 1, 32, 6, 5, last=False, gradients=True)
         self.cross_entropy(big // 64, 128)
@@ -231,6 +250,10 @@ def shapes(c):
         pool = (64, 64, 112, 112), *window, last
         yield name, lambda pool=pool: c.pool(*pool, all=False)
         yield f"{name}, values", lambda pool=pool: c.pool_values(*pool)
+    for name, last in (("", True), ("NCHW ", False)):
+        yield f"{name}means 2x2/2", lambda last=last: c.means((64, 128, 56, 56), 2, 2, 0, last)
+        yield f"{name}means 3x3", lambda last=last: c.means((64, 128, 56, 56), 3, 1, 1, last, include_pad=False)
+        yield f"{name}means of images", lambda last=last: c.bins((64, 2048, 7, 7), (1, 1), last)
     yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
     yield "ResNet 3x3, 64", lambda: c.conv(64, 64, 56, 64, 3)
     yield "ResNet 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3)
@@ -324,6 +347,10 @@ def layers(c, format, brief):
     yield "first layer", lambda: c.first_layer(True)
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
     yield "pool, dilated", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True, dilation=2)
+    yield "means", lambda: c.means((4, 8, 16, 16), 3, 2, 1, False)
+    yield "means, large windows", lambda: c.means((4, 8, 16, 16), 6, 3, 3, True, include_pad=False)
+    yield "bins", lambda: c.bins((4, 8, 16, 16), (7, 6), True)
+    yield "images' means, NCHW", lambda: c.bins((64, 512, 7, 7), (1, 1), False)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
     yield "loss of many classes", lambda: c.cross_entropy(64, 50000)
@@ -370,6 +397,8 @@ def switches(c, format, brief):
         yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
         yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
         yield "pool, large windows", lambda: c.pool((4, 8, 16, 16), 6, 2, 3, False)
+        yield "means, channels_last", lambda: c.means((4, 8, 16, 16), 3, 2, 1, True, include_pad=False)
+        yield "images' means, rows apart", lambda: c.rows_apart(64, 512, 9, 8)
     if format != "bfloat16":
         return
     yield "groups, dilation", lambda: c.conv(4, 32, 16, 32, 3, dilation=2, groups=2)

@@ -42,6 +42,11 @@ def calls(t):
     yield F.max_pool2d(images[..., :10], 3, 2, 1)
     yield F.max_pool2d(images, 3, dilation=2)
     yield F.max_pool2d(images, 2, return_indices=True)[0]
+    yield F.avg_pool2d(last, 3, 2, 1, count_include_pad=False)
+    yield F.avg_pool2d(images[..., :10], 3, 2, 1)
+    yield F.avg_pool2d(images, 5, 3, 2, ceil_mode=True)
+    yield F.adaptive_avg_pool2d(last, (4, 3))
+    yield F.adaptive_avg_pool2d(images, 1)
     yield F.cross_entropy(x, torch.arange(5, device=x.device))
     yield F.cross_entropy(x, torch.arange(5, device=x.device), reduction="none", ignore_index=1)
     for mode in ("reflect", "replicate", "circular"):

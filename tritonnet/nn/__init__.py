@@ -1,4 +1,4 @@
-"""torch.nn with Conv2d, MaxPool2d, ReLU, Linear and CrossEntropyLoss on tritonnet's kernels, and fused layers of these.
+"""torch.nn with Conv2d, pooling layers, ReLU, Linear and CrossEntropyLoss on tritonnet's kernels, and fused layers.
 
 Every other name is torch's.
 
@@ -24,6 +24,7 @@ _CONVOLVE, _CONV2D, _MAX_POOL2D, _RELU, _LINEAR, _CROSS_ENTROPY = (
     _torch.Conv2d._conv_forward, _torch.Conv2d.forward, _torch.MaxPool2d.forward, _torch.ReLU.forward,
     _torch.Linear.forward, _torch.CrossEntropyLoss.forward,
 )  # fmt: skip
+_AVG_POOL2D, _ADAPTIVE_AVG_POOL2D = _torch.AvgPool2d.forward, _torch.AdaptiveAvgPool2d.forward
 
 
 def _is_replaced(conv):
@@ -60,6 +61,33 @@ class MaxPool2d(_torch.MaxPool2d):
         return functional.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )
+
+
+class AvgPool2d(_torch.AvgPool2d):
+    """torch.nn.AvgPool2d on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.AvgPool2d.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.AvgPool2d.forward is not _AVG_POOL2D:
+            return super().forward(input)
+        return functional.avg_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
+            self.divisor_override,
+        )  # fmt: skip
+
+
+class AdaptiveAvgPool2d(_torch.AdaptiveAvgPool2d):
+    """torch.nn.AdaptiveAvgPool2d on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.AdaptiveAvgPool2d.forward is not _ADAPTIVE_AVG_POOL2D:
+            return super().forward(input)
+        return functional.adaptive_avg_pool2d(input, self.output_size)
 
 
 class ReLU(_torch.ReLU):

@@ -1,9 +1,8 @@
-"""torch.nn.functional with conv2d, max_pool2d, relu, linear and cross_entropy on tritonnet's kernels.
+"""torch.nn.functional with conv2d, pooling, relu, linear and cross_entropy on tritonnet's kernels.
 
 Fused functions are added; every other name is torch's.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +14,10 @@ from .. import autograd, batching, ops, reference  # noqa: F401  (the first two 
 from ..kernels import shapes
 from ..registration import in_transforms
 from . import _checks
+from ._checks import Pixels
+from ._checks import sized as _sized
+from ._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d, max_pool2d_with_indices  # noqa: F401
 from ._stand_in import stand_in
-
-Pixels = int | Sequence[int]
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
 __all__ += [
@@ -37,12 +37,8 @@ def _autocast(*tensors):
 
 def _as_autocast(t, like):
     """t, cast like the other operands if autocast is on; `like` is one of them."""
-    return t if t is None or not torch.is_autocast_enabled(t.device.type) else t.to(like.dtype)
-
-
-def _sized(t, size):
-    """t in another size, but not as a view: in-place operations on a result depend on whether it is one."""
-    return torch.ops.aten._unsafe_view.default(t, size)
+    device = like.device.type
+    return t if t is None or device == "meta" or not torch.is_autocast_enabled(device) else t.to(like.dtype)
 
 
 def conv2d(
@@ -226,7 +222,7 @@ def _conv2d_relu_max_pool2d(
     def fused(x, weight, bias, *geometry):
         size = shapes.conv2d_size(x.shape[2:], weight.shape[2:], *geometry[:3])
         images = x.shape[0], weight.shape[0], *size
-        *window, _ = _checks.check_max_pool2d(name, "pool_", images, *pool)
+        *window, _ = _checks.check_pool2d(name, "pool_", images, *pool)
         return ops.conv2d_relu_max_pool2d(x, weight, bias, *geometry, *window, pool_ceil_mode)[0]
 
     def rest(z):
@@ -242,58 +238,6 @@ def _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mo
         )
         input, padding = _torch.pad(input, (left, right, top, bottom), mode=pad_mode), 0
     return _torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def max_pool2d(
-    input: Tensor, kernel_size: Pixels, stride: Pixels | None = None, padding: Pixels = 0, dilation: Pixels = 1,
-    ceil_mode: bool = False, return_indices: bool = False,
-) -> Any:  # fmt: skip
-    """torch.nn.functional.max_pool2d on tritonnet's kernels.
-
-    Args:
-        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. Other dtypes go to torch.
-        kernel_size, dilation: pixels, an integer or a pair (height, width).
-        stride: the same; None or an empty sequence for kernel_size.
-        padding: pixels of -inf on every side, up to half the kernel.
-        ceil_mode: include a last window that overlaps the edge.
-        return_indices: also return the index of every maximum.
-
-    Returns:
-        (N, C, OH, OW) or (C, OH, OW), of input's dtype and memory format; with return_indices also the int64 indices
-        ih * W + iw, of the same shape. NaN is the maximum, the last of several; of equal values the first is taken.
-
-    Raises:
-        TypeError: an argument is not of a type above.
-        RuntimeError: sizes or values do not fit together, as in torch.
-
-    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.max_pool2d.html
-    """
-    arguments: Any = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    if has_torch_function((input,)):
-        return handle_torch_function(max_pool2d, (input,), input, *arguments)
-    name = "max_pool2d"
-    _checks.check_tensors(name, input=input)
-    if not _checks.is_served(input):
-        return _torch.max_pool2d(input, *arguments)
-    x, unbatched = _checks.as_batch(name, input)
-    window = _checks.check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    results: tuple[Tensor, ...]
-    if return_indices:
-        y, code = ops.max_pool2d(x, *window, ceil_mode)
-        results = y, ops.max_pool2d_indices(code, x.shape[3], *window)
-    else:
-        results = (ops.max_pool2d_values(x, *window, ceil_mode),)
-    if unbatched:
-        results = tuple(_sized(t, t.shape[1:]) for t in results)
-    return results if return_indices else results[0]
-
-
-def max_pool2d_with_indices(
-    input: Tensor, kernel_size: Pixels, stride: Pixels | None = None, padding: Pixels = 0, dilation: Pixels = 1,
-    ceil_mode: bool = False, return_indices: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """max_pool2d with return_indices=True; the argument of that name is ignored, as in torch."""
-    return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
