@@ -1,8 +1,8 @@
 """Networks of the papers on torch.nn, with torchvision's modules and forwards, and one with timm's.
 
-Each class takes `width`, which scales all channels, and `depth`, which scales the number of blocks of each stage. At 1
-and 1 a network has the published number of parameters (PARAMETERS). The parameters are those of torchvision 0.21, whose
-state_dicts have other names.
+Each takes `width`, which scales all channels, `depth`, which scales the number of blocks of each stage, and `stages`,
+of which there are that many. By default a network is the paper's, and has the published number of parameters
+(PARAMETERS). Names in its state_dict are not torchvision's.
 
 Sources: ResNet https://arxiv.org/abs/1512.03385 (the stride of a bottleneck in its 3x3), VGG 1409.1556, MobileNetV2
 1801.04381, MobileNetV3 1905.02244, EfficientNet 1905.11946, RegNet 2003.13678, DenseNet 1608.06993, and for timm's
@@ -77,15 +77,16 @@ class Classifier(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, block, stages, width=1, depth=1, classes=1000):
+    def __init__(self, block, table, width=1, depth=1, stages=None, classes=1000):
         super().__init__()
         inputs = scaled(64, width)
         self.conv1 = nn.Conv2d(3, inputs, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(inputs)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        for i, (channels, blocks) in enumerate(stages):
-            channels, layers = scaled(channels, width), []
+        layers = []
+        for i, (channels, blocks) in enumerate(table[:stages]):
+            channels = scaled(channels, width)
             outputs = channels * block.expansion
             for stride in [2 if i else 1] + [1] * (repeated(blocks, depth) - 1):
                 downsample = None
@@ -93,23 +94,23 @@ class ResNet(nn.Module):
                     downsample = ConvNormActivation(inputs, outputs, 1, stride, activation=None)
                 layers.append(block(inputs, channels, stride, downsample))
                 inputs = outputs
-            self.add_module(f"layer{i + 1}", nn.Sequential(*layers))
+        self.layers = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(inputs, classes)
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.layers(x)
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.fc(x)
 
 
 class VGG(nn.Module):
-    def __init__(self, width=1, depth=1, classes=1000):
+    def __init__(self, width=1, depth=1, stages=None, classes=1000):
         super().__init__()
         layers, inputs, hidden = [], 3, scaled(4096, width)
-        for channels, convolutions in VGG_16:
+        for channels, convolutions in VGG_16[:stages]:
             for _ in range(repeated(convolutions, depth)):
                 outputs = scaled(channels, width)
                 layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
@@ -129,11 +130,11 @@ class VGG(nn.Module):
         return self.classifier(x)
 
 
-def _inverted(stages, activation, excites, width, depth, classes):
+def _inverted(table, activation, excites, width, depth, stages, classes):
     """MobileNetV2, or EfficientNet, whose blocks have an excitation and are dropped at random in training."""
     inputs, last = scaled(32, width), scaled(1280, width)
     features = [ConvNormActivation(3, inputs, stride=2, activation=activation)]
-    for expansion, kernel, first, channels, blocks in stages:
+    for expansion, kernel, first, channels, blocks in table[:stages]:
         outputs = scaled(channels, width)
         for stride in [first] + [1] * (repeated(blocks, depth) - 1):
             hidden, squeezed = inputs * expansion, functools.partial(activation, inplace=True)
@@ -145,18 +146,18 @@ def _inverted(stages, activation, excites, width, depth, classes):
     return Classifier(features, [nn.Dropout(0.2), nn.Linear(last, classes)])
 
 
-def mobilenet_v2(width=1, depth=1, classes=1000):
-    return _inverted(MOBILENET_V2, nn.ReLU6, False, width, depth, classes)
+def mobilenet_v2(width=1, depth=1, stages=None, classes=1000):
+    return _inverted(MOBILENET_V2, nn.ReLU6, False, width, depth, stages, classes)
 
 
-def efficientnet_b0(width=1, depth=1, classes=1000):
-    return _inverted(EFFICIENTNET_B0, nn.SiLU, True, width, depth, classes)
+def efficientnet_b0(width=1, depth=1, stages=None, classes=1000):
+    return _inverted(EFFICIENTNET_B0, nn.SiLU, True, width, depth, stages, classes)
 
 
-def mobilenet_v3(width=1, depth=1, classes=1000):
+def mobilenet_v3(width=1, depth=1, stages=None, classes=1000):
     inputs, eps = scaled(16, width), 1e-3
     features = [ConvNormActivation(3, inputs, stride=2, activation=nn.Hardswish, eps=eps)]
-    for kernel, hiddens, channels, excites, hardswish, first in MOBILENET_V3:
+    for kernel, hiddens, channels, excites, hardswish, first in MOBILENET_V3[:stages]:
         outputs = scaled(channels, width)
         for i, hidden in enumerate(hiddens[: repeated(len(hiddens), depth)]):
             hidden = scaled(hidden, width)
@@ -173,11 +174,11 @@ def mobilenet_v3(width=1, depth=1, classes=1000):
     )
 
 
-def regnet(stages, group, excites, width=1, depth=1, classes=1000):
+def regnet(table, group, excites, width=1, depth=1, stages=None, classes=1000):
     """RegNet X, or with `excites` RegNet Y; `group` channels in each group of the 3x3."""
     inputs = scaled(32, width)
     features = [ConvNormActivation(3, inputs, stride=2)]
-    for channels, blocks in stages:
+    for channels, blocks in table[:stages]:
         outputs = max(group, round(channels * width / group) * group)
         for stride in [2] + [1] * (repeated(blocks, depth) - 1):
             features.append(RegNetBlock(inputs, outputs, stride, group, excites))
@@ -186,12 +187,12 @@ def regnet(stages, group, excites, width=1, depth=1, classes=1000):
 
 
 class DenseNet(nn.Module):
-    def __init__(self, width=1, depth=1, classes=1000):
+    def __init__(self, width=1, depth=1, stages=None, classes=1000):
         super().__init__()
         growth, channels = scaled(32, width), scaled(64, width)
         layers = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
                   nn.MaxPool2d(3, 2, 1)]  # fmt: skip
-        for i, count in enumerate(DENSENET_121):
+        for i, count in enumerate(DENSENET_121[:stages]):
             if i:
                 layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
                            nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2, 2)]  # fmt: skip
@@ -212,13 +213,13 @@ class DenseNet(nn.Module):
 
 
 class ResNetOfTimm(nn.Module):
-    def __init__(self, width=1, depth=1, classes=1000):
+    def __init__(self, width=1, depth=1, stages=None, classes=1000):
         super().__init__()
         inputs = scaled(64, width)
         self.conv1, self.bn1 = nn.Conv2d(3, inputs, 7, 2, 3, bias=False), nn.BatchNorm2d(inputs)
         self.act1, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         blocks = []
-        for i, (channels, count) in enumerate(RESNET_18):
+        for i, (channels, count) in enumerate(RESNET_18[:stages]):
             for stride in [2 if i else 1] + [1] * (repeated(count, depth) - 1):
                 blocks.append(ResidualBlockOfTimm(inputs, scaled(channels, width), stride))
                 inputs = scaled(channels, width)
@@ -231,7 +232,7 @@ class ResNetOfTimm(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-# Functions of width, depth and classes.
+# Functions of width, depth, stages and classes.
 NETWORKS = {
     "resnet18": functools.partial(ResNet, BasicBlock, RESNET_18),
     "resnet50": functools.partial(ResNet, Bottleneck, RESNET_50),
