@@ -39,7 +39,7 @@ WAYS = {
 LEFT = {
     "resnet18": (18, {"native_batch_norm": 6, "add_": 2, "mean": 1}),
     "resnet50": (23, {"native_batch_norm": 9, "add_": 2, "mean": 1}),
-    "vgg16_bn": (13, {"native_batch_norm": 2, "_adaptive_avg_pool2d": 1, "clone": 1}),
+    "vgg16_bn": (11, {"native_batch_norm": 2, "_adaptive_avg_pool2d": 1, "clone": 1}),
     "mobilenet_v2": (12, {"native_batch_norm": 7, "hardtanh_": 5, "add_": 1, "mean": 1}),
     "mobilenet_v3": (
         23, {"native_batch_norm": 9, "hardswish_": 3, "mean": 2, "hardsigmoid": 1, "mul": 1, "add_": 1}
