@@ -30,7 +30,7 @@ FLIPS = 4
 
 _PRODUCTS = {torch.conv2d, F.linear}
 OPERATORS = _PRODUCTS | {F.relu, torch.relu, torch.max_pool2d, F.max_pool2d, F.cross_entropy}
-# Every operator of the networks of --inference that writes a result. `+=` is add_, whose result takes its operand's name.
+# The operators of the networks of --inference that compute a result. `+=` is add_, whose result replaces its operand.
 OF_NETWORKS = OPERATORS | {
     F.batch_norm, F.silu, F.hardtanh, F.hardswish, F.hardsigmoid, torch.sigmoid, F.adaptive_avg_pool2d,
     torch.Tensor.add, torch.Tensor.add_, torch.Tensor.mul,

@@ -52,7 +52,8 @@ def _traffic(network, image, sizes):
 def work(network, batch, image, sizes):
     """The Work of a network: its products, and what moves between the operators of the fused network (traffic.py).
 
-    Every tensor that the fused network moves has the format of the case, so that bytes in bfloat16 give the elements.
+    Counted in bfloat16: the tensors that a fused network moves have the format of the case, but for the statistics that
+    torch's batch norm writes in float32.
     """
     flops, moved = _traffic(network, image, sizes)
     images = torch.empty(batch, *image, dtype=torch.bfloat16, device="meta")
