@@ -1118,6 +1118,10 @@ def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
         (("--verify", "--passes"), "--verify has no --passes"),
         (("--passes", "--cpu"), "--passes has no --cpu"),
         (("--passes", "bfloat16", "--quick"), "--passes has no --quick"),
+        (("--inference", "--quick"), "--inference has no --quick"),
+        (("--inference", "--passes"), "--passes has no --inference"),
+        (("--verify", "--inference"), "--verify has no --inference"),
+        (("--inference", "float32"), "invalid choice: 'float32'"),
         (("--passes", "float16"), "invalid choice: 'float16'"),
     ],
 )
