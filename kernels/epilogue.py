@@ -56,11 +56,19 @@ def constant(bias, mean, var, scale, shift, residual, eps, activation, slope):
 
 
 def parts_for(tile, epilogue):
-    """The number of parts in which a tile is stored, given the constant EPILOGUE: with more than a bias and a relu,
-    parts of at most 32 results a thread."""
-    if not any(epilogue[MEAN.value : EPS.value]) and epilogue[ACT.value] in ("none", "relu"):
+    """The number of parts in which a tile is stored, given EPILOGUE: with a residual, of at most 32 results a thread."""
+    if not epilogue[RESIDUAL.value]:
         return 1
     return max(1, min(tile.M * tile.N // (32 * tile.num_warps) // 32, tile.N // 32))
+
+
+@triton.jit
+def once(t):
+    """t, which the compiler computes once for each channel: it does not repeat sums.
+
+    Otherwise it would load all vectors in the layout of the tile's sums, up to 64 channels a thread.
+    """
+    return tl.sum(tl.join(t, tl.zeros(t.shape, t.dtype)), axis=len(t.shape))
 
 
 @triton.jit
@@ -81,7 +89,7 @@ def of_channels(vectors, stride_b, channel, mask, EPILOGUE: tl.constexpr, ACC: t
         summand *= factor
     if EPILOGUE[SHIFT]:
         summand += tl.load(shift_ptr + channel, mask=mask, other=0.0).to(ACC)
-    return factor, summand
+    return once(factor), once(summand)
 
 
 @triton.jit
