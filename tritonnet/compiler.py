@@ -186,7 +186,7 @@ class Backend:
         self._graphs += 1
         found, left = [], []
         for module in graphs:
-            of_module = fuse_patterns(module.graph)
+            of_module = fuse_patterns(module.graph, elementwise=inner is None)
             found, left = found + of_module[0], left + of_module[1]
             if inner is None:
                 _as_eager_does(module)

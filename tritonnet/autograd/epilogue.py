@@ -69,6 +69,7 @@ class _Rule(torch.autograd.Function):
         ctx.tensors = [isinstance(a, torch.Tensor) for a in ctx.before]
         kept = [a for a in ctx.before if isinstance(a, torch.Tensor)]
         ctx.before = [None if isinstance(a, torch.Tensor) else a for a in ctx.before]
+        ctx.shift_dtype = None if shift is None else shift.dtype
         result = y if ctx.activation in activations.BY_RESULT else None
         save(ctx, scale, shift, residual if result is None else None, result, *kept)
         return y
@@ -91,7 +92,7 @@ class _Rule(torch.autograd.Function):
         dz = ops.activation_grad(dy, t, ctx.activation, ctx.slope)
         pixels = [dim for dim in range(dz.dim()) if dim != 1]
         dscale = (dz.to(scale.dtype) * cls.z(*before)).sum(pixels) if needs_scale else None
-        dshift = dz.sum(pixels, dtype=ctx.saved_tensors[1].dtype) if needs_shift else None
+        dshift = dz.sum(pixels, dtype=ctx.shift_dtype) if needs_shift else None
         rest = None, None, dscale, dshift, dz if needs_residual else None, *_NOTHING
         return before, _scaled(dz, scale), rest
 

@@ -8,7 +8,7 @@ import torch
 
 from ..fusion import FusedCall, calling
 from ..nn._plain import _HOOKS, global_hooks
-from ..patterns import CONV, LINEAR, POOL, RELU, arguments_of, simplify, steps_of, window_of
+from ..nodes import CONV, LINEAR, POOL, RELU, arguments_of, simplify, steps_of, window_of
 from .served import NotServed, side_of
 
 FLATTEN = "flatten"
