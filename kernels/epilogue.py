@@ -181,7 +181,7 @@ def activated(z, ACT: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.jit
 def with_slope(dy, t, ACT: tl.constexpr, SLOPE: tl.constexpr):
-    """dy * act'(z), where t is y = act(z) for activations.BY_RESULT, else z."""
+    """dy * act'(z), where t is y = act(z) or, if not activations.by_result, z."""
     if ACT == "relu":
         return tl.where(t <= 0, 0.0, dy)
     elif ACT == "relu6":
@@ -294,7 +294,7 @@ def _activation_grad(dy, t, dz, activation, slope):
 
 
 def activation_grad(dy, t, activation, slope):
-    """dy, and the result y or the argument z of the activation (see activations.BY_RESULT) -> dz, laid out as t."""
+    """dy, and the result y or the argument z of the activation (see activations.by_result) -> dz, laid out as t."""
     dz = shapes.relu(t)
     if dz.numel() > 0:
         _activation_grad((_dense(dy, dz), _dense(t, dz), dz), activation, slope)
