@@ -14,8 +14,12 @@ FUNCTIONS = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid,
 }  # fmt: skip
 NAMES = (*FUNCTIONS, "leaky_relu")
-# Those whose derivative is computed from the result y = act(z), the others' is from z.
-BY_RESULT = ("none", "relu", "relu6", "sigmoid", "hardsigmoid")
+_BY_RESULT = ("none", "relu", "relu6", "sigmoid", "hardsigmoid")
+
+
+def by_result(activation, slope):
+    """Whether the derivative is computed from the result y = act(z), and not from z."""
+    return activation in _BY_RESULT or (activation == "leaky_relu" and slope >= 0)
 
 
 def activated(z, activation, slope):
@@ -46,7 +50,7 @@ _DERIVATIVES = {
 
 
 def gradient(dy, t, activation, slope):
-    """dy * act'(z), of the dtype of t, which is y = act(z) for activations in BY_RESULT and z for the others."""
+    """dy * act'(z), of the dtype of t, which is y = act(z) or, if not `by_result`, z."""
     wide_dy, wide = (a.float() if a.dtype in (torch.float16, torch.bfloat16) else a for a in (dy, t))
     if activation == "none":
         dz = wide_dy

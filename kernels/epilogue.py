@@ -56,7 +56,7 @@ def constant(bias, mean, var, scale, shift, residual, eps, activation, slope):
 
 
 def parts_for(tile, epilogue):
-    """The number of parts in which a tile is stored, given EPILOGUE: with a residual, of at most 32 results a thread."""
+    """The number of parts in which a tile is stored: of at most 32 results a thread if EPILOGUE has a residual."""
     if not epilogue[RESIDUAL.value]:
         return 1
     return max(1, min(tile.M * tile.N // (32 * tile.num_warps) // 32, tile.N // 32))
@@ -190,7 +190,7 @@ def activated(z, ACT: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.jit
 def with_slope(dy, t, ACT: tl.constexpr, SLOPE: tl.constexpr):
-    """dy * act'(z), where t is y = act(z) for activations.BY_RESULT, else z."""
+    """dy * act'(z), where t is y = act(z) or, if not activations.by_result, z."""
     if ACT == "relu":
         return tl.where(t <= 0, 0.0, dy)
     elif ACT == "relu6":
@@ -303,7 +303,7 @@ def _activation_grad(dy, t, dz, activation, slope):
 
 
 def activation_grad(dy, t, activation, slope):
-    """dy, and the result y or the argument z of the activation (see activations.BY_RESULT) -> dz, laid out as t."""
+    """dy, and the result y or the argument z of the activation (see activations.by_result) -> dz, laid out as t."""
     dz = shapes.relu(t)
     if dz.numel() > 0:
         _activation_grad((_dense(dy, dz), _dense(t, dz), dz), activation, slope)

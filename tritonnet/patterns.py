@@ -94,7 +94,7 @@ def _with_epilogue(first, operator, function):
         if normed and value_of(first).dim() != (4 if operator == ops.conv2d_epilogue else 2):
             continue  # its channels are not those of the epilogue
         # Backward would compute the convolution again.
-        again = given.get("activation", "none") not in activations.BY_RESULT and not normed
+        again = not normed and not activations.by_result(given.get("activation", "none"), given.get("slope", 0.0))
         if again and value_of(nodes[-1]).requires_grad:
             continue
         call = function, first.args, {**first.kwargs, **given}

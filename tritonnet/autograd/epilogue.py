@@ -1,7 +1,7 @@
 """The derivatives of epilogues, alone and behind a convolution or a product.
 
 The rules are for the form y = act(z * scale + shift + residual): `_folded` brings the others into it, in operators that
-autograd records. What activations.BY_RESULT lacks is differentiated from act's argument, which backward computes again.
+autograd records. Where activations.by_result is false, backward computes act's argument again.
 """
 
 import torch
@@ -70,7 +70,7 @@ class _Rule(torch.autograd.Function):
         kept = [a for a in ctx.before if isinstance(a, torch.Tensor)]
         ctx.before = [None if isinstance(a, torch.Tensor) else a for a in ctx.before]
         ctx.shift_dtype = None if shift is None else shift.dtype
-        result = y if ctx.activation in activations.BY_RESULT else None
+        result = y if activations.by_result(ctx.activation, ctx.slope) else None
         save(ctx, scale, shift, residual if result is None else None, result, *kept)
         return y
 
@@ -198,7 +198,9 @@ def _activation_grad(dy, t, activation, slope):
 
 def _with_argument(x, activation, slope):
     """The arguments of the rule: where it needs act's argument, a copy of it whose gradient is that of x."""
-    return x, activation, slope, None if activation in activations.BY_RESULT or not recorded((x,)) else x.clone()
+    # torch's leaky_relu_ keeps no copy either, and has no gradient for a negative slope.
+    copied = not activations.by_result(activation, abs(slope)) and recorded((x,))
+    return x, activation, slope, x.clone() if copied else None
 
 
 @register_autograd(ops.activate_, prepare=_with_argument)
@@ -214,13 +216,19 @@ class ActivateInplace(torch.autograd.Function):
         return x
 
     @staticmethod
+    def times_slope(ctx, dy):
+        if ctx.activation == "leaky_relu" and ctx.slope < 0:
+            raise RuntimeError(f"leaky_relu in place has no derivative for a negative slope, got {ctx.slope}")
+        return ops.activation_grad(dy, *ctx.saved_tensors, ctx.activation, ctx.slope)
+
+    @staticmethod
     def backward(ctx, dy):
-        dx = ops.activation_grad(dy, *ctx.saved_tensors, ctx.activation, ctx.slope)
+        dx = ActivateInplace.times_slope(ctx, dy)
         return (None, None, None, dx) if ctx.copied else (dx, None, None, None)
 
     @staticmethod
     def jvp(ctx, tx, _, __, tbefore):
-        tx.copy_(ops.activation_grad(tbefore if ctx.copied else tx, *ctx.saved_tensors, ctx.activation, ctx.slope))
+        tx.copy_(ActivateInplace.times_slope(ctx, tbefore if ctx.copied else tx))
         # The engine checks by its version that the tangent was overwritten, and a batched tensor does not count copies.
         torch.autograd.graph.increment_version(tx)
         return tx

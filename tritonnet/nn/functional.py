@@ -1,4 +1,4 @@
-"""torch.nn.functional with conv2d, pooling, relu, linear and cross_entropy on tritonnet's kernels.
+"""torch.nn.functional with conv2d, pooling, activations, linear and cross_entropy on tritonnet's kernels.
 
 Fused functions are added; every other name is torch's.
 """
@@ -10,35 +10,19 @@ import torch.nn.functional as _torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import autograd, batching, ops, reference  # noqa: F401  (the first two register the operators' rules)
+from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
 from ..registration import in_transforms
-from . import _checks
-from ._checks import Pixels
-from ._checks import sized as _sized
+from . import _activations, _checks, _epilogue
+from ._activations import *  # noqa: F403
+from ._calls import autocast, convolve
+from ._checks import Pixels, sized
+from ._epilogue import *  # noqa: F403
 from ._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d, max_pool2d_with_indices  # noqa: F401
 from ._stand_in import stand_in
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
-__all__ += [
-    "conv2d_epilogue", "conv2d_relu", "conv2d_relu_max_pool2d", "epilogue", "linear_chain", "linear_epilogue",
-    "linear_relu",
-]  # fmt: skip
-
-
-def _autocast(*tensors):
-    """The tensors, cast to autocast's dtype if it is on, as torch does before its own conv2d and linear."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # a meta tensor cannot be asked
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-
-
-def _as_autocast(t, like):
-    """t, cast like the other operands if autocast is on; `like` is one of them."""
-    device = like.device.type
-    return t if t is None or device == "meta" or not torch.is_autocast_enabled(device) else t.to(like.dtype)
+__all__ += [*_epilogue.__all__, "conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_relu"]
 
 
 def conv2d(
@@ -73,28 +57,7 @@ def conv2d(
 
 def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
     """conv2d with padding by `pad_mode`: "zeros", "reflect", "replicate" or "circular"."""
-    return _convolve(
-        "conv2d", ops.conv2d, lambda y: y, input, weight, bias, stride, padding, dilation, groups, pad_mode
-    )
-
-
-def _convolve(name, operator, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode):
-    """operator(x, weight, bias, *geometry) of checked arguments, or `rest` of torch's convolution if not served."""
-    _checks.check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
-    input, weight, bias = _autocast(input, weight, bias)
-    if not _checks.is_served(input, weight, bias) or input.shape[-3:-2] == (0,):
-        return rest(_torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode))
-    _checks.check_alike(name, input=input, weight=weight, bias=bias)
-    if weight.dim() != 4:
-        raise RuntimeError(f"{name}: weight must be (OC, C / groups, KH, KW), got size {list(weight.shape)}")
-    x, unbatched = _checks.as_batch(name, input)
-    stride = _checks.positive(name, "stride", _checks.as_pair(name, "stride", stride))
-    dilation = _checks.positive(name, "dilation", _checks.as_pair(name, "dilation", dilation))
-    (groups,) = _checks.positive(name, "groups", _checks.as_pair(name, "groups", groups)[:1])
-    padding = _checks.conv2d_padding(name, padding, weight.shape[2:], stride, dilation)
-    _checks.check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode)
-    y = operator(x, weight, bias, stride, padding, dilation, groups, pad_mode)
-    return _sized(y, y.shape[1:]) if unbatched else y
+    return convolve("conv2d", ops.conv2d, lambda y: y, input, weight, bias, stride, padding, dilation, groups, pad_mode)
 
 
 def conv2d_relu(
@@ -119,62 +82,7 @@ def conv2d_relu(
 
 
 def _conv2d_relu(*arguments):
-    return _convolve("conv2d_relu", ops.conv2d_relu, _torch.relu, *arguments)
-
-
-def conv2d_epilogue(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pixels = 1, padding: Pixels | str = 0,
-    dilation: Pixels = 1, groups: int = 1, *,
-    mean: Tensor | None = None, var: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
-    eps: float = 1e-5, residual: Tensor | None = None, activation: str = "none", slope: float = 0.01,
-) -> Tensor:  # fmt: skip
-    """act((conv2d(...) - mean) * scale / sqrt(var + eps) + shift + residual) in one kernel, rounded once.
-
-    With the running statistics, weight and bias of a BatchNorm2d, this is what it computes in evaluation.
-
-    Args:
-        input, weight, bias, stride, padding, dilation, groups: as for conv2d.
-        mean, var, scale, shift: (OC), of any floating dtype, or None for zeros, no division, ones and zeros.
-        eps: added to var.
-        residual: of the result's size and input's dtype, any strides, or None.
-        activation: "none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid" or
-            "hardsigmoid", as in torch; "gelu_tanh" is torch's gelu with approximate="tanh".
-        slope: of leaky_relu.
-
-    Returns:
-        (N, OC, OH, OW) or (OC, OH, OW), as conv2d.
-
-    Gradients exist for all tensors, of any order. Backward recomputes the argument of leaky_relu, silu, hardswish and
-    gelu, and the convolution's result for the gradients of scale and var.
-
-    Raises:
-        TypeError: an argument is not of a type above.
-        RuntimeError: sizes, dtypes, devices or values do not fit together.
-        ValueError: an unknown activation.
-    """
-    tensors: Any = (input, weight, bias, mean, var, scale, shift, residual)
-    if has_torch_function(tensors):
-        return handle_torch_function(
-            conv2d_epilogue, tensors, *tensors[:3], stride, padding, dilation, groups,
-            mean=mean, var=var, scale=scale, shift=shift, eps=eps, residual=residual,
-            activation=activation, slope=slope,
-        )  # fmt: skip
-    vectors, values = tensors[3:7], (eps, activation, slope)
-    _checks.check_activation("conv2d_epilogue", *values)
-    unbatched = residual is not None and residual.dim() == 3 and input.dim() == 3
-    residual = residual.unsqueeze(0) if unbatched else residual
-
-    def fused(x, weight, bias, *geometry):
-        size = x.shape[0], weight.shape[0], *shapes.conv2d_size(x.shape[2:], weight.shape[2:], *geometry[:3])
-        added = _as_autocast(residual, x)
-        _checks.check_epilogue("conv2d_epilogue", x, size, *vectors, added)
-        return ops.conv2d_epilogue(x, weight, bias, *geometry, *vectors, added, *values)
-
-    def rest(z):
-        return reference.epilogue(z, *vectors, residual, *values)
-
-    arguments = input, weight, bias, stride, padding, dilation, groups, "zeros"
-    return _convolve("conv2d_epilogue", fused, rest, *arguments)
+    return convolve("conv2d_relu", ops.conv2d_relu, _torch.relu, *arguments)
 
 
 def conv2d_relu_max_pool2d(
@@ -228,48 +136,7 @@ def _conv2d_relu_max_pool2d(
     def rest(z):
         return _torch.max_pool2d(_torch.relu(z), *pool)
 
-    return _convolve(name, fused, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode)
-
-
-def _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
-    if pad_mode != "zeros":
-        top, bottom, left, right = _checks.conv2d_padding(
-            "conv2d", padding, weight.shape[2:], (1, 1), _checks.as_pair("conv2d", "dilation", dilation)
-        )
-        input, padding = _torch.pad(input, (left, right, top, bottom), mode=pad_mode), 0
-    return _torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """torch.nn.functional.relu on tritonnet's kernels.
-
-    Args:
-        input: any shape and strides; float64, float32, float16 or bfloat16. Other dtypes go to torch.
-        inplace: overwrite input and return it.
-
-    Returns:
-        0 where input < 0, else input, of its shape and dtype; NaN stays NaN.
-
-    Raises:
-        TypeError: input is not a Tensor.
-        RuntimeError: inplace, on a leaf that requires grad or on elements that share memory.
-
-    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.relu.html
-    """
-    if has_torch_function((input,)):
-        return handle_torch_function(relu, (input,), input, inplace)
-    _checks.check_tensors("relu", input=input)
-    if not _checks.is_served(input):
-        return _torch.relu(input, inplace)
-    if not inplace:
-        return ops.relu(input)
-    ops.relu_(input)
-    return input
-
-
-def relu_(input: Tensor) -> Tensor:
-    """relu in place; returns input."""
-    return relu(input, inplace=True)
+    return convolve(name, fused, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -308,89 +175,13 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
-    return _linear("linear_relu", ops.linear_relu, relu, input, weight, bias)
-
-
-def linear_epilogue(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *,
-    mean: Tensor | None = None, var: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
-    eps: float = 1e-5, residual: Tensor | None = None, activation: str = "none", slope: float = 0.01,
-) -> Tensor:  # fmt: skip
-    """act((linear(...) - mean) * scale / sqrt(var + eps) + shift + residual) in one kernel, rounded once.
-
-    Args:
-        input, weight, bias: as for linear.
-        mean, var, scale, shift: (N), of any floating dtype, or None.
-        eps, residual, activation, slope: as for conv2d_epilogue.
-
-    Returns:
-        (..., N), or (...) for a weight of one dimension, of input's dtype.
-
-    Raises:
-        TypeError, RuntimeError, ValueError: as conv2d_epilogue.
-    """
-    name, tensors = "linear_epilogue", (input, weight, bias, mean, var, scale, shift, residual)
-    if has_torch_function(tensors):
-        return handle_torch_function(
-            linear_epilogue, tensors, *tensors[:3], mean=mean, var=var, scale=scale, shift=shift, eps=eps,
-            residual=residual, activation=activation, slope=slope,
-        )  # fmt: skip
-    vectors, values = tensors[3:7], (eps, activation, slope)
-    _checks.check_activation(name, *values)
-    _checks.check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
-    input, weight, bias = _autocast(input, weight, bias)
-    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        raise RuntimeError(
-            f"{name}: weight must be (N, K) and bias (N) or None, got size {list(weight.shape)} and "
-            f"{None if bias is None else list(bias.shape)}"
-        )
-    _checks.check_alike(name, input=input, weight=weight, bias=bias)
-    _checks.check_linear(name, input, weight, bias)
-    size, rows = (*input.shape[:-1], weight.shape[0]), input.reshape(-1, input.shape[-1])
-    residual = _as_autocast(residual, input)
-    _checks.check_epilogue(name, input, size, *vectors, residual)
-    residual = residual if residual is None else residual.reshape(-1, size[-1])
-    if not _checks.is_served(input, weight, bias):
-        return reference.linear_epilogue(rows, weight, bias, *vectors, residual, *values).view(size)
-    y = ops.linear_epilogue(rows, weight, bias, *vectors, residual, *values)
-    return y if len(size) == 2 else _sized(y, size)
-
-
-def epilogue(
-    input: Tensor, *,
-    mean: Tensor | None = None, var: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
-    eps: float = 1e-5, residual: Tensor | None = None, activation: str = "none", slope: float = 0.01,
-) -> Tensor:  # fmt: skip
-    """act((input - mean) * scale / sqrt(var + eps) + shift + residual) in one pass, rounded once.
-
-    Args:
-        input: (N, C, ...), or of any shape without mean, var, scale and shift; any strides.
-        mean, var, scale, shift: (C), of any floating dtype, or None.
-        eps, residual, activation, slope: as for conv2d_epilogue.
-
-    Returns:
-        input's shape and dtype and, if it is dense, its strides.
-
-    Raises:
-        TypeError, RuntimeError, ValueError: as conv2d_epilogue.
-    """
-    name, tensors = "epilogue", (input, mean, var, scale, shift, residual)
-    if has_torch_function(tensors):
-        return handle_torch_function(
-            epilogue, tensors, input, mean=mean, var=var, scale=scale, shift=shift, eps=eps, residual=residual,
-            activation=activation, slope=slope,
-        )  # fmt: skip
-    _checks.check_tensors(name, input=input)
-    _checks.check_activation(name, eps, activation, slope)
-    _checks.check_epilogue(name, input, tuple(input.shape), *tensors[1:])
-    implementation = ops if _checks.is_served(input) else reference
-    return implementation.epilogue(*tensors, eps, activation, slope)
+    return _linear("linear_relu", ops.linear_relu, _activations.relu, input, weight, bias)
 
 
 def _linear(name, operator, rest, input, weight, bias):
     """operator(rows, weight, bias) of checked arguments, or `rest` of the sum where bias has to be added separately."""
     _checks.check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
-    input, weight, bias = _autocast(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     if not _checks.is_served(input, weight, bias):
         return rest(_torch.linear(input, weight, bias))
     _checks.check_alike(name, input=input, weight=weight, bias=bias)
@@ -410,8 +201,8 @@ def _linear(name, operator, rest, input, weight, bias):
         fused, rest_of_bias = (bias.expand(size[-1:]), None) if bias.dim() <= 1 else (None, full)
     rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if rest_of_bias is None:
-        return _sized(operator(rows, weight, fused), size)
-    return rest(_sized(ops.linear(rows, weight, None), size) + rest_of_bias)
+        return sized(operator(rows, weight, fused), size)
+    return rest(sized(ops.linear(rows, weight, None), size) + rest_of_bias)
 
 
 def linear_chain(input, weights, biases=None):
@@ -449,7 +240,7 @@ def linear_chain(input, weights, biases=None):
     named = {f"weights[{i}]": w for i, w in enumerate(weights)}
     named |= {f"biases[{i}]": b for i, b in enumerate(biases) if b is not None}
     _checks.check_tensors(name, input=input, **named)
-    input, *tensors = _autocast(*tensors)
+    input, *tensors = autocast(*tensors)
     weights, biases = tensors[: len(weights)], tensors[len(weights) :]
     if not _checks.is_served(input, *tensors):
         for w, b in zip(weights[:-1], biases):
@@ -468,7 +259,7 @@ def linear_chain(input, weights, biases=None):
     recorded = in_transforms() or any(t is not None and t.requires_grad for t in (input, *tensors))
     keep = torch.is_grad_enabled() and recorded
     y, _ = ops.linear_chain(rows, *layers, keep)
-    return _sized(y, (*input.shape[:-1], weights[-1].shape[0]))
+    return sized(y, (*input.shape[:-1], weights[-1].shape[0]))
 
 
 def cross_entropy(
