@@ -29,6 +29,8 @@ def linear_chain(input, weights, biases):
 def _activated(z, activation, slope):
     if activation == "none":
         return z
+    if activation == "hardsigmoid":
+        return F.relu6(z + 3) / 6  # torch's gradient in float64 has 1 / 6 in float32
     if activation == "leaky_relu":
         return F.leaky_relu(z, slope)
     return F.gelu(z, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(z)

@@ -68,7 +68,7 @@ def once(t):
 
     Otherwise it would load all vectors in the layout of the tile's sums, up to 64 channels a thread.
     """
-    return tl.sum(tl.join(t, tl.zeros(t.shape, t.dtype)), axis=len(t.shape))
+    return tl.sum(tl.join(t, tl.zeros(t.shape, t.dtype)), axis=1)
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def of_channels(vectors, stride_b, channel, mask, EPILOGUE: tl.constexpr, ACC: t
         summand *= factor
     if EPILOGUE[SHIFT]:
         summand += tl.load(shift_ptr + channel, mask=mask, other=0.0).to(ACC)
-    return once(factor), once(summand)
+    return factor, summand
 
 
 @triton.jit
@@ -138,6 +138,8 @@ def store_finished(
         offs_n = n0 + part * columns + tl.arange(0, columns)
         mask_n = offs_n < N
         factor, summand = of_channels(vectors, stride_b, channel0 + offs_n, mask_n, EPILOGUE, ACC)
+        if EPILOGUE[VAR]:
+            factor, summand = once(factor), once(summand)
         offs = rows[:, None] + ((channel0 + offs_n) * stride_n)[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
         y = finished(parts[part], factor[None, :], summand[None, :], r_ptr + offs, mask, EPILOGUE)
@@ -152,7 +154,7 @@ def sigmoid(z):
 @triton.jit
 def clamped(z, MOST: tl.constexpr):
     """z between 0 and MOST; NaN stays NaN."""
-    return tl.where(z < 0, 0.0, tl.where(z > MOST, MOST, z))
+    return tl.where(z < 0, 0.0, tl.minimum(z, MOST, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -221,36 +223,37 @@ def with_slope(dy, t, ACT: tl.constexpr, SLOPE: tl.constexpr):
 def epilogue_kernel(
     x_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, r_ptr,
     numel, inner, inverse_inner, inverse_channels,
-    C: tl.constexpr, EPILOGUE: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, ALONG: tl.constexpr, EPILOGUE: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    offs = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    # Rows of neighbours that a thread loads at once: of channels, of pixels of one channel, or of either.
+    first = (tl.program_id(0).to(INDEX) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]) * BLOCK_V
+    neighbours = tl.arange(0, BLOCK_V)[None, :]
+    offs = first + neighbours
     mask = offs < numel
 
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(ACC)
-    outer = divide(offs, inner, inverse_inner)
+    outer = divide(offs if ALONG == "either" else first, inner, inverse_inner)
     channel = outer - divide(outer, C, inverse_channels) * C
+    if ALONG == "channels":
+        channel = tl.multiple_of(channel, (BLOCK_V, BLOCK_V)) + neighbours
     vectors = (x_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
-    factor, summand = of_channels(vectors, 0, channel, mask, EPILOGUE, ACC)
+    factor, summand = of_channels(vectors, 0, channel, (channel < C) & (first < numel), EPILOGUE, ACC)
     y = finished(x, factor, summand, r_ptr + offs, mask, EPILOGUE)
 
     tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-def _flat(out):
-    """The grid, the number of elements and the constants of a launch over the elements of dense tensors."""
-    block = flat_block(out.numel(), 1024)
-    constants = {"INDEX": index_type(out), "ACC": acc_type(out.dtype), "BLOCK": block, "num_warps": 4, **OPTIONS}
-    return (cdiv(out.numel(), block),), (out.numel(),), constants
-
-
 @planned(epilogue_kernel)
 def _epilogue(x, y, mean, var, scale, shift, residual, eps, activation, slope):
-    grid, numel, constants = _flat(y)
     # In any order of its dimensions a dense tensor's channels follow each other at one distance.
     C, inner = (y.shape[1], y.stride(1)) if y.dim() > 1 and y.shape[1] > 1 else (1, 1)
-    constants |= dict(C=C, EPILOGUE=constant(None, mean, var, scale, shift, residual, eps, activation, slope))
-    return grid, (*numel, inner, reciprocal(inner), reciprocal(C)), constants
+    vector, block = 16 // y.itemsize, flat_block(y.numel(), 1024)
+    along = "channels" if inner == 1 and C % vector == 0 else "pixels" if inner % vector == 0 else "either"
+    return (cdiv(y.numel(), block),), (y.numel(), inner, reciprocal(inner), reciprocal(C)), dict(
+        C=C, ALONG=along, EPILOGUE=constant(None, mean, var, scale, shift, residual, eps, activation, slope),
+        INDEX=index_type(y), ACC=acc_type(y.dtype), BLOCK_R=block // vector, BLOCK_V=vector, num_warps=4, **OPTIONS,
+    )  # fmt: skip
 
 
 def _dense(t, like):
@@ -298,8 +301,11 @@ def activation_grad_kernel(
 
 @planned(activation_grad_kernel)
 def _activation_grad(dy, t, dz, activation, slope):
-    grid, numel, constants = _flat(dz)
-    return grid, numel, {"ACT": activation, "SLOPE": slope if activation == "leaky_relu" else 0.0, **constants}
+    block = flat_block(dz.numel(), 1024)
+    return (cdiv(dz.numel(), block),), (dz.numel(),), dict(
+        ACT=activation, SLOPE=slope if activation == "leaky_relu" else 0.0,
+        INDEX=index_type(dz), ACC=acc_type(dz.dtype), BLOCK=block, num_warps=4, **OPTIONS,
+    )  # fmt: skip
 
 
 def activation_grad(dy, t, activation, slope):

@@ -302,6 +302,8 @@ def conversions():
             row(f"cvt.rn.{source}.{to}", form, result, f"{{0}}.astype({form})")
             for rounding, f in (("rzi", "trunc"), ("rni", "rint"), ("rmi", "floor"), ("rpi", "ceil")):
                 row(f"cvt.{rounding}.{to}.{source}", result, form, f"to_integer({{0}}, {f}, {result})")
+    for t, form in (("f32", "f4"), ("f64", "f8")):
+        row(f"cvt.rni.{t}.{t}", form, form, "rint({0})")
     row("cvt.f32.bf16", "f4", "bf", "{0}")
     row("cvt.f32.f16", "f4", "f2", "{0}.astype(f4)")
     row("cvt.f64.f32", "f8", "f4", "{0}.astype(f8)")
