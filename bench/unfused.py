@@ -52,7 +52,7 @@ def epilogue(
         z = z * along(scale)
     if shift is not None:
         z = z + along(shift)
-    return _activated(z if residual is None else z + residual, activation, slope)
+    return _activated(z if residual is None else z + residual, activation, slope).to(input.dtype)
 
 
 def conv2d_epilogue(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, **arguments):

@@ -230,6 +230,14 @@ RESULTS = {
     ],
     "relu_kernel": [lambda: L.relu(empty(2**31 + 8)), lambda: L.relu_(empty(2**31 + 8))],
     "relu_grad_kernel": [lambda: L.relu_grad(empty(2**31 + 8), empty(2**31 + 8))],
+    "epilogue_kernel": [
+        lambda: L.epilogue(empty(2**31 + 8), *[None] * 5, 0.0, "silu", 0.0),
+        lambda: L.activate_(empty(2**31 + 8), "silu", 0.0),
+        lambda: L.epilogue(
+            empty(2, 5, 2**28), None, None, empty(5), None, empty(2, 5, 2**28), 0.0, "none", 0.0
+        ),
+    ],
+    "activation_grad_kernel": [lambda: L.activation_grad(empty(2**31 + 8), empty(2**31 + 8), "silu", 0.0)],
     # Rows of 14 bytes, and of an odd number of elements, are not for descriptors.
     "linear_forward_kernel": [lambda: L.linear(empty(2**24, 7), empty(136, 7), empty(136))],
     "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 17), True)],
@@ -454,7 +462,9 @@ INPUTS = {
     ],
 }  # fmt: skip
 # These kernels take only dense tensors, which are as long as the result.
-DENSE = {"relu_kernel", "relu_grad_kernel", "fold_few_weight_grad_kernel"}
+DENSE = {
+    "relu_kernel", "relu_grad_kernel", "epilogue_kernel", "activation_grad_kernel", "fold_few_weight_grad_kernel",
+}  # fmt: skip
 # These kernels take at most some hundred programs' sums for a net's weights, or the weights themselves.
 SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_pack_kernel", "lenet_update_kernel"}
 # (kernel, tensor, dimension): in a tensor that is far along its contiguous dimension another kernel takes its place.
