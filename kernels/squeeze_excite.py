@@ -49,6 +49,22 @@ def hidden_units(
 
 
 @triton.jit
+def gates(
+    hidden, w2_ptr, b2_ptr, offs_c, mask_c, inner_r, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The gates of the channels offs_c; R is inner_r * UNIT."""
+    offs_r = tl.arange(0, BLOCK_R)
+    offs = offs_c[:, None] * inner_r * UNIT + offs_r[None, :]
+    mask = mask_c[:, None] & (offs_r[None, :] < inner_r * UNIT)
+    w2 = tl.load(w2_ptr + offs, mask=mask, other=0.0).to(ACC)
+    gate = tl.sum(w2 * hidden[None, :], axis=1)
+    if HAS_BIAS:
+        gate += tl.load(b2_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
+    return round_to(activated(gate, GATE, 0.01), w2_ptr.dtype.element_ty).to(ACC)
+
+
+@triton.jit
 def squeeze_excite_kernel(
     x_ptr, mean_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr,
     C, R, P, inner, inner_r, inner_p, parts_c, parts_p, inverse_c, inverse_p, blocks, pixels,
@@ -69,18 +85,10 @@ def squeeze_excite_kernel(
         ACT, HAS_BIAS1, C_UNIT, ACC, BLOCK_R, BLOCK_K,
     )  # fmt: skip
 
-    offs_r = tl.arange(0, BLOCK_R)
     for block in range(blocks):
         offs_c = c_begin + block * BLOCK_C + tl.arange(0, BLOCK_C)
         mask_c = offs_c < inner * C_UNIT
-        offs = offs_c[:, None] * inner_r * R_UNIT + offs_r[None, :]
-        mask = mask_c[:, None] & (offs_r[None, :] < inner_r * R_UNIT)
-        w2 = tl.load(w2_ptr + offs, mask=mask, other=0.0).to(ACC)
-        gate = tl.sum(w2 * hidden[None, :], axis=1)
-        if HAS_BIAS2:
-            gate += tl.load(b2_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
-        gate = round_to(activated(gate, GATE, 0.01), y_ptr.dtype.element_ty).to(ACC)
-
+        gate = gates(hidden, w2_ptr, b2_ptr, offs_c, mask_c, inner_r, GATE, HAS_BIAS2, R_UNIT, ACC, BLOCK_R)
         for p0 in range(p_begin, min(p_begin + pixels, P), BLOCK_P):
             offs_p = p0 + tl.arange(0, BLOCK_P)
             mask_p = offs_p < inner_p * P_UNIT

@@ -58,6 +58,9 @@ OPERATORS = {
         lambda f, x, var: f.epilogue(x, var=var, eps=2.0, residual=x.flip(0), activation="gelu", slope=0.01),
         (4, 3, 2, 2), (3,),
     ),
+    "squeeze_excite": (
+        lambda f, x, w1, w2, b2: f.squeeze_excite(x, w1, None, w2, b2, "silu"), (4, 5, 3, 2), (3, 5), (5, 3), (5,),
+    ),
     "silu in place": (lambda f, x: f.silu(x * 1.5, inplace=True), (4, 3, 5)),
     "linear_chain": (
         lambda f, x, w1, b1, w2: f.linear_chain(x, [w1, w2], [b1, None]), (4, 3, 5), (6, 5), (6,), (3, 6),
@@ -504,6 +507,7 @@ def operator_calls(device):
         ops.relu_grad: (t(3, 4), t(3, 4)),
         ops.conv2d_epilogue: (x, w, t(6), *conv, *vectors(6), torch.randn_like(dy), *end),
         ops.epilogue: (t(3, 4), *vectors(4), t(3, 4), *end),
+        ops.squeeze_excite: (x, t(3, 4), t(3), t(4, 3), None, "relu", "sigmoid"),
         ops.activate_: (x.detach().clone(), "silu", 0.0),
         ops.activation_grad: (t(3, 4), t(3, 4), "gelu", 0.0),
         ops.cross_entropy: (t(3, 4), torch.tensor([1, -100, 3], device=device), weight, "mean", -100, 0.1),

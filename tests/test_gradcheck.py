@@ -103,6 +103,10 @@ CASES = {
         ),
         (distinct, (2, 3, 2, 2), (3,), (3,), (3,), (3,)),
     ),
+    "squeeze_excite": (
+        lambda x, w1, b1, w2: F.squeeze_excite(x, w1, b1, w2, None, "silu"),
+        (draw, (2, 3, 2, 2), (2, 3), (2,), (3, 2)),
+    ),
     "relu": (F.relu, (draw, (3, 4))),
     "relu6": (lambda x: F.relu6(9 * x - 1.3), (distinct, (3, 4))),
     "leaky_relu, negative": (lambda x: F.leaky_relu(x, -0.5), (draw, (3, 4))),
@@ -118,7 +122,7 @@ CASES = {
 
 
 # Their Jacobians by five or six tensors take the interpreter long.
-IN_DIRECTIONS = {"conv2d_epilogue", "linear_epilogue", "epilogue"}
+IN_DIRECTIONS = {"conv2d_epilogue", "linear_epilogue", "epilogue", "squeeze_excite"}
 
 
 def leaves(case, device):

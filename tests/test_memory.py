@@ -59,6 +59,7 @@ CALLS = {
         t(2, 33, 3, 7), mean=t(33), scale=t(33), shift=t(33), residual=t(2, 33, 3, 7), activation="hardswish"
     ),
     "leaky_relu in place": lambda t: F.leaky_relu_(t(31, 33) * 1, 0.1),
+    "squeeze_excite": lambda t: F.squeeze_excite(t(3, 35, 7, 5), t(9, 35), t(9), t(35, 9), t(35)),
     "linear": lambda t: F.linear(t(70, 40), t(33, 40), t(33)),
     "linear, zero features": lambda t: F.linear(t(70, 0), t(33, 0), t(33)),
 }

@@ -159,7 +159,7 @@ def squeeze_excite(
         activation, gate: as conv2d_epilogue's activation, leaky_relu with torch's default slope.
 
     Returns:
-        Of input's size and dtype; channels_last if input is.
+        Of input's size and dtype, autocast's if that is on; channels_last if input is.
 
     Gradients exist for all tensors, of any order; with gradients the operators that it consists of run.
 
