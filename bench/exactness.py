@@ -31,11 +31,12 @@ FLIPS = 4
 _PRODUCTS = {torch.conv2d, F.linear}
 OPERATORS = _PRODUCTS | {
     F.relu, torch.relu, torch.max_pool2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.cross_entropy,
-    F.relu6, F.leaky_relu, F.silu, F.hardswish, F.gelu, F.sigmoid, F.hardsigmoid,
+    F.relu6, F.leaky_relu, F.silu, F.hardswish, F.gelu, F.sigmoid, F.hardsigmoid, torch.Tensor.sigmoid,
+    torch.Tensor.mul,
 }  # fmt: skip
 # The operators of the networks of --inference that compute a result. `+=` is add_, whose result replaces its operand.
 OF_NETWORKS = OPERATORS | {
-    F.batch_norm, F.hardtanh, torch.sigmoid, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.mul,
+    F.batch_norm, F.hardtanh, torch.sigmoid, torch.Tensor.add, torch.Tensor.add_,
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def epilogue(
         z = z * along(scale)
     if shift is not None:
         z = z + along(shift)
-    return _activated(z if residual is None else z + residual, activation, slope)
+    return _activated(z if residual is None else z + residual, activation, slope).to(input.dtype)
 
 
 def conv2d_epilogue(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, **arguments):
@@ -64,3 +64,11 @@ def conv2d_epilogue(input, weight, bias=None, stride=1, padding=0, dilation=1, g
 
 def linear_epilogue(input, weight, bias=None, **arguments):
     return epilogue(F.linear(input, weight, bias), dim=input.dim() - 1, **arguments)
+
+
+def squeeze_excite(input, weight1, bias1, weight2, bias2, activation="relu", gate="sigmoid"):
+    hidden = _activated(
+        F.linear(F.adaptive_avg_pool2d(input, 1).flatten(-3), weight1.flatten(1), bias1), activation, 0.01
+    )
+    gates = _activated(F.linear(hidden, weight2.flatten(1), bias2), gate, 0.01)
+    return (input * gates[..., None, None]).to(gates.dtype)

@@ -13,6 +13,8 @@ FUNCTIONS = {
     "none": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish, "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid,
 }  # fmt: skip
+# leaky_relu's where nothing else is said, as in torch.
+SLOPE = 0.01
 NAMES = (*FUNCTIONS, "leaky_relu")
 _BY_RESULT = ("none", "relu", "relu6", "sigmoid", "hardsigmoid")
 

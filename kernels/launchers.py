@@ -10,6 +10,7 @@ from . import epilogue as _epilogue
 from . import linear as _linear
 from . import relu as _relu
 from . import shapes
+from . import squeeze_excite as _squeeze_excite
 from .avg_pool2d import bins as _avg_bins
 from .avg_pool2d import forward as _avg_pool2d
 from .avg_pool2d import gradient as _avg_gradient
@@ -173,6 +174,7 @@ max_pool2d_values = _max_pool2d.values
 max_pool2d_scatter = _max_pool2d_scatter.scatter
 max_pool2d_gather = _max_pool2d_gather.gather
 max_pool2d_indices = _max_pool2d_gather.indices
+squeeze_excite = _squeeze_excite.forward
 relu = _relu.forward
 relu_ = _relu.forward_
 relu_grad = _relu.grad

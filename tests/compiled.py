@@ -66,6 +66,18 @@ def dilated_first_layer(f, w, b):
     return f.conv2d_relu(images, w, b, padding=2, dilation=2)
 
 
+def gated(f, x):
+    """Without gradients, which other operators compute; the weights have the same values in every format."""
+    C, R = x.shape[1], 6
+    w1, b1, w2, b2 = (
+        ((torch.arange(torch.Size(size).numel(), device=x.device) % 7 - 3) / 8).to(x.dtype).view(size)
+        for size in ((R, C), (R,), (C, R), (C,))
+    )
+    with torch.no_grad():
+        y = f.squeeze_excite(x, w1, b1, w2, b2, "silu")
+    return x * y
+
+
 def strided(f, x, w, b):
     return f.conv2d(x, w, b, stride=2, padding=2)
 
@@ -122,6 +134,8 @@ CASES = {
     "avg_pool2d, bins": (operators.adaptive_avg_pool2d("", (2, 12, 9, 7), (4, 3)), CHANNELS_LAST),
     "avg_pool2d, images": (operators.adaptive_avg_pool2d("", (3, 72, 9, 10), (1, 1)), CHANNELS_LAST),
     "avg_pool2d, images, NCHW": (operators.adaptive_avg_pool2d("", (3, 40, 7, 7), (1, 1)), CONTIGUOUS),
+    "squeeze_excite": (operator(gated, (2, 72, 9, 7), (2, 72, 9, 7)), CHANNELS_LAST),
+    "squeeze_excite, NCHW": (operator(gated, (2, 24, 10, 12), (2, 24, 10, 12)), CONTIGUOUS),
     "cross_entropy": (operators.cross_entropy(37, 50), CONTIGUOUS),
     "cross_entropy, programs": (operators.cross_entropy(41, 600), CONTIGUOUS),
     "linear": (operators.linear("", 70, 200, 40, relu=True), CONTIGUOUS),
@@ -255,6 +269,8 @@ LAUNCHED = {
     "avg_pool2d, bins": ("adaptive_avg_pool2d",),
     "avg_pool2d, images": ("whole_avg_pool2d", "whole_avg_pool2d_grad"),
     "avg_pool2d, images, NCHW": dict.fromkeys(("bfloat16", "float32"), ("whole_avg_pool2d", "whole_avg_pool2d_grad")),
+    "squeeze_excite": ("whole_avg_pool2d", "squeeze_excite"),
+    "squeeze_excite, NCHW": dict.fromkeys(("bfloat16", "float32"), ("whole_avg_pool2d", "squeeze_excite")),
     "cross_entropy": ("cross_entropy", "cross_entropy_grad"),
     "cross_entropy, programs": ("cross_entropy", "sum_losses", "cross_entropy_grad"),
     "linear": ("linear_forward", "linear_weight_grad", "relu_grad"),

@@ -41,6 +41,27 @@ OPERATORS = {
         (4, 4, 4, 5), (4, 2, 3, 2), (4,),
     ),
     "linear_relu": (lambda f, x, w, b: f.linear_relu(x, w, b), (4, 3, 5), (6, 5), (6,)),
+    # Of these eps and slope are given: Dynamo takes defaults that are floats for inputs, and then captures again.
+    "conv2d_epilogue": (
+        lambda f, x, w, b, scale: f.conv2d_epilogue(
+            x, w, b, 1, 1, scale=scale, eps=1e-5, residual=x, activation="silu", slope=0.01
+        ),
+        (4, 2, 3, 4), (2, 2, 3, 3), (2,), (2,),
+    ),
+    "linear_epilogue": (
+        lambda f, x, w, mean, shift: f.linear_epilogue(
+            x, w, mean=mean, shift=shift, eps=1e-5, activation="leaky_relu", slope=0.1
+        ),
+        (4, 5), (6, 5), (6,), (6,),
+    ),
+    "epilogue": (
+        lambda f, x, var: f.epilogue(x, var=var, eps=2.0, residual=x.flip(0), activation="gelu", slope=0.01),
+        (4, 3, 2, 2), (3,),
+    ),
+    "squeeze_excite": (
+        lambda f, x, w1, w2, b2: f.squeeze_excite(x, w1, None, w2, b2, "silu"), (4, 5, 3, 2), (3, 5), (5, 3), (5,),
+    ),
+    "silu in place": (lambda f, x: f.silu(x * 1.5, inplace=True), (4, 3, 5)),
     "linear_chain": (
         lambda f, x, w1, b1, w2: f.linear_chain(x, [w1, w2], [b1, None]), (4, 3, 5), (6, 5), (6,), (3, 6),
     ),
@@ -429,7 +450,7 @@ def test_on_the_reference(check, operator, device):
 
 
 # One switch in the kernels of conv2d and linear; test_fused.py compares it bit by bit with the separate functions.
-SWITCHES = {"conv2d_relu", "linear_relu"}
+SWITCHES = {"conv2d_relu", "linear_relu", "conv2d_epilogue", "linear_epilogue"}
 
 
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in SWITCHES])
@@ -455,6 +476,11 @@ def operator_calls(device):
     pool, means = ([2, 2], [2, 1], [1, 0]), ([3, 2], [2, 2], [1, 0], True, False, None)
     q, dead = ops.conv2d_relu_max_pool2d(x.detach(), w.detach(), None, *conv, *pool, True)
     dq, weight = torch.randn_like(q).requires_grad_(), t(4).detach().abs()
+    end = (0.1, "silu", 0.0)
+
+    def vectors(channels):
+        return t(channels), torch.rand(channels, dtype=torch.float64, device=device), t(channels), t(channels)
+
     layers = t(5, 4), t(5), t(2, 5), None, t(6, 2), t(6), None, None
     return {
         ops.conv2d: (x, w, t(6), *conv),
@@ -479,10 +505,16 @@ def operator_calls(device):
         ops.relu: (x,),
         ops.relu_: (x.detach().clone(),),
         ops.relu_grad: (t(3, 4), t(3, 4)),
+        ops.conv2d_epilogue: (x, w, t(6), *conv, *vectors(6), torch.randn_like(dy), *end),
+        ops.epilogue: (t(3, 4), *vectors(4), t(3, 4), *end),
+        ops.squeeze_excite: (x, t(3, 4), t(3), t(4, 3), None, "relu", "sigmoid"),
+        ops.activate_: (x.detach().clone(), "silu", 0.0),
+        ops.activation_grad: (t(3, 4), t(3, 4), "gelu", 0.0),
         ops.cross_entropy: (t(3, 4), torch.tensor([1, -100, 3], device=device), weight, "mean", -100, 0.1),
         ops.cross_entropy_grad: (t(3), t(3, 4), torch.tensor([1, -100, 3], device=device), -100),
         ops.linear: (t(3, 4), t(5, 4), t(5)),
         ops.linear_relu: (t(3, 4), t(5, 4), t(5)),
+        ops.linear_epilogue: (t(3, 4), t(5, 4), t(5), *vectors(5), t(3, 5), *end),
         ops.linear_weight_grad: (t(3, 5), t(3, 4), True),
         ops.linear_chain: (t(3, 4), *layers, True),
         ops.linear_chain_input_grad: (t(3, 6), t(3, 7), *layers[::2], True),

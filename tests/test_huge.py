@@ -50,6 +50,10 @@ def pooled(x, w, b=None):
     return L.conv2d_relu_max_pool2d(x, w, b, *plain(), (2, 2), (1, 1), (0, 0), False)[0]
 
 
+def gated(x, w1, w2):
+    return L.squeeze_excite(x, w1, None, w2, None, "relu", "relu")
+
+
 def rows(width):
     """Many rows in one row's memory."""
     return torch.zeros(1, width, dtype=torch.float16).expand(ROWS, width)
@@ -230,6 +234,18 @@ RESULTS = {
     ],
     "relu_kernel": [lambda: L.relu(empty(2**31 + 8)), lambda: L.relu_(empty(2**31 + 8))],
     "relu_grad_kernel": [lambda: L.relu_grad(empty(2**31 + 8), empty(2**31 + 8))],
+    "epilogue_kernel": [
+        lambda: L.epilogue(empty(2**31 + 8), *[None] * 5, 0.0, "silu", 0.0),
+        lambda: L.activate_(empty(2**31 + 8), "silu", 0.0),
+        lambda: L.epilogue(
+            empty(2, 5, 2**28), None, None, empty(5), None, empty(2, 5, 2**28), 0.0, "none", 0.0
+        ),
+    ],
+    "activation_grad_kernel": [lambda: L.activation_grad(empty(2**31 + 8), empty(2**31 + 8), "silu", 0.0)],
+    "squeeze_excite_kernel": [
+        lambda: gated(empty(BIG, 257, 8, 8, last=True), empty(3, 257), empty(257, 3)),
+        lambda: gated(empty(BIG, 257, 8, 8), empty(3, 257), empty(257, 3)),
+    ],
     # Rows of 14 bytes, and of an odd number of elements, are not for descriptors.
     "linear_forward_kernel": [lambda: L.linear(empty(2**24, 7), empty(136, 7), empty(136))],
     "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 17), True)],
@@ -454,7 +470,10 @@ INPUTS = {
     ],
 }  # fmt: skip
 # These kernels take only dense tensors, which are as long as the result.
-DENSE = {"relu_kernel", "relu_grad_kernel", "fold_few_weight_grad_kernel"}
+DENSE = {
+    "relu_kernel", "relu_grad_kernel", "epilogue_kernel", "activation_grad_kernel", "squeeze_excite_kernel",
+    "fold_few_weight_grad_kernel",
+}  # fmt: skip
 # These kernels take at most some hundred programs' sums for a net's weights, or the weights themselves.
 SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_pack_kernel", "lenet_update_kernel"}
 # (kernel, tensor, dimension): in a tensor that is far along its contiguous dimension another kernel takes its place.

@@ -32,6 +32,13 @@ LAYERS = [
     ("AdaptiveAvgPool2d", dict(output_size=(None, 3)), (4, 7, 7)),
     ("ReLU", dict(), (2, 4, 7)),
     ("ReLU", dict(inplace=True), (2, 4, 7)),
+    ("ReLU6", dict(), (2, 4, 7)),
+    ("LeakyReLU", dict(negative_slope=0.2, inplace=True), (2, 4, 7)),
+    ("SiLU", dict(inplace=True), (2, 4, 7)),
+    ("Hardswish", dict(), (2, 4, 7)),
+    ("GELU", dict(approximate="tanh"), (2, 4, 7)),
+    ("Sigmoid", dict(), (2, 4, 7)),
+    ("Hardsigmoid", dict(), (2, 4, 7)),
     ("Linear", dict(in_features=7, out_features=5), (2, 4, 7)),
     ("Linear", dict(in_features=7, out_features=5, bias=False), (7,)),
 ]  # fmt: skip
@@ -66,7 +73,7 @@ def test_layer_stands_in(name, arguments, size, backend, device, full_precision)
     theirs.load_state_dict(ours.state_dict())
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(size)
-    torch.testing.assert_close(ours.to(device)(x.to(device)).cpu(), theirs(x.clone()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.to(device)(x.clone().to(device)).cpu(), theirs(x.clone()), rtol=1e-4, atol=1e-4)
 
 
 def test_constructors_check_as_torch_does():

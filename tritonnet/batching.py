@@ -9,6 +9,7 @@ import math
 import torch
 
 from . import ops
+from .kernels.activations import SLOPE
 from .kernels.cross_entropy import targets
 from .kernels.linear_chain import layered
 from .registration import register_batching
@@ -253,6 +254,18 @@ def _linear_epilogue(info, dims, x, w, bias, mean, var, scale, shift, residual, 
         return y.unflatten(0, x.shape[:2]), 0
     z, z_dim = _linear(info, dims[:3], x, w, bias)
     return _epilogue(info, (z_dim, *dims[3:]), z, mean, var, scale, shift, residual, *rest)
+
+
+@register_batching(ops.squeeze_excite)
+def _squeeze_excite(info, dims, x, w1, b1, w2, b2, activation, gate):
+    x = _front(info, x, dims[0])
+    if all(dim is None for dim in dims[1:5]):
+        return ops.squeeze_excite(_as_images(x), w1, b1, w2, b2, activation, gate).unflatten(0, x.shape[:2]), 0
+    gates, dim = ops.adaptive_avg_pool2d(_as_images(x), (1, 1)).view(x.shape[:3]), 0
+    for w, b, act, w_dim, b_dim in ((w1, b1, activation, *dims[1:3]), (w2, b2, gate, *dims[3:5])):
+        arguments = gates, w, b, *[None] * 5, 0.0, act, SLOPE
+        gates, dim = _linear_epilogue(info, (dim, w_dim, b_dim, *[None] * 8), *arguments)
+    return x * gates.movedim(dim, 0)[..., None, None], 0
 
 
 @register_batching(ops.linear_relu)

@@ -127,6 +127,10 @@ adaptive_avg_pool2d_grad = _operator(
     "adaptive_avg_pool2d_grad(Tensor dy, SymInt[] size, bool channels_last) -> Tensor",
     shapes.avg_pool2d_grad,
 )
+squeeze_excite = _operator(
+    "squeeze_excite(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate) -> Tensor",
+    lambda x, *_: shapes.squeeze_excite(x),
+)
 relu = _operator("relu(Tensor x) -> Tensor", shapes.relu)
 relu_ = _operator("relu_(Tensor(a!) x) -> ()", lambda x: None)
 relu_grad = _operator("relu_grad(Tensor dy, Tensor y) -> Tensor", lambda dy, y: shapes.relu(y))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn import grad as conv_grad
 
 from .kernels import activations, shapes
+from .kernels.activations import SLOPE
 from .kernels.cross_entropy import targets
 from .kernels.linear_chain import layered
 
@@ -229,6 +230,13 @@ def adaptive_avg_pool2d_grad(dy, size, channels_last):
     # torch's own is not deterministic on a GPU.
     dx = _spread(_spread(*_wide(dy), 3, size[1]), 2, size[0])
     return _like(shapes.avg_pool2d_grad(dy, size, channels_last), dx)
+
+
+def squeeze_excite(x, w1, b1, w2, b2, activation, gate):
+    means = adaptive_avg_pool2d(x, (1, 1)).flatten(1)
+    hidden = linear_epilogue(means, w1, b1, *[None] * 5, 0.0, activation, SLOPE)
+    gates = linear_epilogue(hidden, w2, b2, *[None] * 5, 0.0, gate, SLOPE)
+    return _like(shapes.squeeze_excite(x), x * gates[:, :, None, None])
 
 
 def relu(x):

@@ -127,6 +127,13 @@ class Calls:
         """The means of images that are slices of wider ones."""
         launchers.adaptive_avg_pool2d(self.tensor(*size[:3], 2 * size[3])[..., : size[3]], (1, 1))
 
+    def squeeze_excite(self, size, r, last, biases=True):
+        """Squeeze and excitation to r units."""
+        C = size[1]
+        b1, b2 = (self.tensor(r), self.tensor(C)) if biases else (None, None)
+        x, w1, w2 = self.tensor(*size, last=last), self.tensor(r, C), self.tensor(C, r)
+        launchers.squeeze_excite(x, w1, b1, w2, b2, "silu", "sigmoid")
+
     def relu(self, *size, last=False):
         y = launchers.relu(self.tensor(*size, last=last))
         launchers.relu_grad(y, y)
@@ -246,6 +253,7 @@ class Calls:
         self.conv_pool(big // 2**10, 1, 32, 6, 5, last=False, gradients=True)
         self.cross_entropy(big // 64, 128)
         self.relu(big + 8)
+        self.squeeze_excite((big // 2**10, 16, 8, 9), 4, True, biases=False)
         self.linear(big // 16, 64, 32)
         self.chain(big // 64, 64, 32, 16)
 
@@ -408,6 +416,9 @@ def layers(c, format, brief):
     yield "means, large windows", lambda: c.means((4, 8, 16, 16), 6, 3, 3, True, include_pad=False)
     yield "bins", lambda: c.bins((4, 8, 16, 16), (7, 6), True)
     yield "images' means, NCHW", lambda: c.bins((64, 512, 7, 7), (1, 1), False)
+    yield "squeeze and excitation", lambda: c.squeeze_excite((64, 1152, 7, 7), 48, True)
+    yield "squeeze to many units", lambda: c.squeeze_excite((4, 3712, 7, 7), 348, True, biases=False)
+    yield "NCHW squeeze and excitation", lambda: c.squeeze_excite((64, 96, 56, 56), 4, False)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
     yield "loss of many classes", lambda: c.cross_entropy(64, 50000)

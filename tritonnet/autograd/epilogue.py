@@ -69,36 +69,37 @@ class _Rule(torch.autograd.Function):
         ctx.tensors = [isinstance(a, torch.Tensor) for a in ctx.before]
         kept = [a for a in ctx.before if isinstance(a, torch.Tensor)]
         ctx.before = [None if isinstance(a, torch.Tensor) else a for a in ctx.before]
-        ctx.shift_dtype = None if shift is None else shift.dtype
         result = y if activations.by_result(ctx.activation, ctx.slope) else None
         save(ctx, scale, shift, residual if result is None else None, result, *kept)
         return y
 
     @classmethod
     def saved(cls, ctx):
-        """(the arguments before the epilogue's, scale, what activation_grad takes)."""
+        """(the arguments before the epilogue's, scale, shift, what activation_grad takes)."""
         scale, shift, residual, t, *kept = ctx.saved_tensors
         kept = iter(kept)
         before = [next(kept) if is_tensor else a for is_tensor, a in zip(ctx.tensors, ctx.before)]
         if t is None:
             t = cls.operator(*before, None, None, scale, shift, residual, 0.0, "none", 0.0)
-        return before, scale, t
+        return before, scale, shift, t
 
     @classmethod
     def gradients(cls, ctx, dy):
         """The gradient of z, and those of the epilogue's arguments."""
-        before, scale, t = cls.saved(ctx)
+        before, scale, shift, t = cls.saved(ctx)
         needs_scale, needs_shift, needs_residual = ctx.needs_input_grad[cls.first + 2 : cls.first + 5]
         dz = ops.activation_grad(dy, t, ctx.activation, ctx.slope)
         pixels = [dim for dim in range(dz.dim()) if dim != 1]
         dscale = (dz.to(scale.dtype) * cls.z(*before)).sum(pixels) if needs_scale else None
-        dshift = dz.sum(pixels, dtype=ctx.shift_dtype) if needs_shift else None
+        dshift = dz.sum(pixels, dtype=shift.dtype) if needs_shift else None
         rest = None, None, dscale, dshift, dz if needs_residual else None, *_NOTHING
         return before, _scaled(dz, scale), rest
 
     @classmethod
-    def tangent(cls, ctx, tz, tscale, tshift, tresidual):
-        before, scale, t = cls.saved(ctx)
+    def tangent(cls, ctx, of_z, tscale, tshift, tresidual):
+        """of_z: function of the arguments before the epilogue's that returns the tangent of z."""
+        before, scale, _, t = cls.saved(ctx)
+        tz = of_z(*before)
         of_scale = None if tscale is None else cls.z(*before) * _along(tscale, t)
         of_shift = None if tshift is None else _along(tshift, t)
         tangent = total(None if tz is None else _scaled(tz, scale), tresidual, of_scale, of_shift)
@@ -126,7 +127,7 @@ class Epilogue(_Rule):
 
     @staticmethod
     def jvp(ctx, tx, _, __, tscale, tshift, tresidual, *___):
-        return Epilogue.tangent(ctx, tx, tscale, tshift, tresidual)
+        return Epilogue.tangent(ctx, lambda x: tx, tscale, tshift, tresidual)
 
 
 @register_autograd(ops.linear_epilogue, prepare=_of_product)
@@ -153,8 +154,10 @@ class LinearEpilogue(_Rule):
 
     @staticmethod
     def jvp(ctx, tx, tw, _, __, ___, tscale, tshift, tresidual, *____):
-        (x, w, _), *_ = LinearEpilogue.saved(ctx)
-        return LinearEpilogue.tangent(ctx, linear_tangent(x, w, tx, tw, None), tscale, tshift, tresidual)
+        def of_z(x, w, _):
+            return linear_tangent(x, w, tx, tw, None)
+
+        return LinearEpilogue.tangent(ctx, of_z, tscale, tshift, tresidual)
 
 
 @register_autograd(ops.conv2d_epilogue, prepare=_of_convolution)
@@ -186,9 +189,10 @@ class Conv2dEpilogue(_Rule):
 
     @staticmethod
     def jvp(ctx, tx, tw, *others):
-        (x, w, _, *geometry), *_ = Conv2dEpilogue.saved(ctx)
-        tz = conv2d_tangent(x, w, tx, tw, None, None, geometry)
-        return Conv2dEpilogue.tangent(ctx, tz, *others[8:11])
+        def of_z(x, w, _, *geometry):
+            return conv2d_tangent(x, w, tx, tw, None, None, geometry)
+
+        return Conv2dEpilogue.tangent(ctx, of_z, *others[8:11])
 
 
 @register_decomposition(ops.activation_grad)

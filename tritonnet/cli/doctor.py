@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
     "AvgPool2d": (lambda: nn.AvgPool2d(2), lambda: torch.nn.AvgPool2d(2), (4, 6, 14, 14)),
     "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(1), lambda: torch.nn.AdaptiveAvgPool2d(1), (4, 6, 14, 14)),
     "ReLU": (nn.ReLU, torch.nn.ReLU, (4, 6, 14, 14)),
+    "SiLU": (nn.SiLU, torch.nn.SiLU, (4, 6, 14, 14)),
     "Linear": (lambda: nn.Linear(400, 120), lambda: torch.nn.Linear(400, 120), (4, 400)),
     "CrossEntropyLoss": (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss, (8, 10)),
     "Conv2dReLU": (

@@ -21,7 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _activate(activation, input, inplace, slope=0.0):
+def _activate(activation, input, inplace, slope):
     """The activation of an input that the kernels serve."""
     if not inplace:
         return ops.epilogue(input, None, None, None, None, None, 0.0, activation, slope)
@@ -66,7 +66,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     if has_torch_function((input,)):
         return handle_torch_function(relu6, (input,), input, inplace)
     _checks.check_tensors("relu6", input=input)
-    return _activate("relu6", input, inplace) if _checks.is_served(input) else _torch.relu6(input, inplace)
+    return _activate("relu6", input, inplace, 0.0) if _checks.is_served(input) else _torch.relu6(input, inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -75,7 +75,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
         return handle_torch_function(hardtanh, (input,), input, min_val, max_val, inplace)
     _checks.check_tensors("hardtanh", input=input)
     served = _checks.is_served(input) and (min_val, max_val) == (0, 6)
-    return _activate("relu6", input, inplace) if served else _torch.hardtanh(input, min_val, max_val, inplace)
+    return _activate("relu6", input, inplace, 0.0) if served else _torch.hardtanh(input, min_val, max_val, inplace)
 
 
 def hardtanh_(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
@@ -108,7 +108,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     if has_torch_function((input,)):
         return handle_torch_function(silu, (input,), input, inplace)
     _checks.check_tensors("silu", input=input)
-    return _activate("silu", input, inplace) if _checks.is_served(input) else _torch.silu(input, inplace)
+    return _activate("silu", input, inplace, 0.0) if _checks.is_served(input) else _torch.silu(input, inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
@@ -116,7 +116,7 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     if has_torch_function((input,)):
         return handle_torch_function(hardswish, (input,), input, inplace)
     _checks.check_tensors("hardswish", input=input)
-    return _activate("hardswish", input, inplace) if _checks.is_served(input) else _torch.hardswish(input, inplace)
+    return _activate("hardswish", input, inplace, 0.0) if _checks.is_served(input) else _torch.hardswish(input, inplace)
 
 
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
@@ -126,7 +126,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     _checks.check_tensors("gelu", input=input)
     if not _checks.is_served(input) or approximate not in ("none", "tanh"):
         return _torch.gelu(input, approximate=approximate)
-    return _activate("gelu" if approximate == "none" else "gelu_tanh", input, False)
+    return _activate("gelu" if approximate == "none" else "gelu_tanh", input, False, 0.0)
 
 
 def sigmoid(input: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def sigmoid(input: Tensor) -> Tensor:
     if has_torch_function((input,)):
         return handle_torch_function(sigmoid, (input,), input)
     _checks.check_tensors("sigmoid", input=input)
-    return _activate("sigmoid", input, False) if _checks.is_served(input) else _torch.sigmoid(input)
+    return _activate("sigmoid", input, False, 0.0) if _checks.is_served(input) else _torch.sigmoid(input)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -142,4 +142,8 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     if has_torch_function((input,)):
         return handle_torch_function(hardsigmoid, (input,), input, inplace)
     _checks.check_tensors("hardsigmoid", input=input)
-    return _activate("hardsigmoid", input, inplace) if _checks.is_served(input) else _torch.hardsigmoid(input, inplace)
+    return (
+        _activate("hardsigmoid", input, inplace, 0.0)
+        if _checks.is_served(input)
+        else _torch.hardsigmoid(input, inplace)
+    )

@@ -227,3 +227,18 @@ def check_epilogue(name, x, size, mean, var, scale, shift, residual):
             )
         if t.device != x.device:
             raise RuntimeError(f"{name}: {argument} must be on input's device {x.device}, got {t.device}")
+
+
+def check_squeeze_excite(name, input, weight1, bias1, weight2, bias2):
+    C, R = input.shape[1], weight1.shape[0] if weight1.dim() else 0
+    if C < 1 or R < 1 or 0 in input.shape[2:]:
+        raise RuntimeError(
+            f"{name}: only the batch of input may be empty, got input {list(input.shape)} and weight1 "
+            f"{list(weight1.shape)}"
+        )
+    for argument, t, size in (
+        ("weight1", weight1, [R, C]), ("bias1", bias1, [R]), ("weight2", weight2, [C, R]), ("bias2", bias2, [C]),
+    ):  # fmt: skip
+        pixel = [1, 1] if t is not None and t.dim() == 4 and len(size) == 2 else []
+        if t is not None and list(t.shape) != size + pixel:
+            raise RuntimeError(f"{name}: {argument} must have size {size}, got {list(t.shape)}")

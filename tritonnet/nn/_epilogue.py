@@ -11,7 +11,7 @@ from . import _checks
 from ._calls import as_autocast, autocast, convolve
 from ._checks import Pixels, sized
 
-__all__ = ["conv2d_epilogue", "epilogue", "linear_epilogue"]
+__all__ = ["conv2d_epilogue", "epilogue", "linear_epilogue", "squeeze_excite"]
 
 
 def conv2d_epilogue(
@@ -143,3 +143,40 @@ def epilogue(
     _checks.check_epilogue(name, input, tuple(input.shape), *tensors[1:])
     implementation = ops if _checks.is_served(input) else reference
     return implementation.epilogue(*tensors, eps, activation, slope)
+
+
+def squeeze_excite(
+    input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    activation: str = "relu", gate: str = "sigmoid",
+) -> Tensor:  # fmt: skip
+    """input * gate(weight2 act(weight1 mean + bias1) + bias2), where mean is that of each channel, in two kernels.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides.
+        weight1, weight2: (R, C) and (C, R), or with two further dimensions of 1, as 1x1 convolutions have; of input's
+            dtype.
+        bias1, bias2: (R) and (C), of input's dtype, or None.
+        activation, gate: as conv2d_epilogue's activation, leaky_relu with torch's default slope.
+
+    Returns:
+        Of input's size and dtype, autocast's if that is on; channels_last if input is.
+
+    Gradients exist for all tensors, of any order; with gradients the operators that it consists of run.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as conv2d_epilogue.
+    """
+    name, tensors = "squeeze_excite", (input, weight1, bias1, weight2, bias2)
+    if has_torch_function(tensors):
+        return handle_torch_function(squeeze_excite, tensors, *tensors, activation, gate)
+    for act in (activation, gate):
+        _checks.check_activation(name, 0.0, act, 0.0)
+    biases = {argument: t for argument, t in (("bias1", bias1), ("bias2", bias2)) if t is not None}
+    _checks.check_tensors(name, input=input, weight1=weight1, weight2=weight2, **biases)
+    x, w1, b1, w2, b2 = autocast(*tensors)
+    _checks.check_alike(name, input=x, weight1=w1, bias1=b1, weight2=w2, bias2=b2)
+    x, unbatched = _checks.as_batch(name, x)
+    _checks.check_squeeze_excite(name, x, w1, b1, w2, b2)
+    implementation = ops if _checks.is_served(x) else reference
+    y = implementation.squeeze_excite(x, w1.flatten(1), b1, w2.flatten(1), b2, activation, gate)
+    return _checks.sized(y, y.shape[1:]) if unbatched else y
