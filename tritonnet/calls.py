@@ -1,4 +1,4 @@
-"""What the nodes of a captured graph compute: the layers and functions that patterns consist of, torch's and ours."""
+"""What the calls of a captured graph compute: the functions, methods and operators of patterns, torch's and ours."""
 
 import operator
 
@@ -72,7 +72,8 @@ _NORMS = {
 }
 # What an epilogue does, in this order, and the names of its arguments.
 PARTS = ("mean", "var", "scale", "shift", "eps"), ("residual",), ("activation", "slope")
-_MEANS = (torch_functional.adaptive_avg_pool2d, torch.mean, "mean")
+_POOLINGS = (torch_functional.adaptive_avg_pool2d, ops.adaptive_avg_pool2d)
+_MEANS = (torch.mean, "mean")
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 
 
@@ -95,13 +96,16 @@ _SAME = {
 }  # fmt: skip
 # {torch's function or method: our function}, of those that tritonnet.nn.functional defines itself.
 OURS = {target: vars(F)[name] for name, targets in _SAME.items() if name in vars(F) for target in targets}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Other calls whose results are new tensors and that write to none.
 _NEW = {
     F.conv2d_relu, F.conv2d_relu_max_pool2d, F.conv2d_epilogue, F.linear_chain, F.linear_epilogue, F.epilogue,
-    ops.epilogue, ops.conv2d_epilogue, ops.linear_epilogue,
+    ops.epilogue, ops.conv2d_epilogue, ops.linear_epilogue, ops.avg_pool2d, ops.adaptive_avg_pool2d,
     operator.sub, operator.mul, operator.truediv, operator.neg, torch.sub, torch.mul, torch.div, torch.cat,
     torch_functional.avg_pool2d, torch_functional.adaptive_avg_pool2d, torch_functional.softmax, "mean", "sum", "mul",
 }  # fmt: skip
+if "squeeze_excite" in vars(F):
+    _NEW.add(vars(F)["squeeze_excite"])
 # Calls whose results may be views and that write to nothing.
 _VIEWS = {
     operator.getitem, torch.flatten, torch.permute, torch.transpose, torch.reshape, "flatten", "permute", "transpose",
@@ -132,6 +136,12 @@ def alike(node, other, strides=True):
         return False
     counted = [i for i, size in enumerate(a.shape) if not statically_known_true(size == 1)]
     return not strides or _equal([a.stride(i) for i in counted], [b.stride(i) for i in counted])
+
+
+def is_laid_out(node):
+    """Whether the tensor is contiguous or channels_last, as all results of torch's batch norm are."""
+    value = value_of(node)
+    return value.is_contiguous() or (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last))
 
 
 def arguments_of(node, *names, **defaults):
@@ -189,22 +199,32 @@ def _is_new(node):
     return known or bool(steps_of(node))
 
 
-def is_own(node):
-    """Whether nothing but the node's only user can read or write the memory of its result."""
-    if not isinstance(node, torch.fx.Node) or only_user(node) is None or not _is_new(node):
+def _is_fresh(node):
+    """Whether the node's result has no other name in the graph and outside of it."""
+    if not isinstance(node, torch.fx.Node) or not _is_new(node):
         return False
     overwritten = overwritten_by(node)
     return overwritten is None or is_own(overwritten)
+
+
+def is_own(node):
+    """Whether nothing but the node's only user can read or write the memory of its result."""
+    return _is_fresh(node) and only_user(node) is not None
+
+
+def stays(node, row):
+    """Whether nothing but the nodes of a row may overwrite the node's result, until a backward pass needs it."""
+    users = [user for user in node.users if user not in row]
+    return _is_fresh(node) and all(
+        writes_nothing(user) and user.target not in _VIEWS and overwritten_by(user) is not node for user in users
+    )
 
 
 def writes_nothing(node):
     """Whether the node writes to no tensor that others can read."""
     if is_call(node) and node.target in _VIEWS:
         return True
-    if not _is_new(node) or is_training_norm(node):
-        return False
-    overwritten = overwritten_by(node)
-    return overwritten is None or is_own(overwritten)
+    return _is_fresh(node) and not is_training_norm(node)
 
 
 def is_training_norm(node):
@@ -231,8 +251,7 @@ def norm_of(node):
         allowed = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
         if t is None or t.dtype not in allowed or not _equal(t.shape, x.shape[1:2]):
             return None
-    # torch has no gradients of running statistics, and the epilogue has.
-    if any(value_of(vector).requires_grad for vector in (mean, var)) or not isinstance(given["eps"], float):
+    if type(given["eps"]) not in (int, float):
         return None
     return given["input"], dict(mean=mean, var=var, scale=scale, shift=shift, eps=given["eps"])
 
@@ -268,7 +287,7 @@ def activation_of(node):
     return name and (given["input"], dict(activation=name, slope=float(slope)))
 
 
-def _arguments_of_operator(node):
+def arguments_of_operator(node):
     """The arguments of ops.epilogue that are not without effect."""
     names = "mean", "var", "scale", "shift", "residual", "eps", "activation", "slope"
     given = dict(zip(names, node.args[1:]))
@@ -281,15 +300,15 @@ def _arguments_of_operator(node):
 
 def means_of(node):
     """(x, keepdim) of the means of images x over their pixels; None if it is anything else."""
-    if node.target not in _MEANS:
-        return None
-    if node.target == torch_functional.adaptive_avg_pool2d:
+    if node.target in _POOLINGS:
         given = arguments_of(node, "input", "output_size")
         x, keepdim, whole = given["input"], True, given["output_size"] in (1, (1, 1), [1, 1])
+    elif node.target not in _MEANS:
+        return None
     else:
         given = arguments_of(node, "input", dim=None, keepdim=False, dtype=None)
         x, keepdim, dims = given["input"], given["keepdim"], given["dim"]
-        whole = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3] and given["dtype"] is None
+        whole = dims in ((2, 3), [2, 3], (-2, -1), [-2, -1], (-1, -2), [-1, -2]) and given["dtype"] is None
     value, result = value_of(x), value_of(node)
     # Under autocast the means may have another dtype.
     if not whole or value is None or result is None or value.dim() != 4 or value.dtype != result.dtype:
@@ -328,13 +347,15 @@ def epilogue_of(node, value):
     """The arguments of F.epilogue(value, ...) for which it does what the node does; None if there are none."""
     if not is_call(node) or value not in node.all_input_nodes or not alike(node, value):
         return None
+    if value_of(value).dtype not in _FLOATS:
+        return None
     overwritten = overwritten_by(node)
     if overwritten is not None and not is_own(overwritten):
         return None
     if operands := sum_of(node):
         return {"residual": operands[operands[0] is value]}
     if node.target == ops.epilogue:
-        x, given = node.args[0], _arguments_of_operator(node)
+        x, given = node.args[0], arguments_of_operator(node)
     else:
         x, given = norm_of(node) or activation_of(node) or (None, None)
     return given if x is value and node.all_input_nodes.count(value) == 1 and value not in given.values() else None
