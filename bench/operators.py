@@ -163,7 +163,7 @@ def _average(name, size, result, call, pixels):
 
 def squeeze_excite(name, size, R):
     """Without gradients one launch for the means and one for the rest, as in inference."""
-    (N, C, *_), image = size, math.prod(size)
+    N, C, image = *size[:2], math.prod(size)
     weights = 2 * R * C + R + C
     forward = Work(2 * image + 4 * N * R * C, 3 * image + weights)
     # dy and x for the gates' gradient, dy for that of x, and the means' gradient on top of it.

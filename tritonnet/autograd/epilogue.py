@@ -207,7 +207,7 @@ def _activation_grad(dy, t, activation, slope):
 
 
 def _with_argument(x, activation, slope):
-    """The arguments of the rule: where it needs act's argument, a copy of it whose gradient is that of x."""
+    """The arguments of the rule: where it needs act's argument, a recorded copy of it, for second derivatives."""
     # torch's leaky_relu_ keeps no copy either, and has no gradient for a negative slope.
     copied = not activations.by_result(activation, abs(slope)) and recorded((x,))
     return x, activation, slope, x.clone() if copied else None
@@ -215,14 +215,17 @@ def _with_argument(x, activation, slope):
 
 @register_autograd(ops.activate_, prepare=_with_argument)
 class ActivateInplace(torch.autograd.Function):
-    """x = act(x), in place; act's argument is x or, if it is not None, `before`."""
+    """x = act(x), in place; `before` is a copy of act's argument, or None. The gradient goes through x alone.
+
+    Where x is a view, the engine takes the gradient of its base from that of the first argument.
+    """
 
     @staticmethod
     def forward(ctx, x, activation, slope, before):
         below_autograd(ops.activate_, x, activation, slope, counted=True)
         ctx.mark_dirty(x)
         save(ctx, x if before is None else before)
-        ctx.activation, ctx.slope, ctx.copied = activation, slope, before is not None
+        ctx.activation, ctx.slope = activation, slope
         return x
 
     @staticmethod
@@ -233,12 +236,12 @@ class ActivateInplace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        dx = ActivateInplace.times_slope(ctx, dy)
-        return (None, None, None, dx) if ctx.copied else (dx, None, None, None)
+        return ActivateInplace.times_slope(ctx, dy), *_NOTHING
 
     @staticmethod
-    def jvp(ctx, tx, _, __, tbefore):
-        tx.copy_(ActivateInplace.times_slope(ctx, tbefore if ctx.copied else tx))
+    def jvp(ctx, tx, *_):
+        # A copy of the tangent, which further derivatives may need and which is overwritten.
+        tx.copy_(ActivateInplace.times_slope(ctx, tx.clone()))
         # The engine checks by its version that the tangent was overwritten, and a batched tensor does not count copies.
         torch.autograd.graph.increment_version(tx)
         return tx
