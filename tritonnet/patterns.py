@@ -1,7 +1,7 @@
 """Finds patterns in a captured graph and replaces each by one call; the backend and fuse use it.
 
 A pattern starts with a convolution, a linear, a batch norm in evaluation or a sum, and ends with what our kernels do in
-the same pass: relu and max-pooling, or an epilogue, which is batch norm, a sum and an activation. nodes.py says which
+the same pass: relu and max-pooling, or an epilogue, which is batch norm, a sum and an activation. calls.py says which
 calls these are.
 """
 
@@ -11,14 +11,10 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import ops
+from . import calls, ops
+from .calls import CONV, LINEAR, PARTS, POOL, RELU, arguments_of, only_user, steps_of, value_of
 from .kernels import activations, shapes
 from .nn import functional as F
-from .nodes import (
-    CONV, LINEAR, PARTS, POOL, RELU, activation_of, alike, arguments_of, conv2d_relu_max_pool2d, epilogue_of,
-    is_call, is_own, is_training_norm, means_of, norm_of, only_user, ours_of, overwritten_by, pointwise_of, product_of, shape_of, simplify,
-    steps_of, sum_of, value_of, window_of, writes_nothing,
-)  # fmt: skip
 
 # Relu and max-pooling commute.
 _PATTERNS = (CONV, RELU, POOL), (CONV, POOL, RELU), (CONV, RELU)
@@ -74,7 +70,7 @@ def _epilogues(node, given):
     """
     found, nodes = [], []
     while (user := only_user(node)) is not None:
-        part = epilogue_of(user, node)
+        part = calls.epilogue_of(user, node)
         if not part or max(_ranks(given), default=-1) >= min(_ranks(part)):
             break
         nodes, given, node = [*nodes, user], {**given, **part}, user
@@ -114,11 +110,11 @@ def _of_convolution(conv):
         if pattern not in steps[1:]:
             continue
         nodes = [node for node, _ in parts[: steps.index(pattern) + 1]]
-        window = next((window_of(node) for node in nodes if steps_of(node) == (POOL,)), None)
+        window = next((calls.window_of(node) for node in nodes if steps_of(node) == (POOL,)), None)
         if window is None:
             yield Row(nodes, ops.conv2d_relu if by_operator else F.conv2d_relu, conv.args, conv.kwargs)
         elif by_operator:
-            yield Row(nodes, conv2d_relu_max_pool2d, (*conv.args, *window), {})
+            yield Row(nodes, calls.conv2d_relu_max_pool2d, (*conv.args, *window), {})
         else:
             names = "pool_kernel_size", "pool_stride", "pool_padding", "pool_ceil_mode"
             yield Row(nodes, F.conv2d_relu_max_pool2d, conv.args, {**conv.kwargs, **dict(zip(names, window))})
@@ -136,8 +132,8 @@ def _of_linear(linear):
     layers = [node for node in nodes if steps_of(node)[0] == LINEAR]
     given = [arguments_of(node, "input", "weight", bias=None) for node in layers]
     weights, biases = [g["weight"] for g in given], [g["bias"] for g in given]
-    sizes = list(map(shape_of, weights))
-    usual = all(len(size) == 2 and (b is None or shape_of(b) == size[:1]) for size, b in zip(sizes, biases))
+    sizes = list(map(calls.shape_of, weights))
+    usual = all(len(size) == 2 and (b is None or calls.shape_of(b) == size[:1]) for size, b in zip(sizes, biases))
     # A chain does not end with a linear followed by relu: those two are a pattern of their own.
     if steps[-1] == LINEAR and usual:
         if shapes.linear_chain_serves(sizes[0][1], [size[0] for size in sizes]):
@@ -151,16 +147,16 @@ def _of_linear(linear):
 
 def _of_norm(norm):
     """The Rows that start with a batch norm, the longest first."""
-    x, _ = norm_of(norm)
-    if given := epilogue_of(norm, x):
+    x, _ = calls.norm_of(norm)
+    if given := calls.epilogue_of(norm, x):
         for nodes, arguments in [*_epilogues(norm, given), ([], given)]:
             yield Row([norm, *nodes], F.epilogue, (x,), arguments, (norm, *nodes), arguments.get("residual"))
 
 
 def _of_sum(node):
     """The Row of a sum and an activation."""
-    for x in sum_of(node):
-        if given := epilogue_of(node, x):
+    for x in calls.sum_of(node):
+        if given := calls.epilogue_of(node, x):
             for nodes, arguments in _epilogues(node, given):
                 yield Row([node, *nodes], F.epilogue, (x,), arguments)
             return
@@ -168,13 +164,13 @@ def _of_sum(node):
 
 def _of_squeeze_excite(squeeze):
     """The Row of global average pooling, two 1x1 convolutions with activations, and the product with the images."""
-    x, keepdim = means_of(squeeze)
+    x, keepdim = calls.means_of(squeeze)
     nodes, arguments, names, value = [squeeze], [x], [], squeeze
     for _ in range(2 * keepdim):
         conv = only_user(value)
-        layer = conv and pointwise_of(conv, value)
+        layer = conv and calls.pointwise_of(conv, value)
         activation = only_user(conv) if layer else None
-        given = epilogue_of(activation, conv) if activation is not None else None
+        given = calls.epilogue_of(activation, conv) if activation is not None else None
         if not given or _ranks(given) != [2] or given["activation"] == "leaky_relu":
             return
         nodes += [conv, activation]
@@ -182,7 +178,7 @@ def _of_squeeze_excite(squeeze):
         names.append(given["activation"])
         value = activation
     product = only_user(value) if keepdim else None
-    if product is not None and product_of(product) in ((x, value), (value, x)) and alike(product, x):
+    if product is not None and calls.product_of(product) in ((x, value), (value, x)) and calls.alike(product, x):
         call = F.squeeze_excite, tuple(arguments), {"activation": names[0], "gate": names[1]}
         yield Row([*nodes, product], *call, (*nodes[1:], product))
 
@@ -207,7 +203,7 @@ def _place(row):
     needed = [i for node in row.taken_early for i in node.all_input_nodes if i not in row.nodes]
     # Casts of weights can be moved forward.
     late = [i for i in needed if i > first and not _is_cast(i)]
-    others = [node for node in between if node in late and node is not row.residual or not writes_nothing(node)]
+    others = [node for node in between if node in late and node is not row.residual or not calls.writes_nothing(node)]
     if needed and others:
         return None, f"{_called(others[0])} comes in between"
     if any(map(_is_of_own_class, [*first.all_input_nodes, *needed])):
@@ -231,11 +227,11 @@ def _alone(node):
         return f"its result is used {len(users)} times"
     if not users or users[0].op == "output":
         return "nothing comes behind it"
-    return f"{_called(users[0])}{' in training' * is_training_norm(users[0])} comes behind it"
+    return f"{_called(users[0])}{' in training' * calls.is_training_norm(users[0])} comes behind it"
 
 
 def _called(node):
-    if is_call(node) and sum_of(node):
+    if calls.is_call(node) and calls.sum_of(node):
         return "add"
     return getattr(node.target, "__name__", str(node.target)).removesuffix(".default").strip("_")
 
@@ -252,7 +248,7 @@ def _label(node):
     """What a report calls the node."""
     if steps := steps_of(node):
         return _name(node) if steps[0] in (CONV, LINEAR) else steps[0]
-    activation = activation_of(node)
+    activation = calls.activation_of(node)
     return activation[1]["activation"] if activation else _called(node)
 
 
@@ -261,11 +257,11 @@ def _kind(node):
     steps = steps_of(node)
     if steps[:1] in ((CONV,), (LINEAR,)):
         return _of_convolution if steps[0] == CONV else _of_linear
-    if is_call(node) and norm_of(node):
+    if calls.is_call(node) and calls.norm_of(node):
         return _of_norm
-    if is_call(node) and sum_of(node):
+    if calls.is_call(node) and calls.sum_of(node):
         return _of_sum
-    return _of_squeeze_excite if "squeeze_excite" in vars(F) and is_call(node) and means_of(node) else None
+    return _of_squeeze_excite if "squeeze_excite" in vars(F) and calls.is_call(node) and calls.means_of(node) else None
 
 
 def _replace(graph, row, place):
@@ -296,7 +292,7 @@ def fuse_patterns(graph, elementwise=True):
     Returns:
         ([description of each match], [(name, why)] of the convolutions and linears that are not fused).
     """
-    simplify(graph)
+    calls.simplify(graph)
     found, left, gone = {}, {}, set()
     nodes = list(graph.nodes)
     kinds = {node: _kind(node) for node in nodes}
@@ -327,11 +323,11 @@ def _serve_alone(graph):
     """Let our functions do what is left of the calls that we have functions for, where these do exactly the same."""
     for node in graph.nodes:
         values = list(map(value_of, [node, *node.all_input_nodes]))
-        ours = ours_of(node)
+        ours = calls.ours_of(node)
         if ours is None or any(v is None or is_traceable_wrapper_subclass(v) for v in values):
             continue
-        overwritten = overwritten_by(node)
+        overwritten = calls.overwritten_by(node)
         # Autocast may cast what torch's function takes.
         casts = values[0].dtype != values[1].dtype and steps_of(node) not in ((CONV,), (LINEAR,))
-        if not casts and (overwritten is None or is_own(overwritten)):
+        if not casts and (overwritten is None or calls.is_own(overwritten)):
             node.op, (node.target, node.args, node.kwargs) = "call_function", ours

@@ -1,4 +1,4 @@
-"""What the nodes of a captured graph compute: the layers and functions that patterns consist of, torch's and ours."""
+"""What the calls of a captured graph compute: the functions, methods and operators of patterns, torch's and ours."""
 
 import operator
 
@@ -72,7 +72,8 @@ _NORMS = {
 }
 # What an epilogue does, in this order, and the names of its arguments.
 PARTS = ("mean", "var", "scale", "shift", "eps"), ("residual",), ("activation", "slope")
-_MEANS = (torch_functional.adaptive_avg_pool2d, torch.mean, "mean")
+_POOLINGS = (torch_functional.adaptive_avg_pool2d, ops.adaptive_avg_pool2d)
+_MEANS = (torch.mean, "mean")
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 
 
@@ -98,7 +99,7 @@ OURS = {target: vars(F)[name] for name, targets in _SAME.items() if name in vars
 # Other calls whose results are new tensors and that write to none.
 _NEW = {
     F.conv2d_relu, F.conv2d_relu_max_pool2d, F.conv2d_epilogue, F.linear_chain, F.linear_epilogue, F.epilogue,
-    ops.epilogue, ops.conv2d_epilogue, ops.linear_epilogue,
+    ops.epilogue, ops.conv2d_epilogue, ops.linear_epilogue, ops.avg_pool2d, ops.adaptive_avg_pool2d,
     operator.sub, operator.mul, operator.truediv, operator.neg, torch.sub, torch.mul, torch.div, torch.cat,
     torch_functional.avg_pool2d, torch_functional.adaptive_avg_pool2d, torch_functional.softmax, "mean", "sum", "mul",
 }  # fmt: skip
@@ -281,11 +282,11 @@ def _arguments_of_operator(node):
 
 def means_of(node):
     """(x, keepdim) of the means of images x over their pixels; None if it is anything else."""
-    if node.target not in _MEANS:
-        return None
-    if node.target == torch_functional.adaptive_avg_pool2d:
+    if node.target in _POOLINGS:
         given = arguments_of(node, "input", "output_size")
         x, keepdim, whole = given["input"], True, given["output_size"] in (1, (1, 1), [1, 1])
+    elif node.target not in _MEANS:
+        return None
     else:
         given = arguments_of(node, "input", dim=None, keepdim=False, dtype=None)
         x, keepdim, dims = given["input"], given["keepdim"], given["dim"]
