@@ -29,7 +29,13 @@ class Net(tnn.Module):
         self.bn, self.bn2 = drawn(tnn.BatchNorm2d(4)), drawn(tnn.BatchNorm2d(4, affine=False, momentum=None))
         self.fc, self.bn1d, self.unknown = tnn.Linear(6, 6), drawn(tnn.BatchNorm1d(6)), tnn.BatchNorm2d(4)
         self.untracked = tnn.BatchNorm2d(4, track_running_stats=False)
-        self.part = tnn.Sequential(self.conv, self.bn, tnn.ReLU6(inplace=True))
+        self.relu, self.relu6, self.leaky = tnn.ReLU(True), tnn.ReLU6(True), tnn.LeakyReLU(0.1, True)
+        self.silu, self.hardswish, self.gelu, self.hardsigmoid = (
+            tnn.SiLU(True),
+            tnn.Hardswish(True),
+            tnn.GELU(),
+            tnn.Hardsigmoid(True),
+        )
 
 
 def net(body, kind=Net):
@@ -42,12 +48,13 @@ def images():
     return torch.randn(2, 4, 6, 6, dtype=torch.float64)
 
 
-def results(model, x):
+def results(model, x, backward=True):
     """Value and gradients, and the value without gradients."""
     model.zero_grad()
     given = x.clone().requires_grad_()
     y = model(given * 1)
-    y.square().sum().backward()
+    if backward:
+        y.square().sum().backward()
     with torch.no_grad():
         plain = model(x.clone())
     return [y, given.grad, *(p.grad for p in model.parameters()), plain]
@@ -57,17 +64,22 @@ def layout(t):
     return [stride for size, stride in zip(t.shape, t.stride()) if size > 1]
 
 
-def assert_same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+def assert_same(found, expected, tolerance):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert layout(found[0]) == layout(expected[0])
 
 
-def check(model, fused, x, converted=False):
+def check(model, fused, x, converted=False, tolerance=1e-9):
     """Values and gradients of the fused model; what is fused with gradients and, after "|", without them."""
     ours, lines = copy.deepcopy(model), []
     tritonnet.fuse(tritonnet.convert(ours) if converted else ours, lines.append, fullgraph=True)
     with tritonnet.backend("reference"):
-        assert_same(results(ours, x), results(model, x))
+        try:
+            expected, backward = results(model, x), True
+        except RuntimeError as e:  # eager has no gradient where an operand has been overwritten
+            assert "modified by an inplace operation" in str(e)
+            expected, backward = results(model, x, backward=False), False
+        assert_same(results(ours, x, backward), expected, tolerance)
     words = [line.partition(": ")[2].removeprefix("fused: ").partition(". not")[0] for line in lines]
     expected = fused.split(" | ")
     assert words == [expected[0], expected[-1]], lines
@@ -77,15 +89,15 @@ both = pytest.mark.parametrize("converted", [False, True], ids=["torch's layers"
 
 # The activations, in torch's words; y is what they are applied to.
 ACTIVATIONS = {
-    "relu": ["TF.relu(y)", "torch.relu(y)", "y.relu()", "tnn.ReLU(inplace=True)(y)", "F.relu(y)"],
-    "relu6": ["TF.relu6(y, inplace=True)", "TF.hardtanh(y, 0, 6)", "TF.hardtanh_(y, 0.0, 6.0)", "tnn.ReLU6()(y)"],
-    "leaky_relu": ["TF.leaky_relu(y, 0.2)", "TF.leaky_relu_(y)", "tnn.LeakyReLU(0.1, inplace=True)(y)"],
-    "silu": ["TF.silu(y)", "tnn.SiLU(inplace=True)(y)", "F.epilogue(y, activation='silu')"],
-    "hardswish": ["TF.hardswish(y)", "tnn.Hardswish(True)(y)"],
-    "gelu": ["TF.gelu(y)", "tnn.GELU()(y)"],
+    "relu": ["TF.relu(y)", "torch.relu(y)", "y.relu()", "self.relu(y)", "F.relu(y)"],
+    "relu6": ["TF.relu6(y, inplace=True)", "TF.hardtanh(y, 0, 6)", "TF.hardtanh_(y, 0.0, 6.0)", "self.relu6(y)"],
+    "leaky_relu": ["TF.leaky_relu(y, 0.2)", "TF.leaky_relu_(y)", "self.leaky(y)"],
+    "silu": ["TF.silu(y)", "self.silu(y)", "F.epilogue(y, activation='silu')"],
+    "hardswish": ["TF.hardswish(y)", "self.hardswish(y)"],
+    "gelu": ["TF.gelu(y)", "self.gelu(y)"],
     "gelu_tanh": ["TF.gelu(y, approximate='tanh')"],
     "sigmoid": ["torch.sigmoid(y)", "TF.sigmoid(y)", "y.sigmoid_()", "torch.sigmoid_(y)"],
-    "hardsigmoid": ["TF.hardsigmoid(y)", "tnn.Hardsigmoid(True)(y)"],
+    "hardsigmoid": ["TF.hardsigmoid(y)", "self.hardsigmoid(y)"],
 }
 
 
@@ -94,9 +106,10 @@ def test_activations(name):
     """All of its forms in one forward, each behind a convolution, batch norm and a sum."""
     forms = ACTIVATIONS[name]
     body = [f"y = self.bn(self.conv(x)) + x; x = {form}" for form in forms]
-    word = "epilogue" if any("epilogue" in form for form in forms) else name
-    fused = [f"conv, batch_norm, add, {word if 'epilogue' in form else name}" for form in forms]
-    check(net("\n".join([*body, "return x"])), "; ".join(fused), images())
+    fused = [f"conv, batch_norm, add, {'epilogue' if 'epilogue' in form else name}" for form in forms]
+    # torch's derivative of hardsigmoid has 1 / 6 in float32.
+    tolerance = 1e-7 if name == "hardsigmoid" else 1e-9
+    check(net("\n".join(["x = x * 1", *body, "return x * 1"])), "; ".join(fused), images(), tolerance=tolerance)
 
 
 NOT_FUSED = {
@@ -123,7 +136,7 @@ FORWARDS = {
     "sigmoid": ("return torch.sigmoid(self.other(x))", "other, sigmoid"),
     "all of ours": ("return F.epilogue(F.conv2d(x, self.other.weight), residual=x, activation='relu')",
                     "conv2d, epilogue"),
-    "norm twice": (NORM + "return self.bn2(y)", "conv, batch_norm; bn2".partition(";")[0]),
+    "norm twice": (NORM + "return self.bn2(y)", "conv, batch_norm"),
     "one layer twice": (NORM + "return self.bn(self.conv(y))", "conv, batch_norm; conv, batch_norm"),
     "relu before the norm": ("return self.bn(TF.relu(self.conv(x)))", "conv, relu"),
     "norm after the sum": ("return self.bn(self.conv(x) + x)", "conv, add"),
@@ -146,7 +159,7 @@ FORWARDS = {
     "torch.add, alpha of 2": (NORM + "return torch.add(y, x, alpha=2)", "conv, batch_norm"),
     "add": (NORM + "return y.add(x)", "conv, batch_norm, add"),
     "add_": (NORM + "return y.add_(x).relu_()", "conv, batch_norm, add, relu"),
-    "out=": (NORM + "return torch.add(y.detach(), x.detach(), out=torch.empty_like(x)) + y", "nothing to fuse"),
+    "out=": (NORM + "return torch.add(y.detach(), x.detach(), out=torch.empty_like(x)) + y", "conv, batch_norm"),
     "of a number": (NORM + "return y + 1", "conv, batch_norm"),
     "of one pixel": (NORM + "return y + x[:, :, :1, :1]", "conv, batch_norm"),
     "of a larger one": (NORM + "return y[:1] + x", "conv, batch_norm"),
@@ -155,7 +168,8 @@ FORWARDS = {
     "of two dtypes": (NORM + "return y + x.float()", "conv, batch_norm"),
     "of a wider dtype": ("return TF.relu(self.conv(x).float() + x)", "nothing to fuse"),
     "expanded": (NORM + "return y + x[:, :1].expand(-1, 4, -1, -1)", "conv, batch_norm, add"),
-    "in another layout": (NORM + "return TF.relu(x.to(memory_format=torch.channels_last) + y)", "conv, batch_norm"),
+    "in another layout": (NORM + "return TF.relu(x.to(memory_format=torch.channels_last) + y)",
+                          "conv, batch_norm; add, relu"),
     "of a parameter": ("return self.conv(x[:, :, :1, :1]) + self.conv.weight.sum((2, 3), True)[:1]", "nothing to fuse"),
     # Residuals that are computed later.
     "of two convolutions": (NORM + "z = self.bn2(self.other(x)); y += z; return TF.relu(y)",
@@ -165,6 +179,17 @@ FORWARDS = {
     "of an unknown function": (NORM + "return TF.relu(y + torch.cumsum(x, 1))", "conv, batch_norm; add, relu"),
     "in place on its own": (NORM + "z = self.other(x).relu_(); return TF.relu(y + z)",
                             "conv, batch_norm, add, relu; other, relu"),
+    # What backward needs and eager's calls do not keep.
+    "relu6 that is overwritten": (NORM + "y = TF.relu6(y); y += 1; return y", "conv, batch_norm | conv, batch_norm, relu6"),
+    "relu6 with a view": (NORM + "y = TF.relu6(y); y[0].mul_(2); return y", "conv, batch_norm | conv, batch_norm, relu6"),
+    "relu6 that stays": (NORM + "return self.other(TF.relu6(y))", "conv, batch_norm, relu6"),
+    "a residual that is overwritten": ("z = x * 1; y = TF.silu(self.bn(self.conv(x)) + z); z.mul_(2); return y + z",
+                                       "conv, batch_norm, add | conv, batch_norm, add, silu"),
+    "a residual that stays": ("z = x * 1; y = TF.silu(self.bn(self.conv(x)) + z); return y + z",
+                              "conv, batch_norm, add, silu"),
+    "a sum that is overwritten": (NORM + "y = y + x; y += 1; return y", "conv, batch_norm, add"),
+    "operands that are overwritten": ("y, z = x * 2, x * 3; s = TF.relu(y + z); y += 1; z += 1; return s + y + z",
+                                      "add, relu"),
     # Writes.
     "to the residual": (NORM + "z = x * 1; z += y; return TF.relu(z)", "conv, batch_norm, add, relu"),
     "to the residual, seen": (NORM + "z = x * 1; v = z[0]; z += y; return TF.relu(z) + v", "conv, batch_norm"),
@@ -172,10 +197,10 @@ FORWARDS = {
     "to the images in between": (NORM + "x.mul_(2); return y + TF.avg_pool2d(x, 3, 1, 1)", "conv, batch_norm"),
     "to the residual in between": (NORM + "x.mul_(2); return y + x", "conv, batch_norm"),
     "to a view in between": ("v = x[:, :1]; y = self.conv(x); v.zero_(); y = self.bn(y); return y + x",
-                             "conv, batch_norm".partition(",")[2] and "bn, add"),
+                             "bn, add"),
     "to the statistics in between": ("y = self.conv(x); self.bn.running_mean.add_(1); return self.bn(y)",
                                      "nothing to fuse"),
-    "to the result": (NORM + "z = y; y += x; return TF.relu(z) + y", "conv, batch_norm, add"),
+    "to the result": (NORM + "z = y; y += x; return TF.relu(z) + y", "conv, batch_norm"),
     "to a view of the norm": (NORM + "v = y[0]; y += x; return TF.relu(y) + v", "conv, batch_norm"),
     "to the result by a slice": (NORM + "y[:, 0] = 7; return TF.relu(y)", "conv, batch_norm"),
     "norm in training in between": (NORM + "z = TF.batch_norm(x, None, None, None, None, True); return y + z",
@@ -185,22 +210,20 @@ FORWARDS = {
     "training": ("n = self.bn; y = self.conv(x)\n"
                  "return TF.batch_norm(y, n.running_mean, n.running_var, training=True) + x", "nothing to fuse"),
     "other norms": ("return TF.group_norm(TF.instance_norm(self.conv(x)), 2)", "nothing to fuse"),
-    "statistics with gradients": (
-        "y = self.conv(x); m = self.bn.weight * 1; return TF.batch_norm(y, m, self.bn.running_var)", "nothing to fuse",
-    ),
     "weights that are computed": (
         "n = self.bn; y = self.conv(x)\n"
         "return TF.batch_norm(y, n.running_mean, n.running_var, n.weight * 2, n.bias)", "nothing to fuse",
     ),
     # Without a batch.
-    "one image": ("return torch.stack([TF.relu(self.conv(x[0]) + x[0])])", "conv, add, relu"),
+    "one image": ("return torch.stack([TF.relu(torch.conv2d(x[0], self.other.weight) + x[0])])", "conv2d, add, relu"),
     "channels of one image": ("n = self.bn; y = self.conv(x[0, :, :4])\n"
                               "return TF.batch_norm(y, n.running_mean, n.running_var)", "nothing to fuse"),
     # Nothing foldable in front.
     "norm of a sum": ("return TF.relu(self.bn(x * 2))", "bn, relu"),
-    "norm, sum": ("return TF.silu(self.bn(x * 2) + x)", "bn, add, silu"),
+    "norm, sum": ("x = x * 2; return TF.silu(self.bn(x) + x)", "bn, add, silu"),
+    "norm, sum with the caller's tensor": ("return TF.silu(self.bn(x * 2) + x)", "bn, add | bn, add, silu"),
     "sum of two": ("return TF.relu(x + x * 2)", "add, relu"),
-    "sum of two, in place": ("y = x * 2; y += x; return TF.silu(y)", "add, silu"),
+    "sum of two, in place": ("x = x * 2; y = x * 2; y += x; return TF.silu(y)", "add, silu"),
     "sum to the caller's tensor": ("x += x * 2; return TF.relu(x)", "nothing to fuse"),
     "sum alone": ("return x + x * 2", "nothing to fuse"),
     "dense": ("y = torch.cat([x, self.conv(x)], 1)[:, :4]; return self.other(TF.relu(self.bn(y.contiguous())))",
@@ -212,7 +235,8 @@ FORWARDS = {
     "linear, norm": ("y = x[:, 0, 0]; return TF.relu(self.bn1d(self.fc(y)) + y)", "fc, batch_norm, add, relu"),
     "linear, norm of positions": ("return TF.relu(self.bn1d(self.fc(x[:, 0])))", "bn1d, relu"),
     # Modes.
-    "no_grad in between": ("y = self.conv(x)\nwith torch.no_grad(): z = self.bn(y)\nreturn z + x * 1", "nothing to fuse"),
+    "no_grad in between": ("y = self.conv(x)\nwith torch.no_grad(): z = self.bn(y)\nreturn z + x * 1",
+                           "nothing to fuse | conv, batch_norm, add"),
     "autocast in between": (
         "y = self.bn(self.conv(x))\nwith torch.autocast('cpu', torch.bfloat16): return y + x", "conv, batch_norm",
     ),

@@ -135,6 +135,12 @@ def alike(node, other, strides=True):
     return not strides or _equal([a.stride(i) for i in counted], [b.stride(i) for i in counted])
 
 
+def is_laid_out(node):
+    """Whether the tensor is contiguous or channels_last, as all results of torch's batch norm are."""
+    value = value_of(node)
+    return value.is_contiguous() or (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last))
+
+
 def arguments_of(node, *names, **defaults):
     """{name: argument} of a call whose arguments have these names, in this order."""
     return {**defaults, **dict(zip((*names, *defaults), node.args)), **node.kwargs}
@@ -190,22 +196,31 @@ def _is_new(node):
     return known or bool(steps_of(node))
 
 
-def is_own(node):
-    """Whether nothing but the node's only user can read or write the memory of its result."""
-    if not isinstance(node, torch.fx.Node) or only_user(node) is None or not _is_new(node):
+def _is_fresh(node):
+    """Whether the node's result has no other name in the graph and outside of it."""
+    if not isinstance(node, torch.fx.Node) or not _is_new(node):
         return False
     overwritten = overwritten_by(node)
     return overwritten is None or is_own(overwritten)
+
+
+def is_own(node):
+    """Whether nothing but the node's only user can read or write the memory of its result."""
+    return _is_fresh(node) and only_user(node) is not None
+
+
+def stays(node):
+    """Whether nothing overwrites the node's result before a backward pass may need it."""
+    return _is_fresh(node) and all(
+        writes_nothing(user) and user.target not in _VIEWS and overwritten_by(user) is not node for user in node.users
+    )
 
 
 def writes_nothing(node):
     """Whether the node writes to no tensor that others can read."""
     if is_call(node) and node.target in _VIEWS:
         return True
-    if not _is_new(node) or is_training_norm(node):
-        return False
-    overwritten = overwritten_by(node)
-    return overwritten is None or is_own(overwritten)
+    return _is_fresh(node) and not is_training_norm(node)
 
 
 def is_training_norm(node):
@@ -232,8 +247,7 @@ def norm_of(node):
         allowed = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
         if t is None or t.dtype not in allowed or not _equal(t.shape, x.shape[1:2]):
             return None
-    # torch has no gradients of running statistics, and the epilogue has.
-    if any(value_of(vector).requires_grad for vector in (mean, var)) or not isinstance(given["eps"], float):
+    if not isinstance(given["eps"], float):
         return None
     return given["input"], dict(mean=mean, var=var, scale=scale, shift=shift, eps=given["eps"])
 

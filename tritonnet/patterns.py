@@ -78,6 +78,18 @@ def _epilogues(node, given):
     return found[::-1]
 
 
+def _is_recordable(last, given, operands):
+    """Whether backward has all that it needs of an epilogue, which keeps other tensors than eager's calls do.
+
+    Args:
+        operands: the residual, and what else eager's calls do not keep.
+    """
+    activation, slope = given.get("activation", "none"), given.get("slope", 0.0)
+    if not value_of(last).requires_grad or activation in ("none", "relu", "sigmoid"):
+        return True
+    return all(map(calls.stays, [last] if activations.by_result(activation, slope) else filter(None, operands)))
+
+
 def _with_epilogue(first, operator, function):
     """The Rows of a convolution or linear and an epilogue, the longest first.
 
@@ -91,7 +103,7 @@ def _with_epilogue(first, operator, function):
             continue  # its channels are not those of the epilogue
         # Backward would compute the convolution again.
         again = not normed and not activations.by_result(given.get("activation", "none"), given.get("slope", 0.0))
-        if again and value_of(nodes[-1]).requires_grad:
+        if again and value_of(nodes[-1]).requires_grad or not _is_recordable(nodes[-1], given, [given.get("residual")]):
             continue
         call = function, first.args, {**first.kwargs, **given}
         if by_operator:
@@ -148,18 +160,20 @@ def _of_linear(linear):
 def _of_norm(norm):
     """The Rows that start with a batch norm, the longest first."""
     x, _ = calls.norm_of(norm)
-    if given := calls.epilogue_of(norm, x):
-        for nodes, arguments in [*_epilogues(norm, given), ([], given)]:
-            yield Row([norm, *nodes], F.epilogue, (x,), arguments, (norm, *nodes), arguments.get("residual"))
+    given = calls.epilogue_of(norm, x) if calls.is_laid_out(x) else None
+    for nodes, arguments in [*_epilogues(norm, given), ([], given)] if given else ():
+        residual = arguments.get("residual")
+        if _is_recordable([norm, *nodes][-1], arguments, [residual]):
+            yield Row([norm, *nodes], F.epilogue, (x,), arguments, (norm, *nodes), residual)
 
 
 def _of_sum(node):
     """The Row of a sum and an activation."""
-    for x in calls.sum_of(node):
-        if given := calls.epilogue_of(node, x):
-            for nodes, arguments in _epilogues(node, given):
-                yield Row([node, *nodes], F.epilogue, (x,), arguments)
-            return
+    operands = calls.sum_of(node)
+    x = next((x for x in operands if calls.epilogue_of(node, x)), None)
+    for nodes, arguments in _epilogues(node, calls.epilogue_of(node, x)) if x else ():
+        if _is_recordable(nodes[-1], arguments, operands):
+            yield Row([node, *nodes], F.epilogue, (x,), arguments)
 
 
 def _of_squeeze_excite(squeeze):

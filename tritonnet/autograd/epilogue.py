@@ -44,9 +44,9 @@ def _of_product(x, w, bias, *arguments):
     return x, w, None, *_folded(bias, *arguments)
 
 
-def _along(vector, like):
+def _along(vector, shape):
     """A vector over the channels, in a shape that broadcasts."""
-    return vector.view(-1, *(1,) * (like.dim() - 2))
+    return vector.view(-1, *(1,) * (len(shape) - 2))
 
 
 def _scaled(t, scale):
@@ -66,20 +66,24 @@ class _Rule(torch.autograd.Function):
     def compute(cls, ctx, *args):
         y = below_autograd(cls.operator, *args)
         ctx.before, (_, _, scale, shift, residual, _, ctx.activation, ctx.slope) = args[: cls.first], args[cls.first :]
+        ctx.shape, ctx.dtype, ctx.linear = y.shape, y.dtype, ctx.activation == "none"
+        by_result = activations.by_result(ctx.activation, ctx.slope)
+        # What is not needed is not kept: it may be overwritten, and takes memory. Torch's sums keep nothing.
+        if cls.operator == ops.epilogue and by_result and scale is None:
+            ctx.before = (None,)
         ctx.tensors = [isinstance(a, torch.Tensor) for a in ctx.before]
         kept = [a for a in ctx.before if isinstance(a, torch.Tensor)]
         ctx.before = [None if isinstance(a, torch.Tensor) else a for a in ctx.before]
-        result = y if activations.by_result(ctx.activation, ctx.slope) else None
-        save(ctx, scale, shift, residual if result is None else None, result, *kept)
+        save(ctx, scale, shift, None if by_result else residual, y if by_result and not ctx.linear else None, *kept)
         return y
 
     @classmethod
     def saved(cls, ctx):
-        """(the arguments before the epilogue's, scale, shift, what activation_grad takes)."""
+        """(the arguments before the epilogue's, scale, shift, what activation_grad takes; without activation None)."""
         scale, shift, residual, t, *kept = ctx.saved_tensors
         kept = iter(kept)
         before = [next(kept) if is_tensor else a for is_tensor, a in zip(ctx.tensors, ctx.before)]
-        if t is None:
+        if t is None and not ctx.linear:
             t = cls.operator(*before, None, None, scale, shift, residual, 0.0, "none", 0.0)
         return before, scale, shift, t
 
@@ -88,7 +92,7 @@ class _Rule(torch.autograd.Function):
         """The gradient of z, and those of the epilogue's arguments."""
         before, scale, shift, t = cls.saved(ctx)
         needs_scale, needs_shift, needs_residual = ctx.needs_input_grad[cls.first + 2 : cls.first + 5]
-        dz = ops.activation_grad(dy, t, ctx.activation, ctx.slope)
+        dz = dy if ctx.linear else ops.activation_grad(dy, t, ctx.activation, ctx.slope)
         pixels = [dim for dim in range(dz.dim()) if dim != 1]
         dscale = (dz.to(scale.dtype) * cls.z(*before)).sum(pixels) if needs_scale else None
         dshift = dz.sum(pixels, dtype=shift.dtype) if needs_shift else None
@@ -100,10 +104,12 @@ class _Rule(torch.autograd.Function):
         """of_z: function of the arguments before the epilogue's that returns the tangent of z."""
         before, scale, _, t = cls.saved(ctx)
         tz = of_z(*before)
-        of_scale = None if tscale is None else cls.z(*before) * _along(tscale, t)
-        of_shift = None if tshift is None else _along(tshift, t)
+        of_scale = None if tscale is None else cls.z(*before) * _along(tscale, ctx.shape)
+        of_shift = None if tshift is None else _along(tshift, ctx.shape)
         tangent = total(None if tz is None else _scaled(tz, scale), tresidual, of_scale, of_shift)
-        return ops.activation_grad(tangent.to(t.dtype).expand(t.shape), t, ctx.activation, ctx.slope)
+        tangent = tangent.to(ctx.dtype).expand(ctx.shape)
+        # A tangent of its own, as the result may be overwritten.
+        return tangent.clone() if ctx.linear else ops.activation_grad(tangent, t, ctx.activation, ctx.slope)
 
 
 @register_autograd(ops.epilogue, prepare=_of_image)
