@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn as tnn
-import torch.nn.functional as TF
+import torch.nn.functional as TF  # noqa: F401  (forwards use it)
 from test_fusion import compiled, nothing_captured  # noqa: F401  (a fixture)
 from torch.testing._internal.two_tensor import TwoTensor
 from written import forward_of
 
 import tritonnet
-import tritonnet.nn.functional as F
+import tritonnet.nn.functional as F  # noqa: F401  (forwards use it)
 
 
 def drawn(norm):
@@ -48,16 +48,15 @@ def images():
     return torch.randn(2, 4, 6, 6, dtype=torch.float64)
 
 
-def results(model, x, backward=True):
-    """Value and gradients, and the value without gradients."""
+def results(model, x, backward):
+    """Value and gradients, or the value without gradients."""
     model.zero_grad()
     given = x.clone().requires_grad_()
-    y = model(given * 1)
+    with torch.set_grad_enabled(backward):
+        y = model(given * 1)
     if backward:
         y.square().sum().backward()
-    with torch.no_grad():
-        plain = model(x.clone())
-    return [y, given.grad, *(p.grad for p in model.parameters()), plain]
+    return [y, given.grad, *(p.grad for p in model.parameters())]
 
 
 def layout(t):
@@ -70,22 +69,22 @@ def assert_same(found, expected, tolerance):
 
 
 def check(model, fused, x, converted=False, tolerance=1e-9):
-    """Values and gradients of the fused model; what is fused with gradients and, after "|", without them."""
+    """Values and gradients of the fused model, and what is fused; after "|", without gradients."""
     ours, lines = copy.deepcopy(model), []
     tritonnet.fuse(tritonnet.convert(ours) if converted else ours, lines.append, fullgraph=True)
-    with tritonnet.backend("reference"):
+    expected = fused.split(" | ")
+    for backward in (True, False)[: len(expected)]:
         try:
-            expected, backward = results(model, x), True
+            eager = results(model, x, backward)
         except RuntimeError as e:  # eager has no gradient where an operand has been overwritten
             assert "modified by an inplace operation" in str(e)
-            expected, backward = results(model, x, backward=False), False
-        assert_same(results(ours, x, backward), expected, tolerance)
+            backward = False
+            eager = results(model, x, backward)
+        with tritonnet.backend("reference"):
+            assert_same(results(ours, x, backward), eager, tolerance)
     words = [line.partition(": ")[2].removeprefix("fused: ").partition(". not")[0] for line in lines]
-    expected = fused.split(" | ")
-    assert words == [expected[0], expected[-1]], lines
+    assert words == expected, lines
 
-
-both = pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
 
 # The activations, in torch's words; y is what they are applied to.
 ACTIVATIONS = {
@@ -180,8 +179,10 @@ FORWARDS = {
     "in place on its own": (NORM + "z = self.other(x).relu_(); return TF.relu(y + z)",
                             "conv, batch_norm, add, relu; other, relu"),
     # What backward needs and eager's calls do not keep.
-    "relu6 that is overwritten": (NORM + "y = TF.relu6(y); y += 1; return y", "conv, batch_norm | conv, batch_norm, relu6"),
-    "relu6 with a view": (NORM + "y = TF.relu6(y); y[0].mul_(2); return y", "conv, batch_norm | conv, batch_norm, relu6"),
+    "relu6 that is overwritten": (NORM + "y = TF.relu6(y); y += 1; return y",
+                                  "conv, batch_norm | conv, batch_norm, relu6"),
+    "relu6 with a view": (NORM + "y = TF.relu6(y); y[0].mul_(2); return y",
+                          "conv, batch_norm | conv, batch_norm, relu6"),
     "relu6 that stays": (NORM + "return self.other(TF.relu6(y))", "conv, batch_norm, relu6"),
     "a residual that is overwritten": ("z = x * 1; y = TF.silu(self.bn(self.conv(x)) + z); z.mul_(2); return y + z",
                                        "conv, batch_norm, add | conv, batch_norm, add, silu"),
@@ -243,8 +244,217 @@ FORWARDS = {
 }  # fmt: skip
 
 
-@both
 @pytest.mark.parametrize("name", FORWARDS)
-def test_forwards(name, converted):
+def test_forwards(name):
     body, fused = FORWARDS[name]
-    check(net(body), fused, images(), converted)
+    check(net(body), fused, images())
+
+
+@pytest.mark.parametrize(
+    "name", ["norm, relu, pooling", "sum, silu", "of two convolutions", "of a pooling", "to the residual in between",
+             "norm, sum", "sum of two", "linear, sum", "linear, norm"]
+)  # fmt: skip
+def test_converted(name):
+    """Our operators in the places of torch's functions."""
+    body, fused = FORWARDS[name]
+    check(net(body), fused, images(), converted=True)
+
+
+def a_hook(model):
+    model.bn.register_forward_hook(lambda module, args, y: y * 2)
+
+
+CHANGES = {
+    "statistics": lambda m: (m.bn.running_mean.add_(1), m.bn.running_var.mul_(2)),
+    "other statistics": lambda m: setattr(m.bn, "running_mean", torch.ones(4).double()),
+    "weights": lambda m: m.bn.weight.data.mul_(2),
+    "a state": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
+    "training, and back": lambda m: (m.train(), m(images()), m.eval()),
+    "training": lambda m: m.train(),
+    "training of the norm": lambda m: m.bn.train(),
+    "no statistics": lambda m: [setattr(m.bn, n, None) for n in ("running_mean", "running_var")],
+    "eps": lambda m: setattr(m.bn, "eps", 0.1),
+    "no norm": lambda m: setattr(m, "bn", tnn.Identity()),
+    "frozen": lambda m: m.requires_grad_(False),
+    "a hook": a_hook,
+    "a shared weight": lambda m: setattr(m.bn, "bias", m.bn.weight),
+    "synchronised": lambda m: setattr(m, "bn", tnn.SyncBatchNorm.convert_sync_batchnorm(m.bn)),
+    "channels_last": lambda m: m.to(memory_format=torch.channels_last),
+}  # fmt: skip
+BLOCK = "y = self.bn(self.conv(x)); y += x; y = TF.relu(y); return TF.silu(self.bn(y * 2))"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_later_changes(name):
+    model = net(BLOCK)
+    fused, x = copy.deepcopy(model), images()
+    tritonnet.fuse(fused)
+    with tritonnet.backend("reference"):
+        assert_same(results(fused, x, True), results(model, x, True), 1e-9)
+        for m in (model, fused):
+            CHANGES[name](m)
+        for _ in range(2):
+            assert_same(results(fused, x, True), results(model, x, True), 1e-9)
+    torch.testing.assert_close(fused.state_dict(), model.state_dict())
+
+
+def in_autocast(model):
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    return call
+
+
+FORMATS = {
+    "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16, lambda m: m),
+    "bfloat16, norms in float32": (lambda m: (m.bfloat16(), m.bn.float()), torch.bfloat16, lambda m: m),
+    "autocast": (lambda m: m.float(), torch.float32, in_autocast),
+}
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name, converted):
+    """The dtype is eager's; rounding once, the fused model is nearer to float64 than eager."""
+    change, dtype, wrapped = FORMATS[name]
+    body = "y = self.conv(x); z = self.bn(self.other(y)); return TF.relu(z + y)"
+    exact, x = net(body), images()
+    model, lines = copy.deepcopy(exact), []
+    change(model)
+    ours = copy.deepcopy(model)
+    tritonnet.fuse(tritonnet.convert(ours) if converted else ours, lines.append, fullgraph=True)
+    with torch.no_grad(), tritonnet.backend("reference"):
+        expected, eager, found = exact(x), wrapped(model)(x.to(dtype)), wrapped(ours)(x.to(dtype))
+    assert found.dtype == eager.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+    assert (found - expected).abs().mean() <= (eager - expected).abs().mean() * 1.1
+    assert lines == ["Drawn, graph 1: fused: other, batch_norm, add, relu. not conv: its result is used 2 times"]
+
+
+def test_a_residual_of_another_dtype_under_autocast():
+    model, x = net("return TF.relu(self.bn(self.conv(x)) + x)").float(), images().float()
+    fused, lines = copy.deepcopy(model), []
+    tritonnet.fuse(fused, lines.append)
+    with torch.no_grad(), tritonnet.backend("reference"):
+        expected, found = in_autocast(model)(x), in_autocast(fused)(x)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert lines == ["Drawn, graph 1: fused: conv, batch_norm"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"dynamic": True}, {"options": {"backend": "inductor"}}], ids=["dynamic", "inductor"]
+)
+def test_the_backend(options):
+    model = net("y = self.bn(self.conv(x)); y += x; return TF.relu(y)").float()
+    ours = compiled(copy.deepcopy(model), fullgraph=True, **options)
+    with torch.no_grad(), tritonnet.backend("reference"):
+        for N in (2, 3, 5):
+            x = images()[:1].float().repeat(N, 1, 1, 1)
+            torch.testing.assert_close(ours(x), model(x))
+
+
+def test_elementwise_calls_are_left_to_a_compiler():
+    model, lines = net(BLOCK).float(), []
+    tritonnet.fuse(model, lines.append, options={"backend": "aot_eager"})
+    model(images().float())
+    assert lines == ["Drawn, graph 1: fused: conv, batch_norm, add, relu"]
+
+
+def test_tensors_of_another_class():
+    """A class that knows torch's operators may not know the fused ones."""
+    model, lines = tnn.Sequential(tnn.Conv2d(4, 4, 1), tnn.BatchNorm2d(4), tnn.ReLU()).eval().requires_grad_(False), []
+    model[1].running_mean = TwoTensor(torch.rand(4), torch.rand(4))
+    model[1].running_var = TwoTensor(torch.ones(4), torch.ones(4))
+    x = images().float()
+    expected, result = model(x), tritonnet.fuse(model, lines.append)(x)
+    torch.testing.assert_close((result.a, result.b), (expected.a, expected.b))
+    assert "not 0: its tensors are of a class of their own" in lines[0]
+
+
+class Scaling(tnn.BatchNorm2d):
+    """A subclass with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_subclasses_of_batch_norm():
+    model = net("return TF.relu(self.bn(self.conv(x)))")
+    model.bn = drawn(Scaling(4)).double().eval()
+    check(model, "conv, batch_norm", images())
+
+
+# Squeeze and excitation as torchvision and timm write it; s is the squeezed images.
+SQUEEZED = "{} s = TF.{}(self.fc1(s)); s = TF.{}(self.fc2(s)); return {}"
+EXCITED = {
+    "torchvision": ("x = x * 2; s = TF.adaptive_avg_pool2d(x, 1);", "relu", "sigmoid", "s * x"),
+    "timm": ("x = x * 2; s = x.mean((2, 3), keepdim=True);", "silu", "sigmoid", "x * s"),
+    "MobileNet": ("x = TF.relu(x); s = torch.mean(x, [-1, -2], True);", "relu", "hardsigmoid", "torch.mul(x, s)"),
+}
+NOT_EXCITED = {
+    "another size": ("s = TF.adaptive_avg_pool2d(x, 2);", "relu", "sigmoid", "x * s.mean()"),
+    "another dimension": ("s = x.mean((1, 2), keepdim=True).expand(-1, 4, 1, -1);", "relu", "sigmoid", "x * s.sum()"),
+    "other images": ("s = x.mean((2, 3), keepdim=True);", "relu", "sigmoid", "(x + 1) * s"),
+    "a squeeze that is used": ("s = r = x.mean((2, 3), True);", "relu", "sigmoid", "x * s + r"),
+    "a gate that is used": ("s = x.mean((2, 3), True);", "relu", "sigmoid", "x * s + s"),
+    "in place": ("x = x * 2; s = x.mean((2, 3), True);", "relu", "sigmoid", "x.mul_(s)"),
+    "no gate of an epilogue": ("s = x.mean((2, 3), True);", "relu", "softplus", "x * s"),
+}
+
+
+class Excited(tnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = tnn.Conv2d(4, 2, 1), tnn.Conv2d(2, 4, 1)
+
+
+@pytest.mark.parametrize("name", [*EXCITED, *NOT_EXCITED])
+def test_squeeze_and_excitation(name, monkeypatch):
+    calls = []
+
+    def squeeze_excite(x, w1, b1, w2, b2, *, activation, gate):
+        calls.append((activation, gate))
+        hidden = F.conv2d_epilogue(x.mean((2, 3), keepdim=True), w1, b1, activation=activation)
+        return x * F.conv2d_epilogue(hidden, w2, b2, activation=gate)
+
+    monkeypatch.setattr(F, "squeeze_excite", squeeze_excite, raising=False)
+    parts = {**EXCITED, **NOT_EXCITED}[name]
+    model, x = net(SQUEEZED.format(*parts), Excited), images()
+    fused, lines = tritonnet.fuse(copy.deepcopy(model), fullgraph=True), []
+    tritonnet.fuse(fused, lines.append)
+    with torch.no_grad(), tritonnet.backend("reference"):
+        torch.testing.assert_close(fused(x.clone()), model(x.clone()))
+    assert calls == ([parts[1:3]] if name in EXCITED else [])
+    if name in EXCITED:
+        word = "adaptive_avg_pool2d" if name == "torchvision" else "mean"
+        assert lines[0].endswith(f"fused: {word}, fc1, {parts[1]}, fc2, {parts[2]}, mul")
+
+
+# Calls that nothing is fused with, and the launches of our functions that do the same.
+ALONE = {
+    "relu": "TF.relu(x)", "relu, its method": "x.relu()", "relu6": "TF.relu6(x)", "silu": "TF.silu(x * 1)",
+    "in place": "TF.relu_(x * 1)", "pooling": "TF.max_pool2d(x, 2)", "means": "TF.avg_pool2d(x, 2)",
+    "mean": "x.mean((2, 3))", "mean, keepdim": "x.mean([2, 3], keepdim=True)", "convolution": "self.conv(x)",
+    "linear": "self.fc(x)", "norm": "self.bn(x)",
+}  # fmt: skip
+LEFT = {
+    "in place on the caller's tensor": "TF.relu_(x)", "in place on a view": "TF.relu_((x * 1)[0])",
+    "indices": "TF.max_pool2d(x, 2, return_indices=True)[0]", "mean of channels": "x.mean((1, 2))",
+    "integers": "TF.relu(x.long())", "mean of all": "x.mean()",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*ALONE, *LEFT])
+def test_calls_alone(name):
+    body = {**ALONE, **LEFT}[name]
+    model, x, lines = net(f"return {body}"), images(), []
+    fused = tritonnet.fuse(copy.deepcopy(model), lines.append, fullgraph=True)
+    with tritonnet.backend("triton"), tritonnet.count_launches() as launches, torch.no_grad():
+        y = fused(x.clone())
+    expected = model(x.clone())
+    torch.testing.assert_close(y, expected)
+    assert layout(y) == layout(expected)
+    assert sum(launches.values()) == (name in ALONE), launches
+    assert "fused: " not in lines[0]

@@ -103,6 +103,8 @@ _NEW = {
     operator.sub, operator.mul, operator.truediv, operator.neg, torch.sub, torch.mul, torch.div, torch.cat,
     torch_functional.avg_pool2d, torch_functional.adaptive_avg_pool2d, torch_functional.softmax, "mean", "sum", "mul",
 }  # fmt: skip
+if "squeeze_excite" in vars(F):
+    _NEW.add(vars(F)["squeeze_excite"])
 # Calls whose results may be views and that write to nothing.
 _VIEWS = {
     operator.getitem, torch.flatten, torch.permute, torch.transpose, torch.reshape, "flatten", "permute", "transpose",
@@ -209,10 +211,11 @@ def is_own(node):
     return _is_fresh(node) and only_user(node) is not None
 
 
-def stays(node):
-    """Whether nothing overwrites the node's result before a backward pass may need it."""
+def stays(node, row):
+    """Whether nothing but the nodes of a row may overwrite the node's result, until a backward pass needs it."""
+    users = [user for user in node.users if user not in row]
     return _is_fresh(node) and all(
-        writes_nothing(user) and user.target not in _VIEWS and overwritten_by(user) is not node for user in node.users
+        writes_nothing(user) and user.target not in _VIEWS and overwritten_by(user) is not node for user in users
     )
 
 

@@ -78,16 +78,18 @@ def _epilogues(node, given):
     return found[::-1]
 
 
-def _is_recordable(last, given, operands):
+def _is_recordable(nodes, given, operands):
     """Whether backward has all that it needs of an epilogue, which keeps other tensors than eager's calls do.
 
     Args:
+        nodes: what the epilogue replaces.
         operands: the residual, and what else eager's calls do not keep.
     """
-    activation, slope = given.get("activation", "none"), given.get("slope", 0.0)
+    last, activation, slope = nodes[-1], given.get("activation", "none"), given.get("slope", 0.0)
     if not value_of(last).requires_grad or activation in ("none", "relu", "sigmoid"):
         return True
-    return all(map(calls.stays, [last] if activations.by_result(activation, slope) else filter(None, operands)))
+    kept = [last] if activations.by_result(activation, slope) else filter(None, operands)
+    return all(calls.stays(node, nodes) for node in kept)
 
 
 def _with_epilogue(first, operator, function):
@@ -103,7 +105,8 @@ def _with_epilogue(first, operator, function):
             continue  # its channels are not those of the epilogue
         # Backward would compute the convolution again.
         again = not normed and not activations.by_result(given.get("activation", "none"), given.get("slope", 0.0))
-        if again and value_of(nodes[-1]).requires_grad or not _is_recordable(nodes[-1], given, [given.get("residual")]):
+        again = again and value_of(nodes[-1]).requires_grad
+        if again or not _is_recordable([first, *nodes], given, [given.get("residual")]):
             continue
         call = function, first.args, {**first.kwargs, **given}
         if by_operator:
@@ -163,7 +166,7 @@ def _of_norm(norm):
     given = calls.epilogue_of(norm, x) if calls.is_laid_out(x) else None
     for nodes, arguments in [*_epilogues(norm, given), ([], given)] if given else ():
         residual = arguments.get("residual")
-        if _is_recordable([norm, *nodes][-1], arguments, [residual]):
+        if _is_recordable([norm, *nodes], arguments, [residual]):
             yield Row([norm, *nodes], F.epilogue, (x,), arguments, (norm, *nodes), residual)
 
 
@@ -172,7 +175,7 @@ def _of_sum(node):
     operands = calls.sum_of(node)
     x = next((x for x in operands if calls.epilogue_of(node, x)), None)
     for nodes, arguments in _epilogues(node, calls.epilogue_of(node, x)) if x else ():
-        if _is_recordable(nodes[-1], arguments, operands):
+        if _is_recordable([node, *nodes], arguments, operands):
             yield Row([node, *nodes], F.epilogue, (x,), arguments)
 
 
@@ -333,15 +336,23 @@ def fuse_patterns(graph, elementwise=True):
     return [found[i] for i in sorted(found)], [left[i] for i in sorted(left)]
 
 
+def _is_exact(node):
+    """Whether our function of the same name does exactly what the call of torch's does."""
+    values = list(map(value_of, [node, *node.all_input_nodes]))
+    if any(value is None or is_traceable_wrapper_subclass(value) for value in values):
+        return False
+    # Autocast may cast what torch's function takes.
+    if values[0].dtype != values[1].dtype and steps_of(node) not in ((CONV,), (LINEAR,)):
+        return False
+    overwritten, activation = calls.overwritten_by(node), calls.activation_of(node)
+    if overwritten is not None and not calls.is_own(overwritten):
+        return False
+    return activation is None or _is_recordable([node], activation[1], [])
+
+
 def _serve_alone(graph):
-    """Let our functions do what is left of the calls that we have functions for, where these do exactly the same."""
+    """Let our functions do what is left of the calls of torch's that we have functions for."""
     for node in graph.nodes:
-        values = list(map(value_of, [node, *node.all_input_nodes]))
         ours = calls.ours_of(node)
-        if ours is None or any(v is None or is_traceable_wrapper_subclass(v) for v in values):
-            continue
-        overwritten = calls.overwritten_by(node)
-        # Autocast may cast what torch's function takes.
-        casts = values[0].dtype != values[1].dtype and steps_of(node) not in ((CONV,), (LINEAR,))
-        if not casts and (overwritten is None or calls.is_own(overwritten)):
+        if ours is not None and _is_exact(node):
             node.op, (node.target, node.args, node.kwargs) = "call_function", ours
