@@ -100,15 +100,16 @@ ACTIVATIONS = {
 }
 
 
+@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name):
+def test_activations(name, converted):
     """All of its forms in one forward, each behind a convolution, batch norm and a sum."""
     forms = ACTIVATIONS[name]
     body = [f"y = self.bn(self.conv(x)) + x; x = {form}" for form in forms]
-    fused = [f"conv, batch_norm, add, {'epilogue' if 'epilogue' in form else name}" for form in forms]
+    fused = [f"conv, batch_norm, add, {name}"] * len(forms)
     # torch's derivative of hardsigmoid has 1 / 6 in float32.
     tolerance = 1e-7 if name == "hardsigmoid" else 1e-9
-    check(net("\n".join(["x = x * 1", *body, "return x * 1"])), "; ".join(fused), images(), tolerance=tolerance)
+    check(net("\n".join(["x = x * 1", *body, "return x * 1"])), "; ".join(fused), images(), converted, tolerance)
 
 
 NOT_FUSED = {
@@ -134,7 +135,7 @@ FORWARDS = {
     "sum, silu": ("return TF.silu(self.conv(x) + x)", "conv, add | conv, add, silu"),
     "sigmoid": ("return torch.sigmoid(self.other(x))", "other, sigmoid"),
     "all of ours": ("return F.epilogue(F.conv2d(x, self.other.weight), residual=x, activation='relu')",
-                    "conv2d, epilogue"),
+                    "conv2d, add, relu"),
     "norm twice": (NORM + "return self.bn2(y)", "conv, batch_norm"),
     "one layer twice": (NORM + "return self.bn(self.conv(y))", "conv, batch_norm; conv, batch_norm"),
     "relu before the norm": ("return self.bn(TF.relu(self.conv(x)))", "conv, relu"),
@@ -226,6 +227,7 @@ FORWARDS = {
     "sum of two": ("return TF.relu(x + x * 2)", "add, relu"),
     "sum of two, in place": ("x = x * 2; y = x * 2; y += x; return TF.silu(y)", "add, silu"),
     "sum to the caller's tensor": ("x += x * 2; return TF.relu(x)", "nothing to fuse"),
+    "sum of integers": ("return TF.relu(x.long() + x.int().long()) + x", "nothing to fuse"),
     "sum alone": ("return x + x * 2", "nothing to fuse"),
     "dense": ("y = torch.cat([x, self.conv(x)], 1)[:, :4]; return self.other(TF.relu(self.bn(y.contiguous())))",
               "bn, relu"),
@@ -389,7 +391,7 @@ def test_subclasses_of_batch_norm():
 # Squeeze and excitation as torchvision and timm write it; s is the squeezed images.
 SQUEEZED = "{} s = TF.{}(self.fc1(s)); s = TF.{}(self.fc2(s)); return {}"
 EXCITED = {
-    "torchvision": ("x = x * 2; s = TF.adaptive_avg_pool2d(x, 1);", "relu", "sigmoid", "s * x"),
+    "torchvision": ("x = x * 2; s = self.pool(x);", "relu", "sigmoid", "s * x"),
     "timm": ("x = x * 2; s = x.mean((2, 3), keepdim=True);", "silu", "sigmoid", "x * s"),
     "MobileNet": ("x = TF.relu(x); s = torch.mean(x, [-1, -2], True);", "relu", "hardsigmoid", "torch.mul(x, s)"),
 }
@@ -407,11 +409,13 @@ NOT_EXCITED = {
 class Excited(tnn.Module):
     def __init__(self):
         super().__init__()
-        self.fc1, self.fc2 = tnn.Conv2d(4, 2, 1), tnn.Conv2d(2, 4, 1)
+        self.pool, self.fc1, self.fc2 = tnn.AdaptiveAvgPool2d(1), tnn.Conv2d(4, 2, 1), tnn.Conv2d(2, 4, 1)
 
 
-@pytest.mark.parametrize("name", [*EXCITED, *NOT_EXCITED])
-def test_squeeze_and_excitation(name, monkeypatch):
+@pytest.mark.parametrize(
+    "name, converted", [*((name, False) for name in [*EXCITED, *NOT_EXCITED]), ("torchvision", True)]
+)
+def test_squeeze_and_excitation(name, converted, monkeypatch):
     calls = []
 
     def squeeze_excite(x, w1, b1, w2, b2, *, activation, gate):
@@ -422,8 +426,8 @@ def test_squeeze_and_excitation(name, monkeypatch):
     monkeypatch.setattr(F, "squeeze_excite", squeeze_excite, raising=False)
     parts = {**EXCITED, **NOT_EXCITED}[name]
     model, x = net(SQUEEZED.format(*parts), Excited), images()
-    fused, lines = tritonnet.fuse(copy.deepcopy(model), fullgraph=True), []
-    tritonnet.fuse(fused, lines.append)
+    fused, lines = copy.deepcopy(model), []
+    tritonnet.fuse(tritonnet.convert(fused) if converted else fused, lines.append, fullgraph=True)
     with torch.no_grad(), tritonnet.backend("reference"):
         torch.testing.assert_close(fused(x.clone()), model(x.clone()))
     assert calls == ([parts[1:3]] if name in EXCITED else [])

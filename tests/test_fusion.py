@@ -191,7 +191,8 @@ def test_launches(device):
     [
         ("y = self.conv1(x)\nreturn TF.relu(y) + y[:1]", None),
         ("return TF.max_pool2d(TF.relu(self.conv1(x)), 2, return_indices=True)[1]", "conv1, relu"),
-        ("return TF.max_pool2d(TF.leaky_relu(self.conv1(x)), 2)", None),
+        ("return TF.max_pool2d(TF.leaky_relu(self.conv1(x)), 2)", "conv1, leaky_relu"),
+        ("return TF.max_pool2d(TF.elu(self.conv1(x)), 2)", None),
         ("return TF.max_pool2d(TF.relu(self.conv1(x)), 3, dilation=2)", "conv1, relu"),
         ("return TF.relu(TF.max_pool2d(self.conv1(x), 2))", "conv1, max_pool2d, relu"),
         ("return TF.max_pool2d(input=TF.relu(input=self.conv1(x)), kernel_size=(3, 2), stride=[2])",

@@ -96,6 +96,7 @@ _SAME = {
 }  # fmt: skip
 # {torch's function or method: our function}, of those that tritonnet.nn.functional defines itself.
 OURS = {target: vars(F)[name] for name, targets in _SAME.items() if name in vars(F) for target in targets}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Other calls whose results are new tensors and that write to none.
 _NEW = {
     F.conv2d_relu, F.conv2d_relu_max_pool2d, F.conv2d_epilogue, F.linear_chain, F.linear_epilogue, F.epilogue,
@@ -250,7 +251,7 @@ def norm_of(node):
         allowed = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
         if t is None or t.dtype not in allowed or not _equal(t.shape, x.shape[1:2]):
             return None
-    if not isinstance(given["eps"], float):
+    if type(given["eps"]) not in (int, float):
         return None
     return given["input"], dict(mean=mean, var=var, scale=scale, shift=shift, eps=given["eps"])
 
@@ -286,7 +287,7 @@ def activation_of(node):
     return name and (given["input"], dict(activation=name, slope=float(slope)))
 
 
-def _arguments_of_operator(node):
+def arguments_of_operator(node):
     """The arguments of ops.epilogue that are not without effect."""
     names = "mean", "var", "scale", "shift", "residual", "eps", "activation", "slope"
     given = dict(zip(names, node.args[1:]))
@@ -307,7 +308,7 @@ def means_of(node):
     else:
         given = arguments_of(node, "input", dim=None, keepdim=False, dtype=None)
         x, keepdim, dims = given["input"], given["keepdim"], given["dim"]
-        whole = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3] and given["dtype"] is None
+        whole = dims in ((2, 3), [2, 3], (-2, -1), [-2, -1], (-1, -2), [-1, -2]) and given["dtype"] is None
     value, result = value_of(x), value_of(node)
     # Under autocast the means may have another dtype.
     if not whole or value is None or result is None or value.dim() != 4 or value.dtype != result.dtype:
@@ -346,13 +347,15 @@ def epilogue_of(node, value):
     """The arguments of F.epilogue(value, ...) for which it does what the node does; None if there are none."""
     if not is_call(node) or value not in node.all_input_nodes or not alike(node, value):
         return None
+    if value_of(value).dtype not in _FLOATS:
+        return None
     overwritten = overwritten_by(node)
     if overwritten is not None and not is_own(overwritten):
         return None
     if operands := sum_of(node):
         return {"residual": operands[operands[0] is value]}
     if node.target == ops.epilogue:
-        x, given = node.args[0], _arguments_of_operator(node)
+        x, given = node.args[0], arguments_of_operator(node)
     else:
         x, given = norm_of(node) or activation_of(node) or (None, None)
     return given if x is value and node.all_input_nodes.count(value) == 1 and value not in given.values() else None

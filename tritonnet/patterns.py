@@ -265,6 +265,10 @@ def _label(node):
     """What a report calls the node."""
     if steps := steps_of(node):
         return _name(node) if steps[0] in (CONV, LINEAR) else steps[0]
+    if node.target == ops.epilogue:
+        given = calls.arguments_of_operator(node)
+        words = "batch_norm" * ("mean" in given), "add" * ("residual" in given), given.get("activation", "")
+        return ", ".join(filter(None, words))
     activation = calls.activation_of(node)
     return activation[1]["activation"] if activation else _called(node)
 
