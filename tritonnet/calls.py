@@ -94,18 +94,16 @@ _SAME = {
     "hardswish": [torch_functional.hardswish], "gelu": [torch_functional.gelu],
     "sigmoid": [torch_functional.sigmoid, torch.sigmoid, "sigmoid"], "hardsigmoid": [torch_functional.hardsigmoid],
 }  # fmt: skip
-# {torch's function or method: our function}, of those that tritonnet.nn.functional defines itself.
-OURS = {target: vars(F)[name] for name, targets in _SAME.items() if name in vars(F) for target in targets}
+_OURS = {target: getattr(F, name) for name, targets in _SAME.items() for target in targets}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Other calls whose results are new tensors and that write to none.
 _NEW = {
     F.conv2d_relu, F.conv2d_relu_max_pool2d, F.conv2d_epilogue, F.linear_chain, F.linear_epilogue, F.epilogue,
+    F.squeeze_excite, ops.squeeze_excite,
     ops.epilogue, ops.conv2d_epilogue, ops.linear_epilogue, ops.avg_pool2d, ops.adaptive_avg_pool2d,
     operator.sub, operator.mul, operator.truediv, operator.neg, torch.sub, torch.mul, torch.div, torch.cat,
     torch_functional.avg_pool2d, torch_functional.adaptive_avg_pool2d, torch_functional.softmax, "mean", "sum", "mul",
 }  # fmt: skip
-if "squeeze_excite" in vars(F):
-    _NEW.add(vars(F)["squeeze_excite"])
 # Calls whose results may be views and that write to nothing.
 _VIEWS = {
     operator.getitem, torch.flatten, torch.permute, torch.transpose, torch.reshape, "flatten", "permute", "transpose",
@@ -332,9 +330,9 @@ def ours_of(node):
     """(function, args, kwargs): our function that does what the call of one of torch's does; None if there is none."""
     if not is_call(node):
         return None
-    if node.target in OURS:
-        return OURS[node.target], node.args, node.kwargs
-    means = means_of(node) if "adaptive_avg_pool2d" in vars(F) else None
+    if node.target in _OURS:
+        return _OURS[node.target], node.args, node.kwargs
+    means = None if node.target in _POOLINGS else means_of(node)
     return means and (_pixel_means, means, {})
 
 

@@ -195,7 +195,9 @@ def _of_squeeze_excite(squeeze):
         names.append(given["activation"])
         value = activation
     product = only_user(value) if keepdim else None
-    if product is not None and calls.product_of(product) in ((x, value), (value, x)) and calls.alike(product, x):
+    if product is None or calls.product_of(product) not in ((x, value), (value, x)) or not calls.alike(product, x):
+        return
+    if value_of(value).shape[1] == value_of(x).shape[1]:
         call = F.squeeze_excite, tuple(arguments), {"activation": names[0], "gate": names[1]}
         yield Row([*nodes, product], *call, (*nodes[1:], product))
 
@@ -282,7 +284,7 @@ def _kind(node):
         return _of_norm
     if calls.is_call(node) and calls.sum_of(node):
         return _of_sum
-    return _of_squeeze_excite if "squeeze_excite" in vars(F) and calls.is_call(node) and calls.means_of(node) else None
+    return _of_squeeze_excite if calls.is_call(node) and calls.means_of(node) else None
 
 
 def _replace(graph, row, place):

@@ -66,7 +66,6 @@ class _Rule(torch.autograd.Function):
     def compute(cls, ctx, *args):
         y = below_autograd(cls.operator, *args)
         ctx.before, (_, _, scale, shift, residual, _, ctx.activation, ctx.slope) = args[: cls.first], args[cls.first :]
-        ctx.shift_dtype = None if shift is None else shift.dtype
         ctx.shape, ctx.dtype, ctx.linear = y.shape, y.dtype, ctx.activation == "none"
         by_result = activations.by_result(ctx.activation, ctx.slope)
         # What is not needed is not kept: it may be overwritten, and takes memory. Torch's sums keep nothing.
@@ -80,36 +79,37 @@ class _Rule(torch.autograd.Function):
 
     @classmethod
     def saved(cls, ctx):
-        """(the arguments before the epilogue's, scale, what activation_grad takes or, without activation, None)."""
+        """(the arguments before the epilogue's, scale, shift, what activation_grad takes; without activation None)."""
         scale, shift, residual, t, *kept = ctx.saved_tensors
         kept = iter(kept)
         before = [next(kept) if is_tensor else a for is_tensor, a in zip(ctx.tensors, ctx.before)]
         if t is None and not ctx.linear:
             t = cls.operator(*before, None, None, scale, shift, residual, 0.0, "none", 0.0)
-        return before, scale, t
+        return before, scale, shift, t
 
     @classmethod
     def gradients(cls, ctx, dy):
         """The gradient of z, and those of the epilogue's arguments."""
-        before, scale, t = cls.saved(ctx)
+        before, scale, shift, t = cls.saved(ctx)
         needs_scale, needs_shift, needs_residual = ctx.needs_input_grad[cls.first + 2 : cls.first + 5]
         dz = dy if ctx.linear else ops.activation_grad(dy, t, ctx.activation, ctx.slope)
         pixels = [dim for dim in range(dz.dim()) if dim != 1]
         dscale = (dz.to(scale.dtype) * cls.z(*before)).sum(pixels) if needs_scale else None
-        dshift = dz.sum(pixels, dtype=ctx.shift_dtype) if needs_shift else None
+        dshift = dz.sum(pixels, dtype=shift.dtype) if needs_shift else None
         rest = None, None, dscale, dshift, dz if needs_residual else None, *_NOTHING
         return before, _scaled(dz, scale), rest
 
     @classmethod
     def tangent(cls, ctx, of_z, tscale, tshift, tresidual):
         """of_z: function of the arguments before the epilogue's that returns the tangent of z."""
-        before, scale, t = cls.saved(ctx)
+        before, scale, _, t = cls.saved(ctx)
         tz = of_z(*before)
         of_scale = None if tscale is None else cls.z(*before) * _along(tscale, ctx.shape)
         of_shift = None if tshift is None else _along(tshift, ctx.shape)
         tangent = total(None if tz is None else _scaled(tz, scale), tresidual, of_scale, of_shift)
         tangent = tangent.to(ctx.dtype).expand(ctx.shape)
-        return tangent if ctx.linear else ops.activation_grad(tangent, t, ctx.activation, ctx.slope)
+        # A tangent of its own, as the result may be overwritten.
+        return tangent.clone() if ctx.linear else ops.activation_grad(tangent, t, ctx.activation, ctx.slope)
 
 
 @register_autograd(ops.epilogue, prepare=_of_image)
