@@ -1,8 +1,8 @@
 """Finds patterns in a captured graph and replaces each by one call; the backend and fuse use it.
 
 A pattern starts with a convolution, a linear, a batch norm in evaluation or a sum, and ends with what our kernels do in
-the same pass: relu and max-pooling, or an epilogue, which is batch norm, a sum and an activation. calls.py says which
-calls these are.
+the same pass: relu and max-pooling, or an epilogue, which is batch norm, a sum and an activation. Squeeze and
+excitation is a pattern of its own. calls.py says which calls these are.
 """
 
 from collections.abc import Callable
