@@ -41,7 +41,7 @@ def hidden_units(
         mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
         offs = offs_r[:, None] * inner * UNIT + offs_c[None, :]
         w1 = tl.load(w1_ptr + offs, mask=(offs_r[:, None] < R) & mask_c[None, :], other=0.0).to(ACC)
-        acc += w1 * mean[None, :]
+        acc = tl.fma(w1, mean[None, :], acc)
     hidden = tl.sum(acc, axis=1)
     if HAS_BIAS:
         hidden += tl.load(b1_ptr + offs_r, mask=offs_r < R, other=0.0).to(ACC)
@@ -124,6 +124,8 @@ def _plan(x, mean, w1, b1, w2, b2, y, activation, gate):
     channels_last, vector = shapes.is_channels_last(y), 16 // x.element_size()
     (N, C, H, W), R = x.shape, w1.shape[0]
     P, block_r = H * W, power_of_2(R)
+    # A gate is a sum over threads. If each added its own product to another's in one rounding, as fusion does, they
+    # would have different bits of the same gate, and any of them might be stored.
     # 128 bytes of a pixel's channels or up to 512 of a channel's pixels, and fewer channels for wide rows of w2.
     block_c = min(power_of_2(C), 8 * vector if channels_last else max(TILE // power_of_2(P), 16))
     block_c = min(block_c, max(2 * TILE // block_r, 16))
@@ -136,7 +138,7 @@ def _plan(x, mean, w1, b1, w2, b2, y, activation, gate):
         C_UNIT=c_unit, R_UNIT=r_unit, P_UNIT=p_unit, CHANNELS_LAST=channels_last,
         INDEX=index_type(x), ACC=acc_type(x.dtype),
         BLOCK_R=block_r, BLOCK_K=min(power_of_2(C), max(TILE // block_r, vector)), BLOCK_C=block_c, BLOCK_P=block_p,
-        num_warps=8, **OPTIONS,
+        num_warps=8, **OPTIONS | {"enable_fp_fusion": False},
     )  # fmt: skip
 
 

@@ -228,7 +228,8 @@ def floats():
     for t in ("bf16x2", "f16x2"):
         form = "p2" if t == "bf16x2" else "ph"
         for name in ("add", "sub", "mul"):
-            row(f"{name}.{t}", "u4", f"{form} {form}", f"{name}_{t}({{0}}, {{1}})")
+            for rounding in ("", ".rn"):
+                row(f"{name}{rounding}.{t}", "u4", f"{form} {form}", f"{name}_{t}({{0}}, {{1}})")
         row(f"fma.rn.{t}", "u4", f"{form} {form} {form}", f"fma_{t}({{0}}, {{1}}, {{2}})")
     for rounding in ("", ".rn"):
         for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):

@@ -49,7 +49,7 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
     ),
 }
 # Layers whose result is rounded once, and layers that multiply rounded values again.
-PLAIN = "Conv2d", "Conv2d, depthwise", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "ReLU", "Linear"
+PLAIN = "Conv2d", "Conv2d, depthwise", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "ReLU", "SiLU", "Linear"
 DEEP = ("LinearChain",)
 # Time limit for the formats after float32.
 SECONDS = 8
