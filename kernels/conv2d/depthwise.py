@@ -32,7 +32,7 @@ def serves(w, groups):
 
 
 def filter_strides(strides):
-    """The strides of (OC, 1, KH, KW) as constants: then most of a thread's addresses differ by constants."""
+    """Strides of (OC, 1, KH, KW) as constants: then most of a thread's addresses differ by constants."""
     return dict(stride_wo=strides[0], stride_wh=strides[2], stride_ww=strides[3])
 
 
@@ -76,14 +76,13 @@ def depthwise_forward_kernel(
                 MEET, True, PAD_MODE, ACC,
             )  # fmt: skip
 
-    vectors = (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
+    vectors = b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr
     factor, summand = of_channels(vectors, stride_b, oc, mask_c, EPILOGUE, ACC)
     y_offs = n * stride_yn + oc * stride_yc + oh * stride_yh + ow * stride_yw
-    step = tl.cast(stride_yw, INDEX)
+    r_ptrs, step = r_ptr + y_offs, tl.cast(stride_yw, INDEX)
     y = ()
     for j in tl.static_range(LINE):
-        r_ptrs = r_ptr + (y_offs + j * step)
-        y = y + (finished(acc[j], factor, summand, r_ptrs, mask & (ow + j < OW), EPILOGUE),)
+        y = y + (finished(acc[j], factor, summand, r_ptrs + j * step, mask & (ow + j < OW), EPILOGUE),)
     store_line(y_ptr, y_offs, stride_yw, y, mask, OW - ow, LINE, VECTOR)
 
 
@@ -111,10 +110,7 @@ def _forward(x, w, bias, y, mean, var, scale, shift, residual, stride, padding, 
 
 
 def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=NONE):
-    """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), all of one floating dtype.
-
-    The sums go through the epilogue, an Epilogue.
-    """
+    """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None, an Epilogue -> y (N, OC, OH, OW) of x's dtype."""
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() > 0:
         tensors, values = epilogue.of(y)
@@ -333,10 +329,9 @@ def _weight_grad(
     return (split.tiles * split.splits,), numbers, dict(
         **filter_strides(strides), OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias,
-        UNITS=units, MEET=(1, stride[1], dilation[1], -padding[2], split.taps, split.line, in_x),
-        ROWS=split.rows, WHOLE=OW % split.line == 0, VECTOR=in_y,
-        INDEX=index_type(dy, x, dw_ptr), ACC=acc_type(dy.dtype),
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, UNITS=units,
+        MEET=(1, stride[1], dilation[1], -padding[2], split.taps, split.line, in_x), VECTOR=in_y,
+        ROWS=split.rows, WHOLE=OW % split.line == 0, INDEX=index_type(dy, x, dw_ptr), ACC=acc_type(dy.dtype),
         BLOCK_P=split.blocks[0], BLOCK_C=split.blocks[1], num_warps=4, **OPTIONS,
     )  # fmt: skip
 
