@@ -1,6 +1,7 @@
 """What the calls of a captured graph compute: the functions, methods and operators of patterns, torch's and ours."""
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as torch_functional
@@ -83,7 +84,7 @@ def _pixel_means(x, keepdim):
 
 
 # torch's functions and methods that ours of these names take the same arguments as.
-_SAME = {
+_SAME: dict[str, list[Any]] = {
     "conv2d": [torch.conv2d], "linear": [torch_functional.linear],
     "max_pool2d": [torch_functional.max_pool2d, torch.max_pool2d],
     "avg_pool2d": [torch_functional.avg_pool2d], "adaptive_avg_pool2d": [torch_functional.adaptive_avg_pool2d],
