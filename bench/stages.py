@@ -31,8 +31,9 @@ KERNEL_TESTS = (
 )  # fmt: skip
 OTHER_TESTS = (
     "test_distributed", "test_citizenship", "test_networks", "test_gradcheck", "test_peers", "test_properties",
-    "test_layers", "test_fusion", "test_faithful", "test_recognition", "test_conversion", "test_launching",
-    "test_dispatch", "test_in_place", "test_defaults", "test_errors", "test_cli", "test_examples", "test_huge",
+    "test_layers", "test_fusion", "test_epilogue_patterns", "test_faithful", "test_recognition", "test_conversion",
+    "test_launching", "test_dispatch", "test_in_place", "test_defaults", "test_errors", "test_cli", "test_examples",
+    "test_huge",
 )  # fmt: skip
 # What these test is the same on every machine.
 WITHOUT_GPU = (

@@ -299,18 +299,20 @@ LAUNCHED = {
     "depthwise, pixels strided": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
     "depthwise, large": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
     "epilogue": ("epilogue", "activation_grad"),
-    "conv2d, epilogue": (*CONV, "epilogue", "activation_grad"),
-    "conv2d, epilogue, NCHW": dict.fromkeys(("bfloat16", "tf32"), (*CONV, "epilogue", "activation_grad")),
+    "conv2d, epilogue": dict.fromkeys(("bfloat16", "tf32"), (*CONV, "epilogue", "activation_grad")),
+    "conv2d, epilogue, NCHW": {"bfloat16": (*CONV, "epilogue", "activation_grad")},
     "conv2d, epilogue, descriptors": {
         format: (*names, "epilogue", "activation_grad")
         for format, names in large(CONV[:2], CONV[2]).items()
-        if format != "float16"
+        if format == "bfloat16"
     },
     "conv2d, epilogue, few channels": {
-        format: (*FEW[format], "epilogue", "activation_grad") for format in ("bfloat16", "tf32", "float32")
+        format: (*FEW[format], "epilogue", "activation_grad") for format in ("bfloat16", "float32")
     },
-    "depthwise, epilogue": dict.fromkeys(("bfloat16", "float32"), (*DEPTHWISE, "epilogue", "activation_grad")),
-    "linear, epilogue": ("linear_forward", "linear_weight_grad", "epilogue", "activation_grad"),
+    "depthwise, epilogue": {"bfloat16": (*DEPTHWISE, "epilogue", "activation_grad")},
+    "linear, epilogue": dict.fromkeys(
+        ("bfloat16", "float64"), ("linear_forward", "linear_weight_grad", "epilogue", "activation_grad")
+    ),
     "pooled": POOLED,
     "pooled, few channels": FEW_CHANNELS,
     "pooled, one channel": {format: FEW_CHANNELS[format] for format in ("bfloat16", "tf32", "float32")},
