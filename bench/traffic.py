@@ -134,7 +134,9 @@ def captured(model, images):
         return run
 
     fused = tritonnet.convert(copy.deepcopy(model))
-    torch.compile(fused, backend=backend, fullgraph=True)(images)
+    # As in fuse, numbers such as eps stay constants if another network has other ones.
+    with torch._dynamo.config.patch(specialize_float=True):
+        torch.compile(fused, backend=backend, fullgraph=True)(images)
     if len(graphs) != 1 or len(calls) != 1:
         raise RuntimeError(f"{type(model).__name__} is {len(graphs)} graphs, not one")
 

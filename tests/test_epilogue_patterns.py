@@ -338,6 +338,17 @@ def test_formats(name, converted):
     assert lines == ["Drawn, graph 1: fused: other, batch_norm, add, relu. not conv: its result is used 2 times"]
 
 
+def test_another_eps():
+    """A number that has changed stays a constant of the graph, so that the pattern is still found."""
+    model, x, lines = net("return self.bn(self.conv(x))"), images(), []
+    ours = tritonnet.fuse(copy.deepcopy(model), lines.append)
+    with torch.no_grad(), tritonnet.backend("reference"):
+        for eps in (1e-5, 1e-3, 0.1):
+            model.bn.eps = ours.bn.eps = eps
+            torch.testing.assert_close(ours(x), model(x))
+    assert len(lines) == 3 and all("fused: conv, batch_norm" in line for line in lines), lines
+
+
 def test_a_residual_of_another_dtype_under_autocast():
     model, x = net("return TF.relu(self.bn(self.conv(x)) + x)").float(), images().float()
     fused, lines = copy.deepcopy(model), []
