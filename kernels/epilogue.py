@@ -103,7 +103,9 @@ def finished(z, factor, summand, r_ptrs, mask, EPILOGUE: tl.constexpr):
         z += summand
     if EPILOGUE[RESIDUAL]:
         z += tl.load(r_ptrs, mask=mask, other=0.0).to(z.dtype)
-    return activated(z, EPILOGUE[ACT], EPILOGUE[SLOPE])
+    # triton 3.6.0 passes a string on only as a constant of its own.
+    ACTIVATION: tl.constexpr = EPILOGUE[ACT]
+    return activated(z, ACTIVATION, EPILOGUE[SLOPE])
 
 
 @triton.jit
