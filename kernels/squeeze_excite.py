@@ -124,8 +124,6 @@ def _plan(x, mean, w1, b1, w2, b2, y, activation, gate):
     channels_last, vector = shapes.is_channels_last(y), 16 // x.element_size()
     (N, C, H, W), R = x.shape, w1.shape[0]
     P, block_r = H * W, power_of_2(R)
-    # A gate is a sum over threads. If each added its own product to another's in one rounding, as fusion does, they
-    # would have different bits of the same gate, and any of them might be stored.
     # 128 bytes of a pixel's channels or up to 512 of a channel's pixels, and fewer channels for wide rows of w2.
     block_c = min(power_of_2(C), 8 * vector if channels_last else max(TILE // power_of_2(P), 16))
     block_c = min(block_c, max(2 * TILE // block_r, 16))
@@ -138,7 +136,10 @@ def _plan(x, mean, w1, b1, w2, b2, y, activation, gate):
         C_UNIT=c_unit, R_UNIT=r_unit, P_UNIT=p_unit, CHANNELS_LAST=channels_last,
         INDEX=index_type(x), ACC=acc_type(x.dtype),
         BLOCK_R=block_r, BLOCK_K=min(power_of_2(C), max(TILE // block_r, vector)), BLOCK_C=block_c, BLOCK_P=block_p,
-        num_warps=8, **OPTIONS | {"enable_fp_fusion": False},
+        num_warps=8,
+        # A gate is a sum over threads. If each added its own product to another's in one rounding, as fusion does, they
+        # would have different bits of the same gate, and any of them might be stored.
+        **OPTIONS | {"enable_fp_fusion": False},
     )  # fmt: skip
 
 

@@ -99,6 +99,9 @@ def test_resnet_50_at_full_size(capsys):
     traffic.main(["resnet50", "--batch", "64"])
     said = capsys.readouterr().out
     assert "# resnet50, batch 64, bfloat16, channels_last" in said and "| aten::convolution " in said
+    (total,) = (line for line in said.splitlines() if line.startswith("| all "))
+    calls, megabytes = map(float, total.strip("| ").split("|")[-2:])
+    assert (calls, said.split("are left: ")[1].strip()) == (56, "none.") and megabytes < 4200, total
     eager = traffic.of_eager(*traffic.on_meta("resnet50", 64, "bfloat16"))
     assert eager.of_torch["aten::convolution"] == eager.of_torch["aten::native_batch_norm"] == 53
     assert eager.of_torch["aten::relu_"] == 49 and eager.of_torch["aten::add_"] == 16
