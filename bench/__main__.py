@@ -2,6 +2,7 @@
 
     python -m bench             # everything, in less than 8 minutes; --quick takes 90 seconds
     python -m bench --passes    # ResNet-50's convolutions and linear, pass by pass, against cuDNN and cuBLAS
+    python -m bench --inference # ResNet-50, MobileNetV2 and EfficientNet-B0 in evaluation
     python -m bench --data DIR  # and the time to 99 % on MNIST, from the four IDX files in DIR
     python -m bench --cpu       # without a GPU: the cost of a call in Python, and the reference
     python -m bench --verify    # on a GPU: whether it is right and how fast, in stages (see bench/verify.py)
@@ -20,7 +21,7 @@ import torch
 
 import tritonnet
 
-from . import cpu, passes, plots, verify
+from . import cpu, inference, passes, plots, verify
 from .accuracy import add_arguments, race
 from .case import TIMED
 from .keep import ROOT, sources
@@ -30,7 +31,7 @@ from .measure import Cuda, ceilings
 from .progress import progress
 from .record import Record, earlier, machine
 from .report import page
-from .run import COMPILED_OPERATORS, COMPILED_QUICKLY, FULL, OF_PASSES, QUICK, Budget, plan, run
+from .run import COMPILED_OPERATORS, COMPILED_QUICKLY, FULL, OF_INFERENCE, OF_PASSES, QUICK, Budget, plan, run
 
 RESULTS = ROOT / "bench" / "results"
 FULL_LEAVES_OUT = (
@@ -42,8 +43,9 @@ QUICK_LEAVES_OUT = (
     f"bfloat16 at batch {' and '.join(map(str, COMPILED_QUICKLY))} in its default mode"
 )
 PASSES_LEAVE_OUT = "--passes: torch.compile in tf32, and in its slower modes"
+INFERENCE_LEAVES_OUT = "--inference: float32, and torch.compile in its quicker modes"
 ALL_FORMATS = "all"
-NOT_OF_VERIFY = "quick", "passes", "cpu", "resume", "seconds", "without", "data"
+NOT_OF_VERIFY = "quick", "passes", "inference", "cpu", "resume", "seconds", "without", "data"
 
 
 def parse(argv=None):
@@ -60,6 +62,14 @@ def parse(argv=None):
         help="only ResNet-50's convolutions and linear, each pass alone; one of "
         f"{', '.join(passes.FORMATS)} (default: both)",
     )
+    parser.add_argument(
+        "--inference",
+        nargs="?",
+        const=ALL_FORMATS,
+        choices=(ALL_FORMATS, *inference.FORMATS_TIMED),
+        metavar="FORMAT",
+        help=f"only whole networks in evaluation; one of {', '.join(inference.FORMATS_TIMED)} (default: all)",
+    )
     parser.add_argument("--cpu", action="store_true", help="without a GPU: the cost of a call, and the reference")
     parser.add_argument("--verify", action="store_true", help="tests, sanitizers and measurements in stages")
     parser.add_argument("--minutes", type=float, metavar="M", help="with --verify: how long it may take in all")
@@ -68,8 +78,8 @@ def parse(argv=None):
         "--seconds",
         type=float,
         metavar="S",
-        help=f"time for the cases (default: {FULL}, quick {QUICK}, passes {OF_PASSES}; {cpu.FULL} or {cpu.QUICK} on "
-        "the CPU)",
+        help=f"time for the cases (default: {FULL}, quick {QUICK}, passes {OF_PASSES}, inference {OF_INFERENCE}; "
+        f"{cpu.FULL} or {cpu.QUICK} on the CPU)",
     )
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave a contestant out")
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write tables and JSON only")
@@ -84,8 +94,10 @@ def parse(argv=None):
         parser.error(f"--minutes has to be more than 0, got {args.minutes:g}")
     if args.minutes is not None and not args.verify:
         parser.error("--minutes goes with --verify; --seconds is for the cases alone")
-    if args.passes and (args.quick or args.cpu):
-        parser.error(f"--passes has no --{'quick' if args.quick else 'cpu'}")
+    for kind in ("passes", "inference"):
+        others = [name for name in ("quick", "cpu", "inference") if name != kind and getattr(args, name)]
+        if getattr(args, kind) and others:
+            parser.error(f"--{kind} has no --{others[0]}")
     if args.verify and (others := [name for name in NOT_OF_VERIFY if getattr(args, name)]):
         parser.error(f"--verify has no --{others[0]}: its stages are fixed")
     if args.out and args.out.exists() and not args.out.is_dir():
@@ -106,6 +118,9 @@ def on_gpu(record, args, start, keep):
     if args.passes:
         formats = passes.FORMATS if args.passes == ALL_FORMATS else (args.passes,)
         cases, seconds, leaves_out = passes.plan(formats), OF_PASSES, PASSES_LEAVE_OUT
+    elif args.inference:
+        formats = inference.FORMATS_TIMED if args.inference == ALL_FORMATS else (args.inference,)
+        cases, seconds, leaves_out = inference.plan(formats), OF_INFERENCE, INFERENCE_LEAVES_OUT
     elif args.quick:
         cases, seconds, leaves_out = plan(quick=True), QUICK, QUICK_LEAVES_OUT
     else:
@@ -143,9 +158,10 @@ def main(argv=None):
         if args.verify:
             sys.exit(verify.main(folder, args.minutes, start))
         here = machine("cpu" if args.cpu else "cuda")
-        record = Record(here, args.quick, passes=bool(args.passes))
+        kind = {"passes": bool(args.passes), "inference": bool(args.inference)}
+        record = Record(here, args.quick, **kind)
         if args.resume and folder:
-            record = earlier(here, args.quick, folder, record.passes)
+            record = earlier(here, args.quick, folder, **kind)
         record.sources = sources()
         keep = (lambda: record.write(folder / f"{record.name}.json")) if folder else lambda: None
         try:

@@ -29,7 +29,15 @@ SUMS = 1e-4
 FLIPS = 4
 
 _PRODUCTS = {torch.conv2d, F.linear}
-_OPERATORS = _PRODUCTS | {F.relu, torch.relu, torch.max_pool2d, F.max_pool2d, F.cross_entropy}
+OPERATORS = _PRODUCTS | {
+    F.relu, torch.relu, torch.max_pool2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.cross_entropy,
+    F.relu6, F.leaky_relu, F.silu, F.hardswish, F.gelu, F.sigmoid, F.hardsigmoid, torch.Tensor.sigmoid,
+    torch.Tensor.mul,
+}  # fmt: skip
+# The operators of the networks of --inference that compute a result. `+=` is add_, whose result replaces its operand.
+OF_NETWORKS = OPERATORS | {
+    F.batch_norm, F.hardtanh, torch.sigmoid, torch.Tensor.add, torch.Tensor.add_,
+}  # fmt: skip
 
 
 def _rounded(t, format):
@@ -55,15 +63,15 @@ class _Round(torch.autograd.Function):
 
 
 class Rounding(TorchFunctionMode):
-    """Inside, convolutions, linear, relu, max_pool2d and cross_entropy in float64 round as `format` does."""
+    """Inside, some operators in float64 round as `format` does."""
 
-    def __init__(self, format):
+    def __init__(self, format, operators=OPERATORS):
         super().__init__()
-        self.format = format
+        self.format, self.operators = format, operators
         self.stored = "float32" if format == "tf32" else format
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function not in _OPERATORS:
+        if function not in self.operators:
             return function(*args, **kwargs or {})
         # A gradient is stored too, and then an operand of the next product.
         operand = self.format if function in _PRODUCTS else self.stored

@@ -133,6 +133,10 @@ def packed_before(model, format):
     return forward
 
 
+def _fused(model):
+    return tritonnet.fuse(tritonnet.convert(model))
+
+
 class Library(NamedTuple):
     """How a library does the work that is timed.
 
@@ -148,6 +152,7 @@ class Library(NamedTuple):
             images, or None where there is none; None for a library without such a forward.
         context: function that returns the context manager in which it has to run.
         gradients: the class of gradients.py that has its gradients.
+        evaluated: function of a model of torch.nn in evaluation that returns this library's, a function of images.
     """
 
     functional: ModuleType
@@ -158,11 +163,12 @@ class Library(NamedTuple):
     packed: Callable | None = None
     context: Callable = contextlib.nullcontext
     gradients: type = gradients.OfTorch
+    evaluated: Callable = lambda model: model
 
 
 def installed():
     """{name: Library} of the contestants that are installed."""
-    found = {"tritonnet": Library(F, tritonnet.LeNet, packed=packed_before, gradients=gradients.Ours)}
+    found = {"tritonnet": Library(F, tritonnet.LeNet, packed=packed_before, gradients=gradients.Ours, evaluated=_fused)}
     if hasattr(tritonnet, "TrainStep"):
         found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=WholeStep)
     found["torch"] = Library(unfused, TutorialLeNet)

@@ -140,6 +140,40 @@ def max_pool2d(name, size, kernel, stride, padding=0):
     )  # fmt: skip
 
 
+def avg_pool2d(name, size, kernel, stride, padding=0):
+    window = [(value, value) for value in (kernel, stride, padding, 1)]
+    result = (*size[:2], *shapes.max_pool2d_size(size[2:], *window, False))
+    return _average(
+        f"avg_pool2d {name}", size, result, lambda f, x: f.avg_pool2d(x, kernel, stride, padding), kernel**2
+    )
+
+
+def adaptive_avg_pool2d(name, size, bins):
+    pixels = size[2] * size[3] // math.prod(bins)
+    call = lambda f, x: f.adaptive_avg_pool2d(x, bins)  # noqa: E731
+    return _average(f"adaptive_avg_pool2d {name}", size, (*size[:2], *bins), call, pixels)
+
+
+def _average(name, size, result, call, pixels):
+    """Means of so many pixels each: an addition for each pixel, forward and backward."""
+    x, y = math.prod(size), math.prod(result)
+    work = Work(y * pixels, x + y)
+    return Operator(name, size[0], call, (size,), result, _works(work, work))
+
+
+def squeeze_excite(name, size, R):
+    """Without gradients one launch for the means and one for the rest, as in inference."""
+    N, C, image = *size[:2], math.prod(size)
+    weights = 2 * R * C + R + C
+    forward = Work(2 * image + 4 * N * R * C, 3 * image + weights)
+    # dy and x for the gates' gradient, dy for that of x, and the means' gradient on top of it.
+    backward = Work(4 * image + 8 * N * R * C, 3 * image + 2 * weights)
+    return Operator(
+        f"squeeze_excite {name}", N, lambda f, *tensors: f.squeeze_excite(*tensors, "silu"),
+        (size, (R, C), (R,), (C, R), (C,)), size, _works(forward, backward),
+    )  # fmt: skip
+
+
 def linear(name, M, K, N, relu=False):
     sizes, result = ((M, K), (N, K), (N,)), (M, N)
     forward = Work(2 * M * K * N, M * K + N * K + N + M * N)
@@ -224,5 +258,8 @@ def catalogue():
         conv2d("depthwise 3x3, 144", (64, 144, 56, 56), (144, 3), padding=1, groups=144),
         linear("4096 x 4096 x 4096", 4096, 4096, 4096, relu=True),
         relu("LeNet", 1024, 6, 28, 28),
+        squeeze_excite("EfficientNet", (64, 1152, 7, 7), 48),
         max_pool2d("LeNet 2x2", (1024, 6, 28, 28), 2, 2),
+        adaptive_avg_pool2d("ResNet", (64, 2048, 7, 7), (1, 1)),
+        avg_pool2d("DenseNet 2x2", (64, 128, 56, 56), 2, 2),
     ]

@@ -16,8 +16,8 @@ from .keep import read_json, sources, write_json
 # The contestants of this project; all others are its peers.
 OURS = "tritonnet", "TrainStep"
 OK, WRONG, FAILED = "ok", "WRONG", "failed"
-# Follow the GPU's name in the names of the files of a quick run, and of a run of the passes.
-QUICK_ENDING, PASSES_ENDING = "-quick", "-passes"
+# Follow the GPU's name in the names of the files of a quick run, and of runs of the passes and of inference.
+QUICK_ENDING, PASSES_ENDING, INFERENCE_ENDING = "-quick", "-passes", "-inference"
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Record:
     Attributes:
         machine: what it ran on, with versions and date.
         quick: whether it was the quick run.
-        passes: whether it was the run of the passes alone.
+        passes, inference: whether it was the run of the passes alone, or of the inference of networks alone.
         ceilings: what measure.ceilings() found.
         rows: every Row.
         accuracy: the times to a test accuracy, of accuracy.race().
@@ -104,16 +104,24 @@ class Record:
     without: list = field(default_factory=list)
     sources: str = ""
     passes: bool = False
+    inference: bool = False
 
     @property
     def name(self):
         """A file name without its ending."""
-        return file_name(self.machine) + QUICK_ENDING * self.quick + PASSES_ENDING * self.passes
+        ending = QUICK_ENDING * self.quick + PASSES_ENDING * self.passes + INFERENCE_ENDING * self.inference
+        return file_name(self.machine) + ending
 
     @property
     def title(self):
         """The machine in a line."""
-        return title(self.machine) + ", quick run" * self.quick + ", passes" * self.passes
+        kind = ", quick run" * self.quick + ", passes" * self.passes + ", inference" * self.inference
+        return title(self.machine) + kind
+
+    @property
+    def of_one_kind(self):
+        """Whether it is of passes or inference alone, and so not the record of a full or a quick run."""
+        return self.passes or self.inference
 
     @property
     def faults(self):
@@ -173,13 +181,13 @@ def same_but_date(one, other):
     return {**one, "date": ""} == {**other, "date": ""}
 
 
-def earlier(machine, quick, folder, passes=False):
+def earlier(machine, quick, folder, passes=False, inference=False):
     """The Record of an earlier run of the same code on the same machine, to be continued, or a new one.
 
     A full run without an earlier one starts from the quick run's record.
     """
-    new, code = Record(machine, quick, passes=passes), sources()
-    for name in [new.name] if passes else dict.fromkeys((new.name, file_name(machine) + QUICK_ENDING)):
+    new, code = Record(machine, quick, passes=passes, inference=inference), sources()
+    for name in [new.name] if new.of_one_kind else dict.fromkeys((new.name, file_name(machine) + QUICK_ENDING)):
         path = folder / f"{name}.json"
         if path.exists():
             found = Record.read(path)

@@ -5,7 +5,7 @@ from .case import BOTH, FORWARD, HOST, INFERENCE, INPUT_GRAD, PACKED, TRAINING, 
 from .record import OK, OURS, best_of_ours, groups
 from .table import markdown
 
-TASKS = {TRAINING: "LeNet, training step", INFERENCE: "LeNet, inference",
+TASKS = {TRAINING: "LeNet, training step", INFERENCE: "Networks, inference",
          PACKED: "LeNet, inference on weights packed before", FORWARD: "Operators, forward",
          BOTH: "Operators, forward + backward", INPUT_GRAD: "Operators, input gradient alone",
          WEIGHT_GRAD: "Operators, weight gradient alone"}  # fmt: skip
@@ -69,8 +69,9 @@ RATES = """\
 returns, without waiting for the GPU. TrainStep's "calls" are whole calls; its "graph" replays the launches alone, with
 the images already in place. Inference on weights packed before is the forward launch alone: a whole call takes longer
 by the packing in a graph, and in the other forms also by the time in which the host finds the weights. The floor is the
-longer of two times: the least bytes that the work needs (counted in bench/operators.py and bench/lenet.py) at the rate
-of a large copy, and its FLOPs at the rate of a large matrix product. Both rates were measured in this run:
+longer of two times: the least bytes that the work needs (counted in bench/operators.py and bench/lenet.py; of larger
+networks what moves between the operators of the fused network, counted in bench/traffic.py) at the rate of a large
+copy, and its FLOPs at the rate of a large matrix product. Both rates were measured in this run:
 
 {ceilings}
 """

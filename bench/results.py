@@ -13,7 +13,7 @@ from .case import BOTH, CALLS, FORWARD, GRAPH, HOST, INFERENCE, PACKED, TRAINING
 from .keep import ROOT, read_json
 from .lenet import Network
 from .libraries import COMPILE
-from .record import OURS, PASSES_ENDING, QUICK_ENDING, Record, file_name, same_but_date
+from .record import INFERENCE_ENDING, OURS, PASSES_ENDING, QUICK_ENDING, Record, file_name, same_but_date
 from .report import accuracy_table, memory
 from .run import plan
 from .table import markdown
@@ -38,13 +38,13 @@ HEADLINES = (
 def records(folder):
     """The Records in `folder`, one for each machine: the newest, or of two from the same day the full run.
 
-    A run of the passes is no such record; `section` adds it to that of its machine.
+    A run of the passes or of inference is no such record; `section` adds it to that of its machine.
 
     Rows of a quick run that is no older replace the full run's own, if both had the same versions.
     """
     paths = [path for path in sorted(folder.glob("*.json")) if not path.stem.endswith(verify.ENDING)]
     of_machine = {}
-    for record in (record for record in map(Record.read, paths) if record and not record.passes):
+    for record in (record for record in map(Record.read, paths) if record and not record.of_one_kind):
         of_machine.setdefault(file_name(record.machine), []).append(record)
     return [_one_of(runs) for runs in of_machine.values()]
 
@@ -169,7 +169,7 @@ def section(found, folder):
             parts.append(
                 f"Peak memory of a training step, beside its images and labels:\n\n{markdown(header, rows).strip()}"
             )
-        parts += _passes(record, folder)
+        parts += _inference(record, folder) + _passes(record, folder)
         if record.accuracy:
             parts.append(accuracy_table(record.accuracy).strip())
         state = read_json(folder / f"{file_name(record.machine)}{verify.ENDING}.json")
@@ -181,11 +181,25 @@ def section(found, folder):
     return "\n\n".join(parts)
 
 
+def _beside(record, folder, ending):
+    """The Record with this ending of a record's machine and versions, or None."""
+    path = folder / f"{file_name(record.machine)}{ending}.json"
+    found = Record.read(path) if path.exists() else None
+    return found if found and same_but_date(found.machine, record.machine) else None
+
+
+def _inference(record, folder):
+    """[what follows, table] of the networks timed on a record's machine with its versions, [] if there are none."""
+    found = _beside(record, folder, INFERENCE_ENDING)
+    header, rows = summary(found) if found else ((), ())
+    pages = f"{found.machine['date']}, [all of it](results/{found.name}.md)" if found else ""
+    return [f"Inference of whole networks, {CONDITIONS} ({pages}):", markdown(header, rows).strip()] if rows else []
+
+
 def _passes(record, folder):
     """[what follows, table] of the passes timed on a record's machine with its versions, [] if there are none."""
-    path = folder / f"{file_name(record.machine)}{PASSES_ENDING}.json"
-    found = Record.read(path) if path.exists() else None
-    if not found or not same_but_date(found.machine, record.machine):
+    found = _beside(record, folder, PASSES_ENDING)
+    if not found:
         return []
     (header, rows), _ = passes.summary(found)
     pages = f"{found.machine['date']}, [all of it, and the shapes below {passes.SLOWER}x](results/{found.name}.md)"

@@ -9,6 +9,7 @@ import torch
 
 from . import FORMATS
 from .case import CALLS, CONTIGUOUS, GRAPH, HOST, PACKED, TRAINING, Case
+from .inference import Evaluation
 from .lenet import Network
 from .libraries import COMPILE, COMPILE_NO_GRAPHS, COMPILE_QUICKLY, WHOLE_STEPS, Library, installed, load_compiler
 from .limit import OutOfTime, limited
@@ -18,11 +19,13 @@ from .passes import Passes
 from .record import FAILED, OK, OURS, WRONG, Row
 
 # Seconds until the last case ends; the start of Python and the pictures take the rest of the planned time.
-FULL, QUICK, OF_PASSES = 440, 75, 300
+FULL, QUICK, OF_PASSES, OF_INFERENCE = 440, 75, 300, 400
 # Seconds that each is expected to take before one has run, and the most that an entry under torch.compile gets, by
 # mode.
 EXPECTED = {"case": 4.0, "compile": 8.0}
 MOST_COMPILING = {COMPILE: 60.0, COMPILE_NO_GRAPHS: 60.0, COMPILE_QUICKLY: 15.0}
+# The same for a network of --inference, which has some tens of convolutions to search for.
+MOST_COMPILING_A_NETWORK = 240.0
 # The quick run has this many operators of the catalogue, from the first on.
 QUICK_OPERATORS = 8
 # What is worth torch.compile's time: networks at all batches in the first format, at the largest in the second.
@@ -111,7 +114,7 @@ def compiled_entries(case, libraries, device, quick):
     """
     if not worth_compiling(case, quick):
         return []
-    network = isinstance(case.subject, Network)
+    network = isinstance(case.subject, (Network, Evaluation))
     quickly = quick or isinstance(case.subject, Passes)
     modes = [(forms_on(device, case.subject), COMPILE_QUICKLY if quickly else COMPILE_NO_GRAPHS)]
     if network and case.subject.small and not quick:
@@ -125,7 +128,14 @@ def compiled_entries(case, libraries, device, quick):
     ]  # fmt: skip
 
 
+def most_compiling(case, mode):
+    """The most seconds that an entry of a case under torch.compile gets."""
+    return MOST_COMPILING_A_NETWORK if isinstance(case.subject, Evaluation) else MOST_COMPILING[mode]
+
+
 def worth_compiling(case, quick):
+    if isinstance(case.subject, Evaluation):
+        return True
     if isinstance(case.subject, Passes):
         return case.format == "bfloat16"
     if not isinstance(case.subject, Network):
@@ -182,7 +192,8 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
         return
     record.begun = name
     keep()
-    begun, limit = [], min(MOST_COMPILING[mode], budget.left) if mode else None
+    most = most_compiling(case, mode) if mode else None
+    begun, limit = [], min(most, budget.left) if mode else None
     try:
         with precision(case.format), budget.spend(kind), limited(limit) if mode else contextlib.nullcontext():
             gate, problem = attempt(lambda: _gate(case, device), device)
@@ -193,7 +204,7 @@ def _measure(record, case, of_case, device, budget, seconds, keep):
                 begun.append(_rows(case, entry))
                 _enter(case, entry, begun[-1], gate, device, seconds)
     except OutOfTime as e:
-        if limit < MOST_COMPILING[mode]:
+        if limit < most:
             record.missing.append(f"{name}: no time")
             return
         begun = begun or [_rows(case, of_case[0])]

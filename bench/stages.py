@@ -9,8 +9,8 @@ import shutil
 import sys
 from collections.abc import Callable
 
-from .record import PASSES_ENDING
-from .run import OF_PASSES, QUICK
+from .record import INFERENCE_ENDING, PASSES_ENDING
+from .run import OF_INFERENCE, OF_PASSES, QUICK
 
 PYTHON = (sys.executable,)
 # pytest's exit status where there was no test to run.
@@ -26,18 +26,21 @@ CONVOLUTION_TESTS = (
     "test_conv2d", "test_conv2d_few", "test_depthwise", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch",
 )  # fmt: skip
 KERNEL_TESTS = (
-    "test_max_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu", "test_memory"
+    "test_max_pool2d", "test_avg_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu",
+    "test_activations", "test_epilogue", "test_squeeze_excite", "test_memory",
 )  # fmt: skip
 OTHER_TESTS = (
-    "test_distributed", "test_citizenship", "test_gradcheck", "test_peers", "test_properties", "test_layers",
-    "test_fusion", "test_faithful", "test_recognition", "test_conversion", "test_launching", "test_dispatch",
-    "test_in_place", "test_defaults", "test_errors", "test_cli", "test_examples", "test_huge",
+    "test_distributed", "test_citizenship", "test_networks", "test_gradcheck", "test_peers", "test_properties",
+    "test_layers", "test_fusion", "test_epilogue_patterns", "test_faithful", "test_recognition", "test_conversion",
+    "test_launching", "test_dispatch", "test_in_place", "test_defaults", "test_errors", "test_cli", "test_examples",
+    "test_huge",
 )  # fmt: skip
 # What these test is the same on every machine.
 WITHOUT_GPU = (
-    "test_bench", "test_compiled", "test_files", "test_images", "test_machine_code", "test_package", "test_ptx",
-    "test_ptx_bulk", "test_ptx_faults", "test_ptx_matrices", "test_ptx_tensor", "test_ptx_tensor_faults",
-    "test_step_on_host", "test_structure", "test_tiles", "test_tune", "test_verify", "test_warm", "test_watch",
+    "test_bench", "test_compiled", "test_files", "test_images", "test_inference", "test_machine_code",
+    "test_package", "test_ptx", "test_ptx_bulk", "test_ptx_faults", "test_ptx_matrices", "test_ptx_tensor",
+    "test_ptx_tensor_faults", "test_step_on_host", "test_structure", "test_tiles", "test_tune", "test_verify",
+    "test_warm", "test_watch",
 )  # fmt: skip
 # A test of the interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"
@@ -49,7 +52,7 @@ CUDA = "/usr/local/cuda/bin"
 
 
 # Stages that go on until nothing is missing in their record, with what follows the GPU's name in its file's name.
-UNTIL_COMPLETE = {"passes": PASSES_ENDING, "bench": ""}
+UNTIL_COMPLETE = {"inference": INFERENCE_ENDING, "passes": PASSES_ENDING, "bench": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +132,7 @@ def planned(folder, kept):
     add("first step and image", 60, 20, "-m", "bench.start", "--keep", str(kept), times=True)
     found.append(Stage("tune", functools.partial(_tune, folder, kept), 150, 60))
     tests("all other tests", OTHER_TESTS, 60)
+    bench("inference", 100, OF_INFERENCE, "--inference", "--no-pictures")
     bench("passes", 100, OF_PASSES, "--passes", "--no-pictures")
     bench("bench", 200, math.inf)
     return found, left_out

@@ -6,9 +6,15 @@ import pkgutil
 import sys
 from pathlib import Path
 
+from . import epilogue as _epilogue
 from . import linear as _linear
 from . import relu as _relu
 from . import shapes
+from . import squeeze_excite as _squeeze_excite
+from .avg_pool2d import bins as _avg_bins
+from .avg_pool2d import forward as _avg_pool2d
+from .avg_pool2d import gradient as _avg_gradient
+from .avg_pool2d import whole as _avg_whole
 from .conv2d import depthwise as _depthwise
 from .conv2d import forward as _forward
 from .conv2d import input_grad as _input_grad
@@ -33,14 +39,18 @@ from .max_pool2d import gather as _max_pool2d_gather
 from .max_pool2d import scatter as _max_pool2d_scatter
 
 
-def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
+def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=_epilogue.NONE):
     if _few.serves(x.dtype, w.shape[1], padding, dilation, groups, pad_mode):
-        return _few_convolve.forward(x, w, bias, stride, padding, relu)
+        return _few_convolve.forward(x, w, bias, stride, padding, epilogue)
     family = _depthwise if _depthwise.serves(w.shape, groups) else _forward
-    return family.forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu)
+    return family.forward(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue)
 
 
-conv2d_relu = functools.partial(conv2d, relu=True)
+conv2d_relu = functools.partial(conv2d, epilogue=_epilogue.RELU)
+
+
+def conv2d_epilogue(x, w, bias, stride, padding, dilation, groups, pad_mode, *epilogue):
+    return conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, _epilogue.Epilogue(*epilogue))
 
 
 def conv2d_relu_max_pool2d(x, w, bias, *geometry):
@@ -125,6 +135,38 @@ def conv2d_relu_max_pool2d_grads(dy, code, x, w, *geometry_with_bias):
     return conv2d_grads(dz, x, w, *geometry[:5], with_bias)
 
 
+def avg_pool2d(x, kernel, stride, padding, ceil_mode, include_pad, divisor):
+    if _avg_whole.serves(x.shape[2:], kernel, padding):
+        return _avg_whole.forward(x, divisor)
+    return _avg_pool2d.forward(x, kernel, stride, padding, ceil_mode, include_pad, divisor)
+
+
+def avg_pool2d_grad(dy, size, kernel, stride, padding, ceil_mode, include_pad, divisor, channels_last):
+    if _avg_whole.serves(size, kernel, padding):
+        return _avg_whole.gradient(dy, size, divisor, channels_last)
+    return _avg_gradient.gradient(dy, size, kernel, stride, padding, include_pad, divisor, channels_last)
+
+
+def _equal_bins(size, bins):
+    """The arguments of avg_pool2d after its tensors if all bins of an image of `size` (H, W) have one size, or None."""
+    if size[0] % bins[0] or size[1] % bins[1]:
+        return None
+    kernel = size[0] // bins[0], size[1] // bins[1]
+    return kernel, kernel, (0, 0), False, True, None
+
+
+def adaptive_avg_pool2d(x, size):
+    window = _equal_bins(x.shape[2:], size)
+    return _avg_bins.forward(x, size) if window is None else avg_pool2d(x, *window)
+
+
+def adaptive_avg_pool2d_grad(dy, size, channels_last):
+    window = _equal_bins(size, dy.shape[2:])
+    if window is None:
+        return _avg_bins.gradient(dy, size, channels_last)
+    return avg_pool2d_grad(dy, size, *window, channels_last)
+
+
 cross_entropy = _cross_entropy.forward
 cross_entropy_grad = _cross_entropy_gradient.gradient
 max_pool2d = _max_pool2d.forward
@@ -132,12 +174,20 @@ max_pool2d_values = _max_pool2d.values
 max_pool2d_scatter = _max_pool2d_scatter.scatter
 max_pool2d_gather = _max_pool2d_gather.gather
 max_pool2d_indices = _max_pool2d_gather.indices
+squeeze_excite = _squeeze_excite.forward
 relu = _relu.forward
 relu_ = _relu.forward_
 relu_grad = _relu.grad
 linear = _linear.forward
-linear_relu = functools.partial(_linear.forward, relu=True)
+linear_relu = functools.partial(_linear.forward, epilogue=_epilogue.RELU)
 linear_weight_grad = _linear.weight_grad
+epilogue = _epilogue.forward
+activate_ = _epilogue.activate_
+activation_grad = _epilogue.activation_grad
+
+
+def linear_epilogue(x, w, bias, *epilogue):
+    return _linear.forward(x, w, bias, _epilogue.Epilogue(*epilogue))
 
 
 def _chain(name, features, widths):

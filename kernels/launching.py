@@ -132,8 +132,8 @@ def _kind(tensors, device, values):
     pointers, kind = [], [device, *values]
     for t in tensors:
         if t is None:
-            pointers.append(pointers[0])
-            kind.append(None)
+            pointers += pointers[:1]
+            kind += (None,)
         else:
             pointer = t.data_ptr()
             pointers.append(pointer)

@@ -1,6 +1,6 @@
 """The product of a fully connected layer; its input gradient is the same product with another matrix.
 
-    y[m, n]  = bias[n] + sum over k of x[m, k] * w[n, k]
+    y[m, n]  = epilogue(sum over k of x[m, k] * w[n, k])
     dx       = linear(dy, w transposed)
     dw[n, k] = sum over m of dy[m, n] * x[m, k],    db[n] = sum over m of dy[m, n]
 
@@ -14,6 +14,7 @@ import triton.language as tl
 
 from . import product, shapes
 from ._common import cached_for_architecture, cdiv, first_column, in_units, index_type, product_types, round_to
+from .epilogue import NONE, constant, parts_for, store_finished
 from .launching import planned
 from .reduce import Partials
 from .tiles import gemm_tile, gradient_tile, wants_k_inner
@@ -31,13 +32,13 @@ def features_inner(t):
 
 @triton.jit(do_not_specialize=["M"])
 def linear_forward_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr,
+    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, r_ptr,
     M, N, K,
     stride_xm, stride_xk,
     stride_wn, stride_wk,
     stride_b,
     stride_ym, stride_yn,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, UNITS: tl.constexpr,
+    EPILOGUE: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -60,36 +61,37 @@ def linear_forward_kernel(
         w = tl.load(w_ptr + w_offs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(x.to(OPERAND), w.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
 
-    if HAS_BIAS:
-        acc += tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
-    y_offs = (offs_m * stride_ym)[:, None] + (offs_n * stride_yn)[None, :]
-    tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_finished(
+        y_ptr, r_ptr, acc, offs_m * stride_ym, mask_m, pid % tiles_n * BLOCK_N, N, 0, stride_yn,
+        (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr), stride_b, EPILOGUE, PARTS, ACC,
+    )  # fmt: skip
 
 
 @planned(linear_forward_kernel)
-def _forward(x, w, bias, y, relu, precision):
+def _forward(x, w, bias, y, mean, var, scale, shift, residual, values, precision):
     (M, K), N = x.shape, w.shape[0]
     tile = gemm_tile("matrices", M, N, K, x.dtype, precision)
     (n, k, *steps, stride_ym), units = in_units(x.itemsize, N, K, *x.stride(), *w.stride(), y.stride(0))
+    epilogue = constant(bias, mean, var, scale, shift, residual, *values)
     numbers = M, n, k, *steps, 0 if bias is None else bias.stride(0), stride_ym, y.stride(1)
     return (cdiv(M, tile.M) * cdiv(N, tile.N),), numbers, dict(
-        HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
+        EPILOGUE=epilogue, PARTS=parts_for(tile, epilogue),
+        UNITS=units,
         INDEX=index_type(x, w, bias, y), **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 
 
-def forward(x, w, bias, relu=False):
-    """x (M, K), w (N, K), bias (N) or None -> y (M, N), all of one floating dtype; `relu` clamps y at 0."""
+def forward(x, w, bias, epilogue=NONE):
+    """x (M, K), w (N, K), bias (N) or None -> y (M, N), all of one floating dtype; the sums go through the epilogue."""
     y = shapes.linear(x, w)
     if wants_k_inner(x.dtype, precision()):
         x, w = features_inner(x), features_inner(w)
     if product.serves(x, w, precision()):
-        product.forward(x, w, bias, y, relu, precision())
+        product.forward(x, w, bias, y, epilogue, precision())
     elif y.numel() > 0:
-        _forward((x, w, bias, y), relu, precision())
+        tensors, values = epilogue.of(y)
+        _forward((x, w, bias, y, *tensors), values, precision())
     return y
 
 

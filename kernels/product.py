@@ -1,6 +1,6 @@
 """A matrix product whose operands are read by tensor descriptors: large products of linear and of 1x1 convolutions.
 
-    c[m, n]  = bias[n] + sum over k of a[m, k] * b[n, k]
+    c[m, n]  = epilogue(sum over k of a[m, k] * b[n, k])
     sum_a[m] = sum over k of a[m, k]
 
 On sm_90 and sm_100 a descriptor is a tensor map, by which one thread copies a whole block to shared memory. Either
@@ -27,6 +27,7 @@ from ._common import (
     product_types,
     round_to,
 )  # fmt: skip
+from .epilogue import NONE, constant, parts_for, store_finished
 from .launching import planned
 from .reduce import Partials
 from .tiles import gemm_tile, gradient_tile
@@ -72,13 +73,13 @@ def _is_box(t, inner):
 
 @triton.jit(do_not_specialize=["IMAGES", "per_split"])
 def product_kernel(
-    a_desc, b_desc, bias_ptr, c_ptr, sum_ptr,
+    a_desc, b_desc, bias_ptr, c_ptr, sum_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, r_ptr,
     IMAGES, N, K, per_split,
     stride_bias,
     PIXELS, stride_ci, stride_cn, stride_cm,
     stride_split,
     A_INNER: tl.constexpr, B_INNER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, SUM: tl.constexpr, ONE: tl.constexpr, UNITS: tl.constexpr,
+    EPILOGUE: tl.constexpr, PARTS: tl.constexpr, SUM: tl.constexpr, ONE: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -114,19 +115,16 @@ def product_kernel(
             acc_a = tl.dot(a.to(OPERAND), ones, acc_a, input_precision=PRECISION, out_dtype=ACC)
 
     offs_m = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(INDEX) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    mask_m = offs_m < M
     if not ONE:
         image = offs_m // PIXELS
         rows_c = image * stride_ci + (offs_m - image * PIXELS) * stride_cm
     else:
         rows_c = offs_m * stride_cm
-    c_offs = split.to(INDEX) * stride_split + rows_c[:, None] + (offs_n * stride_cn)[None, :]
-    tl.store(c_ptr + c_offs, round_to(acc, c_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_finished(
+        c_ptr, r_ptr, acc, split.to(INDEX) * stride_split + rows_c, mask_m, pid_n.to(INDEX) * BLOCK_N, N, 0, stride_cn,
+        (bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr), stride_bias, EPILOGUE, PARTS, ACC,
+    )  # fmt: skip
     if SUM:
         sum_ptrs = sum_ptr + split.to(INDEX) * stride_split + offs_m
         tl.store(sum_ptrs, round_to(first_column(acc_a), sum_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
@@ -142,7 +140,9 @@ def _share(M, N, K, dtype, precision, shared):
 
 
 @planned(product_kernel)
-def _product(a, b, bias, c, sums, inner, strides_c, stride_split, shared, relu, precision):
+def _product(
+    a, b, bias, c, sums, mean, var, scale, shift, residual, inner, strides_c, stride_split, shared, values, precision
+):  # fmt: skip
     (M, K), (N, _) = (t.shape if inside else t.shape[::-1] for t, inside in zip((a, b), inner))
     tile, tiles, splits, per_split = _share(M, N, K, a.dtype, precision, shared)
     if c.dim() == 4 and not shared and c.shape[2] * c.shape[3] > 1:
@@ -152,26 +152,31 @@ def _product(a, b, bias, c, sums, inner, strides_c, stride_split, shared, relu, 
     (n,), unit = in_units(c.itemsize, N)
     images = M // (steps[0] * units[0])
     numbers = images, n, K, per_split, 0 if bias is None else bias.stride(0), *steps, stride_split
+    epilogue = constant(bias, mean, var, scale, shift, residual, *values)
     boxes = [(t, tile.K) if inside else (tile.K, t) for t, inside in zip((tile.M, tile.N), inner)]
     return (tiles * splits,), numbers, dict(
-        A_INNER=inner[0], B_INNER=inner[1], HAS_BIAS=bias is not None, RELU=relu, SUM=sums is not None,
+        A_INNER=inner[0], B_INNER=inner[1],
+        EPILOGUE=epilogue, PARTS=parts_for(tile, epilogue),
+        SUM=sums is not None,
         ONE=steps[0] * units[0] == 1, UNITS=units + unit,
         INDEX=index_type(a, b, bias, c), **product_types(a.dtype, precision), GROUP=GROUP,
         **tile.blocks, **tile.options,
     ), boxes  # fmt: skip
 
 
-def _launch(a, b, bias, c, sums, *rest):
+def _launch(a, b, bias, c, sums, epilogue, strides_c, stride_split, shared, precision):
     inner = a.stride(1) == 1, b.stride(1) == 1
-    _product((a if inner[0] else a.t(), b if inner[1] else b.t(), bias, c, sums), inner, *rest)
+    tensors, values = epilogue.of(c)
+    operands = a if inner[0] else a.t(), b if inner[1] else b.t()
+    _product((*operands, bias, c, sums, *tensors), inner, strides_c, stride_split, shared, values, precision)
 
 
-def forward(a, b, bias, c, relu, precision):
+def forward(a, b, bias, c, epilogue, precision):
     """Store the product of a (M, K) and b (N, K), which `serves` accepts, and bias (N) or None.
 
-    c has M rows of N: it is (M, N), or a dense (I, N, H, W) with M pixels. `relu` clamps it at 0.
+    c has M rows of N: it is (M, N), or a dense (I, N, H, W) with M pixels. The sums go through the epilogue.
     """
-    _launch(a, b, bias, c, None, c.stride()[:2], 0, False, relu, precision)
+    _launch(a, b, bias, c, None, epilogue, c.stride()[:2], 0, False, precision)
 
 
 def weight_grad(dy, x, dw, db, with_bias, precision):
@@ -181,5 +186,5 @@ def weight_grad(dy, x, dw, db, with_bias, precision):
     partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     sums = db_ptr if with_bias else None
-    _launch(dy.t(), x.t(), None, dw_ptr, sums, dw.stride()[:2], stride_split, True, False, precision)
+    _launch(dy.t(), x.t(), None, dw_ptr, sums, NONE, dw.stride()[:2], stride_split, True, precision)
     return partials.add_up()

@@ -134,6 +134,24 @@ def max_pool2d_indices(code):
     return _empty(code, code.shape, code, dtype=torch.int64)
 
 
+def avg_pool2d(x, kernel, stride, padding, ceil_mode):
+    return max_pool2d_values(x, kernel, stride, padding, (1, 1), ceil_mode)
+
+
+def avg_pool2d_grad(dy, size, channels_last):
+    """The gradient of an image of `size` (H, W); a result of one pixel does not show the image's layout."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((*dy.shape[:2], *size), dtype=dy.dtype, device=dy.device, memory_format=layout)
+
+
+def adaptive_avg_pool2d(x, size):
+    return _empty(x, (*x.shape[:2], *size), x)
+
+
+def squeeze_excite(x):
+    return _empty(x, x.shape, x)
+
+
 def relu(x):
     return torch.empty_like(x)
 

@@ -22,7 +22,7 @@ from bench.case import BOTH, CHANNELS_LAST, CONTIGUOUS, INFERENCE, TRAINING
 from bench.lenet import Network
 from bench.libraries import WHOLE_STEPS, installed
 from bench.measure import Host, precision
-from tritonnet.kernels import product, tiles
+from tritonnet.kernels import activations, product, tiles
 
 if EMULATED is None:
     raise pytest.UsageError("TRITONNET_TEST_DEVICE has to be sm_80, sm_90 or sm_100")
@@ -66,12 +66,56 @@ def dilated_first_layer(f, w, b):
     return f.conv2d_relu(images, w, b, padding=2, dilation=2)
 
 
+def gated(f, x):
+    """Without gradients, which other operators compute; the weights have the same values in every format."""
+    C, R = x.shape[1], 6
+    w1, b1, w2, b2 = (
+        ((torch.arange(torch.Size(size).numel(), device=x.device) % 7 - 3) / 8).to(x.dtype).view(size)
+        for size in ((R, C), (R,), (C, R), (C,))
+    )
+    with torch.no_grad():
+        y = f.squeeze_excite(x, w1, b1, w2, b2, "silu")
+    return x * y
+
+
 def strided(f, x, w, b):
     return f.conv2d(x, w, b, stride=2, padding=2)
 
 
 def dilated(f, x, w, b):
     return f.conv2d(x, w, b, padding=2, dilation=2)
+
+
+def normed(function, activation, **geometry):
+    """function(x, w, b) with all parts of an epilogue; its activation is smooth, so that rounding decides nothing."""
+
+    def call(f, x, w, b, mean, var, scale, shift, residual):
+        return getattr(f, function)(
+            x, w, b, **geometry, mean=mean, var=var.square() + 0.5, scale=scale, shift=shift, residual=residual,
+            activation=activation,
+        )  # fmt: skip
+
+    return call
+
+
+def fused(activation, size, filters, result, **geometry):
+    """A convolution with all parts of an epilogue."""
+    OC = filters[:1]
+    call = normed("conv2d_epilogue", activation, **geometry)
+    return operator(call, result, size, filters, OC, OC, OC, OC, OC, result)
+
+
+def every_activation(f, x, mean, var, scale, shift, residual):
+    """Of numbers that no rounding brings to the other side of a kink, and of normed ones."""
+    terms = [f.epilogue(x, activation=name) for name in activations.NAMES]
+    normed = f.epilogue(
+        x, mean=mean, var=var.square() + 0.5, scale=scale, shift=shift, residual=residual, activation="silu"
+    )
+    return torch.cat([*terms, normed], dim=1)
+
+
+def means(*window):
+    return lambda f, x: f.avg_pool2d(x, *window)
 
 
 IMAGES, CHAIN = (2, 4, 9, 11), ((70, 10), (70, 200), (84, 200), (10, 84), (84,), (10,))
@@ -84,6 +128,14 @@ CASES = {
     "max_pool2d, dilated": (operator(pooling(3, 2, 1, 2), (2, 5, 5, 5), (2, 5, 11, 12)), CONTIGUOUS),
     "max_pool2d, large": (operator(pooling(6, 2, 3), (2, 16, 6, 5), (2, 16, 10, 9)), CHANNELS_LAST),
     "max_pool2d twice": (operator(gradient_of_pooling, IMAGES, IMAGES), CONTIGUOUS),
+    "avg_pool2d": (operator(means(3, 2, 1, True, False), (2, 5, 6, 5), (2, 5, 11, 9)), CHANNELS_LAST),
+    "avg_pool2d, NCHW": (operators.avg_pool2d("", (2, 5, 10, 28), 3, 2, 1), CONTIGUOUS),
+    "avg_pool2d, large": (operator(means(6, 3, 3, True), (2, 16, 5, 4), (2, 16, 11, 9)), CHANNELS_LAST),
+    "avg_pool2d, bins": (operators.adaptive_avg_pool2d("", (2, 12, 9, 7), (4, 3)), CHANNELS_LAST),
+    "avg_pool2d, images": (operators.adaptive_avg_pool2d("", (3, 72, 9, 10), (1, 1)), CHANNELS_LAST),
+    "avg_pool2d, images, NCHW": (operators.adaptive_avg_pool2d("", (3, 40, 7, 7), (1, 1)), CONTIGUOUS),
+    "squeeze_excite": (operator(gated, (2, 72, 9, 7), (2, 72, 9, 7)), CHANNELS_LAST),
+    "squeeze_excite, NCHW": (operator(gated, (2, 24, 10, 12), (2, 24, 10, 12)), CONTIGUOUS),
     "cross_entropy": (operators.cross_entropy(37, 50), CONTIGUOUS),
     "cross_entropy, programs": (operators.cross_entropy(41, 600), CONTIGUOUS),
     "linear": (operators.linear("", 70, 200, 40, relu=True), CONTIGUOUS),
@@ -124,6 +176,45 @@ CASES = {
         CONTIGUOUS,
     ),
     "depthwise, large": (operators.conv2d("", (2, 4, 19, 20), (4, 7), stride=9, padding=3, groups=4), CHANNELS_LAST),
+    "epilogue": (
+        operator(every_activation, (2, 44, 9, 11), IMAGES, (4,), (4,), (4,), (4,), IMAGES),
+        CHANNELS_LAST,
+    ),
+    "conv2d, epilogue": (
+        fused("silu", (2, 40, 9, 11), (72, 40, 3, 3), (2, 72, 9, 11), padding=1),
+        CHANNELS_LAST,
+    ),
+    "conv2d, epilogue, NCHW": (
+        fused("sigmoid", (2, 40, 8, 8), (24, 40, 3, 3), (2, 24, 8, 8), padding=1),
+        CONTIGUOUS,
+    ),
+    "conv2d, epilogue, descriptors": (
+        fused("gelu_tanh", (2, 72, 9, 11), (136, 72, 1, 1), (2, 136, 9, 11)),
+        CHANNELS_LAST,
+    ),
+    "conv2d, epilogue, few channels": (
+        fused("gelu", (2, 3, 19, 17), (20, 3, 5, 5), (2, 20, 10, 9), stride=2, padding=2),
+        CONTIGUOUS,
+    ),
+    "depthwise, epilogue": (
+        fused("silu", (2, 12, 9, 11), (12, 1, 3, 3), (2, 12, 9, 11), padding=1, groups=12),
+        CHANNELS_LAST,
+    ),
+    "linear, epilogue": (
+        operator(
+            normed("linear_epilogue", "gelu"),
+            (70, 40),
+            (70, 200),
+            (40, 200),
+            (40,),
+            (40,),
+            (40,),
+            (40,),
+            (40,),
+            (70, 40),
+        ),
+        CONTIGUOUS,
+    ),
     "pooled": (operators.conv2d("", (2, 20, 9, 11), (24, 3), padding=1, pool=(3, 2, 1)), CHANNELS_LAST),
     "pooled, few channels": (operators.conv2d("", (5, 6, 14, 14), (16, 5), pool=(2, 2, 0)), CONTIGUOUS),
     "pooled, one channel": (operators.conv2d("", (3, 1, 20, 20), (6, 5), pool=(2, 2, 0)), CONTIGUOUS),
@@ -172,6 +263,14 @@ LAUNCHED = {
     ),
     **dict.fromkeys(("max_pool2d, dilated", "max_pool2d, large"), ("max_pool2d_forward", "max_pool2d_scatter")),
     "max_pool2d twice": ("max_pool2d_forward", "max_pool2d_scatter_blocks", "max_pool2d_gather"),
+    "avg_pool2d": ("avg_pool2d_forward", "avg_pool2d_grad_blocks"),
+    "avg_pool2d, NCHW": dict.fromkeys(("bfloat16", "float32"), ("avg_pool2d_forward", "avg_pool2d_grad_blocks")),
+    "avg_pool2d, large": ("avg_pool2d_forward", "avg_pool2d_grad"),
+    "avg_pool2d, bins": ("adaptive_avg_pool2d",),
+    "avg_pool2d, images": ("whole_avg_pool2d", "whole_avg_pool2d_grad"),
+    "avg_pool2d, images, NCHW": dict.fromkeys(("bfloat16", "float32"), ("whole_avg_pool2d", "whole_avg_pool2d_grad")),
+    "squeeze_excite": ("whole_avg_pool2d", "squeeze_excite"),
+    "squeeze_excite, NCHW": dict.fromkeys(("bfloat16", "float32"), ("whole_avg_pool2d", "squeeze_excite")),
     "cross_entropy": ("cross_entropy", "cross_entropy_grad"),
     "cross_entropy, programs": ("cross_entropy", "sum_losses", "cross_entropy_grad"),
     "linear": ("linear_forward", "linear_weight_grad", "relu_grad"),
@@ -199,6 +298,21 @@ LAUNCHED = {
     "depthwise, pixels": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
     "depthwise, pixels strided": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
     "depthwise, large": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
+    "epilogue": ("epilogue", "activation_grad"),
+    "conv2d, epilogue": dict.fromkeys(("bfloat16", "tf32"), (*CONV, "epilogue", "activation_grad")),
+    "conv2d, epilogue, NCHW": {"bfloat16": (*CONV, "epilogue", "activation_grad")},
+    "conv2d, epilogue, descriptors": {
+        format: (*names, "epilogue", "activation_grad")
+        for format, names in large(CONV[:2], CONV[2]).items()
+        if format == "bfloat16"
+    },
+    "conv2d, epilogue, few channels": {
+        format: (*FEW[format], "epilogue", "activation_grad") for format in ("bfloat16", "float32")
+    },
+    "depthwise, epilogue": {"bfloat16": (*DEPTHWISE, "epilogue", "activation_grad")},
+    "linear, epilogue": dict.fromkeys(
+        ("bfloat16", "float64"), ("linear_forward", "linear_weight_grad", "epilogue", "activation_grad")
+    ),
     "pooled": POOLED,
     "pooled, few channels": FEW_CHANNELS,
     "pooled, one channel": {format: FEW_CHANNELS[format] for format in ("bfloat16", "tf32", "float32")},

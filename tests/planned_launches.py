@@ -88,6 +88,13 @@ def calls(t):
         yield launchers.max_pool2d_values, x, *WINDOW, False
         yield launchers.max_pool2d_scatter, y, code, (h - 2, h - 2), *WINDOW
         yield launchers.max_pool2d_indices, code, h, *WINDOW
+        yield launchers.avg_pool2d, x, *WINDOW[:3], False, True, None
+        yield launchers.avg_pool2d, x, (3, 3), (2, 2), (1, 1), True, False, None
+        yield launchers.avg_pool2d_grad, y, (h - 2, h - 2), *WINDOW[:3], False, True, None, h % 2 == 0
+        yield launchers.avg_pool2d_grad, y, (3 * q, 3 * q), (3, 3), (3, 3), (0, 0), False, True, 5, False
+        yield launchers.adaptive_avg_pool2d, x, (1, 1)
+        yield launchers.adaptive_avg_pool2d, x, (5, 7)
+        yield launchers.adaptive_avg_pool2d_grad, t(n, oc, 1, 1), (h, h), h % 2 == 0
         depthwise = (1, 1), (1, 1, 1, 1), (1, 1), c, "zeros"
         yield launchers.conv2d, x, t(2 * c, 1, 3, 3), t(2 * c), *depthwise
         yield launchers.conv2d_input_grad, t(n, 2 * c, h, h), t(2 * c, 1, 3, 3), x.shape, *depthwise

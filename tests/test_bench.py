@@ -116,7 +116,7 @@ def test_every_case_is_named_once_and_quick_is_a_part_of_all():
     assert {case.name for case in quick} < set(names)
     assert {o.name.split()[0] for o in operators.catalogue()} == {
         "relu", "max_pool2d", "linear", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "linear_relu",
-        "cross_entropy",
+        "cross_entropy", "avg_pool2d", "adaptive_avg_pool2d", "squeeze_excite",
     }  # fmt: skip
     for case in everything:
         for task, work in case.subject.works.items():
@@ -136,6 +136,10 @@ def test_every_case_is_named_once_and_quick_is_a_part_of_all():
         (operators.linear("", 3, 4, 5), (120, 12 + 20 + 5 + 15, 0), (360, 52 + 15 + 2 * 32 + 5, 0)),
         (operators.relu("", 10), (10, 20, 0), (20, 50, 0)),
         (operators.max_pool2d("", (1, 1, 4, 4), 2, 2), (16, 20, 0), (16, 40, 8)),
+        (operators.avg_pool2d("", (1, 1, 4, 4), 3, 1, 1), (144, 32, 0), (288, 64, 0)),
+        (operators.adaptive_avg_pool2d("", (1, 1, 4, 4), (1, 1)), (16, 17, 0), (32, 34, 0)),
+        # An image of 8 elements, and 17 weights and biases, of which 12 are multiplied.
+        (operators.squeeze_excite("", (1, 2, 2, 2), 3), (40, 24 + 17, 0), (120, 41 + 24 + 2 * 17, 0)),
         (operators.cross_entropy(2, 3), (24, 7, 16), (36, 14, 16)),
         # Products per image: 416,520 forward, 267,240 backward; 61,706 parameters.
         (Network(False, 2), (4 * 416_520, 2 * 1024 + 61_706 + 20, 0), None),
@@ -1002,7 +1006,7 @@ def test_the_readmes_show_what_is_recorded():
 
 
 def test_the_readme_picks_no_cases_by_their_times():
-    """LeNet's steps, its inference, and the first case of each operator that is not relu and not fused."""
+    """LeNet's steps, its inference, and the first case of each operator that is not relu or a mean and not fused."""
     first = {}
     for operator in operators.catalogue():
         first.setdefault(operator.name.split()[0], (f"{operator.name}, {BOTH}", operator.batch))
@@ -1116,6 +1120,10 @@ def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
         (("--verify", "--passes"), "--verify has no --passes"),
         (("--passes", "--cpu"), "--passes has no --cpu"),
         (("--passes", "bfloat16", "--quick"), "--passes has no --quick"),
+        (("--inference", "--quick"), "--inference has no --quick"),
+        (("--inference", "--passes"), "--passes has no --inference"),
+        (("--verify", "--inference"), "--verify has no --inference"),
+        (("--inference", "float32"), "invalid choice: 'float32'"),
         (("--passes", "float16"), "invalid choice: 'float16'"),
     ],
 )

@@ -27,6 +27,9 @@ OPERATORS = {
     "conv2d": (lambda f, x, w, b: f.conv2d(x, w, b, (2, 1), 1, groups=2), (4, 4, 5, 3), (6, 2, 3, 2), (6,)),
     "conv2d depthwise": (lambda f, x, w: f.conv2d(x, w, padding="same", groups=4), (4, 4, 3, 4), (4, 1, 3, 3)),
     "max_pool2d": (lambda f, x: f.max_pool2d(x, 3, 2, 1), (4, 2, 5, 4)),
+    "avg_pool2d, adaptive_avg_pool2d": (
+        lambda f, x: f.adaptive_avg_pool2d(f.avg_pool2d(x, 3, 2, 1, True, False), (2, None)), (4, 2, 5, 4),
+    ),
     "relu": (lambda f, x: f.relu(x), (4, 3, 5)),
     "relu_": (lambda f, x: f.relu_(x * 1.5), (4, 3, 5)),
     "linear": (lambda f, x, w, b: f.linear(x, w, b), (4, 3, 5), (6, 5), (6,)),
@@ -38,6 +41,27 @@ OPERATORS = {
         (4, 4, 4, 5), (4, 2, 3, 2), (4,),
     ),
     "linear_relu": (lambda f, x, w, b: f.linear_relu(x, w, b), (4, 3, 5), (6, 5), (6,)),
+    # Of these eps and slope are given: Dynamo takes defaults that are floats for inputs, and then captures again.
+    "conv2d_epilogue": (
+        lambda f, x, w, b, scale: f.conv2d_epilogue(
+            x, w, b, 1, 1, scale=scale, eps=1e-5, residual=x, activation="silu", slope=0.01
+        ),
+        (4, 2, 3, 4), (2, 2, 3, 3), (2,), (2,),
+    ),
+    "linear_epilogue": (
+        lambda f, x, w, mean, shift: f.linear_epilogue(
+            x, w, mean=mean, shift=shift, eps=1e-5, activation="leaky_relu", slope=0.1
+        ),
+        (4, 5), (6, 5), (6,), (6,),
+    ),
+    "epilogue": (
+        lambda f, x, var: f.epilogue(x, var=var, eps=2.0, residual=x.flip(0), activation="gelu", slope=0.01),
+        (4, 3, 2, 2), (3,),
+    ),
+    "squeeze_excite": (
+        lambda f, x, w1, w2, b2: f.squeeze_excite(x, w1, None, w2, b2, "silu"), (4, 5, 3, 2), (3, 5), (5, 3), (5,),
+    ),
+    "silu in place": (lambda f, x: f.silu(x * 1.5, inplace=True), (4, 3, 5)),
     "linear_chain": (
         lambda f, x, w1, b1, w2: f.linear_chain(x, [w1, w2], [b1, None]), (4, 3, 5), (6, 5), (6,), (3, 6),
     ),
@@ -426,7 +450,7 @@ def test_on_the_reference(check, operator, device):
 
 
 # One switch in the kernels of conv2d and linear; test_fused.py compares it bit by bit with the separate functions.
-SWITCHES = {"conv2d_relu", "linear_relu"}
+SWITCHES = {"conv2d_relu", "linear_relu", "conv2d_epilogue", "linear_epilogue"}
 
 
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in SWITCHES])
@@ -449,9 +473,14 @@ def operator_calls(device):
     x, w = t(2, 4, 6, 7), t(6, 2, 3, 2)
     dy = torch.randn_like(ops.conv2d(x, w, None, *conv)).requires_grad_()
     y, code = ops.max_pool2d(x.detach(), *window, False)
-    pool = ([2, 2], [2, 1], [1, 0])
+    pool, means = ([2, 2], [2, 1], [1, 0]), ([3, 2], [2, 2], [1, 0], True, False, None)
     q, dead = ops.conv2d_relu_max_pool2d(x.detach(), w.detach(), None, *conv, *pool, True)
     dq, weight = torch.randn_like(q).requires_grad_(), t(4).detach().abs()
+    end = (0.1, "silu", 0.0)
+
+    def vectors(channels):
+        return t(channels), torch.rand(channels, dtype=torch.float64, device=device), t(channels), t(channels)
+
     layers = t(5, 4), t(5), t(2, 5), None, t(6, 2), t(6), None, None
     return {
         ops.conv2d: (x, w, t(6), *conv),
@@ -469,13 +498,23 @@ def operator_calls(device):
         ops.max_pool2d_scatter: (torch.randn_like(y).requires_grad_(), code, [6, 7], *window),
         ops.max_pool2d_gather: (x, code, *window),
         ops.max_pool2d_indices: (code, 7, *window),
+        ops.avg_pool2d: (x, *means),
+        ops.avg_pool2d_grad: (t(2, 4, 4, 4), [6, 7], *means, True),
+        ops.adaptive_avg_pool2d: (x, [4, 1]),
+        ops.adaptive_avg_pool2d_grad: (t(2, 4, 3, 1), [5, 6], False),
         ops.relu: (x,),
         ops.relu_: (x.detach().clone(),),
         ops.relu_grad: (t(3, 4), t(3, 4)),
+        ops.conv2d_epilogue: (x, w, t(6), *conv, *vectors(6), torch.randn_like(dy), *end),
+        ops.epilogue: (t(3, 4), *vectors(4), t(3, 4), *end),
+        ops.squeeze_excite: (x, t(3, 4), t(3), t(4, 3), None, "relu", "sigmoid"),
+        ops.activate_: (x.detach().clone(), "silu", 0.0),
+        ops.activation_grad: (t(3, 4), t(3, 4), "gelu", 0.0),
         ops.cross_entropy: (t(3, 4), torch.tensor([1, -100, 3], device=device), weight, "mean", -100, 0.1),
         ops.cross_entropy_grad: (t(3), t(3, 4), torch.tensor([1, -100, 3], device=device), -100),
         ops.linear: (t(3, 4), t(5, 4), t(5)),
         ops.linear_relu: (t(3, 4), t(5, 4), t(5)),
+        ops.linear_epilogue: (t(3, 4), t(5, 4), t(5), *vectors(5), t(3, 5), *end),
         ops.linear_weight_grad: (t(3, 5), t(3, 4), True),
         ops.linear_chain: (t(3, 4), *layers, True),
         ops.linear_chain_input_grad: (t(3, 6), t(3, 7), *layers[::2], True),

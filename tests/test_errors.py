@@ -61,6 +61,27 @@ MAX_POOL2D = [
     ((X, 2), dict(ceil_mode=1), ["ceil_mode", "1"]),
     ((X.numpy(), 2), {}, ["input", "ndarray"]),
 ]
+AVG_POOL2D = [
+    *(row for row in MAX_POOL2D if "dilation" not in row[1] and row[2] != ["input", "[8, 8]"]),
+    ((X, 2), dict(count_include_pad=1), ["count_include_pad", "1"]),
+    ((X, 2), dict(divisor_override=0), ["divisor_override", "0"]),
+    ((X, 2), dict(divisor_override=1.5), ["divisor_override", "1.5"]),
+    ((X, 2), dict(divisor_override=True), ["divisor_override", "True"]),
+    ((X, 2), dict(divisor_override=2**63), ["divisor_override", str(2**63)]),
+]
+ADAPTIVE_AVG_POOL2D = [
+    ((X[None], 2), {}, ["input", "[1, 2, 4, 8, 8]"]),
+    ((X[0, 0], 2), {}, ["input", "[8, 8]"]),
+    ((X[:, :, :0], 2), {}, ["input", "[2, 4, 0, 8]"]),
+    ((X, -1), {}, ["output_size", "(-1, -1)"]),
+    ((X, (None, -2)), {}, ["output_size", "(8, -2)"]),
+    ((X, (1, 2, 3)), {}, ["output_size", "(1, 2, 3)"]),
+    ((X, (2,)), {}, ["output_size", "(2,)"]),
+    ((X, 1.5), {}, ["output_size", "1.5"]),
+    ((X, (1, 1.5)), {}, ["output_size", "1.5"]),
+    ((X, True), {}, ["output_size", "True"]),
+    ((X, None), {}, ["output_size", "None"]),
+]
 RELU = [((np.zeros(2),), {}, ["input", "ndarray"]), ((None,), {}, ["input", "NoneType"])]
 A, C = torch.zeros(2, 3), torch.zeros(4, 3)
 LINEAR = [
@@ -77,9 +98,12 @@ LINEAR = [
 ]
 ALL = [
     (name, *row)
-    for name, rows in dict(conv2d=CONV2D, max_pool2d=MAX_POOL2D, relu=RELU, linear=LINEAR).items()
+    for name, rows in dict(
+        conv2d=CONV2D, max_pool2d=MAX_POOL2D, avg_pool2d=AVG_POOL2D, adaptive_avg_pool2d=ADAPTIVE_AVG_POOL2D,
+        relu=RELU, linear=LINEAR,
+    ).items()
     for row in rows
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, args, kwargs, parts", ALL, ids=[f"{row[0]}-{row[3]}" for row in ALL])

@@ -717,6 +717,9 @@ STATEMENTS = [
     "{a} = {b} * (2 if torch.compiler.is_compiling() else 1)", "{a} = {b} * (2 if torch.is_grad_enabled() else 1)",
     "for block in self.blocks: {a} = block({b})", "{a} = {b}.detach()", "{a} = {b} * torch.randn(())",
     "try: {a} = {b}.view(7, -1)\nexcept RuntimeError: {a} = {b} + 1",
+    "{a} = self.norm(self.same({b}))", "{a} = TF.relu(self.norm(self.same({b})) + {c})", "{a} += {b}",
+    "t = self.norm(self.same({a})); t += {b}; {c} = TF.silu(t)", "{a} = TF.relu6({b} + {c})",
+    "t = self.norm({a}); {b} = self.other({c}); {b} += t; {a} = TF.relu_({b})", "self.norm.running_mean += 1",
     "{a} = self.tail(TF.relu(self.head({b})))", "{a} = self.tail(self.drop(TF.relu(self.head({b}))))",
 ]  # fmt: skip
 DRAWN_CHANGES = [
@@ -737,7 +740,7 @@ class Small(Net):
         super().__init__()
         self.same, self.flag = tnn.Conv2d(4, 4, 3, padding=1), True
         self.steps = tnn.Sequential(tnn.Conv2d(4, 4, 1), tnn.ReLU(inplace=True))
-        self.head, self.tail = tnn.Linear(6, 5), tnn.Linear(5, 6)
+        self.head, self.tail, self.norm = tnn.Linear(6, 5), tnn.Linear(5, 6), tnn.BatchNorm2d(4)
 
 
 def statement(text, names):

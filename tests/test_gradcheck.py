@@ -41,6 +41,10 @@ CASES = {
     "max_pool2d dilated, ceil_mode": (
         lambda x: F.max_pool2d(x, 2, (1, 2), 1, (2, 1), True), (distinct, (1, 2, 5, 4)),
     ),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), (draw, (1, 1, 4, 5))),
+    "avg_pool2d of a large window": (lambda x: F.avg_pool2d(x, (4, 5), 3, 2), (draw, (1, 1, 3, 4))),
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (3, 2)), (draw, (1, 1, 5, 3))),
+    "adaptive_avg_pool2d, whole images": (lambda x: F.adaptive_avg_pool2d(x, 1), (draw, (2, 2, 2, 2))),
     "conv2d_relu": (lambda x, w, b: F.conv2d_relu(x, w, b, padding=1), (draw, (1, 2, 3, 3), (2, 2, 3, 2), (2,))),
     "conv2d_relu of images": (lambda w, b: F.conv2d_relu(images(w), w, b, padding=1), (draw, (2, 2, 3, 2), (2,))),
     "conv2d_relu_weight_grad": (
@@ -81,11 +85,44 @@ CASES = {
         lambda x, w1, b1, w2, w3, b3: F.linear_chain(x, (w1, w2, w3), (b1, None, b3)),
         (draw, (1, 3), (2, 3), (2,), (2, 2), (1, 2), (1,)),
     ),
+    "conv2d_epilogue": (
+        lambda x, w, b, scale, shift, residual: F.conv2d_epilogue(
+            x, w, b, padding=1, scale=scale, shift=shift, residual=residual, activation="silu"
+        ),
+        (draw, (1, 2, 3, 3), (2, 2, 3, 2), (2,), (2,), (2,), (1, 2, 3, 4)),
+    ),
+    "linear_epilogue": (
+        lambda x, w, mean, scale, residual: F.linear_epilogue(
+            x, w, mean=mean, var=torch.arange(1.0, 4.0).to(x), scale=scale, residual=residual, activation="sigmoid"
+        ),
+        (draw, (2, 4), (3, 4), (3,), (3,), (2, 3)),
+    ),
+    "epilogue": (
+        lambda x, mean, var, scale, shift: F.epilogue(
+            x, mean=mean, var=var, scale=scale, shift=shift, eps=1.1, activation="gelu"
+        ),
+        (distinct, (2, 3, 2, 2), (3,), (3,), (3,), (3,)),
+    ),
+    "squeeze_excite": (
+        lambda x, w1, b1, w2: F.squeeze_excite(x, w1, b1, w2, None, "silu"),
+        (draw, (2, 3, 2, 2), (2, 3), (2,), (3, 2)),
+    ),
     "relu": (F.relu, (draw, (3, 4))),
+    "relu6": (lambda x: F.relu6(9 * x - 1.3), (distinct, (3, 4))),
+    "leaky_relu, negative": (lambda x: F.leaky_relu(x, -0.5), (draw, (3, 4))),
+    "silu in place": (lambda x: F.silu(x * 1, inplace=True), (draw, (3, 4))),
+    "leaky_relu in place": (lambda x: F.leaky_relu_(x * 1), (draw, (3, 4))),
+    "hardswish": (lambda x: F.hardswish(3 * x), (draw, (3, 4))),
+    "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), (draw, (3, 4))),
+    "hardsigmoid": (lambda x: F.hardsigmoid(3 * x), (draw, (3, 4))),
     "relu in place": (lambda x: F.relu_(x * 1), (draw, (3, 4))),
     "linear": (F.linear, (draw, (2, 3, 4), (3, 4), (3,))),
     "linear of a vector": (F.linear, (draw, (4,), (3, 4))),
 }  # fmt: skip
+
+
+# Their Jacobians by five or six tensors take the interpreter long.
+IN_DIRECTIONS = {"conv2d_epilogue", "linear_epilogue", "epilogue", "squeeze_excite"}
 
 
 def leaves(case, device):
@@ -95,10 +132,10 @@ def leaves(case, device):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck(case, device):
-    """Every element of every Jacobian, backward and forward."""
+    """Every element of every Jacobian, backward and forward; of those in IN_DIRECTIONS random directions."""
     function, inputs = leaves(case, device)
     with tritonnet.count_launches() as launches:
-        assert gradcheck(function, inputs, check_forward_ad=True)
+        assert gradcheck(function, inputs, check_forward_ad=True, fast_mode=case in IN_DIRECTIONS)
     assert launches
 
 

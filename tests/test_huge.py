@@ -17,6 +17,7 @@ BIG = 2**17
 ROWS = 2**24 + 16
 WINDOW = (2, 2), (1, 1), (0, 0), (1, 1)
 HALVES = (3, 3), (2, 2), (1, 1), (1, 1)
+COUNTED = False, True, None  # of avg_pool2d, after the window
 DILATED = (2, 2), (1, 1), (0, 0), (2, 2)
 
 
@@ -47,6 +48,10 @@ def many(*size, last=True, dtype=torch.float16):
 def pooled(x, w, b=None):
     """The values of a form for few channels."""
     return L.conv2d_relu_max_pool2d(x, w, b, *plain(), (2, 2), (1, 1), (0, 0), False)[0]
+
+
+def gated(x, w1, w2):
+    return L.squeeze_excite(x, w1, None, w2, None, "relu", "relu")
 
 
 def rows(width):
@@ -204,8 +209,43 @@ RESULTS = {
         lambda: L.max_pool2d_gather(many(16, 34, 34), many(16, 33, 33, dtype=torch.uint8), *WINDOW),
         lambda: L.max_pool2d_indices(many(16, 33, 33, dtype=torch.uint8), 34, *WINDOW),
     ],
+    "avg_pool2d_forward_kernel": [
+        lambda: L.avg_pool2d(many(20, 28, 28), (2, 2), (1, 1), (1, 1), *COUNTED),  # only the result is huge
+        lambda: L.avg_pool2d(many(16, 34, 34, last=False), *WINDOW[:3], *COUNTED),
+    ],
+    "avg_pool2d_grad_blocks_kernel": [
+        lambda: L.avg_pool2d_grad(many(16, 30, 30), (33, 33), (4, 4), *WINDOW[1:3], *COUNTED, True),
+        lambda: L.avg_pool2d_grad(many(16, 17, 17, last=False), (33, 33), *HALVES[:3], *COUNTED, False),
+    ],
+    "avg_pool2d_grad_kernel": [
+        lambda: L.avg_pool2d_grad(many(16, 8, 8), (33, 33), (5, 5), (4, 4), (0, 0), *COUNTED, True),
+    ],
+    "adaptive_avg_pool2d_kernel": [
+        lambda: L.adaptive_avg_pool2d(many(16, 20, 20), (33, 33)),
+        lambda: L.adaptive_avg_pool2d_grad(many(16, 20, 20), (33, 33), False),
+    ],
+    "whole_avg_pool2d_kernel": [
+        lambda: L.adaptive_avg_pool2d(many(2**14 + 16, 1, 2), (1, 1)),
+        lambda: L.adaptive_avg_pool2d(many(2**14 + 16, 1, 2, last=False), (1, 1)),
+    ],
+    "whole_avg_pool2d_grad_kernel": [
+        lambda: L.adaptive_avg_pool2d_grad(many(16, 1, 1), (33, 33), True),
+        lambda: L.adaptive_avg_pool2d_grad(many(16, 1, 1), (33, 33), False),
+    ],
     "relu_kernel": [lambda: L.relu(empty(2**31 + 8)), lambda: L.relu_(empty(2**31 + 8))],
     "relu_grad_kernel": [lambda: L.relu_grad(empty(2**31 + 8), empty(2**31 + 8))],
+    "epilogue_kernel": [
+        lambda: L.epilogue(empty(2**31 + 8), *[None] * 5, 0.0, "silu", 0.0),
+        lambda: L.activate_(empty(2**31 + 8), "silu", 0.0),
+        lambda: L.epilogue(
+            empty(2, 5, 2**28), None, None, empty(5), None, empty(2, 5, 2**28), 0.0, "none", 0.0
+        ),
+    ],
+    "activation_grad_kernel": [lambda: L.activation_grad(empty(2**31 + 8), empty(2**31 + 8), "silu", 0.0)],
+    "squeeze_excite_kernel": [
+        lambda: gated(empty(BIG, 257, 8, 8, last=True), empty(3, 257), empty(257, 3)),
+        lambda: gated(empty(BIG, 257, 8, 8), empty(3, 257), empty(257, 3)),
+    ],
     # Rows of 14 bytes, and of an odd number of elements, are not for descriptors.
     "linear_forward_kernel": [lambda: L.linear(empty(2**24, 7), empty(136, 7), empty(136))],
     "linear_weight_grad_kernel": [lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 17), True)],
@@ -384,6 +424,30 @@ INPUTS = {
         (lambda x, c: L.max_pool2d_gather(x, c, *WINDOW), whole(3, 3, 7, 7), code(*IMAGES)),
         (lambda c: L.max_pool2d_indices(c, 7, *WINDOW), code(*IMAGES)),
     ],
+    "avg_pool2d_forward_kernel": [
+        (lambda x: L.avg_pool2d(x, *WINDOW[:3], *COUNTED), whole(*IMAGES)),
+        (lambda x: L.avg_pool2d(x, *HALVES[:3], True, False, None), whole(*IMAGES)),
+        (lambda x: L.avg_pool2d(x, (5, 5), (2, 2), (2, 2), *COUNTED), last(*IMAGES)),
+    ],
+    "avg_pool2d_grad_blocks_kernel": [
+        (lambda dy: L.avg_pool2d_grad(dy, (7, 7), *WINDOW[:3], *COUNTED, False), whole(*IMAGES)),
+        (lambda dy: L.avg_pool2d_grad(dy, (12, 12), *HALVES[:3], *COUNTED, False), whole(*IMAGES)),
+    ],
+    "avg_pool2d_grad_kernel": [
+        (lambda dy: L.avg_pool2d_grad(dy, (25, 25), (5, 5), (4, 4), (0, 0), *COUNTED, False), whole(*IMAGES)),
+    ],
+    "adaptive_avg_pool2d_kernel": [
+        (lambda x: L.adaptive_avg_pool2d(x, (4, 5)), whole(*IMAGES)),
+        (lambda dy: L.adaptive_avg_pool2d_grad(dy, (7, 9), True), last(*IMAGES)),
+    ],
+    "whole_avg_pool2d_kernel": [
+        (lambda x: L.adaptive_avg_pool2d(x, (1, 1)), whole(*IMAGES)),
+        (lambda x: L.adaptive_avg_pool2d(x, (1, 1)), last(*IMAGES)),
+    ],
+    "whole_avg_pool2d_grad_kernel": [
+        (lambda dy: L.adaptive_avg_pool2d_grad(dy, (6, 6), False), whole(3, 3, 1, 1)),
+        (lambda dy: L.adaptive_avg_pool2d_grad(dy, (6, 6), True), whole(3, 3, 1, 1)),
+    ],
     "linear_forward_kernel": [(lambda x, w, b: L.linear(x, w, b), whole(3, 5), whole(4, 5), whole(4))],
     "linear_weight_grad_kernel": [
         (weight_grad, whole(3, 5), whole(3, 4)),
@@ -406,7 +470,10 @@ INPUTS = {
     ],
 }  # fmt: skip
 # These kernels take only dense tensors, which are as long as the result.
-DENSE = {"relu_kernel", "relu_grad_kernel", "fold_few_weight_grad_kernel"}
+DENSE = {
+    "relu_kernel", "relu_grad_kernel", "epilogue_kernel", "activation_grad_kernel", "squeeze_excite_kernel",
+    "fold_few_weight_grad_kernel",
+}  # fmt: skip
 # These kernels take at most some hundred programs' sums for a net's weights, or the weights themselves.
 SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_pack_kernel", "lenet_update_kernel"}
 # (kernel, tensor, dimension): in a tensor that is far along its contiguous dimension another kernel takes its place.

@@ -238,9 +238,18 @@ def outcome(case, relu_, device):
         return type(e)
 
 
+# The derivative of leaky_relu_ is computed from its result, that of silu from a copy of its argument.
+FUNCTIONS = {
+    "relu_": lambda f: f.relu_,
+    "leaky_relu_": lambda f: lambda t: f.leaky_relu_(t, 0.3),
+    "silu": lambda f: lambda t: f.silu(t, inplace=True),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_as_torch_does(case, backend, device):
-    theirs, ours = (outcome(CASES[case], f.relu_, device) for f in (TF, F))
+def test_as_torch_does(case, function, backend, device):
+    theirs, ours = (outcome(CASES[case], FUNCTIONS[function](f), device) for f in (TF, F))
     if isinstance(theirs, type) or isinstance(ours, type):
         assert ours is theirs
         return

@@ -25,8 +25,20 @@ LAYERS = [
     ("Conv2d", dict(in_channels=4, out_channels=6, kernel_size=4, padding="same", padding_mode="circular"), (4, 7, 7)),
     ("MaxPool2d", dict(kernel_size=2), (2, 4, 7, 7)),
     ("MaxPool2d", dict(kernel_size=3, stride=1, padding=1, dilation=1, ceil_mode=True), (2, 4, 7, 7)),
+    ("AvgPool2d", dict(kernel_size=2), (2, 4, 7, 7)),
+    ("AvgPool2d", dict(kernel_size=3, stride=2, padding=1, ceil_mode=True, count_include_pad=False), (4, 8, 8)),
+    ("AvgPool2d", dict(kernel_size=(2, 3), divisor_override=4), (2, 4, 7, 7)),
+    ("AdaptiveAvgPool2d", dict(output_size=1), (2, 4, 7, 7)),
+    ("AdaptiveAvgPool2d", dict(output_size=(None, 3)), (4, 7, 7)),
     ("ReLU", dict(), (2, 4, 7)),
     ("ReLU", dict(inplace=True), (2, 4, 7)),
+    ("ReLU6", dict(), (2, 4, 7)),
+    ("LeakyReLU", dict(negative_slope=0.2, inplace=True), (2, 4, 7)),
+    ("SiLU", dict(inplace=True), (2, 4, 7)),
+    ("Hardswish", dict(), (2, 4, 7)),
+    ("GELU", dict(approximate="tanh"), (2, 4, 7)),
+    ("Sigmoid", dict(), (2, 4, 7)),
+    ("Hardsigmoid", dict(), (2, 4, 7)),
     ("Linear", dict(in_features=7, out_features=5), (2, 4, 7)),
     ("Linear", dict(in_features=7, out_features=5, bias=False), (7,)),
 ]  # fmt: skip
@@ -61,7 +73,7 @@ def test_layer_stands_in(name, arguments, size, backend, device, full_precision)
     theirs.load_state_dict(ours.state_dict())
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(size)
-    torch.testing.assert_close(ours.to(device)(x.to(device)).cpu(), theirs(x.clone()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.to(device)(x.clone().to(device)).cpu(), theirs(x.clone()), rtol=1e-4, atol=1e-4)
 
 
 def test_constructors_check_as_torch_does():
@@ -92,9 +104,13 @@ def test_other_names_fall_through():
 
 
 def test_signatures_are_torchs():
-    for name in ("relu", "max_pool2d_with_indices"):
+    for name in ("relu", "max_pool2d_with_indices", "adaptive_avg_pool2d"):
         ours, theirs = (inspect.signature(getattr(f, name)).parameters for f in (F, torch.nn.functional))
         assert list(ours) == list(theirs) and [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+    parameters = inspect.signature(F.avg_pool2d).parameters
+    assert list(parameters)[1:4] == ["kernel_size", "stride", "padding"]
+    assert list(parameters)[4:] == ["ceil_mode", "count_include_pad", "divisor_override"]
+    assert [p.default for p in parameters.values()][2:] == [None, 0, False, True, None]
     parameters = inspect.signature(F.conv2d).parameters
     assert list(parameters) == ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
     assert [p.default for p in parameters.values()][2:] == [None, 1, 0, 1, 1]

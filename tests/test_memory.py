@@ -36,8 +36,30 @@ CALLS = {
     "max_pool2d": lambda t: F.max_pool2d(t(2, 5, 11, 9), 3, 2, 1, ceil_mode=True),
     "max_pool2d, pairs of columns": lambda t: F.max_pool2d(t(2, 3, 9, 28), 3, 2, 1),
     "max_pool2d dilated": lambda t: F.max_pool2d(t(2, 5, 11, 9), (2, 3), (3, 1), 1, 2, return_indices=True)[0],
+    "avg_pool2d": lambda t: F.avg_pool2d(t(2, 5, 11, 9), 3, 2, 1, True, False),
+    "avg_pool2d, pairs of columns": lambda t: F.avg_pool2d(t(2, 3, 9, 28), 3, 2, 1),
+    "avg_pool2d, large": lambda t: F.avg_pool2d(t(2, 5, 11, 9), (6, 5), 3, 2, True),
+    "adaptive_avg_pool2d": lambda t: F.adaptive_avg_pool2d(t(2, 5, 11, 9), (4, 10)),
+    "adaptive_avg_pool2d, whole images": lambda t: F.adaptive_avg_pool2d(t(3, 70, 7, 7), 1),
     "relu": lambda t: F.relu(t(31, 33)),
     "relu in place": lambda t: F.relu_(t(31, 33) * 1),
+    "conv2d_epilogue": lambda t: F.conv2d_epilogue(
+        t(2, 18, 7, 6), t(17, 18, 3, 2), t(17), scale=t(17), residual=t(2, 17, 5, 5), activation="silu"
+    ),
+    "conv2d_epilogue of images": lambda t: F.conv2d_epilogue(
+        t(3, 3, 9, 8), t(35, 3, 3, 3), None, (1, 2), 1, shift=t(35), residual=t(3, 35, 9, 4), activation="relu6"
+    ),
+    "conv2d_epilogue depthwise": lambda t: F.conv2d_epilogue(
+        t(2, 10, 7, 6), t(10, 1, 3, 3), t(10), 1, 1, groups=10, mean=t(10), residual=t(2, 10, 7, 6)
+    ),
+    "linear_epilogue": lambda t: F.linear_epilogue(
+        t(70, 40), t(33, 40), t(33), mean=t(33), shift=t(33), residual=t(70, 33), activation="gelu"
+    ),
+    "epilogue": lambda t: F.epilogue(
+        t(2, 33, 3, 7), mean=t(33), scale=t(33), shift=t(33), residual=t(2, 33, 3, 7), activation="hardswish"
+    ),
+    "leaky_relu in place": lambda t: F.leaky_relu_(t(31, 33) * 1, 0.1),
+    "squeeze_excite": lambda t: F.squeeze_excite(t(3, 35, 7, 5), t(9, 35), t(9), t(35, 9), t(35)),
     "linear": lambda t: F.linear(t(70, 40), t(33, 40), t(33)),
     "linear, zero features": lambda t: F.linear(t(70, 0), t(33, 0), t(33)),
 }

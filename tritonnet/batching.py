@@ -9,6 +9,7 @@ import math
 import torch
 
 from . import ops
+from .kernels.activations import SLOPE
 from .kernels.cross_entropy import targets
 from .kernels.linear_chain import layered
 from .registration import register_batching
@@ -40,6 +41,43 @@ def _conv2d(info, dims, x, w, bias, stride, padding, dilation, groups, pad_mode)
     fused, rest = (bias, None) if bias_dim is None else (None, _front(info, bias, bias_dim))
     y = ops.conv2d(_as_images(x), w, fused, stride, padding, dilation, groups, pad_mode).unflatten(0, (B, x.shape[1]))
     return (y if rest is None else y + rest[:, None, :, None, None]), 0
+
+
+@register_batching(ops.conv2d_epilogue)
+def _conv2d_epilogue(info, dims, x, w, bias, *geometry_epilogue):
+    B, geometry, epilogue = info.batch_size, geometry_epilogue[:5], geometry_epilogue[5:]
+    if all(dim is None for dim in (dims[1], dims[2], *dims[8:12])):
+        x, residual = _front(info, x, dims[0]), epilogue[4]
+        if residual is not None:
+            residual = _as_images(_front(info, residual, dims[12]))
+        y = ops.conv2d_epilogue(_as_images(x), w, bias, *geometry, *epilogue[:4], residual, *epilogue[5:])
+        return y.unflatten(0, (B, x.shape[1])), 0
+    z, z_dim = _conv2d(info, dims, x, w, bias, *geometry)
+    return _epilogue(info, (z_dim, *dims[8:]), z, *epilogue)
+
+
+@register_batching(ops.epilogue)
+def _epilogue(info, dims, x, mean, var, scale, shift, residual, *rest):
+    x, residual = _front(info, x, dims[0]), None if residual is None else _front(info, residual, dims[5])
+    vectors, of_vectors = (mean, var, scale, shift), dims[1:5]
+    if all(t is None for t in vectors):
+        return ops.epilogue(x, *vectors, residual, *rest), 0
+    if all(dim is None for dim in of_vectors):
+        y = ops.epilogue(_as_images(x), *vectors, None if residual is None else _as_images(residual), *rest)
+        return y.unflatten(0, x.shape[:2]), 0
+    vectors = [None if t is None else _as_images(_front(info, t, dim)) for t, dim in zip(vectors, of_vectors)]
+    y = ops.epilogue(_as_channels(x), *vectors, None if residual is None else _as_channels(residual), *rest)
+    return y.unflatten(1, (info.batch_size, x.shape[2])), 1
+
+
+@register_batching(ops.activate_)
+def _activate_(info, dims, x, *arguments):
+    return ops.activate_(x, *arguments), None
+
+
+@register_batching(ops.activation_grad)
+def _activation_grad(info, dims, dy, t, *arguments):
+    return ops.activation_grad(*(_front(info, a, dim) for a, dim in zip((dy, t), dims)), *arguments), 0
 
 
 @register_batching(ops.conv2d_relu)
@@ -144,10 +182,20 @@ def _max_pool2d(info, dims, x, *arguments):
     return tuple(t.unflatten(0, x.shape[:2]) for t in results), (0, 0)
 
 
-@register_batching(ops.max_pool2d_values)
-def _max_pool2d_values(info, dims, x, *arguments):
-    x = x.movedim(dims[0], 0)
-    return ops.max_pool2d_values(_as_images(x), *arguments).unflatten(0, x.shape[:2]), 0
+def _over_images(operator):
+    """The rule of an operator on images alone."""
+
+    def rule(info, dims, t, *arguments):
+        t = t.movedim(dims[0], 0)
+        return operator(_as_images(t), *arguments).unflatten(0, t.shape[:2]), 0
+
+    return rule
+
+
+for _operator in (
+    ops.max_pool2d_values, ops.avg_pool2d, ops.avg_pool2d_grad, ops.adaptive_avg_pool2d, ops.adaptive_avg_pool2d_grad,
+):  # fmt: skip
+    register_batching(_operator)(_over_images(_operator))
 
 
 def _over_code(operator):
@@ -195,6 +243,29 @@ def _linear(info, dims, x, w, bias):
     fused, rest = (bias, None) if bias_dim is None else (None, _front(info, bias, bias_dim))
     y = ops.linear(_as_images(x), w, fused).unflatten(0, x.shape[:2])
     return (y if rest is None else y + rest[:, None]), 0
+
+
+@register_batching(ops.linear_epilogue)
+def _linear_epilogue(info, dims, x, w, bias, mean, var, scale, shift, residual, *rest):
+    if all(dim is None for dim in dims[1:7]):
+        x = _front(info, x, dims[0])
+        residual = None if residual is None else _as_images(_front(info, residual, dims[7]))
+        y = ops.linear_epilogue(_as_images(x), w, bias, mean, var, scale, shift, residual, *rest)
+        return y.unflatten(0, x.shape[:2]), 0
+    z, z_dim = _linear(info, dims[:3], x, w, bias)
+    return _epilogue(info, (z_dim, *dims[3:]), z, mean, var, scale, shift, residual, *rest)
+
+
+@register_batching(ops.squeeze_excite)
+def _squeeze_excite(info, dims, x, w1, b1, w2, b2, activation, gate):
+    x = _front(info, x, dims[0])
+    if all(dim is None for dim in dims[1:5]):
+        return ops.squeeze_excite(_as_images(x), w1, b1, w2, b2, activation, gate).unflatten(0, x.shape[:2]), 0
+    gates, dim = ops.adaptive_avg_pool2d(_as_images(x), (1, 1)).view(x.shape[:3]), 0
+    for w, b, act, w_dim, b_dim in ((w1, b1, activation, *dims[1:3]), (w2, b2, gate, *dims[3:5])):
+        arguments = gates, w, b, *[None] * 5, 0.0, act, SLOPE
+        gates, dim = _linear_epilogue(info, (dim, w_dim, b_dim, *[None] * 8), *arguments)
+    return x * gates.movedim(dim, 0)[..., None, None], 0
 
 
 @register_batching(ops.linear_relu)

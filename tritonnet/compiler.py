@@ -37,7 +37,12 @@ class Faithful(threading.local):
     longer than a call of compiled code, so they are changed when a capture begins and restored after the call.
     """
 
-    settings = {"skip_nnmodule_hook_guards": False, "suppress_errors": True, "trace_numpy": False}
+    settings = {
+        "skip_nnmodule_hook_guards": False, "suppress_errors": True, "trace_numpy": False,
+        # A float that has changed once, such as a batch norm's eps, would become an input of the graph: patterns with
+        # it would not be found.
+        "specialize_float": True,
+    }  # fmt: skip
     calls, before = 0, None
 
     def begin(self):
@@ -186,7 +191,7 @@ class Backend:
         self._graphs += 1
         found, left = [], []
         for module in graphs:
-            of_module = fuse_patterns(module.graph)
+            of_module = fuse_patterns(module.graph, elementwise=inner is None)
             found, left = found + of_module[0], left + of_module[1]
             if inner is None:
                 _as_eager_does(module)

@@ -12,8 +12,12 @@ from .fusion import FusedCall
 from .nn._plain import Model, check_model
 
 _LAYERS: dict[Any, Any] = {
-    ours.__base__: ours for ours in (nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Linear, nn.CrossEntropyLoss)
-}
+    ours.__base__: ours
+    for ours in (
+        nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU,
+        nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Linear, nn.CrossEntropyLoss,
+    )
+}  # fmt: skip
 _REVERTED = {ours: theirs for theirs, ours in _LAYERS.items()}
 
 

@@ -1,4 +1,4 @@
-"""Runs sequences of layers in an existing model as one kernel: convolution, relu, max-pooling; linears, relus."""
+"""Runs sequences of layers in an existing model as one kernel, such as convolution, batch norm, sum and relu."""
 
 import operator
 import sys
@@ -106,7 +106,11 @@ def fuse(
     model: Model, report: Callable[[str], object] | None = None, *, fullgraph: bool = False,
     dynamic: bool | None = None, options: dict[str, Any] | None = None,
 ) -> Model:  # fmt: skip
-    """Run each sequence of convolution, relu and max-pooling, of linear and relu, or of several linears as one kernel.
+    """Run sequences of layers as one kernel.
+
+    These are convolution, relu and max-pooling; convolution or linear with batch norm in evaluation, a sum and an
+    activation, or some of them; several linears; batch norm or a sum with an activation. What remains alone and has a
+    function of ours is computed by it. tritonnet/README.md lists all patterns and their limits.
 
     The model is compiled in place, as by Module.compile, with the backend "tritonnet": its class, parameters,
     state_dict, hooks and modes stay the same, and so do its results, side effects and errors. Dynamo captures what the

@@ -29,6 +29,10 @@ def _operator(schema, fake):
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, SymInt groups, str pad_mode"
 _POOL = "int[] pool_kernel, int[] pool_stride, int[] pool_padding"
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation"
+_EPILOGUE = (
+    "Tensor? mean, Tensor? var, Tensor? scale, Tensor? shift, Tensor? residual, float eps, str activation, float slope"
+)
+_MEANS = "int[] kernel, int[] stride, int[] padding, bool ceil_mode, bool include_pad, int? divisor"
 _LAYERS = "Tensor w1, Tensor? bias1, Tensor w2, Tensor? bias2, Tensor? w3, Tensor? bias3, Tensor? w4, Tensor? bias4"
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor? w3, Tensor? w4"
 
@@ -51,6 +55,10 @@ conv2d_grads = _operator(
 conv2d_relu = _operator(
     f"conv2d_relu(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor",
     lambda x, w, bias, stride, padding, dilation, groups, pad_mode: shapes.conv2d(x, w, stride, padding, dilation),
+)
+conv2d_epilogue = _operator(
+    f"conv2d_epilogue(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}, {_EPILOGUE}) -> Tensor",
+    lambda x, w, bias, stride, padding, dilation, *_: shapes.conv2d(x, w, stride, padding, dilation),
 )
 conv2d_relu_weight_grad = _operator(
     f"conv2d_relu_weight_grad(Tensor dy, Tensor y, Tensor x, SymInt[] size, {_GEOMETRY}, bool with_bias) "
@@ -103,9 +111,34 @@ max_pool2d_indices = _operator(
     f"max_pool2d_indices(Tensor code, SymInt width, {_WINDOW}) -> Tensor",
     lambda code, width, *window: shapes.max_pool2d_indices(code),
 )
+avg_pool2d = _operator(
+    f"avg_pool2d(Tensor x, {_MEANS}) -> Tensor",
+    lambda x, kernel, stride, padding, ceil_mode, *_: shapes.avg_pool2d(x, kernel, stride, padding, ceil_mode),
+)
+avg_pool2d_grad = _operator(
+    f"avg_pool2d_grad(Tensor dy, SymInt[] size, {_MEANS}, bool channels_last) -> Tensor",
+    lambda dy, size, *window_channels_last: shapes.avg_pool2d_grad(dy, size, window_channels_last[-1]),
+)
+adaptive_avg_pool2d = _operator(
+    "adaptive_avg_pool2d(Tensor x, SymInt[] size) -> Tensor",
+    shapes.adaptive_avg_pool2d,
+)
+adaptive_avg_pool2d_grad = _operator(
+    "adaptive_avg_pool2d_grad(Tensor dy, SymInt[] size, bool channels_last) -> Tensor",
+    shapes.avg_pool2d_grad,
+)
+squeeze_excite = _operator(
+    "squeeze_excite(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, str gate) -> Tensor",
+    lambda x, *_: shapes.squeeze_excite(x),
+)
 relu = _operator("relu(Tensor x) -> Tensor", shapes.relu)
 relu_ = _operator("relu_(Tensor(a!) x) -> ()", lambda x: None)
 relu_grad = _operator("relu_grad(Tensor dy, Tensor y) -> Tensor", lambda dy, y: shapes.relu(y))
+epilogue = _operator(f"epilogue(Tensor x, {_EPILOGUE}) -> Tensor", lambda x, *_: shapes.relu(x))
+activate_ = _operator("activate_(Tensor(a!) x, str activation, float slope) -> ()", lambda x, *_: None)
+activation_grad = _operator(
+    "activation_grad(Tensor dy, Tensor t, str activation, float slope) -> Tensor", lambda dy, t, *_: shapes.relu(t)
+)
 linear = _operator(
     "linear(Tensor x, Tensor w, Tensor? bias) -> Tensor",
     lambda x, w, bias: shapes.linear(x, w),
@@ -113,6 +146,10 @@ linear = _operator(
 linear_relu = _operator(
     "linear_relu(Tensor x, Tensor w, Tensor? bias) -> Tensor",
     lambda x, w, bias: shapes.linear(x, w),
+)
+linear_epilogue = _operator(
+    f"linear_epilogue(Tensor x, Tensor w, Tensor? bias, {_EPILOGUE}) -> Tensor",
+    lambda x, w, *_: shapes.linear(x, w),
 )
 linear_weight_grad = _operator(
     "linear_weight_grad(Tensor dy, Tensor x, bool with_bias) -> (Tensor, Tensor)",

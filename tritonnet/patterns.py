@@ -1,83 +1,26 @@
-"""Finds patterns in a captured graph (convolution, relu and max-pooling; linears and relus) and fuses them."""
+"""Finds patterns in a captured graph and replaces each by one call; the backend and fuse use it.
+
+A pattern starts with a convolution, a linear, a batch norm in evaluation or a sum, and ends with what our kernels do in
+the same pass: relu and max-pooling, or an epilogue, which is batch norm, a sum and an activation. Squeeze and
+excitation is a pattern of its own. calls.py says which calls these are.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as torch_functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import ops
-from .kernels import shapes
+from . import calls, ops
+from .calls import CONV, LINEAR, PARTS, POOL, RELU, arguments_of, only_user, steps_of, value_of
+from .kernels import activations, shapes
 from .nn import functional as F
 
-CONV, LINEAR, RELU, POOL = "conv2d", "linear", "relu", "max_pool2d"
-
-
-def _relu_(x):
-    ops.relu_(x)
-    return x
-
-
-def _conv2d_relu_max_pool2d(*arguments):
-    return ops.conv2d_relu_max_pool2d(*arguments)[0]
-
-
-# Operators with two results, and what returns only the first.
-_FIRST_OF = {ops.max_pool2d: ops.max_pool2d_values, ops.conv2d_relu_max_pool2d: _conv2d_relu_max_pool2d}
-# Operators on matrices, and the functions that flatten any input into rows.
-_WHOLE = {ops.linear: F.linear, ops.linear_relu: F.linear_relu}
-# The steps that a call does.
-_STEPS = {
-    torch.conv2d: (CONV,), ops.conv2d: (CONV,), ops.conv2d_relu: (CONV, RELU),
-    _conv2d_relu_max_pool2d: (CONV, RELU, POOL),
-    torch_functional.linear: (LINEAR,), ops.linear: (LINEAR,), ops.linear_relu: (LINEAR, RELU),
-    F.linear: (LINEAR,), F.linear_relu: (LINEAR, RELU),
-    torch.relu: (RELU,), torch.relu_: (RELU,), torch_functional.relu: (RELU,), ops.relu: (RELU,), _relu_: (RELU,),
-    "relu": (RELU,), "relu_": (RELU,),
-    torch.max_pool2d: (POOL,), torch_functional.max_pool2d: (POOL,), ops.max_pool2d_values: (POOL,),
-}  # fmt: skip
 # Relu and max-pooling commute.
 _PATTERNS = (CONV, RELU, POOL), (CONV, POOL, RELU), (CONV, RELU)
-_DROPOUTS = (
-    torch_functional.dropout, torch_functional.dropout1d, torch_functional.dropout2d, torch_functional.dropout3d,
-    torch_functional.alpha_dropout, torch_functional.feature_alpha_dropout,
-)  # fmt: skip
 
 
-def _shape(node):
-    return tuple(node.meta["example_value"].shape)
-
-
-def arguments_of(node, *names, **defaults):
-    """{name: argument} of a call whose arguments have these names, in this order."""
-    return {**defaults, **dict(zip((*names, *defaults), node.args)), **node.kwargs}
-
-
-def window_of(node):
-    """(kernel, stride, padding, ceil_mode) of a pooling with constant arguments; None if the fused kernels lack it."""
-    given = arguments_of(
-        node, "input", "kernel_size", stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
-    )
-    pairs = [_pair(given[name]) for name in ("kernel_size", "stride", "padding", "dilation")]
-    if pairs[0] is None or None in pairs[2:] or pairs[3] != (1, 1) or given["return_indices"]:
-        return None
-    stride = pairs[0] if given["stride"] in (None, [], ()) else pairs[1]
-    return None if stride is None else (pairs[0], stride, pairs[2], given["ceil_mode"])
-
-
-def _pair(value):
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return (values[0], values[-1]) if len(values) in (1, 2) and all(type(v) is int for v in values) else None
-
-
-def steps_of(node):
-    """The steps that the node does; () if it cannot be part of a pattern."""
-    steps = _STEPS.get(node.target, ()) if node.op in ("call_function", "call_method") else ()
-    return () if steps == (POOL,) and window_of(node) is None else steps
-
-
-def follow(node):
+def _follow(node):
     """[(node, steps)] from this node on, while each result is used only by the next node."""
     found = []
     while node is not None and (steps := steps_of(node)):
@@ -88,8 +31,8 @@ def follow(node):
 
 def _behind(node):
     """The next node of a pattern: the only user of this one's result, with no other inputs except weights."""
-    user = next(iter(node.users), None)
-    if len(node.users) != 1 or not steps_of(user):
+    user = only_user(node)
+    if user is None or not steps_of(user):
         return None
     given = [*user.args, *user.kwargs.values()]
     is_input = user.args[:1] == (node,) or user.kwargs.get("input") is node
@@ -97,61 +40,14 @@ def _behind(node):
     return user if is_input and not others and sum(argument is node for argument in given) == 1 else None
 
 
-def simplify(graph):
-    """Remove dropout and casts that do nothing; make operators with two results or none return the one that is used."""
-    for node in list(graph.nodes):
-        if node.op == "call_method" and node.target == "to" and _is_of_that_dtype(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        if node.op != "call_function":
-            continue
-        if node.target in _DROPOUTS:
-            given = arguments_of(node, "input", p=0.5, training=True)
-            if given["training"] is False:
-                node.replace_all_uses_with(given["input"])
-                graph.erase_node(node)
-        elif node.target == ops.relu_:
-            (x,) = node.args
-            node.target, node.meta = _relu_, dict(x.meta)
-            x.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
-        elif node.target in _WHOLE and (x := _rows_of(node)) is not None:
-            (view,) = node.users
-            rows, node.args = node.args[0], (x, *node.args[1:])
-            node.target, node.meta = _WHOLE[node.target], dict(view.meta)
-            view.replace_all_uses_with(node)
-            graph.erase_node(view)
-            graph.erase_node(rows)
-        elif node.target in _FIRST_OF and [user.args[1:] for user in node.users] == [(0,)]:
-            (item,) = node.users
-            node.target, node.meta = _FIRST_OF[node.target], dict(item.meta)
-            item.replace_all_uses_with(node)
-            graph.erase_node(item)
-
-
-def _is_of_that_dtype(node):
-    """Whether `to` returns its input unchanged."""
-    value = node.args[0].meta.get("example_value")
-    return isinstance(value, torch.Tensor) and node.args[1:] == (value.dtype,) and not node.kwargs
-
-
-def _rows_of(linear):
-    """The input of more than two dimensions that our linear's rows were flattened from; None if there is none."""
-    rows, user = linear.args[0], next(iter(linear.users), None)
-    if (rows.op, rows.target, rows.args[1:], len(rows.users)) != ("call_method", "flatten", (0, -2), 1):
-        return None
-    if len(linear.users) != 1 or user.target != torch.ops.aten._unsafe_view.default:
-        return None
-    x = rows.args[0]
-    return x if _shape(user)[:-1] == _shape(x)[:-1] and user.args[0] is linear else None
-
-
 class Row(NamedTuple):
     """Nodes of a graph and the one call that does what they do.
 
     Attributes:
         nodes: from first to last.
-        function, args, kwargs: the call.
-        taken_early: later nodes with weights of their own, which the call reads earlier than these nodes would.
+        function, args, kwargs: the call, which takes the place of the first node.
+        taken_early: later nodes with inputs of their own, which the call reads earlier than these nodes would.
+        residual: an input that may be computed after the first node; the call then takes the place of the last one.
     """
 
     nodes: list
@@ -159,39 +55,100 @@ class Row(NamedTuple):
     args: tuple
     kwargs: dict
     taken_early: tuple = ()
+    residual: torch.fx.Node | None = None
+
+
+def _ranks(given):
+    return [i for i, part in enumerate(PARTS) if part[0] in given]
+
+
+def _epilogues(node, given):
+    """[(nodes, arguments of F.epilogue)] of the calls behind a node that an epilogue does too, the longest first.
+
+    Args:
+        given: the arguments for what the node itself does.
+    """
+    found, nodes = [], []
+    while (user := only_user(node)) is not None:
+        part = calls.epilogue_of(user, node)
+        if not part or max(_ranks(given), default=-1) >= min(_ranks(part)):
+            break
+        nodes, given, node = [*nodes, user], {**given, **part}, user
+        found.append((nodes, given))
+    return found[::-1]
+
+
+def _is_recordable(nodes, given, operands):
+    """Whether backward has all that it needs of an epilogue, which keeps other tensors than eager's calls do.
+
+    Args:
+        nodes: what the epilogue replaces.
+        operands: the residual, and what else eager's calls do not keep.
+    """
+    last, activation, slope = nodes[-1], given.get("activation", "none"), given.get("slope", 0.0)
+    if not value_of(last).requires_grad or activation in ("none", "relu", "sigmoid"):
+        return True
+    kept = [last] if activations.by_result(activation, slope) else filter(None, operands)
+    return all(calls.stays(node, nodes) for node in kept)
+
+
+def _with_epilogue(first, operator, function):
+    """The Rows of a convolution or linear and an epilogue, the longest first.
+
+    Args:
+        operator, function: with the epilogue; the operator takes the place of an operator.
+    """
+    by_operator = first.target in (ops.conv2d, ops.linear)
+    for nodes, given in _epilogues(first, {}):
+        normed = "mean" in given
+        if normed and value_of(first).dim() != (4 if operator == ops.conv2d_epilogue else 2):
+            continue  # its channels are not those of the epilogue
+        # Backward would compute the convolution again.
+        again = not normed and not activations.by_result(given.get("activation", "none"), given.get("slope", 0.0))
+        again = again and value_of(nodes[-1]).requires_grad
+        if again or not _is_recordable([first, *nodes], given, [given.get("residual")]):
+            continue
+        call = function, first.args, {**first.kwargs, **given}
+        if by_operator:
+            nothing = dict.fromkeys(("mean", "var", "scale", "shift", "residual"))
+            values = {**nothing, "eps": 0.0, "activation": "none", "slope": 0.0, **given}
+            call = operator, (*first.args, *values.values()), {}
+        yield Row([first, *nodes], *call, tuple(nodes), given.get("residual"))
 
 
 def _of_convolution(conv):
     """The Rows that start with a convolution, the longest first."""
-    parts = follow(conv)[:3]
+    parts = _follow(conv)[:3]
     steps = [sum((steps for _, steps in parts[: i + 1]), ()) for i in range(len(parts))]
     by_operator = conv.target in (ops.conv2d, ops.conv2d_relu)
     for pattern in _PATTERNS:
         if pattern not in steps[1:]:
             continue
         nodes = [node for node, _ in parts[: steps.index(pattern) + 1]]
-        window = next((window_of(node) for node in nodes if steps_of(node) == (POOL,)), None)
+        window = next((calls.window_of(node) for node in nodes if steps_of(node) == (POOL,)), None)
         if window is None:
             yield Row(nodes, ops.conv2d_relu if by_operator else F.conv2d_relu, conv.args, conv.kwargs)
         elif by_operator:
-            yield Row(nodes, _conv2d_relu_max_pool2d, (*conv.args, *window), {})
+            yield Row(nodes, calls.conv2d_relu_max_pool2d, (*conv.args, *window), {})
         else:
             names = "pool_kernel_size", "pool_stride", "pool_padding", "pool_ceil_mode"
             yield Row(nodes, F.conv2d_relu_max_pool2d, conv.args, {**conv.kwargs, **dict(zip(names, window))})
+    if len(parts) == 1 and steps[0] == (CONV,):
+        yield from _with_epilogue(conv, ops.conv2d_epilogue, F.conv2d_epilogue)
 
 
 def _of_linear(linear):
-    """The Rows that start with a linear: a chain that one launch computes, then the linear with its relu."""
+    """The Rows that start with a linear: a chain that one launch computes, then the linear with what is behind it."""
     nodes, steps = [], ()
-    for node, of_node in follow(linear):
+    for node, of_node in _follow(linear):
         if of_node[0] != (RELU if steps[-1:] == (LINEAR,) else LINEAR):
             break
         nodes, steps = [*nodes, node], steps + of_node
     layers = [node for node in nodes if steps_of(node)[0] == LINEAR]
     given = [arguments_of(node, "input", "weight", bias=None) for node in layers]
     weights, biases = [g["weight"] for g in given], [g["bias"] for g in given]
-    sizes = list(map(_shape, weights))
-    usual = all(len(size) == 2 and (b is None or _shape(b) == size[:1]) for size, b in zip(sizes, biases))
+    sizes = list(map(calls.shape_of, weights))
+    usual = all(len(size) == 2 and (b is None or calls.shape_of(b) == size[:1]) for size, b in zip(sizes, biases))
     # A chain does not end with a linear followed by relu: those two are a pattern of their own.
     if steps[-1] == LINEAR and usual:
         if shapes.linear_chain_serves(sizes[0][1], [size[0] for size in sizes]):
@@ -199,6 +156,50 @@ def _of_linear(linear):
     if steps_of(linear) == (LINEAR,) and len(nodes) > 1:
         function = ops.linear_relu if linear.target == ops.linear else F.linear_relu
         yield Row(nodes[:2], function, linear.args, linear.kwargs)
+    elif steps_of(linear) == (LINEAR,) and usual:
+        yield from _with_epilogue(linear, ops.linear_epilogue, F.linear_epilogue)
+
+
+def _of_norm(norm):
+    """The Rows that start with a batch norm, the longest first."""
+    x, _ = calls.norm_of(norm)
+    given = calls.epilogue_of(norm, x) if calls.is_laid_out(x) else None
+    for nodes, arguments in [*_epilogues(norm, given), ([], given)] if given else ():
+        residual = arguments.get("residual")
+        if _is_recordable([norm, *nodes], arguments, [residual]):
+            yield Row([norm, *nodes], F.epilogue, (x,), arguments, (norm, *nodes), residual)
+
+
+def _of_sum(node):
+    """The Row of a sum and an activation."""
+    operands = calls.sum_of(node)
+    x = next((x for x in operands if calls.epilogue_of(node, x)), None)
+    for nodes, arguments in _epilogues(node, calls.epilogue_of(node, x)) if x else ():
+        if _is_recordable([node, *nodes], arguments, operands):
+            yield Row([node, *nodes], F.epilogue, (x,), arguments)
+
+
+def _of_squeeze_excite(squeeze):
+    """The Row of global average pooling, two 1x1 convolutions with activations, and the product with the images."""
+    x, keepdim = calls.means_of(squeeze)
+    nodes, arguments, names, value = [squeeze], [x], [], squeeze
+    for _ in range(2 * keepdim):
+        conv = only_user(value)
+        layer = conv and calls.pointwise_of(conv, value)
+        activation = only_user(conv) if layer else None
+        given = calls.epilogue_of(activation, conv) if activation is not None else None
+        if not given or _ranks(given) != [2] or given["activation"] == "leaky_relu":
+            return
+        nodes += [conv, activation]
+        arguments += layer
+        names.append(given["activation"])
+        value = activation
+    product = only_user(value) if keepdim else None
+    if product is None or calls.product_of(product) not in ((x, value), (value, x)) or not calls.alike(product, x):
+        return
+    if value_of(value).shape[1] == value_of(x).shape[1]:
+        call = F.squeeze_excite, tuple(arguments), {"activation": names[0], "gate": names[1]}
+        yield Row([*nodes, product], *call, (*nodes[1:], product))
 
 
 def _is_value(node):
@@ -208,23 +209,29 @@ def _is_value(node):
     return all(isinstance(v, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)) for v in values)
 
 
-def _why_not(match):
-    """Why the call cannot replace the pattern at the position of its first node; None if it can."""
-    between, node = [], match.nodes[0].next
-    while node is not match.nodes[-1]:
-        if node not in match.nodes and node.op not in ("placeholder", "get_attr"):
+def _place(row):
+    """(the node whose place the call can take, None), or (None, why there is none)."""
+    first, last = row.nodes[0], row.nodes[-1]
+    between, node = [], first.next
+    while node is not last and len(row.nodes) > 1:
+        if node not in row.nodes and node.op not in ("placeholder", "get_attr"):
             between.append(node)
         node = node.next
     if not all(map(_is_value, between)):
-        return "autograd, autocast or the like changes in between"
-    # Nodes in between may compute or write the weights. Casts of weights are allowed, as they can be moved forward.
-    others = [node for node in between if not _is_cast(node)]
-    if match.taken_early and others:
-        return f"{_called(others[0])} comes in between"
-    inputs = [i for node in (match.nodes[0], *match.taken_early) for i in node.all_input_nodes]
-    if any(is_traceable_wrapper_subclass(i.meta.get("example_value")) for i in inputs):
-        return "its tensors are of a class of their own, which may not know the fused operators"
-    return None
+        return None, "autograd, autocast or the like changes in between"
+    needed = [i for node in row.taken_early for i in node.all_input_nodes if i not in row.nodes]
+    # Casts of weights can be moved forward.
+    late = [i for i in needed if i > first and not _is_cast(i)]
+    others = [node for node in between if node in late and node is not row.residual or not calls.writes_nothing(node)]
+    if needed and others:
+        return None, f"{_called(others[0])} comes in between"
+    if any(map(_is_of_own_class, [*first.all_input_nodes, *needed])):
+        return None, "its tensors are of a class of their own, which may not know the fused operators"
+    return last if late else first, None
+
+
+def _is_of_own_class(node):
+    return is_traceable_wrapper_subclass(node.meta.get("example_value"))
 
 
 def _is_cast(node):
@@ -237,10 +244,14 @@ def _alone(node):
     users = list(node.users)
     if len(users) > 1:
         return f"its result is used {len(users)} times"
-    return f"{_called(users[0])} comes behind it" if users and users[0].op != "output" else "nothing comes behind it"
+    if not users or users[0].op == "output":
+        return "nothing comes behind it"
+    return f"{_called(users[0])}{' in training' * calls.is_training_norm(users[0])} comes behind it"
 
 
 def _called(node):
+    if calls.is_call(node) and calls.sum_of(node):
+        return "add"
     return getattr(node.target, "__name__", str(node.target)).removesuffix(".default").strip("_")
 
 
@@ -252,36 +263,102 @@ def _name(node):
     return path.rpartition("__self__.")[2].partition("].")[2] or path.rpartition("__self__.")[2] or _called(node)
 
 
-def fuse_patterns(graph):
+def _label(node):
+    """What a report calls the node."""
+    if steps := steps_of(node):
+        return _name(node) if steps[0] in (CONV, LINEAR) else steps[0]
+    if node.target == ops.epilogue:
+        given = calls.arguments_of_operator(node)
+        words = "batch_norm" * ("mean" in given), "add" * ("residual" in given), given.get("activation", "")
+        return ", ".join(filter(None, words))
+    activation = calls.activation_of(node)
+    return activation[1]["activation"] if activation else _called(node)
+
+
+def _kind(node):
+    """What finds the Rows that start with the node, or None."""
+    steps = steps_of(node)
+    if steps[:1] in ((CONV,), (LINEAR,)):
+        return _of_convolution if steps[0] == CONV else _of_linear
+    if calls.is_call(node) and calls.norm_of(node):
+        return _of_norm
+    if calls.is_call(node) and calls.sum_of(node):
+        return _of_sum
+    return _of_squeeze_excite if calls.is_call(node) and calls.means_of(node) else None
+
+
+def _replace(graph, row, place):
+    """Put the call of a Row in the place of its nodes."""
+    for cast in (i for early in row.taken_early for i in early.all_input_nodes if _is_cast(i) and i > place):
+        place.prepend(cast)
+    with graph.inserting_before(place):
+        new = graph.call_function(row.function, row.args, row.kwargs)
+    new.meta = dict(row.nodes[-1].meta)
+    row.nodes[-1].replace_all_uses_with(new)
+    for old in reversed(row.nodes):
+        graph.erase_node(old)
+
+
+# A linear comes before those that it is chained with, and of two convolutions that are added the later one is fused
+# with the sum, as then the other one's result exists already. What starts with a batch norm or a sum is left over.
+_ORDER = {_of_squeeze_excite: 1, _of_linear: 1, _of_convolution: -1, _of_norm: 1, _of_sum: 1}
+
+
+def fuse_patterns(graph, elementwise=True):
     """Replace every pattern of a torch.fx graph by one call, where eager's order, aliases and in-place writes allow it.
 
     Args:
         graph: torch.fx.Graph whose nodes have their tensors in meta["example_value"], as Dynamo's have.
+        elementwise: whether to replace patterns without a convolution or linear and single calls, too. A compiler that
+            fuses elementwise operators does better without.
 
     Returns:
         ([description of each match], [(name, why)] of the convolutions and linears that are not fused).
     """
-    simplify(graph)
-    found, left, gone = [], [], set()
-    for node in list(graph.nodes):
-        if node in gone or (steps := steps_of(node))[:1] not in ((CONV,), (LINEAR,)):
+    calls.simplify(graph)
+    found, left, gone = {}, {}, set()
+    nodes = list(graph.nodes)
+    kinds = {node: _kind(node) for node in nodes}
+    alone = {node: _alone(node) for node in nodes if kinds[node] in (_of_linear, _of_convolution)}
+    for kind, direction in _ORDER.items():
+        if kind in (_of_norm, _of_sum) and not elementwise:
             continue
-        matches = [(match, _why_not(match)) for match in (_of_convolution if steps[0] == CONV else _of_linear)(node)]
-        match = next((match for match, why in matches if not why), None)
-        if match is None and len(steps) > 1:
-            continue  # a fused layer
-        if match is None:
-            left.append((_name(node), matches[0][1] if matches else _alone(node)))
-            continue
-        found.append(", ".join(_name(n) if steps_of(n)[0] in (CONV, LINEAR) else steps_of(n)[0] for n in match.nodes))
-        for early in match.taken_early:
-            for cast in filter(_is_cast, early.all_input_nodes):
-                node.prepend(cast)
-        with graph.inserting_before(node):
-            new = graph.call_function(match.function, match.args, match.kwargs)
-        new.meta = dict(match.nodes[-1].meta)
-        match.nodes[-1].replace_all_uses_with(new)
-        for old in reversed(match.nodes):
-            graph.erase_node(old)
-        gone.update(match.nodes)
-    return found, left
+        for i, node in list(enumerate(nodes))[::direction]:
+            if kinds[node] is not kind or node in gone:
+                continue
+            rows = [(row, *_place(row)) for row in kind(node)]
+            row, place, _ = next((r for r in rows if r[1] is not None), (None, None, None))
+            if row is None:
+                # A fused layer is not left.
+                if node in alone and len(steps_of(node)) == 1:
+                    left[i] = _name(node), rows[0][2] if rows else alone[node]
+                continue
+            if len(row.nodes) > 1:
+                found[i] = ", ".join([_name(node) if kind is _of_norm else _label(node), *map(_label, row.nodes[1:])])
+            gone.update(row.nodes)
+            _replace(graph, row, place)
+    if elementwise:
+        _serve_alone(graph)
+    return [found[i] for i in sorted(found)], [left[i] for i in sorted(left)]
+
+
+def _is_exact(node):
+    """Whether our function of the same name does exactly what the call of torch's does."""
+    values = list(map(value_of, [node, *node.all_input_nodes]))
+    if any(value is None or is_traceable_wrapper_subclass(value) for value in values):
+        return False
+    # Autocast may cast what torch's function takes.
+    if values[0].dtype != values[1].dtype and steps_of(node) not in ((CONV,), (LINEAR,)):
+        return False
+    overwritten, activation = calls.overwritten_by(node), calls.activation_of(node)
+    if overwritten is not None and not calls.is_own(overwritten):
+        return False
+    return activation is None or _is_recordable([node], activation[1], [])
+
+
+def _serve_alone(graph):
+    """Let our functions do what is left of the calls of torch's that we have functions for."""
+    for node in graph.nodes:
+        ours = calls.ours_of(node)
+        if ours is not None and _is_exact(node):
+            node.op, (node.target, node.args, node.kwargs) = "call_function", ours

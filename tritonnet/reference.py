@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn import grad as conv_grad
 
-from .kernels import shapes
+from .kernels import activations, shapes
+from .kernels.activations import SLOPE
 from .kernels.cross_entropy import targets
 from .kernels.linear_chain import layered
 
@@ -199,6 +200,45 @@ def max_pool2d_gather(x, code, kernel, stride, padding, dilation):
     return _like(shapes.max_pool2d_gather(x, code), torch.where(named, found, 0))
 
 
+def avg_pool2d(x, *window):
+    y = shapes.avg_pool2d(x, *window[:4])
+    return _like(y, F.avg_pool2d(*_wide(x), *window))
+
+
+def avg_pool2d_grad(dy, size, *window_channels_last):
+    (*window, channels_last), (wide,) = window_channels_last, _wide(dy)
+    dx = shapes.avg_pool2d_grad(dy, size, channels_last)
+    image = wide.new_empty(1).expand(dx.shape)
+    return _like(dx, torch.ops.aten.avg_pool2d_backward(wide, image, *window))
+
+
+def adaptive_avg_pool2d(x, size):
+    return _like(shapes.adaptive_avg_pool2d(x, size), F.adaptive_avg_pool2d(*_wide(x), size))
+
+
+def _spread(dy, dim, size):
+    """The gradient by rows (dim 2) or columns (dim 3), `size` of them, of the means of bins of these."""
+    bins = dy.shape[dim]
+    dx = dy.new_zeros(*dy.shape[:dim], size, *dy.shape[dim + 1 :])
+    for i in range(bins):
+        start, end = i * size // bins, -(-(i + 1) * size // bins)
+        dx.narrow(dim, start, end - start).add_(dy.narrow(dim, i, 1) / (end - start))
+    return dx
+
+
+def adaptive_avg_pool2d_grad(dy, size, channels_last):
+    # torch's own is not deterministic on a GPU.
+    dx = _spread(_spread(*_wide(dy), 3, size[1]), 2, size[0])
+    return _like(shapes.avg_pool2d_grad(dy, size, channels_last), dx)
+
+
+def squeeze_excite(x, w1, b1, w2, b2, activation, gate):
+    means = adaptive_avg_pool2d(x, (1, 1)).flatten(1)
+    hidden = linear_epilogue(means, w1, b1, *[None] * 5, 0.0, activation, SLOPE)
+    gates = linear_epilogue(hidden, w2, b2, *[None] * 5, 0.0, gate, SLOPE)
+    return _like(shapes.squeeze_excite(x), x * gates[:, :, None, None])
+
+
 def relu(x):
     return torch.relu(x)
 
@@ -209,6 +249,41 @@ def relu_(x):
 
 def relu_grad(dy, y):
     return _like(shapes.relu(y), torch.ops.aten.threshold_backward(dy, y, 0))
+
+
+def epilogue(x, mean, var, scale, shift, residual, eps, activation, slope):
+    (z,) = _wide(x)
+
+    def along(t):
+        return t.to(z.dtype).view(-1, *(1,) * (x.dim() - 2))
+
+    if mean is not None:
+        z = z - along(mean)
+    if var is not None:
+        z = z * along((var.to(z.dtype) + eps).rsqrt())
+    if scale is not None:
+        z = z * along(scale)
+    if shift is not None:
+        z = z + along(shift)
+    if residual is not None:
+        z = z + residual
+    return _like(shapes.relu(x), activations.activated(z, activation, slope).to(x.dtype))
+
+
+def activate_(x, activation, slope):
+    x.copy_(activations.activated(*_wide(x), activation, slope))
+
+
+def activation_grad(dy, t, activation, slope):
+    return _like(shapes.relu(t), activations.gradient(dy, t, activation, slope))
+
+
+def conv2d_epilogue(x, w, bias, stride, padding, dilation, groups, pad_mode, *arguments):
+    return epilogue(conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode), *arguments)
+
+
+def linear_epilogue(x, w, bias, *arguments):
+    return epilogue(linear(x, w, bias), *arguments)
 
 
 def linear(x, w, bias):

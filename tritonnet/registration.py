@@ -57,22 +57,22 @@ def _register_writes(operator):
     """Register what torch only does by itself for operators that return the argument that they overwrite.
 
     Args:
-        operator: overwrites its one argument and returns nothing.
+        operator: overwrites its first argument, its only tensor, and returns nothing.
     """
     name = operator._schema.name.partition("::")[2]
 
-    def count(keys, x):
+    def count(keys, x, *args):
         """Counts a write that no autograd rule counts: in inference mode, to a tensor from outside it."""
         if x.is_inference():
             raise RuntimeError(f"{name}: a tensor made in inference mode can be overwritten there only")
         torch.autograd.graph.increment_version(x)
         with _AutoDispatchBelowADInplaceOrView():
-            operator.redispatch(keys & _after_ADInplaceOrView_keyset, x)
+            operator.redispatch(keys & _after_ADInplaceOrView_keyset, x, *args)
 
-    def through_a_copy(x):
+    def through_a_copy(x, *args):
         """Runs on a copy of a tensor whose memory holds its negated elements, such as z.conj().imag."""
         y = x.resolve_neg()
-        operator(y)
+        operator(y, *args)
         x.copy_(y)
 
     _LIBRARY.impl(name, count, "ADInplaceOrView", with_keyset=True)
@@ -89,20 +89,21 @@ def watched():
     return _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
 
 
-def _recorded(args):
-    """Whether autograd records an operator on these arguments, outside torch.func's transforms."""
-    if forward_ad._current_level >= 0:
+def recorded(args):
+    """Whether autograd records an operator on these arguments."""
+    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
 
 
-def register_autograd(operator, alone=None):
+def register_autograd(operator, alone=None, prepare=None):
     """Class decorator: makes an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule.
 
     Args:
         operator: whose rule it is.
         alone: an operator on the same arguments whose result is the first of `operator`. Where autograd records it,
             `operator` takes its place, whose other results the derivatives need.
+        prepare: function of the arguments that returns others with the same result, for which the rule is written.
     """
 
     def decorate(function):
@@ -114,16 +115,17 @@ def register_autograd(operator, alone=None):
 
         def autograd_kernel(*args):
             if _are_functorch_transforms_active():
+                args = args if prepare is None else prepare(*args)
                 with enable_single_level_autograd_function():
                     result = single_level.apply(*args)
-            elif overwrites or _recorded(args):
-                result = record(*args)
+            elif overwrites or recorded(args):
+                result = record(*(args if prepare is None else prepare(*args)))
             else:
                 result = below_autograd(operator, *args)
             return None if returns_nothing else result
 
         def first_result(*args):
-            if _are_functorch_transforms_active() or _recorded(args):
+            if recorded(args):
                 return autograd_kernel(*args)[0]
             return below_autograd(alone, *args)
 
@@ -143,7 +145,7 @@ def register_decomposition(operator):
 
     def decorate(function):
         def autograd_kernel(*args):
-            if _are_functorch_transforms_active() or _recorded(args):
+            if recorded(args):
                 return function(*args)
             return below_autograd(operator, *args)
 

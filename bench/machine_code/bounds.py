@@ -170,6 +170,18 @@ def _pool(a):
     return 0, [] if a.UNROLLED else [a.KH, a.KW], 0
 
 
+def _mean_grad(a):
+    return 0, [_cdiv(a.KH, a.SH), _cdiv(a.KW, a.SW)], 0
+
+
+def _bins(a):
+    return 0, [a.most_h, a.most_w], 0
+
+
+def _whole_mean(a):
+    return 0, [_cdiv(a.P * a.P_UNIT, a.BLOCK_P)], 0
+
+
 def _cross_entropy(a):
     # Whole blocks of targets; blocks of rows, and inside this loop the two passes over a wide row, one after the other.
     columns = _cdiv(a.C, a.BLOCK_C)
@@ -268,6 +280,10 @@ MODEL = {
     "cross_entropy_kernel": _cross_entropy,
     "max_pool2d_forward_kernel": _pool,
     "max_pool2d_scatter_kernel": _scatter,
+    "avg_pool2d_forward_kernel": _pool,
+    "avg_pool2d_grad_kernel": _mean_grad,
+    "adaptive_avg_pool2d_kernel": _bins,
+    "whole_avg_pool2d_kernel": _whole_mean,
     "sum_partials_kernel": lambda a: (0, [a.SPLITS], 0),
 }
 

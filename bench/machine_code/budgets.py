@@ -33,6 +33,11 @@ def recorded(record):
     return BUDGETS["bounds_us"].get(record["case"], {}).get(record["kernel"], {}).get(record["format"])
 
 
+def _over_plain(record, plain):
+    """The times of a record with an epilogue in units of that without, where both need as much as their tensors do."""
+    return max(bound(record), floor(record)) / max(bound(plain), floor(plain), floor(record))
+
+
 def _applies(rule, record):
     return (
         record["arch"] == rule["arch"]
@@ -50,6 +55,8 @@ def violations(records):
     """
     same_compiler = triton.__version__ == BUDGETS["triton"]
     held = same_compiler or triton.__version__ in BUDGETS["triton_too"]
+    records = list(records)
+    of_case = {(r["arch"], r["kernel"], r["format"], r["case"]): r for r in records}
     for r in records:
         where = f"{r['arch']}: {r['kernel']}, {r['format']}, {r['case']}"
         if "error" in r:
@@ -86,6 +93,11 @@ def violations(records):
                 yield f"{where}: its bound of {bound(r):.2f} us is not recorded"
             elif bound(r) > most * SLACK:
                 yield f"{where}: its bound is {bound(r):.2f} us, {most} recorded"
+            for rule in BUDGETS["fused"]:
+                plain = of_case.get((r["arch"], r["kernel"], r["format"], r["case"].partition(", norm")[0]))
+                if _applies(rule, r) and plain and (ratio := _over_plain(r, plain)) > rule["most"]:
+                    yield f"{where}: its bound is {ratio:.2f} times that without an epilogue, {rule['most']} allowed"
             for rule in BUDGETS["floors"]:
-                if _applies(rule, r) and bound(r) > rule["most"] * floor(r):
+                # That of a kernel with batch norm is compared with the plain one's.
+                if _applies(rule, r) and ", norm" not in r["case"] and bound(r) > rule["most"] * floor(r):
                     yield f"{where}: its bound is {bound(r) / floor(r):.2f} times its floor, {rule['most']} allowed"

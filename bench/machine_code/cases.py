@@ -48,6 +48,28 @@ class Calls:
         launchers.conv2d_input_grad(dy, w, x.shape, *g)
         launchers.conv2d_weight_grad(dy, x, w.shape, *g, bias)
 
+    def normed(self, n, c, h, oc, k, activation, stride=1, groups=1, last=True, residual=False):
+        """Forward with batch norm, perhaps a residual, and an activation in the epilogue."""
+        x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c // groups, k, k, last=last)
+        g = (stride, stride), (k // 2,) * 4, (1, 1), groups, "zeros"
+        size = kernel_shapes.conv2d_size((h, h), (k, k), *g[:3])
+        added = self.tensor(n, oc, *size, last=last) if residual else None
+        vectors = [torch.empty(oc) for _ in range(4)]
+        launchers.conv2d_epilogue(x, w, None, *g, *vectors, added, 1e-5, activation, 0.0)
+
+    def linear_normed(self, m, k, n, activation):
+        """Forward with all parts of an epilogue."""
+        vectors = [torch.empty(n) for _ in range(4)]
+        tensors = self.tensor(m, k), self.tensor(n, k), self.tensor(n)
+        launchers.linear_epilogue(*tensors, *vectors, self.tensor(m, n), 1e-5, activation, 0.0)
+
+    def elementwise(self, *size, last):
+        """An epilogue alone with all its parts, an activation in place, and the gradient of another."""
+        x, vectors = self.tensor(*size, last=last), [torch.empty(size[1]) for _ in range(4)]
+        launchers.epilogue(x, *vectors, x, 1e-5, "relu", 0.0)
+        launchers.activate_(x, "silu", 0.0)
+        launchers.activation_grad(x, x, "hardswish", 0.0)
+
     def conv_pool(self, n, c, h, oc, k, pad=0, pool=(2, 2, 0), last=True, gradients=False):
         """Forward through relu and pooling, whose window, stride and padding are `pool`, and both gradients."""
         x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c, k, k, last=last)
@@ -89,6 +111,28 @@ class Calls:
     def pool_values(self, size, kernel, stride, pad, last):
         x = self.tensor(*size, last=last)
         launchers.max_pool2d_values(x, (kernel, kernel), (stride, stride), (pad, pad), (1, 1), False)
+
+    def means(self, size, kernel, stride, pad, last, include_pad=True):
+        """The means of windows, and their gradient."""
+        window = ((kernel, kernel), (stride, stride), (pad, pad), False, include_pad, None)
+        y = launchers.avg_pool2d(self.tensor(*size, last=last), *window)
+        launchers.avg_pool2d_grad(y, size[2:], *window, last)
+
+    def bins(self, size, bins, last):
+        """The means of bins, and their gradient."""
+        y = launchers.adaptive_avg_pool2d(self.tensor(*size, last=last), bins)
+        launchers.adaptive_avg_pool2d_grad(y, size[2:], last)
+
+    def rows_apart(self, *size):
+        """The means of images that are slices of wider ones."""
+        launchers.adaptive_avg_pool2d(self.tensor(*size[:3], 2 * size[3])[..., : size[3]], (1, 1))
+
+    def squeeze_excite(self, size, r, last, biases=True):
+        """Squeeze and excitation to r units."""
+        C = size[1]
+        b1, b2 = (self.tensor(r), self.tensor(C)) if biases else (None, None)
+        x, w1, w2 = self.tensor(*size, last=last), self.tensor(r, C), self.tensor(C, r)
+        launchers.squeeze_excite(x, w1, b1, w2, b2, "silu", "sigmoid")
 
     def relu(self, *size, last=False):
         y = launchers.relu(self.tensor(*size, last=last))
@@ -191,15 +235,25 @@ class Calls:
     def past_32_bits(self):
         """Each operator with a tensor of more than 2^31 elements."""
         big = 2**31
+        self.normed(1, 16, 11600, 16, 1, "silu", residual=True)
+        self.normed(1, 1, 2**15 + 1, 2, 3, "silu", last=False, residual=True)
+        self.normed(1, 2, 2**15, 2, 3, "silu", groups=2, last=False, residual=True)
+        self.linear_normed(big // 16, 64, 32, "silu")
+        self.elementwise(1, 8, 2**14, 2**14 + 1, last=True)
         self.conv(1, 16, 11600, 16, 1, bias=True)
         self.conv(1, 1, 2**15 + 1, 2, 3, pad=1, last=False)
         self.conv(1, 2, 2**15, 2, 3, groups=2, last=False)
         self.conv(1, 1, 2**15 + 1, 1, 3, mode="reflect", last=False)
         self.pool((1, 1, 2**16, 2**15 + 1), 2, 2, 0, False)
+        self.means((1, 1, 2**16, 2**15 + 1), 2, 2, 0, False)
+        self.means((1, 1, 2**16, 2**15 + 1), 5, 3, 2, False)
+        self.bins((1, 1, 2**16, 2**15 + 1), (3, 4), False)
+        self.bins((1, 1, 2**16, 2**15 + 1), (1, 1), False)
         self.conv_pool(1, 16, 11600, 16, 1)
         self.conv_pool(big // 2**10, 1, 32, 6, 5, last=False, gradients=True)
         self.cross_entropy(big // 64, 128)
         self.relu(big + 8)
+        self.squeeze_excite((big // 2**10, 16, 8, 9), 4, True, biases=False)
         self.linear(big // 16, 64, 32)
         self.chain(big // 64, 64, 32, 16)
 
@@ -231,6 +285,27 @@ def shapes(c):
         pool = (64, 64, 112, 112), *window, last
         yield name, lambda pool=pool: c.pool(*pool, all=False)
         yield f"{name}, values", lambda pool=pool: c.pool_values(*pool)
+    for name, last in (("", True), ("NCHW ", False)):
+        yield f"{name}means 2x2/2", lambda last=last: c.means((64, 128, 56, 56), 2, 2, 0, last)
+        yield f"{name}means 3x3", lambda last=last: c.means((64, 128, 56, 56), 3, 1, 1, last, include_pad=False)
+        yield f"{name}means of images", lambda last=last: c.bins((64, 2048, 7, 7), (1, 1), last)
+    for name, *size, options in (
+        ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu"}),
+        ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu", "residual": True}),
+        ("ResNet 3x3, 256", 64, 256, 14, 256, 3, {"activation": "relu"}),
+        ("ResNet 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "relu", "residual": True}),
+        ("ResNet 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "silu"}),
+        ("ResNet 7x7/2, 3 to 64", 64, 3, 224, 64, 7, {"activation": "relu", "stride": 2}),
+        ("ResNet NCHW 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu", "last": False}),
+        ("ResNet NCHW 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "relu", "residual": True, "last": False}),
+        ("depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "relu6", "groups": 144}),
+        ("depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "silu", "groups": 144}),
+        ("NCHW depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "relu6", "groups": 144, "last": False}),
+    ):  # fmt: skip
+        name = ", ".join([name, "norm", *["residual"] * options.get("residual", False), options["activation"]])
+        yield name, lambda size=size, options=options: c.normed(*size, **options)
+    yield "norm, residual, relu", lambda: c.elementwise(64, 256, 56, 56, last=True)
+    yield "NCHW norm, residual, relu", lambda: c.elementwise(64, 256, 56, 56, last=False)
     yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
     yield "ResNet 3x3, 64", lambda: c.conv(64, 64, 56, 64, 3)
     yield "ResNet 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3)
@@ -298,6 +373,13 @@ def tiles(c, format, brief):
         yield f"{tile.M}x{tile.N}", call
     for tile in tile_tables.table("products", row) if product.described() else ():
         yield f"descriptors, {tile.M}x{tile.N}", _by("products", tile, lambda: c.linear(8192, 512, 256))
+    if format == "bfloat16" or not brief:
+        for tile in tile_tables.table("patches", row):
+            call = _by("patches", tile, lambda n=tile.N: c.normed(8, 128, 32, n, 3, "silu", residual=True))
+            yield f"taps, {tile.M}x{tile.N}, norm, residual, silu", call
+        for tile in tile_tables.table("products", row) if product.described() else ():
+            call = _by("products", tile, lambda: c.linear_normed(8192, 512, 256, "gelu"))
+            yield f"descriptors, {tile.M}x{tile.N}, norm, residual, gelu", call
     for tile in tile_tables.table("chain gradient", row):
         call = _by("chain gradient", tile, lambda: c.chain(1024, 256, 128, 128))
         yield f"chain gradient, {tile.M}x{tile.N}", call
@@ -317,6 +399,12 @@ def layers(c, format, brief):
             yield "few output channels", lambda: c.conv(16, 64, 64, 3, 3)
             yield "few channels, odd sizes", lambda: c.conv(16, 3, 33, 32, 3, last=False)
             yield "one channel to pool past 2^31", lambda: c.conv_pool(1, 1, 46400, 2, 3, last=False)
+        yield "few channels, norm", lambda: c.normed(64, 3, 32, 64, 3, "silu", residual=True)
+        yield "NCHW few channels, norm", lambda: c.normed(64, 3, 32, 32, 3, "silu", residual=True, last=False)
+    yield "linear, norm", lambda: c.linear_normed(64, 128, 64, "gelu_tanh")
+    yield "elementwise", lambda: c.elementwise(8, 64, 16, 16, last=True)
+    yield "depthwise, norm", lambda: c.normed(4, 32, 16, 32, 3, "silu", groups=32, residual=True)
+    yield "NCHW depthwise, norm", lambda: c.normed(4, 32, 16, 32, 3, "hardswish", groups=32, residual=True, last=False)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
     yield "NCHW depthwise", lambda: c.conv(4, 32, 16, 32, 3, groups=32, last=False)
     # A loop over rows of taps, lines that are not whole, and pixels a stride apart.
@@ -324,6 +412,13 @@ def layers(c, format, brief):
     yield "first layer", lambda: c.first_layer(True)
     yield "pool", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, False)
     yield "pool, dilated", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True, dilation=2)
+    yield "means", lambda: c.means((4, 8, 16, 16), 3, 2, 1, False)
+    yield "means, large windows", lambda: c.means((4, 8, 16, 16), 6, 3, 3, True, include_pad=False)
+    yield "bins", lambda: c.bins((4, 8, 16, 16), (7, 6), True)
+    yield "images' means, NCHW", lambda: c.bins((64, 512, 7, 7), (1, 1), False)
+    yield "squeeze and excitation", lambda: c.squeeze_excite((64, 1152, 7, 7), 48, True)
+    yield "squeeze to many units", lambda: c.squeeze_excite((4, 3712, 7, 7), 348, True, biases=False)
+    yield "NCHW squeeze and excitation", lambda: c.squeeze_excite((64, 96, 56, 56), 4, False)
     yield "relu", lambda: c.relu(4096)
     yield "loss", lambda: c.cross_entropy(4096, 1000, weighted=True)
     yield "loss of many classes", lambda: c.cross_entropy(64, 50000)
@@ -370,6 +465,8 @@ def switches(c, format, brief):
         yield "chain without backward", lambda: c.chain(1024, 400, 120, 84, 10, keep=False)
         yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
         yield "pool, large windows", lambda: c.pool((4, 8, 16, 16), 6, 2, 3, False)
+        yield "means, channels_last", lambda: c.means((4, 8, 16, 16), 3, 2, 1, True, include_pad=False)
+        yield "images' means, rows apart", lambda: c.rows_apart(64, 512, 9, 8)
     if format != "bfloat16":
         return
     yield "groups, dilation", lambda: c.conv(4, 32, 16, 32, 3, dilation=2, groups=2)

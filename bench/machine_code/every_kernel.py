@@ -35,6 +35,10 @@ def calls(t):
     yield F.conv2d(last, t(4, 1, 7, 7), b[:4], stride=2, padding=3, groups=4)
     yield F.conv2d(images[..., :10], t(4, 1, 5, 5), padding=2, groups=4)
     yield F.conv2d_relu(last, w, b)
+    yield F.conv2d_epilogue(last, w, b, scale=t(6), residual=t(3, 6, 7, 9), activation="silu")
+    yield F.linear_epilogue(x, t(9, 7), mean=t(9), activation="gelu")
+    yield F.epilogue(images, shift=t(4), residual=last, activation="hardswish")
+    yield F.squeeze_excite(last.detach(), t(3, 4).detach(), None, t(4, 3).detach(), None) * images
     yield F.conv2d_relu_max_pool2d(images, w, b, padding=1)
     yield F.conv2d_relu_max_pool2d(last, w, b, padding=1, pool_kernel_size=3)
     yield F.linear_chain(x, (t(9, 7), t(4, 9)), (t(9), t(4)))
@@ -42,6 +46,11 @@ def calls(t):
     yield F.max_pool2d(images[..., :10], 3, 2, 1)
     yield F.max_pool2d(images, 3, dilation=2)
     yield F.max_pool2d(images, 2, return_indices=True)[0]
+    yield F.avg_pool2d(last, 3, 2, 1, count_include_pad=False)
+    yield F.avg_pool2d(images[..., :10], 3, 2, 1)
+    yield F.avg_pool2d(images, 5, 3, 2, ceil_mode=True)
+    yield F.adaptive_avg_pool2d(last, (4, 3))
+    yield F.adaptive_avg_pool2d(images, 1)
     yield F.cross_entropy(x, torch.arange(5, device=x.device))
     yield F.cross_entropy(x, torch.arange(5, device=x.device), reduction="none", ignore_index=1)
     for mode in ("reflect", "replicate", "circular"):

@@ -82,13 +82,17 @@ def disassemble(cubins, arch):
 
 
 def loops(instructions):
-    """(first, last) positions of each loop: the target of a backward branch, and the branch."""
+    """(first, last) positions of each loop: the target of a backward branch, and the branch.
+
+    Behind the program's end stand waits that are repeated, and from there a branch only goes on with the program.
+    """
+    end = max((i for i, instruction in enumerate(instructions) if instruction.opcode == "EXIT"), default=0)
     at = {instruction.address: i for i, instruction in enumerate(instructions)}
     found = []
     for i, instruction in enumerate(instructions):
         target = re.search(r"0x([0-9a-f]+)$", instruction.operands) if instruction.opcode.startswith("BRA") else None
         first = at.get(int(target[1], 16)) if target else None
-        if first is not None and first < i:
+        if first is not None and first < i and not first <= end < i:
             found.append((first, i))
     return found
 

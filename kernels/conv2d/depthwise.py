@@ -1,6 +1,6 @@
 """Depthwise convolution, one input channel per group: too few products per channel for matrix units, so plain sums.
 
-    y[n, oc, oh, ow] = bias[oc] + sum over kh, kw of x[n, oc / MULT, ih, iw] * w[oc, 0, kh, kw]
+    y[n, oc, oh, ow] = epilogue(sum over kh, kw of x[n, oc / MULT, ih, iw] * w[oc, 0, kh, kw])
     dx[n, c, ih, iw] = sum over m, kh, kw, oh, ow that reach (ih, iw) of dy[n, c * MULT + m, oh, ow] * w[.., 0, kh, kw]
     dw[oc, 0, kh, kw] = sum over n, oh, ow of dy[n, oc, oh, ow] * x[n, oc / MULT, ih, iw],    db[oc] = sum of dy
 
@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .. import shapes
 from .._common import OPTIONS, Window, acc_type, cdiv, first_tap, index_type, place, reciprocal, round_to
+from ..epilogue import NONE, constant, finished, of_channels
 from ..launching import planned
 from ..reduce import Partials
 from ..tiles import split_product
@@ -31,13 +32,13 @@ def serves(w, groups):
 
 
 def filter_strides(strides):
-    """The strides of (OC, 1, KH, KW) as constants: then most of a thread's addresses differ by constants."""
+    """Strides of (OC, 1, KH, KW) as constants: then most of a thread's addresses differ by constants."""
     return dict(stride_wo=strides[0], stride_wh=strides[2], stride_ww=strides[3])
 
 
 @triton.jit(do_not_specialize=["P", "lines", "rows", "H", "W", "OW"])
 def depthwise_forward_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr,
+    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, r_ptr,
     P, lines, rows, inverse_lines, inverse_rows, H, W, OW,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_yn, stride_yc, stride_yh, stride_yw,
@@ -45,7 +46,7 @@ def depthwise_forward_kernel(
     stride_wo: tl.constexpr, stride_wh: tl.constexpr, stride_ww: tl.constexpr,
     OC: tl.constexpr, MULT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, UNITS: tl.constexpr,
+    PAD_MODE: tl.constexpr, EPILOGUE: tl.constexpr, UNITS: tl.constexpr,
     MEET: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -75,18 +76,18 @@ def depthwise_forward_kernel(
                 MEET, True, PAD_MODE, ACC,
             )  # fmt: skip
 
-    if HAS_BIAS:
-        bias = tl.load(b_ptr + oc * stride_b, mask=mask_c, other=0.0).to(ACC)
+    vectors = b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr
+    factor, summand = of_channels(vectors, stride_b, oc, mask_c, EPILOGUE, ACC)
+    y_offs = n * stride_yn + oc * stride_yc + oh * stride_yh + ow * stride_yw
+    r_ptrs, step = r_ptr + y_offs, tl.cast(stride_yw, INDEX)
     y = ()
     for j in tl.static_range(LINE):
-        sum_j = acc[j] + bias if HAS_BIAS else acc[j]
-        y = y + (tl.where(sum_j < 0, 0.0, sum_j) if RELU else sum_j,)
-    y_offs = n * stride_yn + oc * stride_yc + oh * stride_yh + ow * stride_yw
+        y = y + (finished(acc[j], factor, summand, r_ptrs + j * step, mask & (ow + j < OW), EPILOGUE),)
     store_line(y_ptr, y_offs, stride_yw, y, mask, OW - ow, LINE, VECTOR)
 
 
 @planned(depthwise_forward_kernel)
-def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
+def _forward(x, w, bias, y, mean, var, scale, shift, residual, stride, padding, dilation, pad_mode, values):
     (N, OC, OH, OW), (H, W), (KH, KW), size = y.shape, x.shape[2:], w.shape[2:], y.itemsize
     inner, taps = lines.channels_inner(x, w), lines.taps_of(KW)
     line = lines.line_for(size, OW, inner, stride[1])
@@ -101,18 +102,19 @@ def _forward(x, w, bias, y, stride, padding, dilation, pad_mode, relu):
     return (cdiv(P, block_p) * cdiv(OC, block_c),), (*numbers, 0 if bias is None else bias.stride(0)), dict(
         **filter_strides(w.stride()), OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, UNITS=units,
+        PAD_MODE=PAD_MODES[pad_mode], EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values), UNITS=units,
         MEET=(1, stride[1], dilation[1], -padding[2], taps, line, in_x), VECTOR=in_y,
         UNROLL=lines.unrolled(KH, KW, inner), INDEX=index_type(x, w, bias, y), ACC=acc_type(x.dtype),
         BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 
-def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
-    """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), all of one floating dtype."""
+def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=NONE):
+    """x (N, C, H, W), w (OC, 1, KH, KW), bias (OC) or None, an Epilogue -> y (N, OC, OH, OW) of x's dtype."""
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() > 0:
-        _forward((x, w, bias, y), stride, padding, dilation, pad_mode, relu)
+        tensors, values = epilogue.of(y)
+        _forward((x, w, bias, y, *tensors), stride, padding, dilation, pad_mode, values)
     return y
 
 
@@ -327,10 +329,9 @@ def _weight_grad(
     return (split.tiles * split.splits,), numbers, dict(
         **filter_strides(strides), OC=OC, MULT=OC // x.shape[1], KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias,
-        UNITS=units, MEET=(1, stride[1], dilation[1], -padding[2], split.taps, split.line, in_x),
-        ROWS=split.rows, WHOLE=OW % split.line == 0, VECTOR=in_y,
-        INDEX=index_type(dy, x, dw_ptr), ACC=acc_type(dy.dtype),
+        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=with_bias, UNITS=units,
+        MEET=(1, stride[1], dilation[1], -padding[2], split.taps, split.line, in_x), VECTOR=in_y,
+        ROWS=split.rows, WHOLE=OW % split.line == 0, INDEX=index_type(dy, x, dw_ptr), ACC=acc_type(dy.dtype),
         BLOCK_P=split.blocks[0], BLOCK_C=split.blocks[1], num_warps=4, **OPTIONS,
     )  # fmt: skip
 

@@ -1,10 +1,11 @@
 """Convolution as an implicit matrix product: patches are gathered into tiles as the product needs them.
 
-    y[n, oc, oh, ow] = bias[oc] + sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw]
+    y[n, oc, oh, ow] = epilogue(sum over c, kh, kw of x[n, c, ih, iw] * w[oc, c, kh, kw])
 
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 
-C and OC count the channels of one group. Tensors may have any strides. The gradients are in input_grad.py and
+C and OC count the channels of one group. Tensors may have any strides. The epilogue is in ../epilogue.py: by itself it
+adds the bias. The gradients are in input_grad.py and
 weight_grad.py; patches.py has the loop over the summed index.
 
 Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759).
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 
 from .. import product, shapes
-from .._common import cdiv, dense_steps, extent, in_units, index_type, product_types, round_to, strides
+from .._common import cdiv, dense_steps, extent, in_units, index_type, product_types, strides
+from ..epilogue import NONE, constant, parts_for, store_finished
 from ..launching import planned
 from ..tiles import gemm_tile
 from . import patches
@@ -24,7 +26,7 @@ from .patches import MOST_TAPS, add_patches, add_taps, in_elements, taps_inside,
 
 @triton.jit(do_not_specialize=["N", "blocks"])
 def conv2d_forward_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr,
+    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, r_ptr,
     N, H, W, OW, blocks,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_wo, stride_wc, stride_wh, stride_ww,
@@ -32,8 +34,8 @@ def conv2d_forward_kernel(
     PIXELS, stride_yn, stride_yc, stride_yp,
     C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    PAD_MODE: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, WALK: tl.constexpr, UNITS: tl.constexpr,
-    INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PAD_MODE: tl.constexpr, EPILOGUE: tl.constexpr, WALK: tl.constexpr, UNITS: tl.constexpr,
+    PARTS: tl.constexpr, INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     stride_xn, stride_xc, stride_xh, stride_xw = in_elements((stride_xn, stride_xc, stride_xh, stride_xw), UNITS, 0)
@@ -42,7 +44,8 @@ def conv2d_forward_kernel(
     M = tl.cast(N, INDEX) * PIXELS
 
     # GEMM: M = N * OH * OW, N = OC, K = C * KH * KW
-    offs_m, offs_n, group = tile_of(tl.program_id(0).to(INDEX), M, OC, BLOCK_M, BLOCK_N)
+    pid = tl.program_id(0).to(INDEX)
+    offs_m, offs_n, group = tile_of(pid, M, OC, BLOCK_M, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < OC
     n = offs_m // PIXELS
     pixel = offs_m - n * PIXELS
@@ -73,17 +76,17 @@ def conv2d_forward_kernel(
             C, KH, KW, DH, DW, PAD_MODE, WALK == "flat", INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
         )  # fmt: skip
 
-    if HAS_BIAS:
-        acc += tl.load(b_ptr + (group * OC + offs_n) * stride_b, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
-    y_offs = (n * stride_yn + pixel * stride_yp)[:, None] + ((group * OC + offs_n) * stride_yc)[None, :]
-    tl.store(y_ptr + y_offs, round_to(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_finished(
+        y_ptr, r_ptr, acc, n * stride_yn + pixel * stride_yp, mask_m,
+        pid % tl.cdiv(OC, BLOCK_N) * BLOCK_N, OC, group * OC, stride_yc,
+        (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr), stride_b, EPILOGUE, PARTS, ACC,
+    )  # fmt: skip
 
 
 @planned(conv2d_forward_kernel)
-def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, precision):
+def _forward(x, w, bias, y, mean, var, scale, shift, residual, geometry, values, precision):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
+    stride, padding, dilation, groups, pad_mode = geometry
     reach = patches.reach((H, W), (OH, OW), (KH, KW), stride, padding, dilation)
     index = index_type(x, w, bias, y, reach=extent(x, *reach))
     OC, walk = OC // groups, patches.walk_for(C, KH, KW, pad_mode)
@@ -92,20 +95,22 @@ def _forward(x, w, bias, y, stride, padding, dilation, groups, pad_mode, relu, p
     tile = gemm_tile(family, N * OH * OW, OC, K, x.dtype, precision, taps=taps, repeats=groups)
     tile = patches.fitted(tile, index, C <= patches.SHORT_K)
     (steps, units), (steps_y, units_y) = in_units(x.itemsize, *strides(x), *strides(w)), dense_steps(y)
+    epilogue = constant(bias, mean, var, scale, shift, residual, *values)
     numbers = N, H, W, OW, taps * cdiv(K, tile.K), *steps, 0 if bias is None else bias.stride(0), *steps_y
     return (cdiv(N * OH * OW, tile.M) * cdiv(OC, tile.N) * groups,), numbers, dict(
         C=C, OC=OC, KH=KH, KW=KW,
         SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[2], DH=dilation[0], DW=dilation[1],
-        PAD_MODE=PAD_MODES[pad_mode], HAS_BIAS=bias is not None, RELU=relu, WALK=walk, UNITS=units + units_y,
+        PAD_MODE=PAD_MODES[pad_mode], WALK=walk, UNITS=units + units_y,
+        EPILOGUE=epilogue, PARTS=parts_for(tile, epilogue),
         INDEX=index, **product_types(x.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
 
 
-def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False):
+def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=NONE):
     """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), all of one floating dtype.
 
-    `relu` clamps y at 0.
+    The sums go through the epilogue, an Epilogue.
     """
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() == 0:
@@ -115,7 +120,9 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, relu=False)
     stored, products = patches.store_in(y), patches.precision()
     a = patches.as_matrix(x) if patches.is_product(w.shape, stride, padding, groups) else None
     if a is not None and product.serves(a, w[:, :, 0, 0], products):
-        product.forward(a, w[:, :, 0, 0], bias, stored, relu, products)
+        product.forward(a, w[:, :, 0, 0], bias, stored, epilogue, products)
     else:
-        _forward((x, w, bias, stored), stride, padding, dilation, groups, pad_mode, relu, products)
+        tensors, values = epilogue.of(stored)
+        geometry = stride, padding, dilation, groups, pad_mode
+        _forward((x, w, bias, stored, *tensors), geometry, values, products)
     return y if stored is y else y.copy_(stored)

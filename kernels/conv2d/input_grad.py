@@ -29,6 +29,7 @@ from .._common import (
     round_to,
     strides,
 )
+from ..epilogue import NONE
 from ..launching import planned
 from ..tiles import gemm_tile, wants_k_inner
 from . import patches
@@ -179,7 +180,7 @@ def input_grad(dy, w, size, stride, padding, dilation, groups, dx=None):
     stored, products = patches.store_in(dx, adjacent=stride == (1, 1)), patches.precision()
     a = patches.as_matrix(dy) if patches.is_product(w.shape, stride, padding, groups) else None
     if a is not None and product.serves(a, w[:, :, 0, 0].t(), products):
-        product.forward(a, w[:, :, 0, 0].t(), None, stored, False, products)
+        product.forward(a, w[:, :, 0, 0].t(), None, stored, NONE, products)
     else:
         _input_grad((dy, w, stored), stride, padding, dilation, groups, products)
     return dx if stored is dx else dx.copy_(stored)

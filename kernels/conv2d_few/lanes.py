@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .._common import INTERPRETED, OPTIONS, cdiv, index_type, named_strides, place, reciprocal, strides
+from ..epilogue import constant, finished, of_channels
 from ..launching import planned, remembered
 from .cut import FAR, Cut, candidates, in_index
 
@@ -55,7 +56,7 @@ def add_row(
 
 @triton.jit(do_not_specialize=["M", "inverse_h", "inverse_w"])
 def few_channels_lanes_kernel(
-    image_ptr, w_ptr, b_ptr, out_ptr,
+    image_ptr, w_ptr, b_ptr, out_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, r_ptr,
     M, H, width, OH, OW, blocks_h, blocks_w, inverse_h, inverse_w,
     stride_in, stride_ic, stride_ih,
     stride_b,
@@ -67,7 +68,7 @@ def few_channels_lanes_kernel(
     BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
     TOP: tl.constexpr, LEFT: tl.constexpr, PATCH_H: tl.constexpr, RUN: tl.constexpr, SKIP: tl.constexpr,
     UNIT: tl.constexpr, UNIT_OUT: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    EPILOGUE: tl.constexpr,
     INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     stride_in, stride_ic, stride_ih = in_index((stride_in, stride_ic, stride_ih), UNIT, INDEX)
@@ -86,12 +87,8 @@ def few_channels_lanes_kernel(
     most_h, most_e = tl.cast(H, tl.uint32), tl.cast(width * UNIT, tl.uint32)
 
     sums = ()
-    for o in tl.static_range(BLOCK_C):
-        z = tl.zeros((BLOCK_M,), tl.float32)
-        if HAS_BIAS:
-            z += tl.load(b_ptr + tl.minimum(c0 + o, CO - 1) * stride_b)
-        for _ in tl.static_range(BH * BW):
-            sums = sums + (z,)
+    for _ in tl.static_range(BLOCK_C * BH * BW):
+        sums = sums + (tl.zeros((BLOCK_M,), tl.float32),)
 
     for ci in range(CI):
         # Scalar pointers advance: AMD's compiler passes take minutes for vectors of changing pointers.
@@ -114,7 +111,10 @@ def few_channels_lanes_kernel(
                         )  # fmt: skip
 
     oh0, ow0 = row * BH, col * BW
+    vectors = (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
     for o in tl.static_range(BLOCK_C):
+        channel = tl.full((1,), 0, INDEX) + tl.minimum(c0 + o, CO - 1)
+        factor, summand = of_channels(vectors, stride_b, channel, channel < CO, EPILOGUE, tl.float32)
         for bh in tl.static_range(BH):
             offs = n * stride_on + (c0 + o) * stride_oc + (oh0 + bh) * stride_oh + ow0
             mask = mask_m
@@ -137,9 +137,11 @@ def few_channels_lanes_kernel(
                     out_offs = offs[:, None] + adjacent[None, :]
                 else:
                     z, inner, out_offs = row_sums[0], mask & (ow0 + bw < OW), offs + bw
-                if RELU:
-                    z = tl.where(z < 0, 0.0, z)
-                tl.store(out_ptr + out_offs, z, mask=inner)
+                if BW % 2 == 0:
+                    y = finished(z, factor[None, :], summand[None, :], r_ptr + out_offs, inner, EPILOGUE)
+                else:
+                    y = finished(z, factor, summand, r_ptr + out_offs, inner, EPILOGUE)
+                tl.store(out_ptr + out_offs, y, mask=inner)
 
 
 class Form(NamedTuple):
@@ -175,7 +177,7 @@ def form_for(gradient, channels, result, size, kernel, stride, padding, unit):
 
 
 @planned(few_channels_lanes_kernel)
-def convolve(image, w, bias, out, form, gradient, taps, relu):
+def convolve(image, w, bias, out, mean, var, scale, shift, residual, form, gradient, taps, values):
     (N, CI, H, W), (_, CO, OH, OW), cut = image.shape, out.shape, form.cut
     rows, cols = cut.blocks((OH, OW))
     M, (wo, wc, wh, ww) = N * rows * cols, w.stride()
@@ -188,7 +190,8 @@ def convolve(image, w, bias, out, form, gradient, taps, relu):
     grid = (cdiv(M, block_m) * cdiv(CO, form.BLOCK_C),)
     return grid, (*numbers, 0 if bias is None else bias.stride(0), *steps), dict(
         CI=CI, CO=CO, KH=w.shape[2], KW=w.shape[3], **constants,
-        **cut.constants((OH, OW), "SKIP"), UNIT_OUT=unit_out, HAS_BIAS=bias is not None, RELU=relu,
+        **cut.constants((OH, OW), "SKIP"), UNIT_OUT=unit_out,
+        EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values),
         INDEX=index_type(image, w, bias, out), BLOCK_M=block_m, BLOCK_C=form.BLOCK_C,
         num_warps=4, num_stages=1, **OPTIONS,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Forward and input gradient of convolutions with few channels as one matrix product; cut.py has the blocks.
 
-    out[block, (c, bh, bw)] = bias[c] + sum over k of patch[block, k] * placed[(c, bh, bw), k]
+    out[block, (c, bh, bw)] = epilogue(sum over k of patch[block, k] * placed[(c, bh, bw), k])
 
 Forward: patches of x, and placed[(oc, bh, bw), (c, ph, pw)] = w[oc, c, ph - bh * SH, pw - bw * SW]
 Input gradient: patches of dy, and placed[(c, bh, bw), (oc, ph, pw)] = w[oc, c, kh, kw], where kh and kw are those with
@@ -28,6 +28,7 @@ from .._common import (
     round_to,
     strides,
 )
+from ..epilogue import constant, finished, of_channels
 from ..launching import planned, remembered
 from ..tiles import RESIDENT, Tile, clamped_power, flat_block
 from .cut import FAR, Cut, candidates, in_index
@@ -80,7 +81,7 @@ def place_few_filters_kernel(
 
 @triton.jit(do_not_specialize=["M", "inverse_h", "inverse_w"])
 def few_channels_product_kernel(
-    image_ptr, placed_ptr, b_ptr, out_ptr,
+    image_ptr, placed_ptr, b_ptr, out_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, r_ptr,
     M, H, length, OH, OW, blocks_h, blocks_w, inverse_h, inverse_w,
     stride_in, stride_ic, stride_ih,
     stride_b,
@@ -88,7 +89,7 @@ def few_channels_product_kernel(
     CO: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
     TOP: tl.constexpr, LEFT: tl.constexpr, PATCH_H: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
     UNIT: tl.constexpr, UNIT_OUT: tl.constexpr, PIXELS_OUT: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
-    LENGTH: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr,
+    LENGTH: tl.constexpr, EPILOGUE: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -125,10 +126,8 @@ def few_channels_product_kernel(
         acc = tl.dot(patch.to(OPERAND), placed.to(OPERAND), acc, input_precision=PRECISION)
 
     co, bh, bw = column_of(j, CO, BH, BW, PIXELS_OUT)
-    if HAS_BIAS:
-        acc += tl.load(b_ptr + co * stride_b, mask=co < CO, other=0.0).to(tl.float32)[None, :]
-    if RELU:
-        acc = tl.where(acc < 0, 0.0, acc)
+    vectors = (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
+    factor, summand = of_channels(vectors, stride_b, co, co < CO, EPILOGUE, tl.float32)
     oh0, ow0 = row * BH, col * BW
     mask = mask_m[:, None] & (j < CO * BH * BW)[None, :]
     if EDGE_H:
@@ -142,7 +141,9 @@ def few_channels_product_kernel(
     else:
         out_rows = n * stride_on + oh0 * stride_oh + ow0
         out_cols = co * stride_oc + bh * stride_oh + bw
-    tl.store(out_ptr + out_rows[:, None] + out_cols[None, :], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    out_offs = out_rows[:, None] + out_cols[None, :]
+    out = finished(acc, factor[None, :], summand[None, :], r_ptr + out_offs, mask, EPILOGUE)
+    tl.store(out_ptr + out_offs, round_to(out, out_ptr.dtype.element_ty), mask=mask)
 
 
 class Form(NamedTuple):
@@ -221,7 +222,9 @@ def place_filters(w, placed, form, gradient, pixels, pixels_out, taps):
 
 
 @planned(few_channels_product_kernel)
-def convolve(image, placed, bias, out, form, pixels, pixels_out, relu, precision):
+def convolve(
+    image, placed, bias, out, mean, var, scale, shift, residual, form, pixels, pixels_out, values, precision
+):  # fmt: skip
     (N, C, H, W), (_, CO, OH, OW), cut = image.shape, out.shape, form.cut
     rows, cols = cut.blocks((OH, OW))
     M, index, row = N * rows * cols, index_type(image, placed, bias, out), W * C if pixels else W
@@ -236,7 +239,7 @@ def convolve(image, placed, bias, out, form, pixels, pixels_out, relu, precision
     numbers += 0 if bias is None else bias.stride(0), *steps
     return (cdiv(M, tile.M) * (form.columns // tile.N),), numbers, dict(
         CO=CO, **cut.constants((OH, OW), "PLANES"), UNIT_OUT=unit_out, PIXELS_OUT=pixels_out,
-        LENGTH=form.length, HAS_BIAS=bias is not None, RELU=relu,
+        LENGTH=form.length, EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values),
         INDEX=index, OPERAND=operand_type(image.dtype), PRECISION=input_precision(image.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip

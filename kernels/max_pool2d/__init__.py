@@ -11,7 +11,8 @@ The maximum follows torch's rules: a NaN wins, the last of several; the first of
 of -inf is its first pixel inside the image. Scatter and gather are each other's transpose, so each is the other's
 gradient. A code of KH * KW points to no pixel, and gathers 0.
 
-- `strips.py`: which elements a program computes, in rows of neighbours in memory.
+`kernels/strips.py` says which elements a program computes.
+
 - `forward.py`: the maxima, with their codes or, where no derivative and no index is asked for, without.
 - `scatter.py`: for small windows without dilation in blocks of SH x SW pixels, and otherwise pixel by pixel.
 - `gather.py`: gather and indices.

@@ -8,22 +8,13 @@ import triton.language as tl
 from .. import shapes
 from .._common import acc_type, index_type
 from ..launching import planned
-from .strips import UNROLLED, laid_out, offset, over, places, step, window_constants, within
+from ..strips import UNROLLED, laid_out, offset, over, places, step, tap_inside, window_constants, within
 
 
 @triton.jit
 def first_inside(start, P: tl.constexpr, D: tl.constexpr):
     """The first tap k with start + k * D >= 0, where start >= -P."""
     return start * 0 if P == 0 else tl.where(start < 0, (D - 1 - start) // D, 0)
-
-
-@triton.jit
-def tap_inside(start, size, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
-    """Whether tap K of windows that begin at `start` is inside the image; each begins before the image's end."""
-    if K == 0 and P > 0:
-        return start >= 0
-    else:
-        return within(start + K * D, size, K * D - P)
 
 
 @triton.jit

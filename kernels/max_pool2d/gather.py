@@ -6,7 +6,7 @@ import triton.language as tl
 from .. import shapes
 from .._common import index_type
 from ..launching import planned
-from .strips import laid_out, offset, over, places, window_constants
+from ..strips import laid_out, offset, over, places, window_constants
 
 
 @triton.jit

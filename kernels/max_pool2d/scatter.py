@@ -8,7 +8,7 @@ import triton.language as tl
 from .. import shapes
 from .._common import Window, acc_type, cdiv, first_tap, index_type, round_to
 from ..launching import planned
-from .strips import UNROLLED, laid_out, offset, over, places, step, window_constants, within
+from ..strips import UNROLLED, laid_out, offset, over, places, step, window_constants, within
 
 
 @triton.jit

@@ -228,7 +228,8 @@ def floats():
     for t in ("bf16x2", "f16x2"):
         form = "p2" if t == "bf16x2" else "ph"
         for name in ("add", "sub", "mul"):
-            row(f"{name}.{t}", "u4", f"{form} {form}", f"{name}_{t}({{0}}, {{1}})")
+            for rounding in ("", ".rn"):
+                row(f"{name}{rounding}.{t}", "u4", f"{form} {form}", f"{name}_{t}({{0}}, {{1}})")
         row(f"fma.rn.{t}", "u4", f"{form} {form} {form}", f"fma_{t}({{0}}, {{1}}, {{2}})")
     for rounding in ("", ".rn"):
         for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
@@ -302,6 +303,8 @@ def conversions():
             row(f"cvt.rn.{source}.{to}", form, result, f"{{0}}.astype({form})")
             for rounding, f in (("rzi", "trunc"), ("rni", "rint"), ("rmi", "floor"), ("rpi", "ceil")):
                 row(f"cvt.{rounding}.{to}.{source}", result, form, f"to_integer({{0}}, {f}, {result})")
+    for t, form in (("f32", "f4"), ("f64", "f8")):
+        row(f"cvt.rni.{t}.{t}", form, form, "rint({0})")
     row("cvt.f32.bf16", "f4", "bf", "{0}")
     row("cvt.f32.f16", "f4", "f2", "{0}.astype(f4)")
     row("cvt.f64.f32", "f8", "f4", "{0}.astype(f8)")

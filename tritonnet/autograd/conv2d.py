@@ -26,7 +26,7 @@ class Conv2d(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tx, tw, tbias, *_):
-        return _conv2d_tangent(*ctx.saved_tensors, tx, tw, tbias, ctx.size, ctx.geometry)
+        return conv2d_tangent(*ctx.saved_tensors, tx, tw, tbias, ctx.size, ctx.geometry)
 
 
 def _conv2d_grads(ctx, dy, x, w):
@@ -50,7 +50,7 @@ def _separate_grads(dy, x, w, *geometry_with_bias):
     return dx, *ops.conv2d_weight_grad(dy, x, w.shape, *geometry_with_bias)
 
 
-def _conv2d_tangent(x, w, tx, tw, tbias, size, geometry):
+def conv2d_tangent(x, w, tx, tw, tbias, size, geometry):
     return total(
         ops.conv2d(tx, w, None, *geometry) if tx is not None else None,
         ops.conv2d(x, tw, None, *geometry) if tw is not None else None,
@@ -82,7 +82,7 @@ class Conv2dReLU(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tx, tw, tbias, *_):
         x, w, y = ctx.saved_tensors
-        return ops.relu_grad(_conv2d_tangent(x, w, tx, tw, tbias, y.shape, ctx.geometry), y)
+        return ops.relu_grad(conv2d_tangent(x, w, tx, tw, tbias, y.shape, ctx.geometry), y)
 
 
 class _Pooled:
@@ -141,7 +141,7 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
     def jvp(ctx, tx, tw, tbias, *_):
         x, w, code = ctx.saved_tensors
         size = (*code.shape[:2], *ctx.before)
-        return _Pooled.gather(ctx, _conv2d_tangent(x, w, tx, tw, tbias, size, ctx.geometry), code), None
+        return _Pooled.gather(ctx, conv2d_tangent(x, w, tx, tw, tbias, size, ctx.geometry), code), None
 
 
 @register_decomposition(ops.conv2d_relu_max_pool2d_grads)

@@ -1,12 +1,13 @@
-"""The derivatives of max-pooling and of relu.
+"""The derivatives of max-pooling, average pooling and relu.
 
-The code of a window is the position of its maximum, kh * KW + kw, or KH * KW where it points to no pixel.
+The code of a max-pooling's window is the position of its maximum, kh * KW + kw, or KH * KW where it points to no pixel.
 """
 
 import torch
 
 from .. import ops
-from ..registration import below_autograd, register_autograd
+from ..kernels import shapes
+from ..registration import below_autograd, in_backward, register_autograd
 from ._common import save
 
 
@@ -75,6 +76,78 @@ class MaxPool2dGather(torch.autograd.Function):
     def jvp(ctx, tx, *_):
         (code,) = ctx.saved_tensors
         return ops.max_pool2d_gather(tx, code, *ctx.window)
+
+
+@register_autograd(ops.avg_pool2d)
+class AvgPool2d(torch.autograd.Function):
+    """y = the means of windows of x; linear, so that nothing is saved."""
+
+    @staticmethod
+    def forward(ctx, x, *window):
+        ctx.size, ctx.window, ctx.channels_last = x.shape[2:], window, shapes.is_channels_last(x)
+        return below_autograd(ops.avg_pool2d, x, *window)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return in_backward(ops.avg_pool2d_grad, dy, ctx.size, *ctx.window, ctx.channels_last), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx, tx, *_):
+        return ops.avg_pool2d(tx, *ctx.window)
+
+
+@register_autograd(ops.avg_pool2d_grad)
+class AvgPool2dGrad(torch.autograd.Function):
+    """The transpose of the means of windows."""
+
+    @staticmethod
+    def forward(ctx, dy, *arguments):
+        ctx.arguments = arguments
+        return below_autograd(ops.avg_pool2d_grad, dy, *arguments)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        return ops.avg_pool2d(ddx, *ctx.arguments[1:-1]), *[None] * 8
+
+    @staticmethod
+    def jvp(ctx, tdy, *_):
+        return ops.avg_pool2d_grad(tdy, *ctx.arguments)
+
+
+@register_autograd(ops.adaptive_avg_pool2d)
+class AdaptiveAvgPool2d(torch.autograd.Function):
+    """y = the means of bins of x; linear, so that nothing is saved."""
+
+    @staticmethod
+    def forward(ctx, x, bins):
+        ctx.size, ctx.bins, ctx.channels_last = x.shape[2:], bins, shapes.is_channels_last(x)
+        return below_autograd(ops.adaptive_avg_pool2d, x, bins)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return in_backward(ops.adaptive_avg_pool2d_grad, dy, ctx.size, ctx.channels_last), None
+
+    @staticmethod
+    def jvp(ctx, tx, _):
+        return ops.adaptive_avg_pool2d(tx, ctx.bins)
+
+
+@register_autograd(ops.adaptive_avg_pool2d_grad)
+class AdaptiveAvgPool2dGrad(torch.autograd.Function):
+    """The transpose of the means of bins."""
+
+    @staticmethod
+    def forward(ctx, dy, *size_channels_last):
+        ctx.bins, ctx.arguments = dy.shape[2:], size_channels_last
+        return below_autograd(ops.adaptive_avg_pool2d_grad, dy, *size_channels_last)
+
+    @staticmethod
+    def backward(ctx, ddx):
+        return ops.adaptive_avg_pool2d(ddx, ctx.bins), None, None
+
+    @staticmethod
+    def jvp(ctx, tdy, *_):
+        return ops.adaptive_avg_pool2d_grad(tdy, *ctx.arguments)
 
 
 @register_autograd(ops.relu)

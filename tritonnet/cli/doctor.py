@@ -21,7 +21,10 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
         (2, 8, 14, 14),
     ),
     "MaxPool2d": (lambda: nn.MaxPool2d(2), lambda: torch.nn.MaxPool2d(2), (4, 6, 14, 14)),
+    "AvgPool2d": (lambda: nn.AvgPool2d(2), lambda: torch.nn.AvgPool2d(2), (4, 6, 14, 14)),
+    "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(1), lambda: torch.nn.AdaptiveAvgPool2d(1), (4, 6, 14, 14)),
     "ReLU": (nn.ReLU, torch.nn.ReLU, (4, 6, 14, 14)),
+    "SiLU": (nn.SiLU, torch.nn.SiLU, (4, 6, 14, 14)),
     "Linear": (lambda: nn.Linear(400, 120), lambda: torch.nn.Linear(400, 120), (4, 400)),
     "CrossEntropyLoss": (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss, (8, 10)),
     "Conv2dReLU": (
@@ -46,7 +49,8 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Mod
     ),
 }
 # Layers whose result is rounded once, and layers that multiply rounded values again.
-PLAIN, DEEP = ("Conv2d", "Conv2d, depthwise", "MaxPool2d", "ReLU", "Linear"), ("LinearChain",)
+PLAIN = "Conv2d", "Conv2d, depthwise", "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "ReLU", "SiLU", "Linear"
+DEEP = ("LinearChain",)
 # Time limit for the formats after float32.
 SECONDS = 8
 FORMATS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

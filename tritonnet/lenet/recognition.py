@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..calls import CONV, LINEAR, POOL, RELU, arguments_of, simplify, steps_of, window_of
 from ..fusion import FusedCall, calling
 from ..nn._plain import _HOOKS, global_hooks
-from ..patterns import CONV, LINEAR, POOL, RELU, arguments_of, simplify, steps_of, window_of
 from .served import NotServed, side_of
 
 FLATTEN = "flatten"

@@ -1,4 +1,4 @@
-"""torch.nn with Conv2d, MaxPool2d, ReLU, Linear and CrossEntropyLoss on tritonnet's kernels, and fused layers of these.
+"""torch.nn with Conv2d, pooling, Linear, CrossEntropyLoss and activations on tritonnet's kernels, and fused layers.
 
 Every other name is torch's.
 
@@ -20,10 +20,15 @@ __all__ += ["Conv2dReLU", "Conv2dReLUMaxPool2d", "LinearChain", "LinearReLU"]
 
 
 # torch's own forwards. Where another library has replaced one, on torch's class or on a layer, ours follow it.
-_CONVOLVE, _CONV2D, _MAX_POOL2D, _RELU, _LINEAR, _CROSS_ENTROPY = (
-    _torch.Conv2d._conv_forward, _torch.Conv2d.forward, _torch.MaxPool2d.forward, _torch.ReLU.forward,
-    _torch.Linear.forward, _torch.CrossEntropyLoss.forward,
+_CONVOLVE, _CONV2D, _MAX_POOL2D, _LINEAR, _CROSS_ENTROPY = (
+    _torch.Conv2d._conv_forward, _torch.Conv2d.forward, _torch.MaxPool2d.forward, _torch.Linear.forward,
+    _torch.CrossEntropyLoss.forward,
 )  # fmt: skip
+_RELU, _RELU6, _LEAKY_RELU, _SILU, _HARDSWISH, _GELU, _SIGMOID, _HARDSIGMOID = (
+    _torch.ReLU.forward, _torch.ReLU6.forward, _torch.LeakyReLU.forward, _torch.SiLU.forward, _torch.Hardswish.forward,
+    _torch.GELU.forward, _torch.Sigmoid.forward, _torch.Hardsigmoid.forward,
+)  # fmt: skip
+_AVG_POOL2D, _ADAPTIVE_AVG_POOL2D = _torch.AvgPool2d.forward, _torch.AdaptiveAvgPool2d.forward
 
 
 def _is_replaced(conv):
@@ -62,6 +67,33 @@ class MaxPool2d(_torch.MaxPool2d):
         )
 
 
+class AvgPool2d(_torch.AvgPool2d):
+    """torch.nn.AvgPool2d on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.AvgPool2d.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.AvgPool2d.forward is not _AVG_POOL2D:
+            return super().forward(input)
+        return functional.avg_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
+            self.divisor_override,
+        )  # fmt: skip
+
+
+class AdaptiveAvgPool2d(_torch.AdaptiveAvgPool2d):
+    """torch.nn.AdaptiveAvgPool2d on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.AdaptiveAvgPool2d.forward is not _ADAPTIVE_AVG_POOL2D:
+            return super().forward(input)
+        return functional.adaptive_avg_pool2d(input, self.output_size)
+
+
 class ReLU(_torch.ReLU):
     """torch.nn.ReLU on tritonnet's kernels: the same arguments.
 
@@ -72,6 +104,90 @@ class ReLU(_torch.ReLU):
         if _torch.ReLU.forward is not _RELU:
             return super().forward(input)
         return functional.relu(input, self.inplace)
+
+
+class ReLU6(_torch.ReLU6):
+    """torch.nn.ReLU6 on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU6.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.ReLU6.forward is not _RELU6:
+            return super().forward(input)
+        return functional.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class LeakyReLU(_torch.LeakyReLU):
+    """torch.nn.LeakyReLU on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LeakyReLU.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.LeakyReLU.forward is not _LEAKY_RELU:
+            return super().forward(input)
+        return functional.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class SiLU(_torch.SiLU):
+    """torch.nn.SiLU on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SiLU.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.SiLU.forward is not _SILU:
+            return super().forward(input)
+        return functional.silu(input, self.inplace)
+
+
+class Hardswish(_torch.Hardswish):
+    """torch.nn.Hardswish on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Hardswish.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.Hardswish.forward is not _HARDSWISH:
+            return super().forward(input)
+        return functional.hardswish(input, self.inplace)
+
+
+class GELU(_torch.GELU):
+    """torch.nn.GELU on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GELU.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.GELU.forward is not _GELU:
+            return super().forward(input)
+        return functional.gelu(input, approximate=self.approximate)
+
+
+class Sigmoid(_torch.Sigmoid):
+    """torch.nn.Sigmoid on tritonnet's kernels: no arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Sigmoid.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.Sigmoid.forward is not _SIGMOID:
+            return super().forward(input)
+        return functional.sigmoid(input)
+
+
+class Hardsigmoid(_torch.Hardsigmoid):
+    """torch.nn.Hardsigmoid on tritonnet's kernels: the same arguments.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Hardsigmoid.html
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _torch.Hardsigmoid.forward is not _HARDSIGMOID:
+            return super().forward(input)
+        return functional.hardsigmoid(input, self.inplace)
 
 
 class Linear(_torch.Linear):

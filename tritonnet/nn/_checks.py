@@ -1,10 +1,13 @@
 """Checks of the functions' arguments, with torch's exception types."""
 
 import operator
+from collections.abc import Sequence
 
 import torch
 
-from ..kernels import shapes
+from ..kernels import activations, shapes
+
+Pixels = int | Sequence[int]
 
 # The dtypes of the kernels; torch serves the others.
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -64,6 +67,11 @@ def as_batch(function, input):
     return (input.unsqueeze(0), True) if input.dim() == 3 else (input, False)
 
 
+def sized(t, size):
+    """t in another size, but not as a view: in-place operations on a result depend on whether it is one."""
+    return torch.ops.aten._unsafe_view.default(t, size)
+
+
 def conv2d_padding(name, padding, kernel, stride, dilation):
     """(top, bottom, left, right)."""
     if padding == "valid":
@@ -108,7 +116,7 @@ def check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode):
         raise RuntimeError(f"{name}: padding_mode={pad_mode!r} takes padding up to {most}, got {padding}")
 
 
-def check_max_pool2d(name, prefix, images, kernel, stride, padding, dilation, ceil_mode):
+def check_pool2d(name, prefix, images, kernel, stride, padding, dilation, ceil_mode):
     """The four pairs of a window over images of size `images`; names in messages start with `prefix`."""
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"{name}: {prefix}ceil_mode must be a bool, got {ceil_mode!r}")
@@ -133,6 +141,31 @@ def check_max_pool2d(name, prefix, images, kernel, stride, padding, dilation, ce
             f"the output would be {size}"
         )
     return kernel, stride, padding, dilation
+
+
+def divisor(name, value):
+    """divisor_override as an integer."""
+    value, _ = as_pair(name, "divisor_override", (value,))
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: divisor_override must fit 64 bits, got {value}")
+    if value == 0:
+        raise RuntimeError(f"{name}: divisor_override must not be zero, got {value}")
+    return value
+
+
+def adaptive_size(name, images, size):
+    """The rows and columns of bins that cut images of size `images`, with the images' own for None."""
+    if isinstance(size, (tuple, list)):
+        if len(size) != 2:
+            raise RuntimeError(f"{name}: output_size must be an integer or a pair of them, got {size}")
+        pair = [images[i + 2] if n is None else n for i, n in enumerate(size)]
+    elif size is None:
+        raise TypeError(f"{name}: output_size must be an integer or a pair of integers or None, got {size}")
+    else:
+        pair = [size]
+    if images[2] == 0 or images[3] == 0:
+        raise RuntimeError(f"{name}: only batch and channels of input may be empty, got size {list(images)}")
+    return positive(name, "output_size", as_pair(name, "output_size", pair), least=0)
 
 
 def check_linear(name, input, weight, bias):
@@ -160,3 +193,52 @@ def check_linear_chain(name, input, weights, biases):
         features = w.shape[0]
         if b is not None and tuple(b.shape) != (features,):
             raise RuntimeError(f"{name}: biases[{i}] must have size [{features}], got {list(b.shape)}")
+
+
+def check_activation(name, eps, activation, slope):
+    for argument, value in (("eps", eps), ("slope", slope)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: {argument} must be a float, got {value!r}")
+    if not isinstance(activation, str):
+        raise TypeError(f"{name}: activation must be a str, got {activation!r}")
+    if activation not in activations.NAMES:
+        raise ValueError(f"{name}: activation must be one of {activations.NAMES}, got {activation!r}")
+
+
+def check_epilogue(name, x, size, mean, var, scale, shift, residual):
+    """The tensors of an epilogue whose result has x's dtype and this size, with channels in its second dimension.
+
+    For one of matrices with more leading dimensions these are the last.
+    """
+    vectors = {"mean": mean, "var": var, "scale": scale, "shift": shift}
+    added = {argument: t for argument, t in {**vectors, "residual": residual}.items() if t is not None}
+    check_tensors(name, **added)
+    for argument, t in added.items():
+        if argument != "residual":
+            channels = size[-1] if name == "linear_epilogue" else size[1] if len(size) > 1 else 0
+            if tuple(t.shape) != (channels,):
+                raise RuntimeError(f"{name}: {argument} must have size [{channels}], got {list(t.shape)}")
+            if not t.is_floating_point():
+                raise RuntimeError(f"{name}: {argument} must be of a floating dtype, got {t.dtype}")
+        elif tuple(t.shape) != tuple(size) or t.dtype != x.dtype:
+            raise RuntimeError(
+                f"{name}: residual must be {x.dtype} of size {list(size)} like the result, "
+                f"got {t.dtype} of size {list(t.shape)}"
+            )
+        if t.device != x.device:
+            raise RuntimeError(f"{name}: {argument} must be on input's device {x.device}, got {t.device}")
+
+
+def check_squeeze_excite(name, input, weight1, bias1, weight2, bias2):
+    C, R = input.shape[1], weight1.shape[0] if weight1.dim() else 0
+    if C < 1 or R < 1 or 0 in input.shape[2:]:
+        raise RuntimeError(
+            f"{name}: only the batch of input may be empty, got input {list(input.shape)} and weight1 "
+            f"{list(weight1.shape)}"
+        )
+    for argument, t, size in (
+        ("weight1", weight1, [R, C]), ("bias1", bias1, [R]), ("weight2", weight2, [C, R]), ("bias2", bias2, [C]),
+    ):  # fmt: skip
+        pixel = [1, 1] if t is not None and t.dim() == 4 and len(size) == 2 else []
+        if t is not None and list(t.shape) != size + pixel:
+            raise RuntimeError(f"{name}: {argument} must have size {size}, got {list(t.shape)}")

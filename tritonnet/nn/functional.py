@@ -1,9 +1,8 @@
-"""torch.nn.functional with conv2d, max_pool2d, relu, linear and cross_entropy on tritonnet's kernels.
+"""torch.nn.functional with conv2d, pooling, activations, linear and cross_entropy on tritonnet's kernels.
 
 Fused functions are added; every other name is torch's.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,27 +13,16 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
 from ..registration import in_transforms
-from . import _checks
+from . import _activations, _checks, _epilogue
+from ._activations import *  # noqa: F403
+from ._calls import autocast, convolve
+from ._checks import Pixels, sized
+from ._epilogue import *  # noqa: F403
+from ._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d, max_pool2d_with_indices  # noqa: F401
 from ._stand_in import stand_in
 
-Pixels = int | Sequence[int]
-
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
-__all__ += ["conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_relu"]
-
-
-def _autocast(*tensors):
-    """The tensors, cast to autocast's dtype if it is on, as torch does before its own conv2d and linear."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # a meta tensor cannot be asked
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-
-
-def _sized(t, size):
-    """t in another size, but not as a view: in-place operations on a result depend on whether it is one."""
-    return torch.ops.aten._unsafe_view.default(t, size)
+__all__ += [*_epilogue.__all__, "conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_relu"]
 
 
 def conv2d(
@@ -69,28 +57,7 @@ def conv2d(
 
 def _conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
     """conv2d with padding by `pad_mode`: "zeros", "reflect", "replicate" or "circular"."""
-    return _convolve(
-        "conv2d", ops.conv2d, lambda y: y, input, weight, bias, stride, padding, dilation, groups, pad_mode
-    )
-
-
-def _convolve(name, operator, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode):
-    """operator(x, weight, bias, *geometry) of checked arguments, or `rest` of torch's convolution if not served."""
-    _checks.check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
-    input, weight, bias = _autocast(input, weight, bias)
-    if not _checks.is_served(input, weight, bias) or input.shape[-3:-2] == (0,):
-        return rest(_torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode))
-    _checks.check_alike(name, input=input, weight=weight, bias=bias)
-    if weight.dim() != 4:
-        raise RuntimeError(f"{name}: weight must be (OC, C / groups, KH, KW), got size {list(weight.shape)}")
-    x, unbatched = _checks.as_batch(name, input)
-    stride = _checks.positive(name, "stride", _checks.as_pair(name, "stride", stride))
-    dilation = _checks.positive(name, "dilation", _checks.as_pair(name, "dilation", dilation))
-    (groups,) = _checks.positive(name, "groups", _checks.as_pair(name, "groups", groups)[:1])
-    padding = _checks.conv2d_padding(name, padding, weight.shape[2:], stride, dilation)
-    _checks.check_conv2d(name, x, weight, bias, padding, dilation, groups, pad_mode)
-    y = operator(x, weight, bias, stride, padding, dilation, groups, pad_mode)
-    return _sized(y, y.shape[1:]) if unbatched else y
+    return convolve("conv2d", ops.conv2d, lambda y: y, input, weight, bias, stride, padding, dilation, groups, pad_mode)
 
 
 def conv2d_relu(
@@ -115,7 +82,7 @@ def conv2d_relu(
 
 
 def _conv2d_relu(*arguments):
-    return _convolve("conv2d_relu", ops.conv2d_relu, _torch.relu, *arguments)
+    return convolve("conv2d_relu", ops.conv2d_relu, _torch.relu, *arguments)
 
 
 def conv2d_relu_max_pool2d(
@@ -163,106 +130,13 @@ def _conv2d_relu_max_pool2d(
     def fused(x, weight, bias, *geometry):
         size = shapes.conv2d_size(x.shape[2:], weight.shape[2:], *geometry[:3])
         images = x.shape[0], weight.shape[0], *size
-        *window, _ = _checks.check_max_pool2d(name, "pool_", images, *pool)
+        *window, _ = _checks.check_pool2d(name, "pool_", images, *pool)
         return ops.conv2d_relu_max_pool2d(x, weight, bias, *geometry, *window, pool_ceil_mode)[0]
 
     def rest(z):
         return _torch.max_pool2d(_torch.relu(z), *pool)
 
-    return _convolve(name, fused, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode)
-
-
-def _torch_conv2d(input, weight, bias, stride, padding, dilation, groups, pad_mode):
-    if pad_mode != "zeros":
-        top, bottom, left, right = _checks.conv2d_padding(
-            "conv2d", padding, weight.shape[2:], (1, 1), _checks.as_pair("conv2d", "dilation", dilation)
-        )
-        input, padding = _torch.pad(input, (left, right, top, bottom), mode=pad_mode), 0
-    return _torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def max_pool2d(
-    input: Tensor, kernel_size: Pixels, stride: Pixels | None = None, padding: Pixels = 0, dilation: Pixels = 1,
-    ceil_mode: bool = False, return_indices: bool = False,
-) -> Any:  # fmt: skip
-    """torch.nn.functional.max_pool2d on tritonnet's kernels.
-
-    Args:
-        input: (N, C, H, W) or (C, H, W); float64, float32, float16 or bfloat16, any strides. Other dtypes go to torch.
-        kernel_size, dilation: pixels, an integer or a pair (height, width).
-        stride: the same; None or an empty sequence for kernel_size.
-        padding: pixels of -inf on every side, up to half the kernel.
-        ceil_mode: include a last window that overlaps the edge.
-        return_indices: also return the index of every maximum.
-
-    Returns:
-        (N, C, OH, OW) or (C, OH, OW), of input's dtype and memory format; with return_indices also the int64 indices
-        ih * W + iw, of the same shape. NaN is the maximum, the last of several; of equal values the first is taken.
-
-    Raises:
-        TypeError: an argument is not of a type above.
-        RuntimeError: sizes or values do not fit together, as in torch.
-
-    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.max_pool2d.html
-    """
-    arguments: Any = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    if has_torch_function((input,)):
-        return handle_torch_function(max_pool2d, (input,), input, *arguments)
-    name = "max_pool2d"
-    _checks.check_tensors(name, input=input)
-    if not _checks.is_served(input):
-        return _torch.max_pool2d(input, *arguments)
-    x, unbatched = _checks.as_batch(name, input)
-    window = _checks.check_max_pool2d(name, "", x.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    results: tuple[Tensor, ...]
-    if return_indices:
-        y, code = ops.max_pool2d(x, *window, ceil_mode)
-        results = y, ops.max_pool2d_indices(code, x.shape[3], *window)
-    else:
-        results = (ops.max_pool2d_values(x, *window, ceil_mode),)
-    if unbatched:
-        results = tuple(_sized(t, t.shape[1:]) for t in results)
-    return results if return_indices else results[0]
-
-
-def max_pool2d_with_indices(
-    input: Tensor, kernel_size: Pixels, stride: Pixels | None = None, padding: Pixels = 0, dilation: Pixels = 1,
-    ceil_mode: bool = False, return_indices: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """max_pool2d with return_indices=True; the argument of that name is ignored, as in torch."""
-    return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
-
-
-def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """torch.nn.functional.relu on tritonnet's kernels.
-
-    Args:
-        input: any shape and strides; float64, float32, float16 or bfloat16. Other dtypes go to torch.
-        inplace: overwrite input and return it.
-
-    Returns:
-        0 where input < 0, else input, of its shape and dtype; NaN stays NaN.
-
-    Raises:
-        TypeError: input is not a Tensor.
-        RuntimeError: inplace, on a leaf that requires grad or on elements that share memory.
-
-    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.relu.html
-    """
-    if has_torch_function((input,)):
-        return handle_torch_function(relu, (input,), input, inplace)
-    _checks.check_tensors("relu", input=input)
-    if not _checks.is_served(input):
-        return _torch.relu(input, inplace)
-    if not inplace:
-        return ops.relu(input)
-    ops.relu_(input)
-    return input
-
-
-def relu_(input: Tensor) -> Tensor:
-    """relu in place; returns input."""
-    return relu(input, inplace=True)
+    return convolve(name, fused, rest, input, weight, bias, stride, padding, dilation, groups, pad_mode)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -301,13 +175,13 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if has_torch_function((input, weight, bias)):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
-    return _linear("linear_relu", ops.linear_relu, relu, input, weight, bias)
+    return _linear("linear_relu", ops.linear_relu, _activations.relu, input, weight, bias)
 
 
 def _linear(name, operator, rest, input, weight, bias):
     """operator(rows, weight, bias) of checked arguments, or `rest` of the sum where bias has to be added separately."""
     _checks.check_tensors(name, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
-    input, weight, bias = _autocast(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     if not _checks.is_served(input, weight, bias):
         return rest(_torch.linear(input, weight, bias))
     _checks.check_alike(name, input=input, weight=weight, bias=bias)
@@ -327,8 +201,8 @@ def _linear(name, operator, rest, input, weight, bias):
         fused, rest_of_bias = (bias.expand(size[-1:]), None) if bias.dim() <= 1 else (None, full)
     rows = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if rest_of_bias is None:
-        return _sized(operator(rows, weight, fused), size)
-    return rest(_sized(ops.linear(rows, weight, None), size) + rest_of_bias)
+        return sized(operator(rows, weight, fused), size)
+    return rest(sized(ops.linear(rows, weight, None), size) + rest_of_bias)
 
 
 def linear_chain(input, weights, biases=None):
@@ -366,7 +240,7 @@ def linear_chain(input, weights, biases=None):
     named = {f"weights[{i}]": w for i, w in enumerate(weights)}
     named |= {f"biases[{i}]": b for i, b in enumerate(biases) if b is not None}
     _checks.check_tensors(name, input=input, **named)
-    input, *tensors = _autocast(*tensors)
+    input, *tensors = autocast(*tensors)
     weights, biases = tensors[: len(weights)], tensors[len(weights) :]
     if not _checks.is_served(input, *tensors):
         for w, b in zip(weights[:-1], biases):
@@ -385,7 +259,7 @@ def linear_chain(input, weights, biases=None):
     recorded = in_transforms() or any(t is not None and t.requires_grad for t in (input, *tensors))
     keep = torch.is_grad_enabled() and recorded
     y, _ = ops.linear_chain(rows, *layers, keep)
-    return _sized(y, (*input.shape[:-1], weights[-1].shape[0]))
+    return sized(y, (*input.shape[:-1], weights[-1].shape[0]))
 
 
 def cross_entropy(

@@ -1,4 +1,4 @@
-"""Which elements a program of a pooling kernel computes: strips of neighbours in memory.
+"""Which elements a program of a pooling kernel computes, of max_pool2d and avg_pool2d: strips of neighbours in memory.
 
 The results, or blocks of their pixels, are cut into strips along the dimension that is contiguous: the channels in
 channels_last, and otherwise the columns. A tile is (BLOCK_R, BLOCK_V): each row is a strip, of which a thread loads and
@@ -10,8 +10,8 @@ import math
 import triton
 import triton.language as tl
 
-from .._common import OPTIONS, cdiv, divide, power_of_2, reciprocal, strides
-from ..tiles import flat_block
+from ._common import OPTIONS, cdiv, divide, power_of_2, reciprocal, strides
+from .tiles import flat_block
 
 
 @triton.jit
@@ -64,6 +64,15 @@ def within(i, size, LEAST: tl.constexpr):
     return i < size if LEAST >= 0 else (i >= 0) & (i < size)
 
 
+@triton.jit
+def tap_inside(start, size, K: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
+    """Whether tap K of windows that begin at `start` is inside the image; each begins before the image's end."""
+    if K == 0 and P > 0:
+        return start >= 0
+    else:
+        return within(start + K * D, size, K * D - P)
+
+
 def laid_out(t, channels_last):
     """(strides of t, their unit): all strides but that along strips are in units, of at most 16 bytes.
 
@@ -74,7 +83,7 @@ def laid_out(t, channels_last):
     return [stride if dim == along else stride // unit for dim, stride in enumerate(found)], unit
 
 
-def _length(inner, most):
+def strip_length(inner, most):
     """The length of strips: the longest up to `most`, a power of two, of which at most a quarter is idle."""
     length = min(most, power_of_2(inner))
     while cdiv(inner, length) * length * 3 > inner * 4:
@@ -90,7 +99,7 @@ def over(size, channels_last, most):
     """
     N, C, H, W = size
     inner, middle, outer = (C, W, H) if channels_last else (W, H, C)
-    length = _length(inner, most)
+    length = strip_length(inner, most)
     strips, unit = cdiv(inner, length), math.gcd(inner, length)
     rows = N * outer * middle * strips
     block = max(1, flat_block(rows * length, 128 * length) // length)
@@ -103,12 +112,10 @@ def over(size, channels_last, most):
     )  # fmt: skip
 
 
-def window_constants(kernel, stride, padding, dilation):
-    """The constants of a window."""
-    return dict(
-        KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1],
-        PH=padding[0], PW=padding[1], DH=dilation[0], DW=dilation[1],
-    )  # fmt: skip
+def window_constants(kernel, stride, padding, dilation=None):
+    """The constants of a window, of which those of the dilation are left out where there is none."""
+    dilated = {} if dilation is None else dict(DH=dilation[0], DW=dilation[1])
+    return dict(KH=kernel[0], KW=kernel[1], SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], **dilated)
 
 
 # Windows of at most so many pixels are unrolled, so that what is known of each pixel costs nothing. Loads of 25 pixels
