@@ -25,7 +25,7 @@ from small_launches import random
 from test_train_step import sequential
 
 import tritonnet
-from tritonnet.kernels import launchers
+from tritonnet.kernels import epilogue, launchers
 from tritonnet.kernels import linear as linear_file
 from tritonnet.kernels.conv2d_pool import weight_grad as conv2d_pool_grad
 from tritonnet.kernels.cross_entropy import forward as cross_entropy_file
@@ -188,10 +188,12 @@ def check(rows):
 
 
 def lines_of(kernel, source):
-    """The lines of a kernel's file that a fault names: its own line, and those of its callers."""
-    path = Path(inspect.getsourcefile(kernel.fn))
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [lines[int(number) - 1] for number in re.findall(rf"{path.name}:(\d+):", source)]
+    """The lines of a kernel's file and of epilogue.py that a fault names: its own line, and those of its callers."""
+    own, found = Path(inspect.getsourcefile(kernel.fn)), []
+    for path in (own, Path(inspect.getsourcefile(epilogue))):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found += [lines[int(number) - 1] for number in re.findall(rf"{path.name}:(\d+):", source)]
+    return found
 
 
 def assert_caught(machine, launch, seed, kernel, kinds, where, alter=None):
