@@ -115,7 +115,10 @@ PLANTS = {
     "wait leaves one group of copies too many, tf32": Plant(tf32, "undelivered", READS_W, ONE_MORE),
     "no wait for copies": Plant(linear, "undelivered", READS_X, drop(r"cp\.async\.wait_group\s+2;")),
     "no wait for the last copies": Plant(
-        linear, "pending" if SM_90 else "undelivered", STORE, drop(r"cp\.async\.wait_group\s+0;")
+        linear,
+        "pending" if SM_90 else "undelivered",
+        "store_finished(" if SM_90 else STORE,
+        drop(r"cp\.async\.wait_group\s+0;"),
     ),
     "first copies of w are not committed": Plant(linear, "undelivered", READS_W, drop(r"cp\.async\.commit_group", 1)),
     "copies of a turn are not committed": Plant(linear, "undelivered", READS_W, drop(r"cp\.async\.commit_group", 5)),
@@ -149,7 +152,7 @@ PLANTS_OF_SM_90 = {
     "no fence.proxy.async between stores and products": Plant(by_stores, "proxy", DOT, drop(r"fence\.proxy")),
     "no wgmma.fence": Plant(linear, "register", DOT, drop(r"wgmma\.fence")),
     "no wait between products and the use of their sums": Plant(
-        linear, "register", "tl.load(b_ptr", drop(r"wgmma\.wait_group", -1)
+        linear, "register", "z += summand", drop(r"wgmma\.wait_group", -1)
     ),
     "no wait between products and the next stores of operands": Plant(by_stores, "overwritten", X, NO_WAIT),
     "no wait between products and the next copies": Plant(linear, "overwritten", X, NO_WAIT),
