@@ -32,7 +32,7 @@ def serves(w, groups):
 
 
 def filter_strides(strides):
-    """Strides of (OC, 1, KH, KW) as constants: then most of a thread's addresses differ by constants."""
+    """The strides of (OC, 1, KH, KW) as constants: then most of a thread's addresses differ by constants."""
     return dict(stride_wo=strides[0], stride_wh=strides[2], stride_ww=strides[3])
 
 

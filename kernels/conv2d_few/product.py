@@ -28,7 +28,7 @@ from .._common import (
     round_to,
     strides,
 )
-from ..epilogue import constant, finished, of_channels
+from ..epilogue import constant, finished, in_parts, of_channels, parts_for
 from ..launching import planned, remembered
 from ..tiles import RESIDENT, Tile, clamped_power, flat_block
 from .cut import FAR, Cut, candidates, in_index
@@ -89,7 +89,7 @@ def few_channels_product_kernel(
     CO: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STEP_H: tl.constexpr, STEP_E: tl.constexpr,
     TOP: tl.constexpr, LEFT: tl.constexpr, PATCH_H: tl.constexpr, RUN: tl.constexpr, PLANES: tl.constexpr,
     UNIT: tl.constexpr, UNIT_OUT: tl.constexpr, PIXELS_OUT: tl.constexpr, EDGE_H: tl.constexpr, EDGE_W: tl.constexpr,
-    LENGTH: tl.constexpr, EPILOGUE: tl.constexpr,
+    LENGTH: tl.constexpr, EPILOGUE: tl.constexpr, PARTS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -125,25 +125,28 @@ def few_channels_product_kernel(
         placed = tl.load(placed_ptr + j[None, :] * LENGTH + k[:, None])
         acc = tl.dot(patch.to(OPERAND), placed.to(OPERAND), acc, input_precision=PRECISION)
 
-    co, bh, bw = column_of(j, CO, BH, BW, PIXELS_OUT)
-    vectors = (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
-    factor, summand = of_channels(vectors, stride_b, co, co < CO, EPILOGUE, tl.float32)
     oh0, ow0 = row * BH, col * BW
-    mask = mask_m[:, None] & (j < CO * BH * BW)[None, :]
-    if EDGE_H:
-        mask = mask & (oh0[:, None] + bh[None, :] < OH)
-    if EDGE_W:
-        mask = mask & (ow0[:, None] + bw[None, :] < OW)
-    # The result is dense; the compiler sees in these forms only that its elements are adjacent.
-    if PIXELS_OUT:
-        out_rows = n * stride_on + oh0 * stride_oh + ow0 * CO
-        out_cols = bh * stride_oh + j % (CO * BW)
-    else:
-        out_rows = n * stride_on + oh0 * stride_oh + ow0
-        out_cols = co * stride_oc + bh * stride_oh + bw
-    out_offs = out_rows[:, None] + out_cols[None, :]
-    out = finished(acc, factor[None, :], summand[None, :], r_ptr + out_offs, mask, EPILOGUE)
-    tl.store(out_ptr + out_offs, round_to(out, out_ptr.dtype.element_ty), mask=mask)
+    vectors = (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
+    parts = in_parts(acc, PARTS)
+    for part in tl.static_range(PARTS):
+        j = pid % tiles_n * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        co, bh, bw = column_of(j, CO, BH, BW, PIXELS_OUT)
+        factor, summand = of_channels(vectors, stride_b, co, co < CO, EPILOGUE, tl.float32)
+        mask = mask_m[:, None] & (j < CO * BH * BW)[None, :]
+        if EDGE_H:
+            mask = mask & (oh0[:, None] + bh[None, :] < OH)
+        if EDGE_W:
+            mask = mask & (ow0[:, None] + bw[None, :] < OW)
+        # The result is dense; the compiler sees in these forms only that its elements are adjacent.
+        if PIXELS_OUT:
+            out_rows = n * stride_on + oh0 * stride_oh + ow0 * CO
+            out_cols = bh * stride_oh + j % (CO * BW)
+        else:
+            out_rows = n * stride_on + oh0 * stride_oh + ow0
+            out_cols = co * stride_oc + bh * stride_oh + bw
+        out_offs = out_rows[:, None] + out_cols[None, :]
+        out = finished(parts[part], factor[None, :], summand[None, :], r_ptr + out_offs, mask, EPILOGUE)
+        tl.store(out_ptr + out_offs, round_to(out, out_ptr.dtype.element_ty), mask=mask)
 
 
 class Form(NamedTuple):
@@ -235,11 +238,12 @@ def convolve(
     unit_out = math.gcd(16 // out.itemsize, *steps)
     steps = [n // unit_out for n in steps]
     row, *steps_in = (n // cut.UNIT for n in (row, *strides(image)[:3]))
+    epilogue = constant(bias, mean, var, scale, shift, residual, *values)
     numbers = M, H, row, OH, OW, rows, cols, reciprocal(rows), reciprocal(cols), *steps_in
     numbers += 0 if bias is None else bias.stride(0), *steps
     return (cdiv(M, tile.M) * (form.columns // tile.N),), numbers, dict(
         CO=CO, **cut.constants((OH, OW), "PLANES"), UNIT_OUT=unit_out, PIXELS_OUT=pixels_out,
-        LENGTH=form.length, EPILOGUE=constant(bias, mean, var, scale, shift, residual, *values),
+        LENGTH=form.length, EPILOGUE=epilogue, PARTS=parts_for(tile, epilogue),
         INDEX=index, OPERAND=operand_type(image.dtype), PRECISION=input_precision(image.dtype, precision),
         **tile.blocks, **tile.options,
     )  # fmt: skip
