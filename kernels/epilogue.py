@@ -20,6 +20,7 @@ import triton.language as tl
 from . import shapes
 from ._common import OPTIONS, acc_type, cdiv, divide, index_type, reciprocal, round_to
 from .launching import planned
+from .relu import flat_plan, is_dense, laid_out_as
 from .tiles import flat_block
 
 
@@ -40,9 +41,7 @@ class Epilogue(NamedTuple):
         if self is NONE or self is RELU:
             return (None,) * 5, self[5:]
         vectors = [t if t is None else t.contiguous() for t in self[:4]]
-        residual = self.residual
-        if residual is not None and residual.stride() != y.stride():
-            residual = torch.empty_like(y).copy_(residual)
+        residual = None if self.residual is None else laid_out_as(y, self.residual)
         return (*vectors, residual), self[5:]
 
 
@@ -260,11 +259,6 @@ def _epilogue(x, y, mean, var, scale, shift, residual, eps, activation, slope):
     )  # fmt: skip
 
 
-def _dense(t, like):
-    """t with the strides of the dense tensor `like`, copied only if needed."""
-    return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
-
-
 def forward(x, *arguments):
     """x (N, C, *), or any shape without vectors -> y, with x's shape and, if x is dense, its strides.
 
@@ -273,15 +267,14 @@ def forward(x, *arguments):
     y = shapes.relu(x)
     if y.numel() > 0:
         tensors, values = Epilogue(*arguments).of(y)
-        _epilogue((_dense(x, y), y, *tensors), *values)
+        _epilogue((laid_out_as(y, x), y, *tensors), *values)
     return y
 
 
 def activate_(x, activation, slope):
     """Overwrite x with act(x)."""
     values = 0.0, activation, slope
-    # empty_like keeps the strides of dense tensors only.
-    if torch.empty_like(x, device="meta").stride() != x.stride():
+    if not is_dense(x):
         x.copy_(forward(x, *[None] * 5, *values))
     elif x.numel() > 0:
         _epilogue((x, x, *[None] * 5), *values)
@@ -305,16 +298,13 @@ def activation_grad_kernel(
 
 @planned(activation_grad_kernel)
 def _activation_grad(dy, t, dz, activation, slope):
-    block = flat_block(dz.numel(), 1024)
-    return (cdiv(dz.numel(), block),), (dz.numel(),), dict(
-        ACT=activation, SLOPE=slope if activation == "leaky_relu" else 0.0,
-        INDEX=index_type(dz), ACC=acc_type(dz.dtype), BLOCK=block, num_warps=4, **OPTIONS,
-    )  # fmt: skip
+    grid, numel, constants = flat_plan(dy, t, dz)
+    return grid, numel, {"ACT": activation, "SLOPE": slope if activation == "leaky_relu" else 0.0, **constants}
 
 
 def activation_grad(dy, t, activation, slope):
     """dy, and the result y or the argument z of the activation (see activations.by_result) -> dz, laid out as t."""
     dz = shapes.relu(t)
     if dz.numel() > 0:
-        _activation_grad((_dense(dy, dz), _dense(t, dz), dz), activation, slope)
+        _activation_grad((laid_out_as(dz, dy), laid_out_as(dz, t), dz), activation, slope)
     return dz

@@ -14,7 +14,7 @@ from .launching import planned
 from .tiles import flat_block
 
 
-def _plan(*tensors):
+def flat_plan(*tensors):
     """The plan of a launch over the elements of dense tensors with the same strides."""
     out = tensors[-1]
     block = flat_block(out.numel(), 1024)
@@ -29,7 +29,12 @@ def _launched(launch, *tensors):
     return tensors[-1]
 
 
-def _laid_out_as(out, t):
+def is_dense(t):
+    """Whether t has no gaps and no elements that share memory: empty_like keeps the strides of such tensors only."""
+    return torch.empty_like(t, device="meta").stride() == t.stride()
+
+
+def laid_out_as(out, t):
     """t if it has the strides of the dense tensor `out`, else a copy that has them."""
     return t if t.stride() == out.stride() else torch.empty_like(out).copy_(t)
 
@@ -45,7 +50,7 @@ def relu_kernel(x_ptr, y_ptr, numel, INDEX: tl.constexpr, ACC: tl.constexpr, BLO
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-_relu = planned(relu_kernel)(_plan)
+_relu = planned(relu_kernel)(flat_plan)
 
 
 def forward(x):
@@ -56,8 +61,7 @@ def forward(x):
 
 def forward_(x):
     """Overwrite x with y."""
-    # empty_like keeps the strides of dense tensors only.
-    if torch.empty_like(x, device="meta").stride() == x.stride():
+    if is_dense(x):
         _launched(_relu, x, x)
     else:
         x.copy_(forward(x))
@@ -75,10 +79,10 @@ def relu_grad_kernel(dy_ptr, y_ptr, dx_ptr, numel, INDEX: tl.constexpr, ACC: tl.
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-_relu_grad = planned(relu_grad_kernel)(_plan)
+_relu_grad = planned(relu_grad_kernel)(flat_plan)
 
 
 def grad(dy, y):
     """dy, y -> dx, with y's shape and strides."""
     dx = shapes.relu(y)
-    return _launched(_relu_grad, _laid_out_as(dx, dy), _laid_out_as(dx, y), dx)
+    return _launched(_relu_grad, laid_out_as(dx, dy), laid_out_as(dx, y), dx)
