@@ -22,26 +22,26 @@ class Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return _conv2d_grads(ctx, dy, *ctx.saved_tensors)
+        return conv2d_grads(ctx, dy, *ctx.saved_tensors, ctx.geometry)
 
     @staticmethod
     def jvp(ctx, tx, tw, tbias, *_):
         return conv2d_tangent(*ctx.saved_tensors, tx, tw, tbias, ctx.size, ctx.geometry)
 
 
-def _conv2d_grads(ctx, dy, x, w):
+def conv2d_grads(ctx, dy, x, w, geometry):
     """The gradients of the arguments of a convolution whose result has the gradient dy."""
     needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
     dx = dw = db = None
     if needs_x and needs_w:
-        dx, dw, db = ops.conv2d_grads(dy, x, w, *ctx.geometry, needs_bias)
+        dx, dw, db = ops.conv2d_grads(dy, x, w, *geometry, needs_bias)
     elif needs_x:
-        dx = ops.conv2d_input_grad(dy, w, x.shape, *ctx.geometry)
+        dx = ops.conv2d_input_grad(dy, w, x.shape, *geometry)
     elif needs_w:
-        dw, db = ops.conv2d_weight_grad(dy, x, w.shape, *ctx.geometry, needs_bias)
+        dw, db = ops.conv2d_weight_grad(dy, x, w.shape, *geometry, needs_bias)
     if needs_bias and not needs_w:
         db = dy.sum((0, 2, 3))
-    return dx, dw, db if needs_bias else None, *(None,) * len(ctx.geometry)
+    return dx, dw, db if needs_bias else None, *(None,) * len(geometry)
 
 
 @register_decomposition(ops.conv2d_grads)
@@ -74,7 +74,7 @@ class Conv2dReLU(torch.autograd.Function):
         x, w, y = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         if needs_x or not needs_w:
-            return _conv2d_grads(ctx, ops.relu_grad(dy, y), x, w)
+            return conv2d_grads(ctx, ops.relu_grad(dy, y), x, w, ctx.geometry)
         # A first layer, whose images need no gradient: only the weight's gradient reads the masked dy.
         dw, db = ops.conv2d_relu_weight_grad(dy, y, x, w.shape, *ctx.geometry, needs_bias)
         return None, dw, db if needs_bias else None, *(None,) * len(ctx.geometry)

@@ -10,8 +10,8 @@ from .. import ops
 from ..kernels import activations
 from ..registration import below_autograd, recorded, register_autograd, register_decomposition
 from ._common import save, total
-from .conv2d import conv2d_tangent
-from .linear import linear_tangent
+from .conv2d import conv2d_grads, conv2d_tangent
+from .linear import linear_grads, linear_tangent
 
 _NOTHING = (None,) * 3
 
@@ -153,10 +153,7 @@ class LinearEpilogue(_Rule):
     @staticmethod
     def backward(ctx, dy):
         (x, w, _), dz, rest = LinearEpilogue.gradients(ctx, dy)
-        needs_x, needs_w, _ = ctx.needs_input_grad[:3]
-        dx = ops.linear(dz, w.t(), None) if needs_x else None
-        dw = ops.linear_weight_grad(dz, x, False)[0] if needs_w else None
-        return dx, dw, None, *rest
+        return *linear_grads(ctx, dz, x, w), *rest
 
     @staticmethod
     def jvp(ctx, tx, tw, _, __, ___, tscale, tshift, tresidual, *____):
@@ -183,15 +180,7 @@ class Conv2dEpilogue(_Rule):
     @staticmethod
     def backward(ctx, dy):
         (x, w, _, *geometry), dz, rest = Conv2dEpilogue.gradients(ctx, dy)
-        needs_x, needs_w, _ = ctx.needs_input_grad[:3]
-        dx = dw = None
-        if needs_x and needs_w:
-            dx, dw, _ = ops.conv2d_grads(dz, x, w, *geometry, False)
-        elif needs_x:
-            dx = ops.conv2d_input_grad(dz, w, x.shape, *geometry)
-        elif needs_w:
-            dw, _ = ops.conv2d_weight_grad(dz, x, w.shape, *geometry, False)
-        return dx, dw, None, *(None,) * 5, *rest
+        return *conv2d_grads(ctx, dz, x, w, geometry), *rest
 
     @staticmethod
     def jvp(ctx, tx, tw, *others):

@@ -25,7 +25,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return _linear_grads(ctx, dy, *ctx.saved_tensors)
+        return linear_grads(ctx, dy, *ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx, tx, tw, tbias):
@@ -45,7 +45,7 @@ class LinearReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w, y = ctx.saved_tensors
-        return _linear_grads(ctx, ops.relu_grad(dy, y), x, w)
+        return linear_grads(ctx, ops.relu_grad(dy, y), x, w)
 
     @staticmethod
     def jvp(ctx, tx, tw, tbias):
@@ -53,9 +53,9 @@ class LinearReLU(torch.autograd.Function):
         return ops.relu_grad(linear_tangent(x, w, tx, tw, tbias), y)
 
 
-def _linear_grads(ctx, dy, x, w):
+def linear_grads(ctx, dy, x, w):
     """The gradients of the arguments of a linear layer whose result has the gradient dy."""
-    needs_x, needs_w, needs_bias = ctx.needs_input_grad
+    needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
     dx = ops.linear(dy, w.t(), None) if needs_x else None
     dw = db = None
     if needs_w:
