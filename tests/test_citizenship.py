@@ -17,6 +17,7 @@ import torch.func as tf
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import tritonnet
 import tritonnet.nn.functional as F
@@ -66,7 +67,7 @@ OPERATORS = {
         lambda f, x, w1, b1, w2: f.linear_chain(x, [w1, w2], [b1, None]), (4, 3, 5), (6, 5), (6,), (3, 6),
     ),
     "cross_entropy": (
-        lambda f, x: f.cross_entropy(x, torch.arange(x.shape[0], device=x.device) % 5, label_smoothing=0.1), (4, 5),
+        lambda f, x: f.cross_entropy(x, x.argmin(1), label_smoothing=0.1), (4, 5),
     ),
 }  # fmt: skip
 
@@ -382,6 +383,64 @@ def make_fx(op):
     same(graph(*inputs), tf.grad(loss(op.theirs), tuple(range(len(inputs))))(*inputs))
 
 
+def symbolic_trace(op):
+    """torch.fx puts our functions into its graph, from which Python code is made."""
+    ours, theirs = op.module(F), op.module(TF)
+    graph = torch.fx.symbolic_trace(ours)
+    assert any(getattr(n.target, "__module__", "").startswith("tritonnet.nn") for n in graph.graph.nodes)
+    same(*(value_and_grads(m, op.inputs()[:1]) for m in (graph, theirs)))
+
+
+def jit_trace(op):
+    """Traced, saved and loaded; gradients too."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.trace(op.module(F), op.inputs()[0]), file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+    same(*(value_and_grads(m, op.inputs(3)[:1]) for m in (loaded, op.module(TF))))
+
+
+def flops(op):
+    """FlopCounterMode counts what it counts for torch, and what backward computes again.
+
+    That is the convolution for the gradients of silu and of the scale, and the first of the two products.
+    """
+
+    def count(function, *arguments):
+        with FlopCounterMode(display=False) as counter:
+            function(*arguments)
+        return counter.get_total_flops()
+
+    with torch.no_grad():
+        forward = count(op.theirs, *op.inputs())
+        assert count(op.ours, *op.inputs()) == forward
+    again = {"conv2d_epilogue": 2, "squeeze_excite": 0.5}.get(op.name, 0) * forward
+    assert count(value_and_grads, op.ours, op.inputs()) == count(value_and_grads, op.theirs, op.inputs()) + again
+
+
+def decomposes(op):
+    """An exported program with a dynamic batch in terms of torch's own operators, recorded for gradients or not."""
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            dims = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+            program = torch.export.export(op.module(F), (op.inputs()[0],), dynamic_shapes=dims)
+        program = program.run_decompositions(tritonnet.decompositions())
+        assert not any("tritonnet" in str(n.target) for n in program.graph.nodes)
+        for batch in (4, 7):
+            x = op.inputs(batch)[0]
+            same(program.module()(x), op.module(TF)(x))
+
+
+def profiled(op):
+    """The profiler lists our operators by their names, with the sizes of their arguments, in backward too."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        value_and_grads(op.ours, op.inputs())
+    events = [e for e in profile.events() if e.name.startswith("tritonnet::")]
+    assert events and all(any(e.input_shapes) for e in events)
+
+
 def deterministic_algorithms(op):
     assert torch.are_deterministic_algorithms_enabled()
     runs = [value_and_grads(op.ours, op.inputs()) for torch_seed in (0, 0) if torch.manual_seed(torch_seed)]
@@ -420,6 +479,7 @@ CHECKS = {
         compiles_dynamic_inductor, compiles_without_gradients, compiled_transforms, compiled_checkpoint,
         compiled_autocast, compiled_autograd,
         autocast, checkpoints, selective_checkpoint, saved_tensor_hooks, inference_mode, meta_and_fake, make_fx,
+        symbolic_trace, jit_trace, flops, decomposes, profiled,
         deterministic_algorithms, frozen_parameters, no_reference_cycles,
     )
 } | {
@@ -436,6 +496,9 @@ SLOW_ON_KERNELS = {
     "gradients_forward_backward_and_batched", "second_derivatives_forward_over_reverse", "hessian",
     "vmap_over_any_argument",
 }  # fmt: skip
+
+# What tools see is the operators, whatever computes them.
+OF_TOOLS = {"symbolic_trace", "flops", "decomposes", "profiled"}
 
 
 # Dynamo traces the rules, which are the same on both.
@@ -454,7 +517,7 @@ SWITCHES = {"conv2d_relu", "linear_relu", "conv2d_epilogue", "linear_epilogue"}
 
 
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in SWITCHES])
-@pytest.mark.parametrize("check", [name for name in CHECKS if name not in SLOW_ON_KERNELS])
+@pytest.mark.parametrize("check", [name for name in CHECKS if name not in SLOW_ON_KERNELS | OF_TOOLS])
 def test_on_the_kernels(check, operator, device):
     with tritonnet.backend("triton"), tritonnet.count_launches() as launches:
         CHECKS[check](Operator(operator, device))

@@ -38,6 +38,11 @@ LAYERS = [
     [Group("reference", "tritonnet/reference.py"), Group("registration", "tritonnet/registration.py", alone=True)],
     [Group("dispatch", "tritonnet/dispatch.py", "torch triton", kernels=True)],
     [Group("operators", "tritonnet/ops.py")],
+    [
+        Group("FLOPs", "tritonnet/flops.py"),
+        Group("decompositions", "tritonnet/decompositions.py"),
+        Group("imports", "tritonnet/imports.py", None, alone=True),
+    ],
     [Group("derivatives", "tritonnet/autograd/*"), Group("vmap", "tritonnet/batching.py")],
     [Group("functions", "tritonnet/nn/functional.py tritonnet/nn/_[!_]*.py")],
     [Group("layers", "tritonnet/nn/*")],

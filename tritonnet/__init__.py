@@ -7,12 +7,27 @@ from pathlib import Path as _Path
 if _find_spec(f"{__name__}.kernels") is None:
     __path__.append(str(_Path(__file__).parents[1]))
 
-from . import nn
+from . import flops, nn
 from .conversion import convert, revert
+from .decompositions import decompositions
 from .dispatch import backend, count_launches
 from .fusion import fuse
+from .imports import when_imported
 from .lenet import LeNet
 from .train_step import TrainStep
 
+when_imported("torch.utils.flop_counter", flops.register)
+
 __version__ = "0.1.0"
-__all__ = ["LeNet", "TrainStep", "__version__", "backend", "convert", "count_launches", "fuse", "nn", "revert"]
+__all__ = [
+    "LeNet",
+    "TrainStep",
+    "__version__",
+    "backend",
+    "convert",
+    "count_launches",
+    "decompositions",
+    "fuse",
+    "nn",
+    "revert",
+]

@@ -41,7 +41,7 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode):
 
 
 def conv2d_relu(*arguments):
-    return conv2d(*arguments).relu_()
+    return torch.relu(conv2d(*arguments))
 
 
 def conv2d_relu_max_pool2d(x, w, bias, stride, padding, dilation, groups, pad_mode, kernel, *pool_ceil_mode):
@@ -49,7 +49,7 @@ def conv2d_relu_max_pool2d(x, w, bias, stride, padding, dilation, groups, pad_mo
     y, index = _maxima(z, kernel, *pool, 1, ceil_mode)
     empty_y, empty_code = shapes.conv2d_relu_max_pool2d(x, w, stride, padding, dilation, kernel, *pool, ceil_mode)
     code = _codes(index, z.shape[3], kernel, *pool, (1, 1), empty_code.dtype, nothing=y <= 0)
-    return _like(empty_y, y.relu_()), _like(empty_code, code)
+    return _like(empty_y, torch.relu(y)), _like(empty_code, code)
 
 
 def conv2d_relu_max_pool2d_input_grad(dy, code, w, size, *geometry):
@@ -129,18 +129,20 @@ def max_pool2d_values(x, *window):
 
 def _like(empty, values):
     """The values with the dtype and strides of the tensor `empty`."""
-    return values if (values.dtype, values.stride()) == (empty.dtype, empty.stride()) else empty.copy_(values)
+    if values.stride() != empty.stride():
+        values = values.clone(memory_format=shapes.memory_format(empty))
+    return values.to(empty.dtype)
 
 
 def _starts(size, width, stride, padding, device):
     """(OH, OW): the index in a flattened image of each window's first pixel, which may lie in the padding."""
-    oh, ow = (torch.arange(n, device=device).mul_(s).sub_(p) for n, s, p in zip(size, stride, padding))
+    oh, ow = (torch.arange(n, device=device) * s - p for n, s, p in zip(size, stride, padding))
     return oh[:, None] * width + ow
 
 
 def _offsets(width, kernel, dilation, device):
     """(KH * KW,): the offset of each pixel of a window from the window's start in a flattened image."""
-    kh, kw = (torch.arange(n, device=device).mul_(d) for n, d in zip(kernel, dilation))
+    kh, kw = (torch.arange(n, device=device) * d for n, d in zip(kernel, dilation))
     return (kh[:, None] * width + kw).flatten()
 
 
@@ -157,15 +159,15 @@ def _codes(index, width, kernel, stride, padding, dilation, dtype, nothing=None)
         kh = (index // width - (oh * stride[0] - padding[0])[:, None]) // dilation[0]
         kw = (index % width - (ow * stride[1] - padding[1])) // dilation[1]
         code = (kh * kernel[1] + kw).to(dtype)
-        return code if nothing is None else code.masked_fill_(nothing, taps)
+        return code if nothing is None else code.masked_fill(nothing, taps)
     # Looking the offset up is much faster than dividing.
     end = (kernel[0] - 1) * dilation[0] * width + (kernel[1] - 1) * dilation[1] + 1
-    codes = torch.zeros(end + 1, dtype=dtype, device=index.device)
-    codes[_offsets(width, kernel, dilation, index.device)] = torch.arange(taps, dtype=dtype, device=index.device)
+    codes = torch.full((end + 1,), 0 if nothing is None else taps, dtype=dtype, device=index.device)
+    offsets = _offsets(width, kernel, dilation, index.device)
+    codes = codes.index_copy(0, offsets, torch.arange(taps, dtype=dtype, device=index.device))
     offset = index - _starts(index.shape[2:], width, stride, padding, index.device)
     if nothing is not None:
-        codes[end] = taps
-        offset.masked_fill_(nothing, end)
+        offset = offset.masked_fill(nothing, end)
     return codes.index_select(0, offset.flatten()).view(offset.shape)
 
 
@@ -177,7 +179,7 @@ def _indices(code, width, kernel, stride, padding, dilation, none):
     """max_pool2d_indices; where the code points to no pixel, `none` after the window's start."""
     offsets = F.pad(_offsets(width, kernel, dilation, code.device), (0, 1), value=none)
     found = offsets.index_select(0, code.flatten().int()).view(code.shape)
-    return found.add_(_starts(code.shape[2:], width, stride, padding, code.device))
+    return found + _starts(code.shape[2:], width, stride, padding, code.device)
 
 
 def max_pool2d_scatter(dy, code, size, kernel, stride, padding, dilation):
@@ -291,7 +293,7 @@ def linear(x, w, bias):
 
 
 def linear_relu(x, w, bias):
-    return F.linear(x, w, bias).relu_()
+    return torch.relu(F.linear(x, w, bias))
 
 
 def linear_weight_grad(dy, x, with_bias):

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as _torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from . import functional
+from ._layer import layer
 from ._plain import is_plain
 from ._stand_in import stand_in
 
@@ -19,22 +21,28 @@ __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
 __all__ += ["Conv2dReLU", "Conv2dReLUMaxPool2d", "LinearChain", "LinearReLU"]
 
 
-# torch's own forwards. Where another library has replaced one, on torch's class or on a layer, ours follow it.
-_CONVOLVE, _CONV2D, _MAX_POOL2D, _LINEAR, _CROSS_ENTROPY = (
-    _torch.Conv2d._conv_forward, _torch.Conv2d.forward, _torch.MaxPool2d.forward, _torch.Linear.forward,
-    _torch.CrossEntropyLoss.forward,
-)  # fmt: skip
-_RELU, _RELU6, _LEAKY_RELU, _SILU, _HARDSWISH, _GELU, _SIGMOID, _HARDSIGMOID = (
-    _torch.ReLU.forward, _torch.ReLU6.forward, _torch.LeakyReLU.forward, _torch.SiLU.forward, _torch.Hardswish.forward,
-    _torch.GELU.forward, _torch.Sigmoid.forward, _torch.Hardsigmoid.forward,
-)  # fmt: skip
-_AVG_POOL2D, _ADAPTIVE_AVG_POOL2D = _torch.AvgPool2d.forward, _torch.AdaptiveAvgPool2d.forward
+# torch's own forwards of convolutions and products: layers that torch does not have follow their replacements, too.
+_CONVOLVE, _CONV2D, _LINEAR = _torch.Conv2d._conv_forward, _torch.Conv2d.forward, _torch.Linear.forward
 
 
 def _is_replaced(conv):
     """Whether the computation of convolutions has been replaced, on this layer or on torch's class."""
     by_all = _torch.Conv2d._conv_forward is not _CONVOLVE or _torch.Conv2d.forward is not _CONV2D
     return by_all or "_conv_forward" in vars(conv)
+
+
+def _convolve(conv, function, padding, input, weight, bias, *rest):
+    """A convolution by a function of functional that pads with zeros or, in another mode, by one that pads in that.
+
+    What overrides torch's functions, or traces them, sees public functions alone.
+    """
+    arguments = conv.stride, conv.padding, conv.dilation, conv.groups
+    if conv.padding_mode == "zeros":
+        return function(input, weight, bias, *arguments, *rest)
+    if has_torch_function((input, weight, bias)):
+        input = _torch.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        return function(input, weight, bias, conv.stride, 0, *arguments[2:], *rest)
+    return padding(input, weight, bias, *arguments, conv.padding_mode, *rest)
 
 
 class Conv2d(_torch.Conv2d):
@@ -45,12 +53,14 @@ class Conv2d(_torch.Conv2d):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
     """
 
+    @layer(_torch.Conv2d)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _torch.Conv2d._conv_forward is not _CONVOLVE:
             return super()._conv_forward(input, weight, bias)
-        return functional._conv2d(
-            input, weight, bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
-        )
+        return _convolve(self, functional.conv2d, functional._conv2d, input, weight, bias)
 
 
 class MaxPool2d(_torch.MaxPool2d):
@@ -59,9 +69,8 @@ class MaxPool2d(_torch.MaxPool2d):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.MaxPool2d.html
     """
 
+    @layer(_torch.MaxPool2d)
     def forward(self, input: Tensor) -> Any:
-        if _torch.MaxPool2d.forward is not _MAX_POOL2D:
-            return super().forward(input)
         return functional.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )
@@ -73,9 +82,8 @@ class AvgPool2d(_torch.AvgPool2d):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.AvgPool2d.html
     """
 
+    @layer(_torch.AvgPool2d)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.AvgPool2d.forward is not _AVG_POOL2D:
-            return super().forward(input)
         return functional.avg_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
             self.divisor_override,
@@ -88,9 +96,8 @@ class AdaptiveAvgPool2d(_torch.AdaptiveAvgPool2d):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveAvgPool2d.html
     """
 
+    @layer(_torch.AdaptiveAvgPool2d)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.AdaptiveAvgPool2d.forward is not _ADAPTIVE_AVG_POOL2D:
-            return super().forward(input)
         return functional.adaptive_avg_pool2d(input, self.output_size)
 
 
@@ -100,9 +107,8 @@ class ReLU(_torch.ReLU):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU.html
     """
 
+    @layer(_torch.ReLU)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.ReLU.forward is not _RELU:
-            return super().forward(input)
         return functional.relu(input, self.inplace)
 
 
@@ -112,9 +118,8 @@ class ReLU6(_torch.ReLU6):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.ReLU6.html
     """
 
+    @layer(_torch.ReLU6)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.ReLU6.forward is not _RELU6:
-            return super().forward(input)
         return functional.hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
@@ -124,9 +129,8 @@ class LeakyReLU(_torch.LeakyReLU):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LeakyReLU.html
     """
 
+    @layer(_torch.LeakyReLU)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.LeakyReLU.forward is not _LEAKY_RELU:
-            return super().forward(input)
         return functional.leaky_relu(input, self.negative_slope, self.inplace)
 
 
@@ -136,9 +140,8 @@ class SiLU(_torch.SiLU):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.SiLU.html
     """
 
+    @layer(_torch.SiLU)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.SiLU.forward is not _SILU:
-            return super().forward(input)
         return functional.silu(input, self.inplace)
 
 
@@ -148,9 +151,8 @@ class Hardswish(_torch.Hardswish):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Hardswish.html
     """
 
+    @layer(_torch.Hardswish)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.Hardswish.forward is not _HARDSWISH:
-            return super().forward(input)
         return functional.hardswish(input, self.inplace)
 
 
@@ -160,9 +162,8 @@ class GELU(_torch.GELU):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.GELU.html
     """
 
+    @layer(_torch.GELU)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.GELU.forward is not _GELU:
-            return super().forward(input)
         return functional.gelu(input, approximate=self.approximate)
 
 
@@ -172,9 +173,8 @@ class Sigmoid(_torch.Sigmoid):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Sigmoid.html
     """
 
+    @layer(_torch.Sigmoid)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.Sigmoid.forward is not _SIGMOID:
-            return super().forward(input)
         return functional.sigmoid(input)
 
 
@@ -184,9 +184,8 @@ class Hardsigmoid(_torch.Hardsigmoid):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Hardsigmoid.html
     """
 
+    @layer(_torch.Hardsigmoid)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.Hardsigmoid.forward is not _HARDSIGMOID:
-            return super().forward(input)
         return functional.hardsigmoid(input, self.inplace)
 
 
@@ -196,21 +195,19 @@ class Linear(_torch.Linear):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html
     """
 
+    @layer(_torch.Linear)
     def forward(self, input: Tensor) -> Tensor:
-        if _torch.Linear.forward is not _LINEAR:
-            return super().forward(input)
         return functional.linear(input, self.weight, self.bias)
 
 
 class Conv2dReLU(Conv2d):
     """Conv2d followed by ReLU, in one kernel: the arguments, parameters and state_dict of Conv2d."""
 
+    @layer()
     def forward(self, input: Tensor) -> Tensor:
         if _is_replaced(self):
             return functional.relu(super().forward(input))
-        return functional._conv2d_relu(
-            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
-        )
+        return _convolve(self, functional.conv2d_relu, functional._conv2d_relu, input, self.weight, self.bias)
 
 
 class Conv2dReLUMaxPool2d(Conv2d):
@@ -240,20 +237,22 @@ class Conv2dReLUMaxPool2d(Conv2d):
             names.append("pool_ceil_mode")
         return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in names)])
 
+    @layer()
     def forward(self, input: Tensor) -> Tensor:
+        window = self.pool_kernel_size, self.pool_stride, self.pool_padding
         if _is_replaced(self):
-            window = self.pool_kernel_size, self.pool_stride, self.pool_padding
             y = functional.relu(super().forward(input))
             return functional.max_pool2d(y, *window, ceil_mode=self.pool_ceil_mode)
-        return functional._conv2d_relu_max_pool2d(
-            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, self.padding_mode,
-            self.pool_kernel_size, self.pool_stride, self.pool_padding, self.pool_ceil_mode,
+        return _convolve(
+            self, functional.conv2d_relu_max_pool2d, functional._conv2d_relu_max_pool2d, input, self.weight, self.bias,
+            *window, self.pool_ceil_mode,
         )  # fmt: skip
 
 
 class LinearReLU(Linear):
     """Linear followed by ReLU, in one kernel: the arguments, parameters and state_dict of Linear."""
 
+    @layer()
     def forward(self, input: Tensor) -> Tensor:
         if _torch.Linear.forward is not _LINEAR:
             return functional.relu(super().forward(input))
@@ -286,6 +285,7 @@ class LinearChain(_torch.Sequential):
         # Sequential.__getitem__ would make a slice a LinearChain, calling it with modules for widths.
         return _torch.Sequential(*self)[index]
 
+    @layer()
     def forward(self, input):
         modules = list(self)
         linears, relus = modules[0::2], modules[1::2]
@@ -301,9 +301,8 @@ class CrossEntropyLoss(_torch.CrossEntropyLoss):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
     """
 
+    @layer(_torch.CrossEntropyLoss)
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if _torch.CrossEntropyLoss.forward is not _CROSS_ENTROPY:
-            return super().forward(input, target)
         return functional.cross_entropy(
             input, target, self.weight,
             ignore_index=self.ignore_index, reduction=self.reduction, label_smoothing=self.label_smoothing,

@@ -257,7 +257,8 @@ def linear_chain(input, weights, biases=None):
     # The hidden layers are written only if backward may need them. Inside torch.func's transforms a batched tensor does
     # not show whether gradients are taken, and recomputing later would be wrong if biases were overwritten meanwhile.
     recorded = in_transforms() or any(t is not None and t.requires_grad for t in (input, *tensors))
-    keep = torch.is_grad_enabled() and recorded
+    # A traced module may be called with and without gradients.
+    keep = torch.jit.is_tracing() or (torch.is_grad_enabled() and recorded)
     y, _ = ops.linear_chain(rows, *layers, keep)
     return sized(y, (*input.shape[:-1], weights[-1].shape[0]))
 

@@ -1,0 +1,37 @@
+"""Registers rules with parts of PyTorch that take long to import, once something else imports them."""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module where the other finders find it, and calls a function after it has run."""
+
+    def __init__(self, name: str, function: Callable[[], object]) -> None:
+        self.name, self.function = name, function
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_call(module):
+            run(module)
+            self.function()
+
+        spec.loader.exec_module = run_and_call  # type: ignore[method-assign]
+        return spec
+
+
+def when_imported(name: str, function: Callable[[], object]) -> None:
+    """Call function() now if the module `name` has been imported, or else right after it is imported."""
+    if name in sys.modules:
+        function()
+    else:
+        sys.meta_path.insert(0, _Finder(name, function))
