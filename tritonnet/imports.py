@@ -10,19 +10,23 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds one module where the other finders find it, and calls a function after it has run."""
 
     def __init__(self, name: str, function: Callable[[], object]) -> None:
-        self.name, self.function = name, function
+        self.name, self.function, self.asks_others = name, function, False
 
     def find_spec(self, fullname, path, target=None):
-        if fullname != self.name:
+        if fullname != self.name or self.asks_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.asks_others = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asks_others = False
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_call(module):
             run(module)
+            sys.meta_path.remove(self)
             self.function()
 
         spec.loader.exec_module = run_and_call  # type: ignore[method-assign]
