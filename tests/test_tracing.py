@@ -161,7 +161,10 @@ def exported(model, x, batch=None):
 
     shapes = None if batch is None else ({0: torch.export.Dim("batch", min=1, max=64)},)
     with contextlib.redirect_stdout(None):
-        program = torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=shapes)
+        if isinstance(model, torch.export.ExportedProgram):
+            program = torch.onnx.export(model, dynamo=True, verbose=False)
+        else:
+            program = torch.onnx.export(model, (x,), dynamo=True, verbose=False, dynamic_shapes=shapes)
     nodes = {node.domain + node.op_type for node in program.model_proto.graph.node}
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     name = session.get_inputs()[0].name
@@ -213,3 +216,11 @@ def test_importing_imports_no_tool():
     late = "torch._dynamo", "torch.distributed.tensor", "torch.onnx", "torch.utils.flop_counter"
     result = run_python("-c", f"import tritonnet, sys; print([m for m in {late} if m in sys.modules])")
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnx_of_an_exported_program():
+    model, x = tritonnet.LeNet().eval(), torch.randn(2, 1, 32, 32)
+    program = torch.export.export(model, (x,))
+    run, _ = exported(program.run_decompositions(tritonnet.decompositions()), x)
+    torch.testing.assert_close(run(x), model(x).detach(), rtol=1e-4, atol=1e-5)
