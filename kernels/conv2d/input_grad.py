@@ -73,13 +73,13 @@ def conv2d_input_grad_kernel(
     QW = tl.cdiv(W, SW)
     n = offs_m // PIXELS
     pixel = offs_m - n * PIXELS
-    ih = pixel // QW * SH + phase_h
-    iw = pixel % QW * SW + phase_w
+    row, column = pixel // QW, pixel % QW
+    ih, iw = row * SH + phase_h, column * SW + phase_w
     mask_m, mask_n = offs_m < M, offs_n < C
     if SH * SW > 1:
         mask_m &= (ih < H) & (iw < W)
     # The output position of the first tap; that of each further tap is DH / DIVISOR_H (DW / DIVISOR_W) less.
-    oh0, ow0 = (ih + PH - kh0 * DH) // SH, (iw + PW - kw0 * DW) // SW
+    oh0, ow0 = row + (phase_h + PH - kh0 * DH) // SH, column + (phase_w + PW - kw0 * DW) // SW
 
     dy_ptr += group * OC * stride_yc
     w_ptr += group * OC * stride_wo + kh0 * stride_wh + kw0 * stride_ww
