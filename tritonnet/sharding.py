@@ -64,23 +64,32 @@ _RULES = {
 
 
 def _ways(operator, args):
-    """The ways of an operator with these arguments, in which tensors are objects with ndim."""
-    ways, named = _RULES[operator], {a.name: value for a, value in zip(operator._schema.arguments, args)}
+    """The ways of an operator with these arguments, in which tensors are objects with ndim: (letters, letters) each.
+
+    The first has a letter for each argument, which is a space for those that are no tensors.
+    """
+    arguments = operator._schema.arguments
+    ways, named = _RULES[operator], {a.name: value for a, value in zip(arguments, args)}
     if operator is ops.cross_entropy:
         ways = ways[named["reduction"]]
     elif operator is ops.cross_entropy_grad:
         ways = ways[named["dloss"].ndim]
     elif named.get("groups", 1) != 1:
-        # The number of groups, which all processes are given, is that of all channels.
+        # All processes are given the number of groups, so that none can have some of the groups.
         ways = ways[:1]
-    every = [way.replace("*", str(dim)) for way in ways for dim in range(args[0].ndim if "*" in way else 1)]
-    tensors, results = _tensors(operator), len(operator._schema.returns)
-    return [*every, f"{'r' * tensors} > {'r' * results}"]
+    is_tensor = [_is_tensor(a) for a in arguments]
+    ways = [way.replace("*", str(dim)) for way in ways for dim in range(args[0].ndim if "*" in way else 1)]
+    ways.append("r" * sum(is_tensor) + ">" + "r" * len(operator._schema.returns))
+    every = []
+    for way in ways:
+        of_tensors, _, of_results = way.replace(" ", "").partition(">")
+        letters = iter(of_tensors)
+        every.append(("".join(next(letters) if tensor else " " for tensor in is_tensor), of_results))
+    return every
 
 
-def _tensors(operator):
-    """How many tensors an operator takes; they are its first arguments."""
-    return sum("Tensor" in str(a.type) for a in operator._schema.arguments)
+def _is_tensor(argument):
+    return str(argument.type) in ("Tensor", "Optional[Tensor]")
 
 
 def register():
@@ -88,25 +97,22 @@ def register():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
-    def placements(letters):
-        others = {"r": Replicate(), "p": Partial()}
-        return [others[letter] if letter in others else Shard(int(letter)) for letter in letters]
+    def placement(letter):
+        return {"r": Replicate(), "p": Partial()}.get(letter) or Shard(int(letter))
 
     def register_one(operator):
         def rule(*args):
-            found = []
-            for way in _ways(operator, args):
-                of_tensors, _, of_results = way.partition(" >")
-                of_tensors = [
-                    None if tensor is None else placement for tensor, placement in zip(args, placements(of_tensors))
-                ]
-                others = [None] * (len(args) - len(of_tensors))
-                found.append((placements(of_results.strip()), [*of_tensors, *others]))
-            return found
+            return [
+                (
+                    [placement(letter) for letter in of_results],
+                    [None if s == " " or arg is None else placement(s) for s, arg in zip(of_arguments, args)],
+                )
+                for of_arguments, of_results in _ways(operator, args)
+            ]
 
         register_sharding(operator)(rule)
         noted = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[operator]
-        noted.static_argnum = _tensors(operator)
+        noted.static_argnum = [*map(_is_tensor, operator._schema.arguments), False].index(False)
 
     for operator in _RULES:
         register_one(operator)
