@@ -1,4 +1,4 @@
-"""Two processes over gloo: DistributedDataParallel, fully_shard, and the training program under torchrun."""
+"""Two processes over gloo: DistributedDataParallel, fully_shard, DTensor, and the training program under torchrun."""
 
 import json
 import os
@@ -22,6 +22,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def test_data_parallel_and_sharded(backend):
     """Gradients of both halves of the batch, averaged, are those of one process and of torch's own layers."""
     result = run_python(*TORCHRUN, "tests/distributed_worker.py", backend, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_tensor_parallel():
+    """Every operator on DTensors in every way of its rule, and models whose parameters or batch are divided."""
+    result = run_python(*TORCHRUN, "tests/sharded_worker.py", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
 
 
