@@ -1,12 +1,11 @@
-"""Run by test_distributed.py under torchrun, in two processes over gloo; exits with 1 where DTensor's result differs.
+"""DTensor in two processes: every operator in every way of its rule, and models; see distributed_worker.py.
 
-What one process computes in float64 is the truth.
+The truth is what one process computes, in float64.
 """
 
 import copy
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -150,15 +149,7 @@ def models(mesh):
     compare(model, mlp, rows, place(rows, Replicate()), target, place(target, Replicate()))
 
 
-def main():
-    dist.init_process_group("gloo")
+def check(mesh):
     torch.manual_seed(1)
-    mesh = torch.distributed.init_device_mesh("cpu", (dist.get_world_size(),))
-    with tritonnet.backend("reference"):
-        every_way_of_every_operator(mesh)
-        models(mesh)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    every_way_of_every_operator(mesh)
+    models(mesh)
