@@ -53,6 +53,16 @@ def conv2d(x, w, stride, padding, dilation):
     return _empty(x, (x.shape[0], w.shape[0], *size), x, w)
 
 
+def input_size(dy, w, size, groups):
+    """The size of an image's gradient, of which `size` gives the height and width."""
+    return dy.shape[0], w.shape[1] * groups, *size[2:]
+
+
+def weight_size(dy, x, size, groups):
+    """The size of a weight's gradient, of which `size` gives the height and width."""
+    return dy.shape[1], x.shape[1] // groups, *size[2:]
+
+
 def conv2d_input_grad(dy, w, size):
     return _empty(dy, size, dy, w)
 

@@ -2,6 +2,7 @@
 
 import sys
 
+import tensor_parallel
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -58,6 +59,9 @@ def main(backend):
                 torch.testing.assert_close(whole(p.grad), q.grad)
             optimizer.step()
         no_update_from_another_process(rank)
+        if backend == "reference":
+            # The rules do not depend on what computes the parts.
+            tensor_parallel.check(mesh)
     dist.destroy_process_group()
 
 

@@ -28,6 +28,10 @@ CASES = {
     "stride 2": ((2, 16, 11, 10), (16, 3, 3), dict(stride=2, padding=1)),
     "stride over kernel": ((2, 3, 13, 14), (4, 2, 3), dict(stride=(3, 5))),
     "stride pair (1, 3)": ((2, 4, 9, 13), (4, 3, 3), dict(stride=(1, 3), padding=(0, 2))),
+    "stride over height": ((2, 3, 4, 11), (4, 2, 3), dict(stride=(7, 2), padding=(1, 2))),
+    "stride over image, dilated groups": (
+        (2, 40, 5, 4), (34, 3, 2), dict(stride=(20, 9), dilation=(2, 3), padding=(3, 2), groups=2),
+    ),
     "dilation": ((2, 4, 13, 12), (5, 3, 3), dict(dilation=(2, 3), padding=2)),
     "dilation shares a factor with stride": (
         (2, 17, 14, 15), (16, 3, 4), dict(stride=(4, 2), dilation=(2, 2), padding=3),
@@ -221,6 +225,29 @@ def test_empty_batch(groups, backend, device):
 def test_unbatched(backend, device):
     x, w = torch.randn(3, 6, 7, device=device).double(), torch.randn(4, 3, 3, 3, device=device).double()
     torch.testing.assert_close(F.conv2d(x, w).cpu(), TF.conv2d(x.cpu(), w.cpu()))
+
+
+@pytest.mark.parametrize(
+    "channels, groups, stride", [(17, 1, 5), (3, 1, 5), (3, 3, 9)], ids=["many channels", "few", "depthwise"]
+)
+def test_a_stride_over_the_image_has_no_more_programs(channels, groups, stride, device, monkeypatch):
+    """No more than the least stride that the kernel treats alike: phases without a pixel are not computed."""
+    from tritonnet.kernels import launchers, launching
+
+    grids, launch = [], launching.launch
+
+    def recorded(kernel, grid, *args, **options):
+        grids.append(grid)
+        return launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(launching, "launch", recorded)
+    # A launch that is planned already would not be seen.
+    launching.forget()
+    dy = torch.randn(2, channels, 1, 1, device=device)
+    w = torch.randn(channels, channels // groups, 3, 3, device=device)
+    for s in (stride, 20):
+        launchers.conv2d_input_grad(dy, w, (2, channels, 5, 5), (s, s), (0,) * 4, (1, 1), groups, "zeros")
+    assert grids and grids[: len(grids) // 2] == grids[len(grids) // 2 :]
 
 
 def test_only_the_gradients_asked_for(device):

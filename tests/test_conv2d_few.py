@@ -24,6 +24,8 @@ CASES = {
     "patches beside each other": ((1, 3, 32, 32), (24, 3, 8, 8), (8, 8), (0,) * 4),
     "strides and padding of their own": ((2, 2, 19, 16), (7, 2, 3, 5), (3, 1), (0, 2, 5, 1)),
     "pixels between windows": ((2, 5, 12, 12), (9, 5, 2, 1), (3, 4), (0,) * 4),
+    "stride over height": ((2, 3, 4, 11), (20, 3, 2, 3), (7, 2), (1, 1, 2, 2)),
+    "stride over image": ((2, 3, 5, 4), (20, 3, 3, 2), (20, 9), (3, 1, 2, 2)),
     "few output channels": ((2, 20, 9, 12), (3, 20, 3, 3), (1, 1), (1,) * 4),
     "few output channels, strided": ((2, 33, 10, 8), (1, 33, 4, 4), (2, 2), (1,) * 4),
     "more filters than columns": ((1, 1, 9, 8), (40, 1, 3, 3), (1, 1), (1,) * 4),

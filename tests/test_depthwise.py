@@ -35,6 +35,10 @@ FORMS = {
         (3, 1, 11, 29), (3, 4), dict(stride=(2, 9), dilation=(1, 3), padding=2), True,
         {}, dict(ADJACENT=False), {},
     ),
+    "a stride over the image": (
+        (3, 2, 5, 4), (3, 3), dict(stride=(7, 20), dilation=(1, 2), padding=2), True,
+        {}, dict(ADJACENT=False, PHASES_H=5, PHASES_W=4), {},
+    ),
     "vectors of pixels": (
         (3, 2, 7, 16), (3, 5), dict(padding=(1, 2)), False,
         dict(UNROLL=3, VECTOR=4), dict(ADJACENT=True, VECTOR=4), dict(ROWS=3, VECTOR=4),

@@ -1,4 +1,4 @@
-"""Two processes over gloo: DistributedDataParallel, fully_shard, and the training program under torchrun."""
+"""Two processes over gloo: DistributedDataParallel, fully_shard, DTensor, and the training program under torchrun."""
 
 import json
 import os
@@ -20,7 +20,10 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.mark.skipif(not INTERPRETER_RUNS, reason="the interpreter of triton 3.6 needs numpy before 2.4")
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_data_parallel_and_sharded(backend):
-    """Gradients of both halves of the batch, averaged, are those of one process and of torch's own layers."""
+    """Gradients of both halves of the batch, averaged, are those of one process and of torch's own layers.
+
+    With the reference DTensor runs in the same processes, which take longer to start: see tensor_parallel.py.
+    """
     result = run_python(*TORCHRUN, "tests/distributed_worker.py", backend, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-3000:]
 

@@ -41,6 +41,7 @@ LAYERS = [
     [
         Group("FLOPs", "tritonnet/flops.py"),
         Group("decompositions", "tritonnet/decompositions.py"),
+        Group("sharding", "tritonnet/sharding.py"),
         Group("imports", "tritonnet/imports.py", None, alone=True),
     ],
     [Group("derivatives", "tritonnet/autograd/*"), Group("vmap", "tritonnet/batching.py")],

@@ -7,7 +7,7 @@ from pathlib import Path as _Path
 if _find_spec(f"{__name__}.kernels") is None:
     __path__.append(str(_Path(__file__).parents[1]))
 
-from . import flops, nn
+from . import flops, nn, sharding
 from .conversion import convert, revert
 from .decompositions import decompositions
 from .dispatch import backend, count_launches
@@ -17,6 +17,7 @@ from .lenet import LeNet
 from .train_step import TrainStep
 
 when_imported("torch.utils.flop_counter", flops.register)
+when_imported("torch.distributed.tensor", sharding.register)
 
 __version__ = "0.1.0"
 __all__ = [

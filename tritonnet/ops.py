@@ -1,4 +1,9 @@
-"""The operators: a schema, the shapes of the results, and the choice of kernels or reference at run time."""
+"""The operators: a schema, the shapes of the results, and the choice of kernels or reference at run time.
+
+A convolution's gradient takes the size of its result, of which only the height and width count: how many images and
+channels there are the other tensors say. For DTensor gives each process the size of the whole result, and parts of the
+tensors (see sharding.py).
+"""
 
 import torch
 
@@ -7,11 +12,27 @@ from .kernels import shapes
 from .registration import register_operator
 
 
-def _operator(schema, fake):
+def _operator(schema, fake, size=None):
+    """The operator of a schema, with the function `fake` for uninitialised results.
+
+    Args:
+        size: for a gradient of a convolution, whose arguments are dy, other tensors, a size, stride, padding, dilation,
+            groups and more: function of dy, the last tensor, the size and groups that returns the size to be computed.
+    """
     name, lists = schema.partition("(")[0], "[]" in schema
+    if size is not None:
+        at, fake_of_size = schema.partition("] size")[0].count(","), fake
+
+        def sized(args):
+            return *args[:at], size(args[0], args[at - 1], args[at], args[at + 4]), *args[at + 1 :]
+
+        def fake(*args):
+            return fake_of_size(*sized(args))
 
     def run(*args):
         device = args[0].device
+        if size is not None:
+            args = sized(args)
         if lists:
             # The dispatcher turns pairs and sizes into lists, but launch plans are cached by hashable values.
             args = [tuple(a) if isinstance(a, list) else a for a in args]
@@ -43,10 +64,12 @@ conv2d = _operator(
 conv2d_input_grad = _operator(
     f"conv2d_input_grad(Tensor dy, Tensor w, SymInt[] size, {_GEOMETRY}) -> Tensor",
     lambda dy, w, size, *geometry: shapes.conv2d_input_grad(dy, w, size),
+    shapes.input_size,
 )
 conv2d_weight_grad = _operator(
     f"conv2d_weight_grad(Tensor dy, Tensor x, SymInt[] size, {_GEOMETRY}, bool with_bias) -> (Tensor, Tensor)",
     lambda dy, x, size, *geometry_with_bias: shapes.conv2d_weight_grad(dy, x, size, geometry_with_bias[-1]),
+    shapes.weight_size,
 )
 conv2d_grads = _operator(
     f"conv2d_grads(Tensor dy, Tensor x, Tensor w, {_GEOMETRY}, bool with_bias) -> (Tensor, Tensor, Tensor)",
@@ -64,6 +87,7 @@ conv2d_relu_weight_grad = _operator(
     f"conv2d_relu_weight_grad(Tensor dy, Tensor y, Tensor x, SymInt[] size, {_GEOMETRY}, bool with_bias) "
     "-> (Tensor, Tensor)",
     lambda dy, y, x, size, *geometry_with_bias: shapes.conv2d_weight_grad(y, x, size, geometry_with_bias[-1]),
+    shapes.weight_size,
 )
 conv2d_relu_max_pool2d = _operator(
     f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}, {_POOL}, bool ceil_mode) "
@@ -76,6 +100,7 @@ conv2d_relu_max_pool2d_input_grad = _operator(
     f"conv2d_relu_max_pool2d_input_grad(Tensor dy, Tensor code, Tensor w, SymInt[] size, {_GEOMETRY}, {_POOL}) "
     "-> Tensor",
     lambda dy, code, w, size, *geometry: shapes.conv2d_relu_max_pool2d_input_grad(dy, code, w, size),
+    shapes.input_size,
 )
 conv2d_relu_max_pool2d_weight_grad = _operator(
     f"conv2d_relu_max_pool2d_weight_grad(Tensor dy, Tensor code, Tensor x, SymInt[] size, {_GEOMETRY}, {_POOL}, "
@@ -83,6 +108,7 @@ conv2d_relu_max_pool2d_weight_grad = _operator(
     lambda dy, code, x, size, *geometry_with_bias: shapes.conv2d_relu_max_pool2d_weight_grad(
         dy, code, x, size, geometry_with_bias[-1]
     ),
+    shapes.weight_size,
 )
 conv2d_relu_max_pool2d_grads = _operator(
     f"conv2d_relu_max_pool2d_grads(Tensor dy, Tensor code, Tensor x, Tensor w, {_GEOMETRY}, {_POOL}, bool with_bias) "

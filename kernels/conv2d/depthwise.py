@@ -127,8 +127,8 @@ def depthwise_input_grad_kernel(
     stride_wo: tl.constexpr, stride_wh: tl.constexpr, stride_ww: tl.constexpr,
     C: tl.constexpr, MULT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr,
-    DIVISOR_W: tl.constexpr, STEP_W: tl.constexpr, INVERSE_W: tl.constexpr,
+    DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr, PHASES_H: tl.constexpr,
+    DIVISOR_W: tl.constexpr, STEP_W: tl.constexpr, INVERSE_W: tl.constexpr, PHASES_W: tl.constexpr,
     ADJACENT: tl.constexpr, UNITS: tl.constexpr, MEET: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -142,9 +142,9 @@ def depthwise_input_grad_kernel(
     pid = tl.program_id(0).to(INDEX)
     tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = pid % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    phase_h = pid // tiles_c % SH
-    phase_w = pid // tiles_c // SH % SPACE
-    p = pid // tiles_c // SH // SPACE * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    phase_h = pid // tiles_c % PHASES_H
+    phase_w = pid // tiles_c // PHASES_H % PHASES_W
+    p = pid // tiles_c // PHASES_H // PHASES_W * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     n, row, line = place(p, lines, rows, inverse_lines, inverse_rows)
     ih = row * SH + phase_h
     iw = line * (LINE * SPACE) + phase_w
@@ -203,15 +203,15 @@ def _input_grad(dy, w, dx, stride, padding, dilation):
         line = lines.line_for(size, cdiv(W, SW), True)
         meet = 1, 1, -DW // window_w.divisor, 0, lines.taps_of(cdiv(KW, window_w.step)), line
     per_row, rows = cdiv(W, line if adjacent else line * SW), cdiv(H, SH)
-    P = N * rows * per_row
+    P, phases_h, phases_w = N * rows * per_row, min(SH, H), 1 if adjacent else min(SW, W)
     block_p, block_c = lines.blocks(size, P, C, channels)
     steps, units = lines.steps_of((dy, max(channels, in_y)), (dx, max(channels, in_x)))
     numbers = P, per_row, rows, reciprocal(per_row), reciprocal(rows), H, W, OH, OW, *steps
-    return (cdiv(P, block_p) * cdiv(C, block_c) * SH * (1 if adjacent else SW),), numbers, dict(
+    return (cdiv(P, block_p) * cdiv(C, block_c) * phases_h * phases_w,), numbers, dict(
         **filter_strides(w.stride()), C=C, MULT=w.shape[0] // C, KH=KH, KW=KW,
         SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
-        DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
-        DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
+        DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse, PHASES_H=phases_h,
+        DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse, PHASES_W=phases_w,
         ADJACENT=adjacent, UNITS=units, MEET=(*meet, in_y), VECTOR=in_x,
         UNROLL=lines.unrolled(cdiv(KH, window_h.step), KW, inner),
         INDEX=index_type(dy, w, dx), ACC=acc_type(dy.dtype), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **OPTIONS,

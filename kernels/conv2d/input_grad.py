@@ -4,9 +4,9 @@
 
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 
-Pixels with the same (ih + PH) % SH and (iw + PW) % SW, a phase, are reached by the same taps: every STEP-th from a
-first one. Within a phase the gradient is a convolution of stride 1, so that no products with inserted zeros are
-computed. C and OC count the channels of one group.
+Pixels with the same ih % SH and iw % SW, a phase, are reached by the same taps: every STEP-th from a first one. Within
+a phase the gradient is a convolution of stride 1, so that no products with inserted zeros are computed. An image of
+fewer rows than SH has one phase for each row, and likewise for columns. C and OC count the channels of one group.
 
 Source: the split by phase is the usual one of transposed convolutions (Shi et al. 2016,
 https://arxiv.org/abs/1609.07009).
@@ -47,8 +47,8 @@ def conv2d_input_grad_kernel(
     stride_xh, stride_xw,
     C: tl.constexpr, OC: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr,
-    DIVISOR_W: tl.constexpr, STEP_W: tl.constexpr, INVERSE_W: tl.constexpr,
+    DIVISOR_H: tl.constexpr, STEP_H: tl.constexpr, INVERSE_H: tl.constexpr, PHASES_H: tl.constexpr,
+    DIVISOR_W: tl.constexpr, STEP_W: tl.constexpr, INVERSE_W: tl.constexpr, PHASES_W: tl.constexpr,
     WALK: tl.constexpr, UNITS: tl.constexpr,
     INDEX: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -61,25 +61,25 @@ def conv2d_input_grad_kernel(
 
     # GEMM of a phase: M = N * QH * QW, N = C, K = OC * taps, where QH * QW is the largest number of pixels in a phase
     offs_m, offs_n, rest = tile_of(tl.program_id(0).to(INDEX), M, C, BLOCK_M, BLOCK_N)
-    phase_w = rest % SW
-    phase_h = rest // SW % SH
-    group = rest // SW // SH
+    phase_w = rest % PHASES_W
+    phase_h = rest // PHASES_W % PHASES_H
+    group = rest // PHASES_W // PHASES_H
 
-    kh0 = first_tap(phase_h, DIVISOR_H, STEP_H, INVERSE_H, KH)
-    kw0 = first_tap(phase_w, DIVISOR_W, STEP_W, INVERSE_W, KW)
+    kh0 = first_tap(phase_h + PH, DIVISOR_H, STEP_H, INVERSE_H, KH)
+    kw0 = first_tap(phase_w + PW, DIVISOR_W, STEP_W, INVERSE_W, KW)
     taps_h, taps_w = tl.cdiv(KH - kh0, STEP_H), tl.cdiv(KW - kw0, STEP_W)
 
     offs_k = tl.arange(0, BLOCK_K).to(INDEX)
     QW = tl.cdiv(W, SW)
     n = offs_m // PIXELS
     pixel = offs_m - n * PIXELS
-    ih = pixel // QW * SH + (phase_h + SH - PH % SH) % SH
-    iw = pixel % QW * SW + (phase_w + SW - PW % SW) % SW
+    row, column = pixel // QW, pixel % QW
+    ih, iw = row * SH + phase_h, column * SW + phase_w
     mask_m, mask_n = offs_m < M, offs_n < C
     if SH * SW > 1:
         mask_m &= (ih < H) & (iw < W)
     # The output position of the first tap; that of each further tap is DH / DIVISOR_H (DW / DIVISOR_W) less.
-    oh0, ow0 = (ih + PH - kh0 * DH) // SH, (iw + PW - kw0 * DW) // SW
+    oh0, ow0 = row + (phase_h + PH - kh0 * DH) // SH, column + (phase_w + PW - kw0 * DW) // SW
 
     dy_ptr += group * OC * stride_yc
     w_ptr += group * OC * stride_wo + kh0 * stride_wh + kw0 * stride_ww
@@ -138,7 +138,8 @@ def conv2d_input_grad_kernel(
 def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = dx.shape, w.shape, dy.shape[2:]
     (SH, SW), (DH, DW), OC = stride, dilation, OC // groups
-    QH, QW = cdiv(H, SH), cdiv(W, SW)
+    QH, QW, phases_h, phases_w = cdiv(H, SH), cdiv(W, SW), min(SH, H), min(SW, W)
+    repeats = phases_h * phases_w * groups
     reach = patches.reach((H, W), (OH, OW), (KH, KW), stride, padding, dilation)
     index = index_type(dy, w, dx, reach=extent(dy, *reach))
     window_h, window_w = Window.of(SH, DH), Window.of(SW, DW)
@@ -146,16 +147,16 @@ def _input_grad(dy, w, dx, stride, padding, dilation, groups, precision):
     walk, even = patches.walk_for(OC, taps_h, taps_w), SH * SW == 1
     K, taps = (OC * KH * KW, 1) if walk == "flat" else (OC, taps_h * taps_w)
     family = patches.family_for(walk, dy, w)
-    tile = gemm_tile(family, N * QH * QW, C, K, dy.dtype, precision, taps=taps, repeats=SH * SW * groups)
+    tile = gemm_tile(family, N * QH * QW, C, K, dy.dtype, precision, taps=taps, repeats=repeats)
     tile = patches.fitted(tile, index, OC <= patches.SHORT_K)
     steps, units = in_units(dy.itemsize, *strides(dy), *strides(w))
     steps_x, units_x = dense_steps(dx) if even else in_units(dx.itemsize, QH * QW, *dx.stride()[:2], 0)
     rows_x, units_rows = in_units(dx.itemsize, *dx.stride()[2:])
     numbers = N, H, W, OH, OW, cdiv(OC, tile.K), *steps, *steps_x, *rows_x
-    return (cdiv(N * QH * QW, tile.M) * cdiv(C, tile.N) * SH * SW * groups,), numbers, dict(
+    return (cdiv(N * QH * QW, tile.M) * cdiv(C, tile.N) * repeats,), numbers, dict(
         C=C, OC=OC, KH=KH, KW=KW, SH=SH, SW=SW, PH=padding[0], PW=padding[2], DH=DH, DW=DW,
-        DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse,
-        DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse,
+        DIVISOR_H=window_h.divisor, STEP_H=window_h.step, INVERSE_H=window_h.inverse, PHASES_H=phases_h,
+        DIVISOR_W=window_w.divisor, STEP_W=window_w.step, INVERSE_W=window_w.inverse, PHASES_W=phases_w,
         WALK=walk, UNITS=units + units_x + units_rows,
         INDEX=index, **product_types(dy.dtype, precision),
         **tile.blocks, **tile.options,

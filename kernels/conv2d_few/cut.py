@@ -44,7 +44,7 @@ class Reach(NamedTuple):
 
     @classmethod
     def of_gradient(cls, block, K, S, P):
-        """For a block of the input's gradient; the stride divides its size."""
+        """For a block of the input's gradient; the stride divides its size, or it is the only one."""
         first = -((K - 1 - P) // S)
         return cls(first, (block - 1 + P) // S - first + 1, block // S)
 
@@ -91,11 +91,16 @@ class Cut(NamedTuple):
         return {name: getattr(self, name) for name in names} | edges
 
 
-def candidates(sides, gradient, channels, kernel, stride, padding, pixels, unit):
-    """The Cuts of an image with `channels` whose blocks have `sides` pixels, times the stride in the input gradient."""
-    steps, reach = (stride, Reach.of_gradient) if gradient else ((1, 1), Reach.of_pixels)
-    for sides_of_block in itertools.product(sides, sides):
-        block = tuple(side * step for side, step in zip(sides_of_block, steps))
+def least_block(gradient, size, stride):
+    """(rows, columns) of the smallest block: in the input gradient of as many as the stride, if there are so many."""
+    return (min(stride[0], size[0]), min(stride[1], size[1])) if gradient else (1, 1)
+
+
+def candidates(sides, gradient, channels, size, kernel, stride, padding, pixels, unit):
+    """The Cuts of an image with `channels`, whose blocks are `sides` times the least one for `size` (H, W) pixels."""
+    (least_h, least_w), reach = least_block(gradient, size, stride), Reach.of_gradient if gradient else Reach.of_pixels
+    for side_h, side_w in itertools.product(sides, sides):
+        block = side_h * least_h, side_w * least_w
         reaches = [reach(block[i], kernel[i], stride[i], padding[2 * i]) for i in range(2)]
         for u in (unit >> i for i in range(unit.bit_length())):
             if reaches[1].step * (channels if pixels else 1) % u == 0:

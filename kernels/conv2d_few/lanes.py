@@ -14,7 +14,7 @@ import triton.language as tl
 from .._common import INTERPRETED, OPTIONS, cdiv, index_type, named_strides, place, reciprocal, strides
 from ..epilogue import constant, finished, of_channels
 from ..launching import planned, remembered
-from .cut import FAR, Cut, candidates, in_index
+from .cut import FAR, Cut, candidates, in_index, least_block
 
 
 @triton.jit
@@ -159,12 +159,12 @@ SUMS, PRODUCTS, ELEMENTS = 32, 640, 200
 @remembered
 def form_for(gradient, channels, result, size, kernel, stride, padding, unit):
     """The Form that takes the fewest instructions by a model, or None if none serves; `size` is that of the result."""
-    forms, of_stride = [], stride if gradient else (1, 1)
-    for cut in candidates((1, 2, 4), gradient, channels, kernel, stride, padding, False, unit):
+    forms, least = [], least_block(gradient, size, stride)
+    for cut in candidates((1, 2, 4), gradient, channels, size, kernel, stride, padding, False, unit):
         pixels = cut.BH * cut.BW
         # Of each filter's taps, those that meet a pixel of the block, and how often a row of them is loaded.
-        taps = pixels * math.prod(kernel) // math.prod(of_stride)
-        loads = cut.BH * math.prod(kernel) // of_stride[0]
+        taps = pixels * math.prod(kernel) // math.prod(least)
+        loads = cut.BH * math.prod(kernel) // least[0]
         most = min(SUMS // pixels, PRODUCTS // max(taps, 1))
         if most < 1 or cut.PATCH_H * cut.RUN > ELEMENTS:
             continue

@@ -182,7 +182,7 @@ def form_for(format, itemsize, gradient, channels, result, size, kernel, stride,
     """
     forms = []
     along = result if pixels_out else 1
-    for cut in candidates(SIDES, gradient, channels, kernel, stride, padding, pixels, unit):
+    for cut in candidates(SIDES, gradient, channels, size, kernel, stride, padding, pixels, unit):
         wanted, adjacent = result * cut.BH * cut.BW, math.gcd(cut.BW * along, size[1] * along, 8)
         n = clamped_power(wanted, 16, 128 if format == "half" and adjacent > 1 else 64)
         k = 16 if format == "ieee" else 64 if format == "half" and cut.length >= 512 else 32

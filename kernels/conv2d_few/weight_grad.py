@@ -210,7 +210,7 @@ class Form(NamedTuple):
 def _form(format, itemsize, channels, result, size, kernel, stride, padding, pixels, pixels_y, unit, unit_y):
     """The Form that takes the least cycles by the model of product.form_for; `size` is that of dy."""
     forms = []
-    for cut in candidates(SIDES, False, channels, kernel, stride, padding, pixels, unit):
+    for cut in candidates(SIDES, False, channels, size, kernel, stride, padding, pixels, unit):
         rows = result * cut.BH * cut.BW
         # In tf32 wgmma, which takes 64 rows, cannot read operands in this order.
         m = clamped_power(rows, 16, 32 if format == "tf32" else 64)
