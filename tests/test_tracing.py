@@ -209,6 +209,8 @@ def test_when_imported(tmp_path, monkeypatch):
     del sys.modules["imported_later"]
     importlib.import_module("imported_later")
     assert called == [12345, "at once"]
+    with pytest.warns(UserWarning, match="tritonnet has no rules for imported_later: KeyError: 'changed'"):
+        when_imported("imported_later", lambda: {}["changed"])
 
 
 def test_importing_imports_no_tool():

@@ -3,6 +3,7 @@
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -27,15 +28,26 @@ class _Finder(importlib.abc.MetaPathFinder):
         def run_and_call(module):
             run(module)
             sys.meta_path.remove(self)
-            self.function()
+            _call(self.name, self.function)
 
         spec.loader.exec_module = run_and_call  # type: ignore[method-assign]
         return spec
 
 
-def when_imported(name: str, function: Callable[[], object]) -> None:
-    """Call function() now if the module `name` has been imported, or else right after it is imported."""
-    if name in sys.modules:
+def _call(name, function):
+    try:
         function()
+    except Exception as e:
+        warnings.warn(f"tritonnet has no rules for {name}: {type(e).__name__}: {e}", stacklevel=2)
+
+
+def when_imported(name: str, function: Callable[[], object]) -> None:
+    """Call function() now if the module `name` has been imported, or else right after it is imported.
+
+    What it raises, such as for names that a later release of PyTorch lacks, is a warning: whoever imports the module may
+    not need these rules.
+    """
+    if name in sys.modules:
+        _call(name, function)
     else:
         sys.meta_path.insert(0, _Finder(name, function))
