@@ -44,8 +44,8 @@ def _call(name, function):
 def when_imported(name: str, function: Callable[[], object]) -> None:
     """Call function() now if the module `name` has been imported, or else right after it is imported.
 
-    What it raises, such as for names that a later release of PyTorch lacks, is a warning: whoever imports the module may
-    not need these rules.
+    What it raises, such as for names that a later release of PyTorch lacks, is a warning: whoever imports the module
+    may not need these rules.
     """
     if name in sys.modules:
         _call(name, function)
