@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as _torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .nn import functional as F
 from .nn._attention import multi_head_attention_forward
@@ -33,32 +34,33 @@ _PLAIN = torch.Tensor, torch.nn.Parameter
 class _Serve(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # A tensor of another class may not know our functions.
         if func in _SERVED and "out" not in kwargs and all([cls in _PLAIN for cls in types]):
-            func = _SERVED[func]
+            # A tensor of another class, such as DTensor, may not know our operators.
+            if not any([is_traceable_wrapper_subclass(t) for t in (*args, *kwargs.values())]):
+                func = _SERVED[func]
         return func(*args, **kwargs)
 
 
 def serve() -> TorchFunctionMode:
-    """Compute the calls of torch's functions inside a `with` block by ours, in layers and code that cannot be changed.
+    """Compute calls of torch's functions inside a `with` block by ours, in code and layers that cannot be changed.
 
         with tritonnet.serve():
-            y = model(x)  # F.conv2d, torch.relu, x.relu() ... in it run on tritonnet's kernels, and so do gradients
+            loss = criterion(model(x), y)  # F.conv2d, torch.relu, x.relu() ... in it run on tritonnet's kernels
+        loss.backward()  # and so do their gradients
 
-    Inside the block a call of torch's conv2d, linear, max_pool2d, avg_pool2d, adaptive_avg_pool2d, cross_entropy,
-    multi_head_attention_forward or of an activation that tritonnet has (relu, relu6, hardtanh, leaky_relu, silu,
-    hardswish, gelu, sigmoid, hardsigmoid), as a function of torch or torch.nn.functional or as a method of a tensor,
-    does what the function of that name in tritonnet.nn.functional does. So do torch.nn's own layers, which call these,
-    and subclasses that change a weight before torch's convolution. Every other call is torch's, as are these with
-    `out` or with tensors of a subclass. Gradients of a result are ours wherever they are taken, inside or outside.
+    Inside the block these functions of torch, of torch.nn.functional and of tensors do what those of the same names in
+    tritonnet.nn.functional do: conv2d, linear, max_pool2d, avg_pool2d, adaptive_avg_pool2d, cross_entropy, relu, relu6,
+    hardtanh, leaky_relu, silu, hardswish, gelu, sigmoid, hardsigmoid; and multi_head_attention_forward's products are
+    ours. So torch.nn's layers are served too, and subclasses that change a weight before they call F.conv2d. All else
+    is torch's, as are these with `out` or with tensors of a subclass.
 
-    It holds for this thread, until the block ends, by an exception too, and may be nested. Calls within torch's C++
-    code, such as the fast path of torch.nn.TransformerEncoder, are not seen; inside the block torch does not take that
-    path. Every call of any function of torch in the block takes a microsecond or two longer, so that `convert` is the
-    better way for layers that it serves.
+    The block counts for its own thread, for code that torch.compile compiles as well, and may be nested. Functions that
+    torch calls in C++ are not seen; the fast path of torch.nn.TransformerEncoder is one, and not taken in the block.
+    Every call of a function of torch in the block takes some microseconds longer: `convert` is better for what it
+    serves, and so is `fuse` for the rest if Dynamo can capture it.
 
     Returns:
-        a context manager, a torch.overrides.TorchFunctionMode.
+        a context manager.
 
     Source: https://docs.pytorch.org/docs/stable/torch.overrides.html
     """
