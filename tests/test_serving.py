@@ -6,6 +6,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as TF
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import tritonnet
 import tritonnet.nn.functional as F
@@ -140,6 +142,47 @@ def test_fuse_leaves_calls_with_out(device):
     torch.testing.assert_close(tritonnet.fuse(model)(*arguments), theirs)
 
 
+def of_graph(program):
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_tracers(device):
+    """torch.export and make_fx record our operators in the block; torch.fx, which records functions, torch's."""
+
+    class Sum(torch.nn.Module):
+        def forward(self, x):
+            return x.relu() + torch.relu(x)
+
+    model, x = Sum(), torch.randn(3, device=device)
+    with tritonnet.serve(), tritonnet.backend("reference"):
+        for strict in (False, True):
+            found = of_graph(torch.export.export(model, (x,), strict=strict))
+            assert found == ["tritonnet.relu.default"] * 2 + ["aten.add.Tensor"]
+        assert of_graph(make_fx(model)(x)) == found
+        assert not any("tritonnet" in target for target in of_graph(torch.fx.symbolic_trace(model)))
+
+
+def test_with_other_modes_and_autocast(device):
+    x, w = torch.randn(2, 3, device=device), torch.randn(4, 3, device=device)
+    for outer, inner in ((torch.device(device), tritonnet.serve()), (tritonnet.serve(), torch.device(device))):
+        with outer, inner, torch.autocast(device.type, torch.bfloat16), tritonnet.count_launches() as launches:
+            y = TF.linear(x, w)
+        assert y.dtype == torch.bfloat16 and launches["linear_forward_kernel"] == 1
+
+
+def test_checkpoint_in_which_the_block_is_opened(device):
+    net, x = torch.nn.Linear(3, 4).to(device), torch.randn(2, 3, device=device, requires_grad=True)
+
+    def served(x):
+        with tritonnet.serve():
+            return torch.relu(net(x))
+
+    with tritonnet.count_launches() as launches:
+        grad = torch.autograd.grad(checkpoint(served, x, use_reentrant=False).sum(), x)
+    assert launches["relu_kernel"] == 2
+    torch.testing.assert_close(grad, torch.autograd.grad(torch.relu(net(x)).sum(), x))
+
+
 class Standardized(torch.nn.Conv2d):
     """A weight that is standardised by F.batch_norm and multiplied by a gain, as in timm's ScaledStdConv2d."""
 
@@ -243,9 +286,11 @@ WAYS = {
     "serve": Served,
     "fuse": lambda model: tritonnet.fuse(tritonnet.convert(model)),
     "compile in serve": lambda model: Served(torch.compile(model, backend="eager", fullgraph=True)),
-    "serve in compile": lambda model: torch.compile(Served(model), backend="aot_eager", fullgraph=True),
+    "serve in compile": lambda model: torch.compile(Served(model), backend="eager", fullgraph=True),
 }
-CASES = [(way, name) for way in WAYS for name in MODELS if "compile" not in way or name in ("standardised", "encoder")]
+# In training gradients are taken, and in evaluation none are recorded.
+CASES = [(way, name, training) for way in ("serve", "fuse") for name in MODELS for training in (True, False)]
+CASES += [(way, *of) for way in WAYS if "compile" in way for of in (("standardised", True), ("encoder", False))]
 # Kernels that compute a convolution or a product with a weight in a forward, and how many.
 FORWARDS = {
     "conv2d_forward_kernel": 1, "few_channels_product_kernel": 1, "depthwise_forward_kernel": 1,
@@ -253,8 +298,7 @@ FORWARDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("way", "name"), CASES)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("way", "name", "training"), CASES)
 def test_models(way, name, training, device, without_fast_path):
     """Results and gradients are torch's in float64, and every convolution and product is on our kernels."""
     torch._dynamo.reset()

@@ -31,11 +31,16 @@ _SERVED = OURS | _IN_EAGER
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
 
+def _is_plain(cls):
+    """Whether a class of tensors overrides no functions, as those of tracers, like FakeTensor, do not."""
+    return cls in _PLAIN or cls.__torch_function__ is torch.nn.Parameter.__torch_function__
+
+
 class _Serve(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _SERVED and "out" not in kwargs and all([cls in _PLAIN for cls in types]):
-            # A tensor of another class, such as DTensor, may not know our operators.
+        if func in _SERVED and "out" not in kwargs and all([_is_plain(cls) for cls in types]):
+            # Others, such as DTensor, override operators, and may not know ours.
             if not any([is_traceable_wrapper_subclass(t) for t in (*args, *kwargs.values())]):
                 func = _SERVED[func]
         return func(*args, **kwargs)
@@ -54,10 +59,11 @@ def serve() -> TorchFunctionMode:
     ours. So torch.nn's layers are served too, and subclasses that change a weight before they call F.conv2d. All else
     is torch's, as are these with `out` or with tensors of a subclass.
 
-    The block counts for its own thread, for code that torch.compile compiles as well, and may be nested. Functions that
-    torch calls in C++ are not seen; the fast path of torch.nn.TransformerEncoder is one, and not taken in the block.
-    Every call of a function of torch in the block takes some microseconds longer: `convert` is better for what it
-    serves, and so is `fuse` for the rest if Dynamo can capture it.
+    The block counts for its own thread, for code that torch.compile compiles as well, and may be nested. A function
+    under torch.utils.checkpoint, which runs again in backward, has to open it itself. Functions that torch calls in C++
+    are not seen; the fast path of torch.nn.TransformerEncoder is one, and not taken in the block. Every call of a
+    function of torch in the block takes some microseconds longer: `convert` is better for what it serves, and so is
+    `fuse` for the rest if Dynamo can capture it.
 
     Returns:
         a context manager.
