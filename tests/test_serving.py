@@ -318,6 +318,22 @@ def test_models(way, name, training, device, without_fast_path):
     torch.testing.assert_close(*results)
 
 
+def test_attention_follows_replaced_functions(device, monkeypatch, without_fast_path):
+    """As other libraries replace torch.nn.functional.scaled_dot_product_attention."""
+    attention, x = torch.nn.MultiheadAttention(8, 2, batch_first=True).to(device), torch.randn(2, 5, 8, device=device)
+    calls, theirs = [], TF.scaled_dot_product_attention
+
+    def replacement(*args, **kwargs):
+        calls.append(args)
+        return theirs(*args, **kwargs)
+
+    expected = attention(x, x, x, need_weights=False)[0]
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", replacement)
+    with tritonnet.serve():
+        torch.testing.assert_close(attention(x, x, x, need_weights=False)[0], expected)
+    assert len(calls) == 1
+
+
 def test_without_the_switch_torch_takes_its_fast_path(device):
     """A whole layer in C++ in evaluation without gradients: fuse leaves it, and serve does not."""
     torch._dynamo.reset()

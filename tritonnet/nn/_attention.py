@@ -1,4 +1,4 @@
-"""torch.nn.functional.multi_head_attention_forward with its products on our kernels."""
+"""torch.nn.functional.multi_head_attention_forward with its products by weights on our kernels."""
 
 from types import FunctionType
 from typing import Any
@@ -7,27 +7,35 @@ import torch.nn.functional as _torch
 
 from .functional import linear
 
-# torch's functions that multiply by weights, the last of which calls the others.
-_FUNCTIONS = (
-    _torch._in_projection_packed, _torch._in_projection, _torch.multi_head_attention_forward,
-)  # fmt: skip
-# What they call. Another library may replace some of it, such as scaled_dot_product_attention, and then expects a call.
-_CALLED = {name: vars(_torch)[name] for f in _FUNCTIONS for name in f.__code__.co_names if name in vars(_torch)}
-_GLOBALS: dict[str, Any] = {**_CALLED, "__builtins__": __builtins__, "linear": linear}
+_THEIRS: Any = _torch.multi_head_attention_forward
 
 
-def _with_our_linear(function):
-    """The function as it is written, in which `linear` is ours."""
-    made = FunctionType(function.__code__, _GLOBALS, function.__name__, function.__defaults__, function.__closure__)
+def _called_by(function):
+    """{name: value} of torch.nn.functional's members that a function of that module uses."""
+    return {name: vars(_torch)[name] for name in function.__code__.co_names if name in vars(_torch)}
+
+
+def _with(function, members):
+    """The function as it is written, with these members of its module."""
+    made = FunctionType(function.__code__, members, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 
 
-_GLOBALS |= {function.__name__: _with_our_linear(function) for function in _FUNCTIONS[:2]}
-_forward = _with_our_linear(_FUNCTIONS[2])
+# The functions that it calls for the products of its inputs.
+_PROJECTIONS = {
+    name: value
+    for name, value in _called_by(_THEIRS).items()
+    if isinstance(value, FunctionType) and "linear" in value.__code__.co_names and value is not _THEIRS
+}
+_MEMBERS = dict(item for f in (_THEIRS, *_PROJECTIONS.values()) for item in _called_by(f).items())
+_OURS: dict[str, Any] = {**_MEMBERS, "__builtins__": __builtins__, "linear": linear}
+_OURS |= {name: _with(projection, _OURS) for name, projection in _PROJECTIONS.items()}
+_ours = _with(_THEIRS, _OURS)
 
 
 def multi_head_attention_forward(*args, **kwargs):
     """torch.nn.functional.multi_head_attention_forward; its arguments and results."""
-    unchanged = all([vars(_torch)[name] is function for name, function in _CALLED.items()])
-    return (_forward if unchanged else _torch.multi_head_attention_forward)(*args, **kwargs)
+    # Who replaces a member, such as scaled_dot_product_attention, expects it to be called.
+    unchanged = all([vars(_torch)[name] is member for name, member in _MEMBERS.items()])
+    return (_ours if unchanged else _THEIRS)(*args, **kwargs)
