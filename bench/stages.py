@@ -32,15 +32,15 @@ KERNEL_TESTS = (
 OTHER_TESTS = (
     "test_distributed", "test_citizenship", "test_networks", "test_gradcheck", "test_peers", "test_properties",
     "test_layers", "test_fusion", "test_epilogue_patterns", "test_faithful", "test_recognition", "test_conversion",
-    "test_launching", "test_dispatch", "test_in_place", "test_defaults", "test_errors", "test_cli", "test_examples",
-    "test_huge",
+    "test_serving", "test_launching", "test_dispatch", "test_in_place", "test_defaults", "test_errors", "test_cli",
+    "test_examples", "test_huge",
 )  # fmt: skip
 # What these test is the same on every machine.
 WITHOUT_GPU = (
     "test_bench", "test_compiled", "test_files", "test_images", "test_inference", "test_machine_code",
     "test_package", "test_ptx", "test_ptx_bulk", "test_ptx_faults", "test_ptx_matrices", "test_ptx_tensor",
-    "test_ptx_tensor_faults", "test_step_on_host", "test_structure", "test_tiles", "test_tracing", "test_tune",
-    "test_verify", "test_warm", "test_watch",
+    "test_ptx_tensor_faults", "test_step_on_host", "test_structure", "test_tiles", "test_tools", "test_tracing",
+    "test_tune", "test_verify", "test_warm", "test_watch",
 )  # fmt: skip
 # A test of the interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"

@@ -47,6 +47,7 @@ LAYERS = [
     [Group("derivatives", "tritonnet/autograd/*"), Group("vmap", "tritonnet/batching.py")],
     [Group("functions", "tritonnet/nn/functional.py tritonnet/nn/_[!_]*.py")],
     [Group("layers", "tritonnet/nn/*")],
+    [Group("serving", "tritonnet/serving.py")],
     [Group("patterns", "tritonnet/calls.py tritonnet/patterns.py")],
     [Group("compiler", "tritonnet/compiler.py")],
     [Group("fusion", "tritonnet/fusion.py")],

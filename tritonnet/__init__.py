@@ -14,6 +14,7 @@ from .dispatch import backend, count_launches
 from .fusion import fuse
 from .imports import when_imported
 from .lenet import LeNet
+from .serving import serve
 from .train_step import TrainStep
 
 when_imported("torch.utils.flop_counter", flops.register)
@@ -31,4 +32,5 @@ __all__ = [
     "fuse",
     "nn",
     "revert",
+    "serve",
 ]

@@ -1,5 +1,6 @@
 """What the calls of a captured graph compute: the functions, methods and operators of patterns, torch's and ours."""
 
+import inspect
 import operator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import ops
 from .nn import functional as F
+from .serving import OURS
 
 CONV, LINEAR, RELU, POOL = "conv2d", "linear", "relu", "max_pool2d"
 
@@ -83,19 +85,10 @@ def _pixel_means(x, keepdim):
     return y if keepdim else torch.ops.aten._unsafe_view.default(y, y.shape[:2])
 
 
-# torch's functions and methods that ours of these names take the same arguments as.
-_SAME: dict[str, list[Any]] = {
-    "conv2d": [torch.conv2d], "linear": [torch_functional.linear],
-    "max_pool2d": [torch_functional.max_pool2d, torch.max_pool2d],
-    "avg_pool2d": [torch_functional.avg_pool2d], "adaptive_avg_pool2d": [torch_functional.adaptive_avg_pool2d],
-    "relu": [torch_functional.relu, torch.relu, "relu"], "relu_": [torch.relu_, "relu_"],
-    "relu6": [torch_functional.relu6], "hardtanh": [torch_functional.hardtanh],
-    "hardtanh_": [torch_functional.hardtanh_], "leaky_relu": [torch_functional.leaky_relu],
-    "leaky_relu_": [torch_functional.leaky_relu_], "silu": [torch_functional.silu],
-    "hardswish": [torch_functional.hardswish], "gelu": [torch_functional.gelu],
-    "sigmoid": [torch_functional.sigmoid, torch.sigmoid, "sigmoid"], "hardsigmoid": [torch_functional.hardsigmoid],
-}  # fmt: skip
-_OURS = {target: getattr(F, name) for name, targets in _SAME.items() for target in targets}
+# Our functions for torch's, of which methods are called by name in a graph.
+_OURS: dict[Any, Any] = {
+    theirs.__name__ if inspect.ismethoddescriptor(theirs) else theirs: ours for theirs, ours in OURS.items()
+}
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Other calls whose results are new tensors and that write to none.
 _NEW = {
@@ -166,7 +159,8 @@ def _pair(value):
 
 
 def is_call(node):
-    return node.op in ("call_function", "call_method")
+    """Whether the node is a call, of those that this file knows: one with `out`, which it writes, is another."""
+    return node.op in ("call_function", "call_method") and "out" not in node.kwargs
 
 
 def steps_of(node):
@@ -192,7 +186,7 @@ def overwritten_by(node):
 
 def _is_new(node):
     """Whether the node gives a new tensor or the one that it overwrites, and keeps no other name of it."""
-    if not is_call(node) or "out" in node.kwargs:
+    if not is_call(node):
         return False
     known = any(node.target in targets for targets in (_ACTIVATION_OF, _ADDITIONS, _NORMS, _NEW))
     return known or bool(steps_of(node))
@@ -335,6 +329,10 @@ def ours_of(node):
         return _OURS[node.target], node.args, node.kwargs
     means = None if node.target in _POOLINGS else means_of(node)
     return means and (_pixel_means, means, {})
+
+
+def is_attention(node):
+    return is_call(node) and node.target is torch_functional.multi_head_attention_forward
 
 
 def product_of(node):

@@ -344,8 +344,13 @@ def fuse_patterns(graph, elementwise=True):
 
 def _is_exact(node):
     """Whether our function of the same name does exactly what the call of torch's does."""
-    values = list(map(value_of, [node, *node.all_input_nodes]))
-    if any(value is None or is_traceable_wrapper_subclass(value) for value in values):
+    inputs = list(map(value_of, node.all_input_nodes))
+    if any(value is None or is_traceable_wrapper_subclass(value) for value in inputs):
+        return False
+    if calls.is_attention(node):  # it has two results, and only its products are ours
+        return True
+    values = value_of(node), *inputs
+    if values[0] is None or is_traceable_wrapper_subclass(values[0]):
         return False
     # Autocast may cast what torch's function takes.
     if values[0].dtype != values[1].dtype and steps_of(node) not in ((CONV,), (LINEAR,)):

@@ -43,8 +43,10 @@ def is_served(*tensors):
 
 def _in_onnx_export():
     """Whether torch.onnx is exporting, which has translations of torch's own operators alone."""
-    # The first two take less time than the third, which is true in them alone.
-    return (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+    # The first two take less time than the third, which is true in them alone. The first is what
+    # torch.compiler.is_exporting() returns: by a call of that, Dynamo tells code that behaves otherwise when compiled,
+    # which a fused model leaves to Python (compiler.py).
+    return (torch.compiler._is_exporting_flag or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 def as_pair(function, name, value):

@@ -1,0 +1,73 @@
+"""Gives calls of torch's own functions, in code that cannot be changed, to ours of the same arguments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as _torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .nn import functional as F
+from .nn._attention import multi_head_attention_forward
+
+# torch's functions and methods that ours of these names take the same arguments as, except `out`.
+_SAME: dict[str, list[Callable]] = {
+    "conv2d": [torch.conv2d], "linear": [_torch.linear],
+    "max_pool2d": [_torch.max_pool2d, torch.max_pool2d],
+    "avg_pool2d": [_torch.avg_pool2d], "adaptive_avg_pool2d": [_torch.adaptive_avg_pool2d],
+    "relu": [_torch.relu, torch.relu, Tensor.relu], "relu_": [torch.relu_, Tensor.relu_],
+    "relu6": [_torch.relu6], "hardtanh": [_torch.hardtanh], "hardtanh_": [_torch.hardtanh_],
+    "leaky_relu": [_torch.leaky_relu], "leaky_relu_": [_torch.leaky_relu_], "silu": [_torch.silu],
+    "hardswish": [_torch.hardswish], "gelu": [_torch.gelu],
+    "sigmoid": [_torch.sigmoid, torch.sigmoid, Tensor.sigmoid], "hardsigmoid": [_torch.hardsigmoid],
+}  # fmt: skip
+OURS: dict[Any, Callable] = {theirs: getattr(F, name) for name, functions in _SAME.items() for theirs in functions}
+OURS[_torch.multi_head_attention_forward] = multi_head_attention_forward
+# Those that a captured graph does not hold as one call.
+_IN_EAGER = {_torch.max_pool2d_with_indices: F.max_pool2d_with_indices, _torch.cross_entropy: F.cross_entropy}
+_SERVED = OURS | _IN_EAGER
+_PLAIN = torch.Tensor, torch.nn.Parameter
+
+
+def _is_plain(cls):
+    """Whether a class of tensors overrides no functions, as those of tracers, like FakeTensor, do not."""
+    return cls in _PLAIN or cls.__torch_function__ is torch.nn.Parameter.__torch_function__
+
+
+class _Serve(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _SERVED and "out" not in kwargs and all([_is_plain(cls) for cls in types]):
+            # Others, such as DTensor, override operators, and may not know ours.
+            if not any([is_traceable_wrapper_subclass(t) for t in (*args, *kwargs.values())]):
+                func = _SERVED[func]
+        return func(*args, **kwargs)
+
+
+def serve() -> TorchFunctionMode:
+    """Compute calls of torch's functions inside a `with` block by ours, in code and layers that cannot be changed.
+
+        with tritonnet.serve():
+            loss = criterion(model(x), y)  # F.conv2d, torch.relu, x.relu() ... in it run on tritonnet's kernels
+        loss.backward()  # and so do their gradients
+
+    Inside the block these functions of torch, of torch.nn.functional and of tensors do what those of the same names in
+    tritonnet.nn.functional do: conv2d, linear, max_pool2d, avg_pool2d, adaptive_avg_pool2d, cross_entropy, relu, relu6,
+    hardtanh, leaky_relu, silu, hardswish, gelu, sigmoid, hardsigmoid; and multi_head_attention_forward's products are
+    ours. So torch.nn's layers are served too, and subclasses that change a weight before they call F.conv2d. All else
+    is torch's, as are these with `out` or with tensors of a subclass.
+
+    The block counts for its own thread, for code that torch.compile compiles as well, and may be nested. A function
+    under torch.utils.checkpoint, which runs again in backward, has to open it itself. Functions that torch calls in C++
+    are not seen; the fast path of torch.nn.TransformerEncoder is one, and not taken in the block. Every call of a
+    function of torch in the block takes some microseconds longer: `convert` is better for what it serves, and so is
+    `fuse` for the rest if Dynamo can capture it.
+
+    Returns:
+        a context manager.
+
+    Source: https://docs.pytorch.org/docs/stable/torch.overrides.html
+    """
+    return _Serve()
