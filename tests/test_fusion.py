@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as tnn
 import torch.nn.functional as TF
-from conftest import by_turns, thorough_if
+from conftest import by_turns, pairs, thorough_if
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from written import forward_of
@@ -138,13 +138,13 @@ def images(device):
     return torch.rand(3, 1, 28, 28, dtype=torch.float64, device=device)
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, converted, backend", pairs(MODELS, (False, True), ("triton", "reference")), ids=str)
 def test_numbers_and_gradients(name, converted, backend, device):
     before, after = pair(name, device, converted)
     x = images(device)
-    for training in (True, False):
-        torch.testing.assert_close(step(after, x, training), step(before, x, training), rtol=1e-9, atol=1e-9)
+    with tritonnet.backend(backend):
+        for training in (True, False):
+            torch.testing.assert_close(step(after, x, training), step(before, x, training), rtol=1e-9, atol=1e-9)
     assert type(after) is type(before) and repr(after) == repr(before)
     assert list(after.state_dict()) == list(before.state_dict())
     assert [n for n, _ in after.named_modules()] == [n for n, _ in before.named_modules()]
