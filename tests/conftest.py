@@ -91,6 +91,15 @@ if DEVICE == "cpu":
 torch.set_num_threads(1)  # one thread, for the same reason as OPENBLAS_NUM_THREADS
 
 
+def pytest_configure(config):
+    """Under pytest -n a process that has run out of tests takes some of another's.
+
+    By default each process is given a quarter of its share at once, and all slow tests are in that of the first.
+    """
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out the thorough tests unless they are asked for, and puts the slowest first.
 

@@ -506,9 +506,8 @@ OF_TOOLS = {"symbolic_trace", "flops", "decomposes", "profiled"}
 
 
 # Tracers see the operators and not what serves them, so that these rows are the same on both. Of them the kernels have
-# that of Inductor's code, which calls them.
-TRACED = {name for name in CHECKS if name.startswith(("compile", "export", "make_fx", "jit_trace"))}
-TRACED -= {"compiles_inductor"}
+# that of Inductor's code, which calls them. Nested transforms, too, are calls of operators that other rows make.
+TRACED = {name for name in CHECKS if name.startswith(("compile", "export", "make_fx"))} - {"compiles_inductor"}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -525,7 +524,10 @@ SWITCHES = {"conv2d_relu", "linear_relu", "conv2d_epilogue", "linear_epilogue"}
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in SWITCHES])
 @pytest.mark.parametrize(
     "check",
-    thorough_if(lambda check: check in TRACED, [name for name in CHECKS if name not in SLOW_ON_KERNELS | OF_TOOLS]),
+    thorough_if(
+        lambda check: check in TRACED | {"transforms"},
+        [name for name in CHECKS if name not in SLOW_ON_KERNELS | OF_TOOLS],
+    ),
 )
 def test_on_the_kernels(check, operator, device):
     with tritonnet.backend("triton"), tritonnet.count_launches() as launches:

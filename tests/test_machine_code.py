@@ -88,6 +88,7 @@ def test_machine_code(target):
             assert row in chains, f"{target}: the row {row} of the chain's tiles has not been compiled"
 
 
+@pytest.mark.thorough
 def test_a_network_by_the_model():
     """Forward and backward of ResNet-50's convolutions, over the least time that the card allows them."""
     if triton.__version__ != budgets.BUDGETS["triton"]:
