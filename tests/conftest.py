@@ -6,6 +6,7 @@ TRITONNET_TEST_DEVICE=sm_80, sm_90 or sm_100 runs the kernels' compiled code for
 import dataclasses
 import gzip
 import importlib.util
+import itertools
 import os
 import struct
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 
 # pytest -n auto spreads the suite over the cores by processes, not threads. numpy reads this when it loads its library.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Nor does Inductor start processes of its own to compile in.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Without it torch refuses cuBLAS's products under deterministic algorithms. It is read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -32,6 +35,8 @@ DEVICE = os.environ.get("TRITONNET_TEST_DEVICE") or ("cuda" if torch.cuda.is_ava
 # The architecture whose code is run on the CPU. Its device is "cpu:0", as "cpu" stands for the interpreter.
 EMULATED = DEVICE if DEVICE.startswith("sm_") else None
 DEVICE = "cpu:0" if EMULATED else DEVICE
+# Whether tests marked `thorough` run too: see tests/README.md. Only the interpreter's run leaves them out unasked.
+THOROUGH = os.environ.get("TRITONNET_TEST_THOROUGH", "0" if DEVICE == "cpu" else "1") == "1"
 # Decides all that the ISA leaves open there: the order of warps and programs, and when copies land.
 SEED = int(os.environ.get("TRITONNET_TEST_SEED", 0))
 if DEVICE == "cpu":
@@ -86,9 +91,25 @@ if DEVICE == "cpu":
 torch.set_num_threads(1)  # one thread, for the same reason as OPENBLAS_NUM_THREADS
 
 
-def pytest_collection_modifyitems(items):
-    """The slowest tests, and those that others wait for, run first, so that none of them runs alone at the end."""
-    first = "test_machine_code[", "test_as_compiled[", "test_training_reaches_97_percent"
+def pytest_configure(config):
+    """Under pytest -n a process that has run out of tests takes some of another's.
+
+    By default each process is given a quarter of its share at once, and all slow tests are in that of the first.
+    """
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the thorough tests unless they are asked for, and puts the slowest first.
+
+    So none of these runs alone at the end; the training comes first, too, as other tests wait for it.
+    """
+    left_out = [item for item in items if item.get_closest_marker("thorough") and not THOROUGH]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    first = "test_machine_code[", "test_each_kernel_once", "test_as_compiled[", "test_training_reaches_97_percent"
     items.sort(key=lambda item: not item.name.startswith(first))  # stable: the others keep their order
 
 
@@ -179,6 +200,28 @@ def backend(request):
         yield request.param
 
 
+def thorough_if(left_out, cases):
+    """Cases for `parametrize`, of which those with left_out(*case) run in a thorough run only."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.thorough] * bool(left_out(*case))) for case in cases]
+
+
+def by_turns(many, few):
+    """Cases (one of many, one of few) for `parametrize`; the thorough run has all, another gives `few` by turns."""
+    cases = [(a, b, few[i % len(few)] != b) for i, a in enumerate(many) for b in few]
+    return [pytest.param(a, b, marks=[pytest.mark.thorough] * left_out) for a, b, left_out in cases]
+
+
+def pairs(first, second, third):
+    """Cases (first, second, third) for `parametrize`, of which a thorough run has all.
+
+    Another run has half of them if the third are two: each pair of values of two of the three occurs in them.
+    """
+    numbered = itertools.product(*map(enumerate, (first, second, third)))
+    cases = [(a, b, c, (i + j + k) % len(third)) for (i, a), (j, b), (k, c) in numbered]
+    return [pytest.param(a, b, c, marks=[pytest.mark.thorough] * bool(left_out)) for a, b, c, left_out in cases]
+
+
 def run_python(*args, **variables):
     """Runs Python in a new process in the project's root; variables set to None are removed from its environment."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -200,19 +243,24 @@ def write_mnist(folder, train_x, train_y, test_x, test_y, zipped=False):
         write_idx(folder, f"{part}-labels-idx1-ubyte", labels, zipped)
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """(folder of a run, what it printed): the README's command on the CPU, run once for all tests.
+def printed_once(tmp_path_factory, name, arguments, **variables):
+    """(a folder, what Python printed): run once for all tests, with the folder's path after the arguments.
 
     Under pytest -n one process runs it and the others wait.
     """
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "lenet"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     printed = folder.with_suffix(".txt")
     with FileLock(str(folder) + ".lock"):
         if not printed.exists():
-            arguments = ("-m", "tritonnet", "train", "--device", "cpu", "--out", str(folder))
-            result = run_python(*arguments, TRITON_INTERPRET=None, OMP_NUM_THREADS="1")
+            result = run_python(*arguments, str(folder), **variables)
             assert result.returncode == 0, result.stderr
             printed.write_text(result.stdout, encoding="utf-8")
     return folder, printed.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(folder of a run, what it printed): the README's command on the CPU."""
+    arguments = ("-m", "tritonnet", "train", "--device", "cpu", "--out")
+    return printed_once(tmp_path_factory, "lenet", arguments, TRITON_INTERPRET=None, OMP_NUM_THREADS="1")

@@ -20,7 +20,7 @@ import pytest
 import small_launches as launches
 import torch
 import torch.nn.functional as TF
-from conftest import EMULATED
+from conftest import EMULATED, THOROUGH
 from small_launches import random
 from test_train_step import sequential
 
@@ -255,7 +255,7 @@ def test_overwritten_operand(dtype, machine):
 
 
 # bfloat16 and tf32 share the seeds, as a training step takes over a second; TRITONNET_TEST_SEEDS=20 runs more of them.
-COUNT = int(os.environ.get("TRITONNET_TEST_SEEDS", 6))
+COUNT = int(os.environ.get("TRITONNET_TEST_SEEDS", 6 if THOROUGH else 4))
 SEEDS = {"bfloat16": range(0, COUNT, 2), "tf32": range(1, COUNT, 2)}
 
 

@@ -4,7 +4,7 @@ import re
 from importlib.metadata import version
 
 import pytest
-from conftest import run_python
+from conftest import THOROUGH, run_python
 
 TRITON = version("triton")
 # Planted bugs change the code that this release of Triton generates.
@@ -16,21 +16,28 @@ fenced = pytest.mark.skipif(
 )
 
 
+# A convolution, fused layers and the fusion with pooling; a thorough run has every case.
+FEW = "conv2d-bfloat16 or chain-bfloat16 or pooled-bfloat16"
+
+
 # sm_100 in one format: all of compiled.py takes longer on it than on the other two.
 @pytest.mark.parametrize(
     "arch, file, which",
     [
-        pytest.param("sm_80", "compiled.py", ""),
         pytest.param("sm_90", "compiled.py", "", marks=fenced),
-        pytest.param("sm_80", "planted.py", "", marks=of_this_release),
         pytest.param("sm_90", "planted.py", "", marks=of_this_release),
-        pytest.param("sm_100", "compiled.py", "bfloat16 or under_tf32", marks=fenced),
+        pytest.param("sm_80", "compiled.py", FEW),
+        pytest.param("sm_100", "compiled.py", FEW, marks=fenced),
+        pytest.param("sm_80", "compiled.py", "", marks=pytest.mark.thorough),
+        pytest.param("sm_80", "planted.py", "", marks=[of_this_release, pytest.mark.thorough]),
+        pytest.param("sm_100", "compiled.py", "bfloat16 or under_tf32", marks=[fenced, pytest.mark.thorough]),
     ],
 )
 def test_as_compiled(arch, file, which, record_property):
     """In a process of its own: in this one Triton's kernels may be interpreted."""
     command = "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{file}", "-k", which
-    result = run_python(*command, TRITONNET_TEST_DEVICE=arch, TRITON_INTERPRET=None, PYTEST_ADDOPTS=None)
+    of_all = {"TRITONNET_TEST_THOROUGH": str(int(THOROUGH))}
+    result = run_python(*command, TRITONNET_TEST_DEVICE=arch, TRITON_INTERPRET=None, PYTEST_ADDOPTS=None, **of_all)
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr
     ran = re.search(r"^programs run as compiled for .*: .*\w+_kernel \d+.*$", result.stdout, re.M)
     assert ran, result.stdout

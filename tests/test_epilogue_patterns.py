@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as tnn
 import torch.nn.functional as TF  # noqa: F401  (forwards use it)
+from conftest import by_turns
 from test_fusion import compiled, nothing_captured  # noqa: F401  (a fixture)
 from torch.testing._internal.two_tensor import TwoTensor
 from written import forward_of
@@ -105,8 +106,7 @@ def tolerance_of(activation):
     return 1e-7 if activation == "hardsigmoid" else 1e-9
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name, converted", by_turns(ACTIVATIONS, (False, True)), ids=str)
 def test_activations(name, converted):
     """All of its forms in one forward, each behind a convolution, batch norm and a sum."""
     forms = ACTIVATIONS[name]
@@ -319,8 +319,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name, converted", by_turns(FORMATS, (False, True)), ids=str)
 def test_formats(name, converted):
     """The dtype is eager's; rounding once, the fused model is nearer to float64 than eager."""
     change, dtype, wrapped = FORMATS[name]

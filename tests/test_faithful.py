@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn as tnn
 import torch.nn.functional as TF
+from conftest import THOROUGH, by_turns
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import prune
@@ -25,7 +26,7 @@ from written import forward_of
 import tritonnet
 
 # Forwards drawn at random; the suite has time for some of them.
-DRAWN = int(os.environ.get("TRITONNET_TEST_FORWARDS", 40))
+DRAWN = int(os.environ.get("TRITONNET_TEST_FORWARDS", 40 if THOROUGH else 15))
 
 
 @pytest.fixture(autouse=True)
@@ -258,8 +259,7 @@ def images():
     return torch.randn(2, 1, 8, 8, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", FORWARDS)
+@pytest.mark.parametrize("name, training", by_turns(FORWARDS, (True, False)), ids=str)
 def test_forwards(name, training):
     assert_faithful(with_forward(FORWARDS[name]).double().train(training), images())
 
@@ -377,8 +377,7 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
-@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("name, converted", by_turns(REPLACED, (False, True)), ids=str)
 def test_methods_that_are_replaced_later(name, converted, monkeypatch):
     torch.manual_seed(0)
     model = tnn.Sequential(Net(), tnn.Flatten(), tnn.Linear(36, 3)).double().eval()

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as TF
+from conftest import pairs
 from exact import DTYPES
 
 import tritonnet
 import tritonnet.nn as nn
 import tritonnet.nn.functional as F
 
+LAYOUTS = torch.contiguous_format, torch.channels_last
 # name: sizes of input and weight, the convolution's arguments, the pooling's arguments
 CASES = {
     "LeNet conv1": ((3, 1, 16, 16), (6, 1, 5, 5), {}, {}),
@@ -66,9 +68,7 @@ def integers(size, most):
     return torch.randint(-most, most + 1, size).double()
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, dtype, layout", pairs(CASES, DTYPES, LAYOUTS), ids=str)
 def test_the_same_bits(case, dtype, layout, backend, device):
     """test_conv2d and test_max_pool2d compare the separate layers with float64."""
     modules = [module.to(device, dtype) for module in layers(case)]
@@ -155,9 +155,7 @@ FIRST_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FIRST_LAYERS)
+@pytest.mark.parametrize("case, dtype, layout", pairs(FIRST_LAYERS, DTYPES, LAYOUTS), ids=str)
 def test_weight_gradient_alone(case, dtype, layout, device):
     """The same bits as together with the images' gradient, for which a masked dy is written."""
     images, size, arguments, masks = FIRST_LAYERS[case]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as tnn
 import torch.nn.functional as TF
+from conftest import by_turns, pairs, thorough_if
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from written import forward_of
@@ -137,20 +138,19 @@ def images(device):
     return torch.rand(3, 1, 28, 28, dtype=torch.float64, device=device)
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, converted, backend", pairs(MODELS, (False, True), ("triton", "reference")), ids=str)
 def test_numbers_and_gradients(name, converted, backend, device):
     before, after = pair(name, device, converted)
     x = images(device)
-    for training in (True, False):
-        torch.testing.assert_close(step(after, x, training), step(before, x, training), rtol=1e-9, atol=1e-9)
+    with tritonnet.backend(backend):
+        for training in (True, False):
+            torch.testing.assert_close(step(after, x, training), step(before, x, training), rtol=1e-9, atol=1e-9)
     assert type(after) is type(before) and repr(after) == repr(before)
     assert list(after.state_dict()) == list(before.state_dict())
     assert [n for n, _ in after.named_modules()] == [n for n, _ in before.named_modules()]
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, converted", by_turns(MODELS, (False, True)), ids=str)
 def test_what_it_reports(name, converted):
     make, found = MODELS[name]
     model = make().double()
@@ -395,8 +395,7 @@ def patterns_in(line):
 LINEARS = ("fc", "aux1", *map(str, range(15, 30)))
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name, converted", by_turns(NETWORKS, (False, True)), ids=str)
 def test_networks(name, converted):
     """Every pattern that they have, and one graph for each mode; values and gradients are eager's."""
     make, *rows = NETWORKS[name]
@@ -429,7 +428,7 @@ def test_the_backend(options, device):
             torch.testing.assert_close(step(ours, x, True), step(model, x, True), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("how", ["the backend", "fuse"])
+@pytest.mark.parametrize("how", thorough_if(lambda how: how == "the backend", ["the backend", "fuse"]))
 def test_inductor_compiles_what_is_left(how):
     torch.manual_seed(0)
     model = WithModules().eval()

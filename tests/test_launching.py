@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import run_python
+from conftest import printed_once
 
 from tritonnet.kernels._common import divide, reciprocal
 
@@ -33,10 +33,9 @@ def test_division_by_a_reciprocal(device, dtype):
 
 
 @pytest.fixture(scope="module")
-def planned():
-    result = run_python("tests/planned_launches.py", TRITON_INTERPRET=None)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+def planned(tmp_path_factory):
+    _, printed = printed_once(tmp_path_factory, "planned", ["tests/planned_launches.py"], TRITON_INTERPRET=None)
+    return json.loads(printed)
 
 
 @pytest.mark.parametrize("which", ["calls", "tf32", "descriptors", "another device"])

@@ -1,4 +1,4 @@
-"""Every kernel compiles for each target GPU in every tile and format, within the budgets, without a GPU.
+"""Every kernel compiles for sm_90, and in a thorough run for each target in every tile and format, within the budgets.
 
 This shows what no interpreter does: shapes that tl.dot refuses, types that change inside a loop, spilled registers,
 products that miss the matrix units, loads of single elements, times that cannot be good.
@@ -34,12 +34,32 @@ def every_kernel():
 # card tf32 uses the same kernels as float32. On sm_80 and sm_100 tf32 would take as long again.
 SHORT = ("bfloat16", "float32")
 BRIEF = {"sm_80": SHORT, "sm_90": (*SHORT, "tf32", "float64"), "sm_100": SHORT, "gfx942": SHORT}
+# A layer of each kind.
+SAMPLE = "few channels", "linear, norm", "depthwise, norm", "pool", "images' means, NCHW", "loss", "elementwise"
 
 
+def within_budgets(records):
+    assert records and not (found := list(budgets.violations(records))), "\n".join(found)
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
+def test_a_sample_for_the_others(target):
+    within_budgets(report.compile_for(target, ["bfloat16"], "--brief", "--once", "--only", *SAMPLE))
+
+
+def test_each_kernel_once():
+    """For sm_90 in bfloat16, or float32 where only that has the kernel, with all launches of the main shapes."""
+    records = report.compile_for("sm_90", ["bfloat16", "float32"], "--brief", "--once")
+    within_budgets(records)
+    assert {r["kernel"] for r in records} == every_kernel()
+    assert {(r["format"], r["case"]) for r in records} >= cases.MAIN
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code(target):
-    records = report.compile_all([target], BRIEF[target], brief=True)[target]
-    assert not (found := list(budgets.violations(records))), "\n".join(found)
+    records = report.compile_all([target], BRIEF[target], "--brief")[target]
+    within_budgets(records)
     # AMD's matrix units have full float32.
     absent = {"few_channels_lanes_kernel"} if target == "gfx942" else set()
     capability = {"sm_80": 8, "sm_90": 9, "sm_100": 10}.get(target, 0)
@@ -68,6 +88,7 @@ def test_machine_code(target):
             assert row in chains, f"{target}: the row {row} of the chain's tiles has not been compiled"
 
 
+@pytest.mark.thorough
 def test_a_network_by_the_model():
     """Forward and backward of ResNet-50's convolutions, over the least time that the card allows them."""
     if triton.__version__ != budgets.BUDGETS["triton"]:

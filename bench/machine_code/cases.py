@@ -25,6 +25,11 @@ from .. import FORMATS
 
 # The architecture and the formats for which bounds on times are computed.
 BOUNDED = "sm_90", ("bfloat16", "tf32", "float32")
+# (format, case) of shapes of which --once has every launch.
+MAIN = {
+    ("bfloat16", case)
+    for case in ("ResNet 3x3, 64", "ResNet 3x3, 256", "ResNet NCHW 3x3, 64", "ResNet 1x1, 64 to 256", "linear 4096^3")
+}
 # The formats of LeNet's launches.
 LENET = "bfloat16", "tf32", "float32"
 

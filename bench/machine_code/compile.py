@@ -1,6 +1,6 @@
 """Compiles every kernel for a GPU that need not be there, as its launcher would launch it.
 
-    python -m bench.machine_code.compile sm_90 bfloat16 float64 [--brief]
+    python -m bench.machine_code.compile sm_90 bfloat16 float64 [--brief] [--once] [--only CASE ...]
 
 Runs the launchers over CPU tensors with each launch replaced by its compilation, and prints one JSON object a line for
 each kernel compiled, or one with an "error" where that failed. TRITON_INTERPRET must not be set. Compiled kernels are
@@ -37,10 +37,10 @@ class NoDevice:
         return 0
 
 
-def compile_instead(target, report):
+def compile_instead(target, report, left_out=lambda kernel: False):
     """From now on, compile every launch for the target and pass it to report(name, launch, kernel) without running it.
 
-    Where compilation fails, `kernel` is the exception.
+    Where compilation fails, `kernel` is the exception. Launches of kernels that are left out do nothing.
     """
     # Compiling makes many objects and little garbage: at its usual rate, garbage collection takes 8 % of the time.
     gc.freeze()
@@ -49,6 +49,8 @@ def compile_instead(target, report):
     run = JITFunction.run
 
     def compile(self, *args, grid, warmup, **kwargs):
+        if left_out(self):
+            return
         launch = Launch(**dict(zip(self.arg_names, args)), **kwargs, grid=grid)
         # An error in LLVM may end the process; this line then names the kernel.
         print(f"compiling {self.fn.__name__}", file=sys.stderr, flush=True)
@@ -66,6 +68,8 @@ def main():
     parser.add_argument("arch", choices=TARGETS)
     parser.add_argument("format", choices=FORMATS, nargs="+")
     parser.add_argument("--brief", action="store_true")
+    parser.add_argument("--once", action="store_true", help="the first launch of each kernel, and cases.MAIN")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="cases with these names (default: all)")
     arguments = parser.parse_args()
     arch = arguments.arch
     target, compiled, label, seen = GPUTarget(*TARGETS[arch]), [], {}, set()
@@ -83,9 +87,19 @@ def main():
             seen.add(key)
             compiled.append((record, launch, kernel, bounded))
 
-    compile_instead(target, report)
+    launched = set()
+
+    def again(kernel):
+        if arguments.once and kernel in launched and (label["format"], label["case"]) not in cases.MAIN:
+            return True
+        launched.add(kernel)
+        return False
+
+    compile_instead(target, report, again)
     for format in arguments.format:
         for case, call in cases.calls(arch, format, arguments.brief):
+            if arguments.only and case not in arguments.only:
+                continue
             label.update(format=format, case=case)
             print(f"{arch}, {format}, {case}:", file=sys.stderr)
             call()

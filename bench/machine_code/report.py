@@ -31,9 +31,9 @@ from .budgets import bound, floor
 HERE = Path(__file__).parent
 
 
-def compile_for(arch, formats, brief=False):
+def compile_for(arch, formats, *options):
     """The records of bench.machine_code.compile for one architecture; RuntimeError with its output if it fails."""
-    command = [sys.executable, "-m", "bench.machine_code.compile", arch, *formats, *["--brief"] * brief]
+    command = [sys.executable, "-m", "bench.machine_code.compile", arch, *formats, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not records:
@@ -43,12 +43,12 @@ def compile_for(arch, formats, brief=False):
     return records
 
 
-def compile_all(archs, formats, brief=False):
+def compile_all(archs, formats, *options):
     """{architecture: records}, compiled by as many processes at a time as there are cores."""
     # float32 takes up to half as long as the others. The longest jobs start first, so that none runs alone at the end.
     parts = [[f for f in formats if f != "float32"], [f for f in formats if f == "float32"]]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [(arch, pool.submit(compile_for, arch, part, brief)) for part in parts if part for arch in archs]
+        jobs = [(arch, pool.submit(compile_for, arch, part, *options)) for part in parts if part for arch in archs]
         for _ in tqdm(concurrent.futures.as_completed([job for _, job in jobs]), total=len(jobs)):
             pass
         return {arch: [r for for_arch, job in jobs if for_arch == arch for r in job.result()] for arch in archs}
