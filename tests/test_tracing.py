@@ -118,6 +118,40 @@ def test_hooks_run_once():
     assert torch.equal(traced(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "is_leaf",
+    [
+        lambda module, usual: False if isinstance(module, torch.nn.Conv2d) else usual,
+        lambda module, usual: False if type(module).__name__ == "ReLU" else usual,
+        lambda module, usual: not getattr(module, "expand", False),
+    ],
+    ids=["by a base class", "by a name", "by an attribute"],
+)
+def test_a_tracer_that_asks_for_some_layers(is_leaf):
+    class Picky(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return is_leaf(module, super().is_leaf_module(module, name))
+
+    def kinds(nn):
+        model = torch.nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
+        model[1].expand = True
+        graph, classes = [n.op for n in Picky().trace(model).nodes], [type(layer) for layer in model]
+        assert classes == [nn.Conv2d, nn.ReLU, nn.MaxPool2d]
+        return graph
+
+    assert kinds(nn) == kinds(torch.nn)
+
+
+def test_layers_append_to_a_graph():
+    """A proxy that is made by hand has a tracer that does not know the model."""
+    traced, x = torch.fx.symbolic_trace(torch.nn.Identity()), torch.randn(2, 1, 4, 4)
+    (*_, output) = traced.graph.nodes
+    with traced.graph.inserting_before(output):
+        output.args = (nn.MaxPool2d(2)(nn.ReLU()(torch.fx.Proxy(output.args[0]))).node,)
+    traced.recompile()
+    assert torch.equal(traced(x), F.max_pool2d(torch.relu(x), 2))
+
+
 def test_a_parametrized_layer_is_a_leaf():
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     assert calls(model) == [("call_module", "0")]
