@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import operator
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -246,6 +247,27 @@ def test_when_imported(tmp_path, monkeypatch):
     assert called == [12345, "at once"]
     with pytest.warns(UserWarning, match="tritonnet has no rules for imported_later: KeyError: 'changed'"):
         when_imported("imported_later", lambda: {}["changed"])
+
+
+def test_when_imported_with_one_loader_for_several_modules(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "modules.zip", "w") as file:
+        file.writestr("zipped.py", "import zipped_too")
+        file.writestr("zipped_too.py", "")
+    monkeypatch.syspath_prepend(tmp_path / "modules.zip")
+    called = []
+    when_imported("zipped", lambda: called.append(sys.modules["zipped_too"]))
+    importlib.import_module("zipped")
+    assert called == [sys.modules["zipped_too"]]
+
+
+def test_when_imported_after_the_finders_have_been_replaced(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
+    called = []
+    (tmp_path / "replaces.py").write_text("import sys; sys.meta_path = sys.meta_path[1:]")
+    when_imported("replaces", lambda: called.append(1))
+    importlib.import_module("replaces")
+    assert called == [1]
 
 
 def test_importing_imports_no_tool():
