@@ -278,8 +278,15 @@ def test_importing_imports_no_tool():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_onnx_of_an_exported_program():
-    model, x = tritonnet.LeNet().eval(), torch.randn(2, 1, 32, 32)
-    program = torch.export.export(model, (x,))
-    run, _ = exported(program.run_decompositions(tritonnet.decompositions()), x)
+@pytest.mark.parametrize("name", ["LeNet", "resnet18", "mobilenet_v3"])
+def test_onnx_of_an_exported_program(name):
+    """In-place activations, too, are torch's operators then."""
+    if name == "LeNet":
+        model, x = tritonnet.LeNet().eval(), torch.randn(2, 1, 32, 32)
+    else:
+        model, x = tritonnet.convert(small(name)).eval(), torch.randn(2, 3, 32, 32)
+    program = torch.export.export(model, (x,)).run_decompositions(tritonnet.decompositions())
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"} - {operator.getitem}
+    assert {target.namespace for target in targets} == {"aten"}
+    run, _ = exported(program, x)
     torch.testing.assert_close(run(x), model(x).detach(), rtol=1e-4, atol=1e-5)
