@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import operator
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -118,6 +119,40 @@ def test_hooks_run_once():
     assert torch.equal(traced(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "is_leaf",
+    [
+        lambda module, usual: False if isinstance(module, torch.nn.Conv2d) else usual,
+        lambda module, usual: False if type(module).__name__ == "ReLU" else usual,
+        lambda module, usual: not getattr(module, "expand", False),
+    ],
+    ids=["by a base class", "by a name", "by an attribute"],
+)
+def test_a_tracer_that_asks_for_some_layers(is_leaf):
+    class Picky(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return is_leaf(module, super().is_leaf_module(module, name))
+
+    def kinds(nn):
+        model = torch.nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
+        model[1].expand = True
+        graph, classes = [n.op for n in Picky().trace(model).nodes], [type(layer) for layer in model]
+        assert classes == [nn.Conv2d, nn.ReLU, nn.MaxPool2d]
+        return graph
+
+    assert kinds(nn) == kinds(torch.nn)
+
+
+def test_layers_append_to_a_graph():
+    """A proxy that is made by hand has a tracer that does not know the model."""
+    traced, x = torch.fx.symbolic_trace(torch.nn.Identity()), torch.randn(2, 1, 4, 4)
+    (*_, output) = traced.graph.nodes
+    with traced.graph.inserting_before(output):
+        output.args = (nn.MaxPool2d(2)(nn.ReLU()(torch.fx.Proxy(output.args[0]))).node,)
+    traced.recompile()
+    assert torch.equal(traced(x), F.max_pool2d(torch.relu(x), 2))
+
+
 def test_a_parametrized_layer_is_a_leaf():
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     assert calls(model) == [("call_module", "0")]
@@ -214,6 +249,27 @@ def test_when_imported(tmp_path, monkeypatch):
         when_imported("imported_later", lambda: {}["changed"])
 
 
+def test_when_imported_with_one_loader_for_several_modules(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "modules.zip", "w") as file:
+        file.writestr("zipped.py", "import zipped_too")
+        file.writestr("zipped_too.py", "")
+    monkeypatch.syspath_prepend(tmp_path / "modules.zip")
+    called = []
+    when_imported("zipped", lambda: called.append(sys.modules["zipped_too"]))
+    importlib.import_module("zipped")
+    assert called == [sys.modules["zipped_too"]]
+
+
+def test_when_imported_after_the_finders_have_been_replaced(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
+    called = []
+    (tmp_path / "replaces.py").write_text("import sys; sys.meta_path = sys.meta_path[1:]")
+    when_imported("replaces", lambda: called.append(1))
+    importlib.import_module("replaces")
+    assert called == [1]
+
+
 def test_importing_imports_no_tool():
     """What takes long to import is waited for."""
     late = "torch._dynamo", "torch.distributed.tensor", "torch.onnx", "torch.utils.flop_counter"
@@ -222,8 +278,15 @@ def test_importing_imports_no_tool():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_onnx_of_an_exported_program():
-    model, x = tritonnet.LeNet().eval(), torch.randn(2, 1, 32, 32)
-    program = torch.export.export(model, (x,))
-    run, _ = exported(program.run_decompositions(tritonnet.decompositions()), x)
+@pytest.mark.parametrize("name", ["LeNet", "resnet18", "mobilenet_v3"])
+def test_onnx_of_an_exported_program(name):
+    """In-place activations, too, are torch's operators then."""
+    if name == "LeNet":
+        model, x = tritonnet.LeNet().eval(), torch.randn(2, 1, 32, 32)
+    else:
+        model, x = tritonnet.convert(small(name)).eval(), torch.randn(2, 3, 32, 32)
+    program = torch.export.export(model, (x,)).run_decompositions(tritonnet.decompositions())
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"} - {operator.getitem}
+    assert {target.namespace for target in targets} == {"aten"}
+    run, _ = exported(program, x)
     torch.testing.assert_close(run(x), model(x).detach(), rtol=1e-4, atol=1e-5)

@@ -23,14 +23,18 @@ class _Finder(importlib.abc.MetaPathFinder):
             self.asks_others = False
         if spec is None or spec.loader is None:
             return spec
-        run = spec.loader.exec_module
+        loader, run = spec.loader, spec.loader.exec_module
 
         def run_and_call(module):
+            # A loader may serve several modules, as that of a zip file does.
+            loader.exec_module = run  # type: ignore[method-assign]
             run(module)
-            sys.meta_path.remove(self)
+            # Others may have replaced the list.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _call(self.name, self.function)
 
-        spec.loader.exec_module = run_and_call  # type: ignore[method-assign]
+        loader.exec_module = run_and_call  # type: ignore[method-assign]
         return spec
 
 

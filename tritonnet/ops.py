@@ -9,7 +9,7 @@ import torch
 
 from .dispatch import implementation, on_device
 from .kernels import shapes
-from .registration import register_operator
+from .registration import register_functional, register_operator
 
 
 def _operator(schema, fake, size=None):
@@ -159,9 +159,11 @@ squeeze_excite = _operator(
 )
 relu = _operator("relu(Tensor x) -> Tensor", shapes.relu)
 relu_ = _operator("relu_(Tensor(a!) x) -> ()", lambda x: None)
+register_functional(relu_, relu)
 relu_grad = _operator("relu_grad(Tensor dy, Tensor y) -> Tensor", lambda dy, y: shapes.relu(y))
 epilogue = _operator(f"epilogue(Tensor x, {_EPILOGUE}) -> Tensor", lambda x, *_: shapes.relu(x))
 activate_ = _operator("activate_(Tensor(a!) x, str activation, float slope) -> ()", lambda x, *_: None)
+register_functional(activate_, lambda x, *activation: epilogue(x, *[None] * 5, 0.0, *activation))
 activation_grad = _operator(
     "activation_grad(Tensor dy, Tensor t, str activation, float slope) -> Tensor", lambda dy, t, *_: shapes.relu(t)
 )

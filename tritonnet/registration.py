@@ -79,6 +79,21 @@ def _register_writes(operator):
     _LIBRARY.impl(name, through_a_copy, "Negative")
 
 
+def register_functional(operator, function):
+    """Make torch's functionalization, as of exported programs, write function(*args), a new tensor, into the argument.
+
+    Without a rule the operator would stay in the graph, within one of torch's that has no decomposition.
+
+    Args:
+        operator: overwrites its first argument, its only tensor, and returns nothing.
+    """
+
+    def through_a_copy(x, *args):
+        x.copy_(function(x, *args))
+
+    _LIBRARY.impl(operator._schema.name.partition("::")[2], through_a_copy, "Functionalize")
+
+
 def in_transforms():
     """Whether torch.func's transforms are active."""
     return _are_functorch_transforms_active()

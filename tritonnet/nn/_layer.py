@@ -4,15 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch.fx import Proxy
-from torch.nn import Identity, Module
+from torch.fx import Proxy, Tracer
+from torch.nn import Module, Sequential
 
 from ._plain import is_plain
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
-
-# Stands for the layers of torch.nn where a tracer is asked about them.
-_LAYER = Identity()
 
 
 def layer(theirs: type[Module] | None = None) -> Callable[[Forward], Forward]:
@@ -44,7 +41,19 @@ def layer(theirs: type[Module] | None = None) -> Callable[[Forward], Forward]:
 
 def _is_leaf(module, tracer):
     """Whether a tracer that comes upon this layer would not trace through it if it were torch's."""
-    # torch's rule holds for the class itself. Hooks run before and after this call, and are traced.
-    if type(module).__module__ != "tritonnet.nn" or not is_plain(module, (type(module),)):
+    # Proxies that are made by hand have tracers that only append to a graph. torch's rule holds for the class itself.
+    # Hooks run before and after this call, and are traced.
+    cls = type(module)
+    if not isinstance(tracer, Tracer) or cls.__module__ != "tritonnet.nn" or not is_plain(module, (cls,)):
         return False
-    return module is not tracer.root and tracer.is_leaf_module(_LAYER, tracer.path_of_module(module))
+    return module is not tracer.root and _is_leaf_as_torchs(module, cls, tracer)
+
+
+def _is_leaf_as_torchs(module, cls, tracer):
+    path = tracer.path_of_module(module)
+    # A tracer may ask for the name of a class, for base classes or for this very layer.
+    module.__class__ = next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn") and c is not Sequential)
+    try:
+        return tracer.is_leaf_module(module, path)
+    finally:
+        module.__class__ = cls
