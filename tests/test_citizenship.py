@@ -596,6 +596,7 @@ def operator_calls(device):
     }
 
 
+@pytest.mark.parametrize("backend", thorough_if(lambda name: name == "triton", ("reference", "triton")), indirect=True)
 def test_opcheck(backend, device):
     """PyTorch's own checks of schema, fake tensors, autograd registration and tracing, for every operator."""
     from tritonnet import ops

@@ -313,6 +313,7 @@ def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     assert len(of_file["passed"]) == 11 and of_file["failed"].keys() == {"test_one[4]"}
 
 
+@pytest.mark.thorough
 def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, capfd):
     """The real commands, a time for each; a test that fails in the first call and is mended before the second."""
     small = tmp_path / "test_small"

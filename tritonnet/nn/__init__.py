@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as _torch
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.fx import Proxy
 
 from . import functional
 from ._layer import layer
@@ -34,12 +34,12 @@ def _is_replaced(conv):
 def _convolve(conv, function, padding, input, weight, bias, *rest):
     """A convolution by a function of functional that pads with zeros or, in another mode, by one that pads in that.
 
-    What overrides torch's functions, or traces them, sees public functions alone.
+    torch.fx puts public functions alone into its graphs.
     """
     arguments = conv.stride, conv.padding, conv.dilation, conv.groups
     if conv.padding_mode == "zeros":
         return function(input, weight, bias, *arguments, *rest)
-    if has_torch_function((input, weight, bias)):
+    if isinstance(input, Proxy):
         input = _torch.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         return function(input, weight, bias, conv.stride, 0, *arguments[2:], *rest)
     return padding(input, weight, bias, *arguments, conv.padding_mode, *rest)
