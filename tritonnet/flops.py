@@ -21,42 +21,31 @@ def _register_convolutions():
     ours, aten = torch.ops.tritonnet, torch.ops.aten
     conv, backward = flop_registry[aten.convolution], flop_registry[aten.convolution_backward]
 
-    def gradients(x, w, geometry, of_x, of_w):
-        """Those of a convolution's operands, of sizes x and w, or of one of them."""
-        stride, padding, dilation, groups = geometry[:4]
-        dy = x[0], w[0], *shapes.conv2d_size(x[2:], w[2:], stride, padding, dilation)
-        return backward(
-            dy, x, w, None, stride, padding, dilation, False, [0, 0], groups, [of_x, of_w, False], out_val=(x, w, None)
-        )
-
     @register_flop_formula([ours.conv2d, ours.conv2d_relu, ours.conv2d_epilogue, ours.conv2d_relu_max_pool2d])
     def _(x, w, bias, stride, padding, dilation, *_, **__):
         y = x[0], w[0], *shapes.conv2d_size(x[2:], w[2:], stride, padding, dilation)
         return conv(x, w, bias, stride, padding, dilation, False, out_val=y)
 
-    @register_flop_formula(ours.conv2d_input_grad)
-    def _(dy, w, x, *geometry, **_):
-        return gradients(x, w, geometry, True, False)
+    def gradients(x_at, w_at, of_x, of_w):
+        """The formula of an operator whose arguments there have the sizes of x and w, and behind them the geometry."""
 
-    @register_flop_formula(ours.conv2d_relu_max_pool2d_input_grad)
-    def _(dy, code, w, x, *geometry, **_):
-        return gradients(x, w, geometry, True, False)
+        def formula(*args, **_):
+            x, w, (stride, padding, dilation, groups) = args[x_at], args[w_at], args[max(x_at, w_at) + 1 :][:4]
+            dy = x[0], w[0], *shapes.conv2d_size(x[2:], w[2:], stride, padding, dilation)
+            geometry = stride, padding, dilation, False, [0, 0], groups
+            return backward(dy, x, w, None, *geometry, [of_x, of_w, False], out_val=(x, w, None))
 
-    @register_flop_formula(ours.conv2d_weight_grad)
-    def _(dy, x, w, *geometry, **_):
-        return gradients(x, w, geometry, False, True)
+        return formula
 
-    @register_flop_formula([ours.conv2d_relu_weight_grad, ours.conv2d_relu_max_pool2d_weight_grad])
-    def _(dy, y, x, w, *geometry, **_):
-        return gradients(x, w, geometry, False, True)
-
-    @register_flop_formula(ours.conv2d_grads)
-    def _(dy, x, w, *geometry, **_):
-        return gradients(x, w, geometry, True, True)
-
-    @register_flop_formula(ours.conv2d_relu_max_pool2d_grads)
-    def _(dy, code, x, w, *geometry, **_):
-        return gradients(x, w, geometry, True, True)
+    for operators, formula in (
+        (ours.conv2d_input_grad, gradients(2, 1, True, False)),
+        (ours.conv2d_relu_max_pool2d_input_grad, gradients(3, 2, True, False)),
+        (ours.conv2d_weight_grad, gradients(1, 2, False, True)),
+        ([ours.conv2d_relu_weight_grad, ours.conv2d_relu_max_pool2d_weight_grad], gradients(2, 3, False, True)),
+        (ours.conv2d_grads, gradients(1, 2, True, True)),
+        (ours.conv2d_relu_max_pool2d_grads, gradients(2, 3, True, True)),
+    ):
+        register_flop_formula(operators)(formula)
 
 
 def _register_products():
