@@ -269,7 +269,9 @@ def epilogue(x, mean, var, scale, shift, residual, eps, activation, slope):
         z = z + along(shift)
     if residual is not None:
         z = z + residual
-    return _like(shapes.relu(x), activations.activated(z, activation, slope).to(x.dtype))
+    y = _like(shapes.relu(x), activations.activated(z, activation, slope).to(x.dtype))
+    # An operator's result is a tensor of its own.
+    return y.clone() if y is x else y
 
 
 def activate_(x, activation, slope):
