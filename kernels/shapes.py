@@ -166,6 +166,25 @@ def relu(x):
     return torch.empty_like(x)
 
 
+def batch_statistics(x, channels):
+    """Mean and variance of so many channels, in the type of sums over x."""
+    mean = x.new_empty(channels, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return mean, torch.empty_like(mean)
+
+
+def batch_norm_grad(x, with_dz, with_y):
+    """The gradients of x, scale and shift, then the argument's gradient and act's result, or empty tensors."""
+    dx = torch.empty_like(x)
+    kept = [torch.empty_like(dx) if wanted else x.new_empty(0) for wanted in (with_dz, with_y)]
+    return dx, *batch_statistics(x, x.shape[1]), *kept
+
+
+def norm_conv2d(x, w, stride, padding, dilation, statistics):
+    """The result of the convolution and its statistics, which are empty without `statistics`."""
+    z = conv2d(x, w, stride, padding, dilation)
+    return z, *batch_statistics(z, z.shape[1] if statistics else 0)
+
+
 def linear(x, w):
     """x is (M, K), w is (N, K)."""
     return x.new_empty(x.shape[0], w.shape[0])

@@ -12,6 +12,7 @@ from . import ops
 from .kernels.activations import SLOPE
 from .kernels.cross_entropy import targets
 from .kernels.linear_chain import layered
+from .reference import update_running
 from .registration import register_batching
 
 
@@ -68,6 +69,68 @@ def _epilogue(info, dims, x, mean, var, scale, shift, residual, *rest):
     vectors = [None if t is None else _as_images(_front(info, t, dim)) for t, dim in zip(vectors, of_vectors)]
     y = ops.epilogue(_as_channels(x), *vectors, None if residual is None else _as_channels(residual), *rest)
     return y.unflatten(1, (info.batch_size, x.shape[2])), 1
+
+
+def _vectors_of_all(info, vectors, dims):
+    """Vectors over the channels of each image of a batch, one behind the other; None stays None."""
+    return [None if t is None else _as_images(_front(info, t, dim)) for t, dim in zip(vectors, dims)]
+
+
+def _images_of_all(info, images, dims):
+    """Images whose channels are those of a batch, one behind the other; None stays None."""
+    return [None if t is None else _as_channels(_front(info, t, dim)) for t, dim in zip(images, dims)]
+
+
+@register_batching(ops.batch_statistics)
+def _batch_statistics(info, dims, x, bias, running_mean, running_var, momentum):
+    x = _front(info, x, dims[0])
+    mean, var = (
+        t.unflatten(0, (info.batch_size, x.shape[2]))
+        for t in ops.batch_statistics(_as_channels(x), None, None, None, 0.0)
+    )
+    if running_mean is not None:
+        if None in dims[2:4]:
+            raise RuntimeError(
+                "batch_norm: running_mean and running_var are updated in place and must be batched by vmap as input "
+                "is; see torch.func.replace_all_batch_norm_modules_"
+            )
+        bias = None if bias is None else _front(info, bias, dims[1])
+        running = running_mean.movedim(dims[2], 0), running_var.movedim(dims[3], 0)
+        update_running(*running, mean, var, bias, x.numel() // mean.numel(), momentum)
+    return (mean, var), (0, 0)
+
+
+@register_batching(ops.batch_norm)
+def _batch_norm(info, dims, x, mean, var, scale, shift, residual, *rest):
+    x, residual = _images_of_all(info, (x, residual), (dims[0], dims[5]))
+    y = ops.batch_norm(x, *_vectors_of_all(info, (mean, var, scale, shift), dims[1:5]), residual, *rest)
+    return y.unflatten(1, (info.batch_size, -1)), 1
+
+
+@register_batching(ops.batch_norm_grad)
+def _batch_norm_grad(info, dims, dy, x, y, mean, var, scale, shift, *rest):
+    images = _images_of_all(info, (dy, x, y), dims[:3])
+    vectors = _vectors_of_all(info, (mean, var, scale, shift), dims[3:7])
+    dx, dscale, dshift, *kept = ops.batch_norm_grad(*images, *vectors, *rest)
+    B = info.batch_size
+    kept = [t.unflatten(1, (B, -1)) if t.numel() else t for t in kept]
+    results = dx.unflatten(1, (B, -1)), dscale.unflatten(0, (B, -1)), dshift.unflatten(0, (B, -1)), *kept
+    return results, (1, 0, 0, *(1 if t.numel() else None for t in kept))
+
+
+@register_batching(ops.norm_conv2d)
+def _norm_conv2d(info, dims, x, mean, var, scale, shift, eps, activation, slope, w, bias, *geometry_running):
+    *geometry, running_mean, running_var, momentum, statistics = geometry_running
+    y, of_y = x, dims[0]
+    if mean is not None:
+        y, of_y = _batch_norm(info, (*dims[:5], None), x, mean, var, scale, shift, None, eps, activation, slope)
+    fused, of_fused = (None, None) if statistics else (bias, dims[9])
+    z, of_z = _conv2d(info, (of_y, dims[8], of_fused), y, w, fused, *geometry)
+    if not statistics:
+        return (z, x.new_empty(0), x.new_empty(0)), (of_z, None, None)
+    of_statistics = of_z, dims[9], *dims[15:17]
+    results, of_results = _batch_statistics(info, of_statistics, z, bias, running_mean, running_var, momentum)
+    return (z, *results), (of_z, *of_results)
 
 
 @register_batching(ops.activate_)

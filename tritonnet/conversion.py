@@ -15,7 +15,8 @@ _LAYERS: dict[Any, Any] = {
     ours.__base__: ours
     for ours in (
         nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU,
-        nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.Linear, nn.CrossEntropyLoss,
+        nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Hardsigmoid, nn.BatchNorm1d, nn.BatchNorm2d,
+        nn.BatchNorm3d, nn.Linear, nn.CrossEntropyLoss,
     )
 }  # fmt: skip
 _REVERTED = {ours: theirs for theirs, ours in _LAYERS.items()}

@@ -26,6 +26,11 @@ def _register_convolutions():
         y = x[0], w[0], *shapes.conv2d_size(x[2:], w[2:], stride, padding, dilation)
         return conv(x, w, bias, stride, padding, dilation, False, out_val=y)
 
+    @register_flop_formula(ours.norm_conv2d)
+    def _(x, mean, var, scale, shift, eps, activation, slope, w, bias, stride, padding, dilation, *_, **__):
+        y = x[0], w[0], *shapes.conv2d_size(x[2:], w[2:], stride, padding, dilation)
+        return conv(x, w, bias, stride, padding, dilation, False, out_val=y)
+
     def gradients(x_at, w_at, of_x, of_w):
         """The formula of an operator whose arguments there have the sizes of x and w, and behind them the geometry."""
 

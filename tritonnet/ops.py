@@ -9,6 +9,7 @@ import torch
 
 from .dispatch import implementation, on_device
 from .kernels import shapes
+from .reference import update_running
 from .registration import register_functional, register_operator
 
 
@@ -53,6 +54,8 @@ _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation"
 _EPILOGUE = (
     "Tensor? mean, Tensor? var, Tensor? scale, Tensor? shift, Tensor? residual, float eps, str activation, float slope"
 )
+_RUNNING = "Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum"
+_NORM = "Tensor mean, Tensor var, Tensor? scale, Tensor? shift"
 _MEANS = "int[] kernel, int[] stride, int[] padding, bool ceil_mode, bool include_pad, int? divisor"
 _LAYERS = "Tensor w1, Tensor? bias1, Tensor w2, Tensor? bias2, Tensor? w3, Tensor? bias3, Tensor? w4, Tensor? bias4"
 _WEIGHTS = "Tensor w1, Tensor w2, Tensor? w3, Tensor? w4"
@@ -159,11 +162,61 @@ squeeze_excite = _operator(
 )
 relu = _operator("relu(Tensor x) -> Tensor", shapes.relu)
 relu_ = _operator("relu_(Tensor(a!) x) -> ()", lambda x: None)
-register_functional(relu_, relu)
+
+
+def _in_place(operator, function):
+    """Let function(*args), a new tensor, overwrite the first argument where torch functionalizes."""
+
+    def functional(x, *args):
+        x.copy_(function(x, *args))
+
+    register_functional(operator, functional)
+
+
+_in_place(relu_, relu)
 relu_grad = _operator("relu_grad(Tensor dy, Tensor y) -> Tensor", lambda dy, y: shapes.relu(y))
 epilogue = _operator(f"epilogue(Tensor x, {_EPILOGUE}) -> Tensor", lambda x, *_: shapes.relu(x))
+batch_statistics = _operator(
+    f"batch_statistics(Tensor x, Tensor? bias, {_RUNNING}) -> (Tensor, Tensor)",
+    lambda x, *_: shapes.batch_statistics(x, x.shape[1]),
+)
+
+
+def _functional_statistics(x, bias, running_mean, running_var, momentum):
+    mean, var = batch_statistics(x, None, None, None, 0.0)
+    if running_mean is not None:
+        update_running(running_mean, running_var, mean, var, bias, x.numel() // x.shape[1], momentum)
+    return mean, var
+
+
+register_functional(batch_statistics, _functional_statistics)
+batch_norm = _operator(
+    f"batch_norm(Tensor x, {_NORM}, Tensor? residual, float eps, str activation, float slope) -> Tensor",
+    lambda x, *_: shapes.relu(x),
+)
+batch_norm_grad = _operator(
+    f"batch_norm_grad(Tensor dy, Tensor x, Tensor? y, {_NORM}, float eps, str activation, float slope, bool with_dz, "
+    "bool with_y) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, x, *others: shapes.batch_norm_grad(x, *others[-2:]),
+)
+norm_conv2d = _operator(
+    "norm_conv2d(Tensor x, Tensor? mean, Tensor? var, Tensor? scale, Tensor? shift, float eps, str activation, "
+    f"float slope, Tensor w, Tensor? bias, {_GEOMETRY}, {_RUNNING}, bool statistics) -> (Tensor, Tensor, Tensor)",
+    lambda x, *others: shapes.norm_conv2d(x, others[7], *others[9:12], others[-1]),
+)
+
+
+def _functional_norm_conv2d(*args):
+    *before, running_mean, running_var, momentum, statistics = args
+    z, mean, var = norm_conv2d(*before, None, None, 0.0, statistics)
+    if running_mean is not None:
+        update_running(running_mean, running_var, mean, var, before[9], z.numel() // z.shape[1], momentum)
+    return z, mean, var
+
+
+register_functional(norm_conv2d, _functional_norm_conv2d)
 activate_ = _operator("activate_(Tensor(a!) x, str activation, float slope) -> ()", lambda x, *_: None)
-register_functional(activate_, lambda x, *activation: epilogue(x, *[None] * 5, 0.0, *activation))
+_in_place(activate_, lambda x, *activation: epilogue(x, *[None] * 5, 0.0, *activation))
 activation_grad = _operator(
     "activation_grad(Tensor dy, Tensor t, str activation, float slope) -> Tensor", lambda dy, t, *_: shapes.relu(t)
 )

@@ -253,11 +253,63 @@ def relu_grad(dy, y):
     return _like(shapes.relu(y), torch.ops.aten.threshold_backward(dy, y, 0))
 
 
+def _along(vector, x):
+    """A vector over the channels, in x's dtype and a shape that broadcasts with x."""
+    return vector.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
+
+
+def batch_statistics(x, bias, running_mean, running_var, momentum):
+    (wide,) = _wide(x)
+    var, mean = torch.var_mean(wide, [dim for dim in range(x.dim()) if dim != 1], correction=0)
+    if running_mean is not None:
+        update_running(running_mean, running_var, mean, var, bias, x.numel() // x.shape[1], momentum)
+    return mean, var
+
+
+def update_running(running_mean, running_var, mean, var, bias, count, momentum):
+    """Update running statistics in place by those of a batch of `count` values a channel, to which bias is added."""
+    mean = mean if bias is None else mean + bias
+    for running, t in ((running_mean, mean), (running_var, var * count / (count - 1))):
+        running.copy_(running.to(t.dtype) * (1 - momentum) + t * momentum)
+
+
+def batch_norm(x, mean, var, scale, shift, residual, eps, activation, slope):
+    return epilogue(x, mean, var, scale, shift, residual, eps, activation, slope)
+
+
+def batch_norm_grad(dy, x, y, mean, var, scale, shift, eps, activation, slope, with_dz, with_y):
+    (wide_dy, wide), nothing = _wide(dy, x), x.new_empty(0)
+    rstd = (var + eps).rsqrt()
+    u = result = None
+    if y is None and (with_y or activation != "none"):
+        u = epilogue(wide, mean, var, scale, shift, None, eps, "none", 0.0)
+        result = activations.activated(u, activation, slope)
+    by_result = activations.by_result(activation, slope)
+    t = y if y is not None else result if by_result else u
+    dz = wide_dy if activation == "none" else activations.gradient(wide_dy, *_wide(t), activation, slope)
+    dx, dscale, dshift = torch.ops.aten.native_batch_norm_backward(
+        dz, wide, None if scale is None else scale.to(wide.dtype), None, None, mean, rstd, True, eps, [True] * 3
+    )
+    kept = [
+        _like(shapes.relu(x), t.to(x.dtype)) if wanted else nothing for t, wanted in ((dz, with_dz), (result, with_y))
+    ]
+    return _like(shapes.relu(x), dx.to(x.dtype)), dscale, dshift, *kept
+
+
+def norm_conv2d(x, mean, var, scale, shift, eps, activation, slope, w, bias, *geometry_running):
+    *geometry, running_mean, running_var, momentum, statistics = geometry_running
+    y = x if mean is None else batch_norm(x, mean, var, scale, shift, None, eps, activation, slope)
+    if not statistics:
+        return conv2d(y, w, bias, *geometry), *shapes.batch_statistics(x, 0)
+    z = conv2d(y, w, None, *geometry)
+    return z, *batch_statistics(z, bias, running_mean, running_var, momentum)
+
+
 def epilogue(x, mean, var, scale, shift, residual, eps, activation, slope):
     (z,) = _wide(x)
 
     def along(t):
-        return t.to(z.dtype).view(-1, *(1,) * (x.dim() - 2))
+        return _along(t, z)
 
     if mean is not None:
         z = z - along(mean)

@@ -16,6 +16,8 @@ Private names of PyTorch in this file:
 - `_len_torch_dispatch_stack`: whether a dispatch mode, such as make_fx's, sees the operators that are called.
 """
 
+import functools
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch._C import (
@@ -57,41 +59,45 @@ def _register_writes(operator):
     """Register what torch only does by itself for operators that return the argument that they overwrite.
 
     Args:
-        operator: overwrites its first argument, its only tensor, and returns nothing.
+        operator: overwrites its first argument, its only tensor, and returns nothing, or overwrites other arguments.
     """
-    name = operator._schema.name.partition("::")[2]
+    schema = operator._schema
+    name, in_place = schema.name.partition("::")[2], not schema.returns
+    written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
-    def count(keys, x, *args):
-        """Counts a write that no autograd rule counts: in inference mode, to a tensor from outside it."""
-        if x.is_inference():
-            raise RuntimeError(f"{name}: a tensor made in inference mode can be overwritten there only")
-        torch.autograd.graph.increment_version(x)
+    def count(keys, *args):
+        """Counts a write that no autograd rule counts."""
+        for t in [args[i] for i in written if args[i] is not None]:
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)
+            elif in_place:
+                raise RuntimeError(f"{name}: a tensor made in inference mode can be overwritten there only")
         with _AutoDispatchBelowADInplaceOrView():
-            operator.redispatch(keys & _after_ADInplaceOrView_keyset, x, *args)
+            return operator.redispatch(keys & _after_ADInplaceOrView_keyset, *args)
 
-    def through_a_copy(x, *args):
-        """Runs on a copy of a tensor whose memory holds its negated elements, such as z.conj().imag."""
-        y = x.resolve_neg()
-        operator(y, *args)
-        x.copy_(y)
+    def through_a_copy(*args):
+        """Runs on copies of tensors whose memory holds their negated elements, such as z.conj().imag."""
+        copies = [a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args]
+        results = operator(*copies)
+        for i in written:
+            if args[i] is not copies[i]:
+                args[i].copy_(copies[i])
+        return results
 
     _LIBRARY.impl(name, count, "ADInplaceOrView", with_keyset=True)
     _LIBRARY.impl(name, through_a_copy, "Negative")
 
 
 def register_functional(operator, function):
-    """Make torch's functionalization, as of exported programs, write function(*args), a new tensor, into the argument.
+    """Make torch's functionalization, as of exported programs, call function(*args) instead.
 
     Without a rule the operator would stay in the graph, within one of torch's that has no decomposition.
 
     Args:
-        operator: overwrites its first argument, its only tensor, and returns nothing.
+        operator: overwrites arguments.
+        function: has the same results and effects by functional operators and by torch's own in-place ones.
     """
-
-    def through_a_copy(x, *args):
-        x.copy_(function(x, *args))
-
-    _LIBRARY.impl(operator._schema.name.partition("::")[2], through_a_copy, "Functionalize")
+    _LIBRARY.impl(operator._schema.name.partition("::")[2], function, "Functionalize")
 
 
 def in_transforms():
@@ -111,7 +117,7 @@ def recorded(args):
     return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
 
 
-def register_autograd(operator, alone=None, prepare=None):
+def register_autograd(operator, alone=None, prepare=None, apart=None):
     """Class decorator: makes an autograd.Function with forward(ctx, ...), backward and jvp the operator's rule.
 
     Args:
@@ -119,25 +125,29 @@ def register_autograd(operator, alone=None, prepare=None):
         alone: an operator on the same arguments whose result is the first of `operator`. Where autograd records it,
             `operator` takes its place, whose other results the derivatives need.
         prepare: function of the arguments that returns others with the same result, for which the rule is written.
+        apart: function of the arguments that calls other operators, for torch.func's transforms and forward mode; the
+            rule needs no jvp then.
     """
 
     def decorate(function):
-        rules = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
+        rules = {name: vars(function)[name] for name in ("forward", "backward", "jvp") if name in vars(function)}
         single_level = type(function.__name__, (_SingleLevelFunction,), rules)
         # What Function.apply calls after checking for functorch levels, which takes microseconds.
         record = super(torch.autograd.Function, function).apply
-        returns_nothing, overwrites = not operator._schema.returns, operator._schema.is_mutable
+        in_place = not operator._schema.returns
 
         def autograd_kernel(*args):
+            if apart is not None and (_are_functorch_transforms_active() or forward_ad._current_level >= 0):
+                return apart(*args)
             if _are_functorch_transforms_active():
                 args = args if prepare is None else prepare(*args)
                 with enable_single_level_autograd_function():
                     result = single_level.apply(*args)
-            elif overwrites or recorded(args):
+            elif in_place or recorded(args):
                 result = record(*(args if prepare is None else prepare(*args)))
             else:
                 result = below_autograd(operator, *args)
-            return None if returns_nothing else result
+            return None if in_place else result
 
         def first_result(*args):
             if recorded(args):
@@ -168,6 +178,11 @@ def register_decomposition(operator):
         return function
 
     return decorate
+
+
+def register_constant(operator):
+    """Make autograd take the operator's results for constants, without a warning."""
+    _LIBRARY.impl(operator._schema.name.partition("::")[2], functools.partial(below_autograd, operator), "Autograd")
 
 
 def register_batching(operator):

@@ -26,7 +26,11 @@ _SAME: dict[str, list[Callable]] = {
 OURS: dict[Any, Callable] = {theirs: getattr(F, name) for name, functions in _SAME.items() for theirs in functions}
 OURS[_torch.multi_head_attention_forward] = multi_head_attention_forward
 # Those that a captured graph does not hold as one call.
-_IN_EAGER = {_torch.max_pool2d_with_indices: F.max_pool2d_with_indices, _torch.cross_entropy: F.cross_entropy}
+_IN_EAGER = {
+    _torch.batch_norm: F.batch_norm,
+    _torch.max_pool2d_with_indices: F.max_pool2d_with_indices,
+    _torch.cross_entropy: F.cross_entropy,
+}
 _SERVED = OURS | _IN_EAGER
 _PLAIN = torch.Tensor, torch.nn.Parameter
 
@@ -54,9 +58,10 @@ def serve() -> TorchFunctionMode:
         loss.backward()  # and so do their gradients
 
     Inside the block these functions of torch, of torch.nn.functional and of tensors do what those of the same names in
-    tritonnet.nn.functional do: conv2d, linear, max_pool2d, avg_pool2d, adaptive_avg_pool2d, cross_entropy, relu, relu6,
-    hardtanh, leaky_relu, silu, hardswish, gelu, sigmoid, hardsigmoid; and multi_head_attention_forward's products are
-    ours. So torch.nn's layers are served too, and subclasses that change a weight before they call F.conv2d. All else
+    tritonnet.nn.functional do: conv2d, linear, max_pool2d, avg_pool2d, adaptive_avg_pool2d, batch_norm, cross_entropy,
+    relu, relu6, hardtanh, leaky_relu, silu, hardswish, gelu, sigmoid, hardsigmoid; and the products of
+    multi_head_attention_forward are ours. So torch.nn's layers are served too, and subclasses that change a weight
+    before they call F.conv2d. All else
     is torch's, as are these with `out` or with tensors of a subclass.
 
     The block counts for its own thread, for code that torch.compile compiles as well, and may be nested. A function

@@ -47,6 +47,11 @@ _RULES = {
     ops.relu_: ("* >",),
     ops.relu_grad: ("** > *",),
     ops.epilogue: ("0rrrr0 > 0", "100001 > 1"),
+    # Statistics are those of a whole batch.
+    ops.batch_statistics: ("1000 > 00",),
+    ops.batch_norm: ("100001 > 1",),
+    ops.batch_norm_grad: ("1110000 > 10011",),
+    ops.norm_conv2d: ("rrrrr0000 > 100",),
     ops.activate_: ("* >",),
     ops.activation_grad: ("** > *",),
     ops.linear: ("0rr > 0", "r00 > 1", "11p > p"),

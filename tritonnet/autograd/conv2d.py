@@ -30,8 +30,13 @@ class Conv2d(torch.autograd.Function):
 
 
 def conv2d_grads(ctx, dy, x, w, geometry):
-    """The gradients of the arguments of a convolution whose result has the gradient dy."""
-    needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+    """The gradients of the arguments of a convolution, the context's first, whose result has the gradient dy."""
+    return *grads_of(ctx.needs_input_grad[:3], dy, x, w, geometry), *(None,) * len(geometry)
+
+
+def grads_of(needs, dy, x, w, geometry):
+    """The gradients of image, weight and bias of a convolution, None for those that are not needed."""
+    needs_x, needs_w, needs_bias = needs
     dx = dw = db = None
     if needs_x and needs_w:
         dx, dw, db = ops.conv2d_grads(dy, x, w, *geometry, needs_bias)
@@ -41,7 +46,7 @@ def conv2d_grads(ctx, dy, x, w, geometry):
         dw, db = ops.conv2d_weight_grad(dy, x, w.shape, *geometry, needs_bias)
     if needs_bias and not needs_w:
         db = dy.sum((0, 2, 3))
-    return dx, dw, db if needs_bias else None, *(None,) * len(geometry)
+    return dx, dw, db if needs_bias else None
 
 
 @register_decomposition(ops.conv2d_grads)

@@ -1,4 +1,4 @@
-"""torch.nn with Conv2d, pooling, Linear, CrossEntropyLoss and activations on tritonnet's kernels, and fused layers.
+"""torch.nn with Conv2d, BatchNorm, pooling, Linear, CrossEntropyLoss and activations on our kernels, and fused layers.
 
 Every other name is torch's.
 
@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 from . import functional
 from ._layer import layer
+from ._norm import normalise
 from ._plain import is_plain
 from ._stand_in import stand_in
 
@@ -187,6 +188,39 @@ class Hardsigmoid(_torch.Hardsigmoid):
     @layer(_torch.Hardsigmoid)
     def forward(self, input: Tensor) -> Tensor:
         return functional.hardsigmoid(input, self.inplace)
+
+
+class BatchNorm1d(_torch.BatchNorm1d):
+    """torch.nn.BatchNorm1d on tritonnet's kernels: the same arguments, parameters, buffers and state_dict.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html
+    """
+
+    @layer(_torch.BatchNorm1d)
+    def forward(self, input: Tensor) -> Tensor:
+        return normalise(self, input)
+
+
+class BatchNorm2d(_torch.BatchNorm2d):
+    """torch.nn.BatchNorm2d on tritonnet's kernels: the same arguments, parameters, buffers and state_dict.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+
+    @layer(_torch.BatchNorm2d)
+    def forward(self, input: Tensor) -> Tensor:
+        return normalise(self, input)
+
+
+class BatchNorm3d(_torch.BatchNorm3d):
+    """torch.nn.BatchNorm3d on tritonnet's kernels: the same arguments, parameters, buffers and state_dict.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm3d.html
+    """
+
+    @layer(_torch.BatchNorm3d)
+    def forward(self, input: Tensor) -> Tensor:
+        return normalise(self, input)
 
 
 class Linear(_torch.Linear):

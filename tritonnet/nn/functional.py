@@ -13,16 +13,17 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import autograd, batching, ops  # noqa: F401  (the first two register the operators' rules)
 from ..kernels import shapes
 from ..registration import in_transforms
-from . import _activations, _checks, _epilogue
+from . import _activations, _checks, _epilogue, _norm
 from ._activations import *  # noqa: F403
 from ._calls import autocast, convolve
 from ._checks import Pixels, sized
 from ._epilogue import *  # noqa: F403
+from ._norm import batch_norm, batch_norm_epilogue  # noqa: F401
 from ._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d, max_pool2d_with_indices  # noqa: F401
 from ._stand_in import stand_in
 
 __getattr__, __dir__, __all__ = stand_in(__name__, _torch)
-__all__ += [*_epilogue.__all__, "conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_relu"]
+__all__ += [*_epilogue.__all__, *_norm.__all__, "conv2d_relu", "conv2d_relu_max_pool2d", "linear_chain", "linear_relu"]
 
 
 def conv2d(
