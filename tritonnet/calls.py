@@ -9,6 +9,7 @@ import torch.nn.functional as torch_functional
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import ops
+from .nn import _norm
 from .nn import functional as F
 from .serving import OURS
 
@@ -70,6 +71,7 @@ _ACTIVATIONS = {
 _ACTIVATION_OF = {target: (name, given) for name, (targets, given) in _ACTIVATIONS.items() for target in targets}
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", "__iadd__")
 _NORMS = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
     torch_functional.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training"),
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
 }
@@ -93,7 +95,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Other calls whose results are new tensors and that write to none.
 _NEW = {
     F.conv2d_relu, F.conv2d_relu_max_pool2d, F.conv2d_epilogue, F.linear_chain, F.linear_epilogue, F.epilogue,
-    F.squeeze_excite, ops.squeeze_excite,
+    F.squeeze_excite, ops.squeeze_excite, _norm.normed,
     ops.epilogue, ops.conv2d_epilogue, ops.linear_epilogue, ops.avg_pool2d, ops.adaptive_avg_pool2d,
     operator.sub, operator.mul, operator.truediv, operator.neg, torch.sub, torch.mul, torch.div, torch.cat,
     torch_functional.avg_pool2d, torch_functional.adaptive_avg_pool2d, torch_functional.softmax, "mean", "sum", "mul",
@@ -225,28 +227,64 @@ def is_training_norm(node):
     return is_call(node) and node.target in _NORMS and _norm_arguments(node)["training"] is not False
 
 
+def written_by(node):
+    """The nodes whose tensors the node overwrites, if it is a batch norm in training or counts its batches, or None."""
+    if is_training_norm(node):
+        given = _norm_arguments(node)
+        written = [given["running_mean"], given["running_var"]]
+    elif is_call(node) and node.target in (_norm.norm_conv2d, _norm.statistics_of):
+        written = list((node.args[2] or ()) if node.target is _norm.norm_conv2d else node.args[1:3])
+    elif is_call(node) and node.target == "add_" and node.args[1:] == (1,) and value_of(node).dtype == torch.int64:
+        written = [node.args[0]]
+    else:
+        return None
+    return [argument for argument in written if isinstance(argument, torch.fx.Node)]
+
+
 def _norm_arguments(node):
     absent = {"weight": None, "bias": None, "training": False}
     return {**absent, **arguments_of(node, *_NORMS[node.target], momentum=0.1, eps=1e-5, cudnn_enabled=True)}
 
 
-def norm_of(node):
-    """(input, the arguments of F.epilogue) of a batch norm in evaluation; None if it is anything else."""
-    if node.target not in _NORMS:
+def _normed_by(node, training):
+    """The arguments of a batch norm of tensors that our functions take, in training or evaluation; None if it is not.
+
+    Args:
+        training: whether it normalises by the batch's own statistics.
+    """
+    if not is_call(node) or node.target not in _NORMS:
         return None
     given = _norm_arguments(node)
-    mean, var, scale, shift = vectors = [given[name] for name in ("running_mean", "running_var", "weight", "bias")]
+    vectors = [given[name] for name in ("running_mean", "running_var", "weight", "bias")]
     x = value_of(given["input"])
-    if given["training"] is not False or x is None or x.dim() < 2 or None in (mean, var):
+    if given["training"] is not training or x is None or x.dim() < 2 or x.dtype not in _FLOATS:
+        return None
+    if not training and None in vectors[:2]:
         return None
     for vector in filter(None, vectors):
         t = value_of(vector)
         allowed = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
         if t is None or t.dtype not in allowed or not _equal(t.shape, x.shape[1:2]):
             return None
-    if type(given["eps"]) not in (int, float):
+    return given if type(given["eps"]) in (int, float) else None
+
+
+def norm_of(node):
+    """(input, the arguments of F.epilogue) of a batch norm in evaluation; None if it is anything else."""
+    given = _normed_by(node, training=False)
+    names = {"mean": "running_mean", "var": "running_var", "scale": "weight", "shift": "bias", "eps": "eps"}
+    return given and (given["input"], {ours: given[theirs] for ours, theirs in names.items()})
+
+
+def training_norm_of(node):
+    """(input, (running_mean, running_var, momentum), (weight, bias, eps)) of a batch norm in training, or None."""
+    given = _normed_by(node, training=True)
+    if given is None or type(given["momentum"]) not in (int, float):
         return None
-    return given["input"], dict(mean=mean, var=var, scale=scale, shift=shift, eps=given["eps"])
+    if statically_known_true(value_of(given["input"]).numel() == 0):
+        return None
+    running = given["running_mean"], given["running_var"], given["momentum"]
+    return given["input"], running, (given["weight"], given["bias"], given["eps"])
 
 
 def sum_of(node):
@@ -382,11 +420,35 @@ def simplify(graph):
             view.replace_all_uses_with(node)
             graph.erase_node(view)
             graph.erase_node(rows)
+        elif node.target == ops.batch_norm:
+            _as_one_call(graph, node)
         elif node.target in _FIRST_OF and [user.args[1:] for user in node.users] == [(0,)]:
             (item,) = node.users
             node.target, node.meta = _FIRST_OF[node.target], dict(item.meta)
             item.replace_all_uses_with(node)
             graph.erase_node(item)
+
+
+def _as_one_call(graph, norm):
+    """Make the two operators of our batch norm in training one call of the function again."""
+    x, mean, var, scale, shift, residual, eps, activation, slope = norm.args
+    statistics = mean.args[0]
+    if [node.target for node in (statistics, mean, var)] != [ops.batch_statistics, operator.getitem, operator.getitem]:
+        return
+    if statistics.args[:2] != (x, None) or len(statistics.users) != 2 or len({*mean.users, *var.users}) != 1:
+        return
+    running_mean, running_var, momentum = statistics.args[2:]
+    given = x, running_mean, running_var, scale, shift, True, momentum, eps
+    epilogue = dict(residual=residual, activation=activation, slope=slope)
+    plain = residual is None and activation == "none"
+    # It takes the place of the statistics, whose writes stay in order.
+    with graph.inserting_before(statistics):
+        function = F.batch_norm if plain else F.batch_norm_epilogue
+        new = graph.call_function(function, given, {} if plain else epilogue)
+    new.meta = dict(norm.meta)
+    norm.replace_all_uses_with(new)
+    for old in (norm, var, mean, statistics):
+        graph.erase_node(old)
 
 
 def _is_of_that_dtype(node):

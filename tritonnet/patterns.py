@@ -15,6 +15,7 @@ from . import calls, ops
 from .calls import CONV, LINEAR, PARTS, POOL, RELU, arguments_of, only_user, steps_of, value_of
 from .kernels import activations, shapes
 from .nn import functional as F
+from .nn._norm import norm_conv2d, normed, statistics_of
 
 # Relu and max-pooling commute.
 _PATTERNS = (CONV, RELU, POOL), (CONV, POOL, RELU), (CONV, RELU)
@@ -48,6 +49,7 @@ class Row(NamedTuple):
         function, args, kwargs: the call, which takes the place of the first node.
         taken_early: later nodes with inputs of their own, which the call reads earlier than these nodes would.
         residual: an input that may be computed after the first node; the call then takes the place of the last one.
+        then: a second call, (function, the arguments behind the first call's result).
     """
 
     nodes: list
@@ -56,6 +58,7 @@ class Row(NamedTuple):
     kwargs: dict
     taken_early: tuple = ()
     residual: torch.fx.Node | None = None
+    then: tuple | None = None
 
 
 def _ranks(given):
@@ -116,8 +119,72 @@ def _with_epilogue(first, operator, function):
         yield Row([first, *nodes], *call, tuple(nodes), given.get("residual"))
 
 
-def _of_convolution(conv):
+def _with_training_norm(norm, conv=None):
+    """The Rows of a batch norm in training and what is behind it, with the convolution before it if that is given."""
+    x, running, vectors = calls.training_norm_of(norm)
+    before = [norm] if conv is None else [conv, norm]
+    if conv is None:
+        call = statistics_of, (x, *running), {}
+    elif value_of(conv).dim() == 4:
+        call = norm_conv2d, (*_as_norm_conv2d(conv, running),), {}
+    else:
+        return
+    for nodes, given in [*_epilogues(norm, {"mean": None}), ([], {})]:
+        residual, activation, slope = (given.get(name) for name in ("residual", "activation", "slope"))
+        if residual is not None and not _is_recordable([*before, *nodes], given, [residual]):
+            continue
+        then = normed, (residual, *vectors, activation or "none", slope or 0.0)
+        yield Row([*before, *nodes], *call, (norm, *nodes), residual, then)
+
+
+def _as_norm_conv2d(conv, running):
+    """The arguments of norm_conv2d for what a call of a convolution does."""
+    names = "input", "weight", "bias", "stride", "padding", "dilation", "groups", "pad_mode"
+    given = calls.arguments_of(conv, *names[:2], bias=None, stride=1, padding=0, dilation=1, groups=1, pad_mode=None)
+    x, *rest = map(given.get, names)
+    return x, None, running, *rest
+
+
+def _link_norms(graph):
+    """Let convolutions whose image is the result of a batch norm, and used by nothing else, normalise it themselves."""
+    for norm in list(graph.nodes):
+        conv = only_user(norm)
+        if not calls.is_call(norm) or norm.target is not normed or norm.args[1] is not None or conv is None:
+            continue
+        if conv.target is norm_conv2d and conv.args[:2] == (norm, None):
+            _, _, *rest = conv.args
+        elif steps_of(conv) == (CONV,) and value_of(norm).dim() == 4 and _as_norm_conv2d(conv, None)[0] is norm:
+            _, _, *rest = _as_norm_conv2d(conv, None)
+        else:
+            continue
+        if norm in rest or not all(map(_writes_no_vectors, _between(norm, conv))):
+            continue
+        values, _, *vectors = norm.args
+        conv.target, conv.args, conv.kwargs = norm_conv2d, (values, tuple(vectors), *rest), {}
+        graph.erase_node(norm)
+
+
+def _between(first, last):
+    """The nodes between two nodes that compute something."""
+    found, node = [], first.next
+    while node is not last:
+        if node.op not in ("placeholder", "get_attr"):
+            found.append(node)
+        node = node.next
+    return found
+
+
+def _writes_no_vectors(node):
+    """Whether the node overwrites no weights: at most statistics."""
+    return _is_value(node) and (calls.writes_nothing(node) or calls.written_by(node) is not None)
+
+
+def _of_convolution(conv, elementwise):
     """The Rows that start with a convolution, the longest first."""
+    norm = only_user(conv)
+    if elementwise and steps_of(conv) == (CONV,) and norm is not None and (found := calls.training_norm_of(norm)):
+        if found[0] is conv and norm.all_input_nodes.count(conv) == 1 and calls.alike(conv, norm):
+            yield from _with_training_norm(norm, conv)
     parts = _follow(conv)[:3]
     steps = [sum((steps for _, steps in parts[: i + 1]), ()) for i in range(len(parts))]
     by_operator = conv.target in (ops.conv2d, ops.conv2d_relu)
@@ -137,7 +204,7 @@ def _of_convolution(conv):
         yield from _with_epilogue(conv, ops.conv2d_epilogue, F.conv2d_epilogue)
 
 
-def _of_linear(linear):
+def _of_linear(linear, elementwise):
     """The Rows that start with a linear: a chain that one launch computes, then the linear with what is behind it."""
     nodes, steps = [], ()
     for node, of_node in _follow(linear):
@@ -160,8 +227,11 @@ def _of_linear(linear):
         yield from _with_epilogue(linear, ops.linear_epilogue, F.linear_epilogue)
 
 
-def _of_norm(norm):
+def _of_norm(norm, elementwise):
     """The Rows that start with a batch norm, the longest first."""
+    if calls.training_norm_of(norm):
+        yield from _with_training_norm(norm)
+        return
     x, _ = calls.norm_of(norm)
     given = calls.epilogue_of(norm, x) if calls.is_laid_out(x) else None
     for nodes, arguments in [*_epilogues(norm, given), ([], given)] if given else ():
@@ -170,7 +240,7 @@ def _of_norm(norm):
             yield Row([norm, *nodes], F.epilogue, (x,), arguments, (norm, *nodes), residual)
 
 
-def _of_sum(node):
+def _of_sum(node, elementwise):
     """The Row of a sum and an activation."""
     operands = calls.sum_of(node)
     x = next((x for x in operands if calls.epilogue_of(node, x)), None)
@@ -179,7 +249,7 @@ def _of_sum(node):
             yield Row([node, *nodes], F.epilogue, (x,), arguments)
 
 
-def _of_squeeze_excite(squeeze):
+def _of_squeeze_excite(squeeze, elementwise):
     """The Row of global average pooling, two 1x1 convolutions with activations, and the product with the images."""
     x, keepdim = calls.means_of(squeeze)
     nodes, arguments, names, value = [squeeze], [x], [], squeeze
@@ -212,22 +282,29 @@ def _is_value(node):
 def _place(row):
     """(the node whose place the call can take, None), or (None, why there is none)."""
     first, last = row.nodes[0], row.nodes[-1]
-    between, node = [], first.next
-    while node is not last and len(row.nodes) > 1:
-        if node not in row.nodes and node.op not in ("placeholder", "get_attr"):
-            between.append(node)
-        node = node.next
+    between = [node for node in _between(first, last) if node not in row.nodes] if len(row.nodes) > 1 else []
     if not all(map(_is_value, between)):
         return None, "autograd, autocast or the like changes in between"
     needed = [i for node in row.taken_early for i in node.all_input_nodes if i not in row.nodes]
     # Casts of weights can be moved forward.
     late = [i for i in needed if i > first and not _is_cast(i)]
-    others = [node for node in between if node in late and node is not row.residual or not calls.writes_nothing(node)]
+    written = {node for norm in row.nodes for node in calls.written_by(norm) or ()}
+    others = [
+        node for node in between
+        if (node in late and node is not row.residual) or not _is_harmless(node, {*first.all_input_nodes, *needed})
+        or not written.isdisjoint(node.all_input_nodes)
+    ]  # fmt: skip
     if needed and others:
         return None, f"{_called(others[0])} comes in between"
     if any(map(_is_of_own_class, [*first.all_input_nodes, *needed])):
         return None, "its tensors are of a class of their own, which may not know the fused operators"
     return last if late else first, None
+
+
+def _is_harmless(node, inputs):
+    """Whether the node writes to no tensor of inputs."""
+    written = calls.written_by(node)
+    return calls.writes_nothing(node) if written is None else inputs.isdisjoint(written)
 
 
 def _is_of_own_class(node):
@@ -280,7 +357,7 @@ def _kind(node):
     steps = steps_of(node)
     if steps[:1] in ((CONV,), (LINEAR,)):
         return _of_convolution if steps[0] == CONV else _of_linear
-    if calls.is_call(node) and calls.norm_of(node):
+    if calls.is_call(node) and (calls.norm_of(node) or calls.training_norm_of(node)):
         return _of_norm
     if calls.is_call(node) and calls.sum_of(node):
         return _of_sum
@@ -293,6 +370,9 @@ def _replace(graph, row, place):
         place.prepend(cast)
     with graph.inserting_before(place):
         new = graph.call_function(row.function, row.args, row.kwargs)
+        if row.then is not None:
+            function, arguments = row.then
+            new = graph.call_function(function, (new, *arguments))
     new.meta = dict(row.nodes[-1].meta)
     row.nodes[-1].replace_all_uses_with(new)
     for old in reversed(row.nodes):
@@ -326,7 +406,7 @@ def fuse_patterns(graph, elementwise=True):
         for i, node in list(enumerate(nodes))[::direction]:
             if kinds[node] is not kind or node in gone:
                 continue
-            rows = [(row, *_place(row)) for row in kind(node)]
+            rows = [(row, *_place(row)) for row in kind(node, elementwise)]
             row, place, _ = next((r for r in rows if r[1] is not None), (None, None, None))
             if row is None:
                 # A fused layer is not left.
@@ -338,6 +418,7 @@ def fuse_patterns(graph, elementwise=True):
             gone.update(row.nodes)
             _replace(graph, row, place)
     if elementwise:
+        _link_norms(graph)
         _serve_alone(graph)
     return [found[i] for i in sorted(found)], [left[i] for i in sorted(left)]
 

@@ -1,6 +1,5 @@
 """Batch norm, alone and with what follows it: torch has no functions of the names with an epilogue."""
 
-
 import torch
 import torch.nn.functional as _torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import ops
 from ..kernels import activations, shapes
 from . import _checks
+from ._calls import autocast, convolve
 
 __all__ = ["batch_norm_epilogue"]
 
@@ -96,6 +96,49 @@ def normalise(layer, input):
     return batch_norm(input, *running, layer.weight, layer.bias, training, momentum, layer.eps)
 
 
+def norm_conv2d(
+    values, norm, running, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, pad_mode=None
+):  # fmt: skip
+    """A convolution between batch norms in training, for fused graphs: it keeps what it normalises, not its image.
+
+    Args:
+        values: images (N, C, H, W), or with `norm` (z, mean, var) as this function returns them.
+        norm: (weight, bias, eps, activation, slope) of a batch norm of z whose result is convolved, or None.
+        running: (running_mean, running_var, momentum) of a batch norm behind, or None if there is none.
+        weight ... groups: as for conv2d, or with `pad_mode` as for ops.conv2d.
+
+    Returns:
+        (z, mean, var): the result, without bias, and its statistics; or without `running` the result alone.
+    """
+    if norm is not None and autocast(values[0])[0] is not values[0]:
+        values, norm = normed(values, None, *norm), None
+    x, *statistics = (values, None, None) if norm is None else values
+    scale, shift, eps, *activation = norm or (None, None, 0.0, "none", 0.0)
+    running_mean, running_var, momentum = running or (None, None, 0.0)
+
+    def fused(x, weight, bias, *geometry):
+        before = x, *statistics, scale, shift, float(eps), *activation
+        after = running_mean, running_var, float(momentum), running is not None
+        results = ops.norm_conv2d(*before, weight, bias, *geometry, *after)
+        return results[0] if running is None else results
+
+    if pad_mode is not None:
+        return fused(x, weight, bias, stride, padding, dilation, groups, pad_mode)
+    return convolve("conv2d", fused, None, x, weight, bias, stride, padding, dilation, groups, "zeros")
+
+
+def statistics_of(x, running_mean, running_var, momentum):
+    """(x, mean, var), as norm_conv2d returns them."""
+    x = _laid_out(x)
+    return x, *ops.batch_statistics(x, None, running_mean, running_var, float(momentum))
+
+
+def normed(values, residual, weight, bias, eps, activation, slope):
+    """act(batch_norm + residual) of the first of values, (z, mean, var) as norm_conv2d returns them."""
+    z, mean, var = values
+    return ops.batch_norm(z, mean, var, weight, bias, residual, float(eps), activation, slope)
+
+
 def _goes_to_torch(input, *vectors):
     """Whether torch computes a batch norm: of other dtypes, and of empty batches."""
     _checks.check_tensors("batch_norm", input=input)
@@ -113,10 +156,10 @@ def _batch_norm(name, input, running_mean, running_var, weight, bias, training, 
 
 def _laid_out(x):
     """x in one of the layouts that torch's results have: contiguous or channels_last."""
-    layout = torch.channels_last_3d if x.dim() == 5 else shapes.memory_format(x)
-    if x.dim() == 5 and not x.is_contiguous(memory_format=layout):
-        layout = torch.contiguous_format
-    return x.contiguous(memory_format=layout)
+    layout = shapes.memory_format(x)
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        layout = torch.channels_last_3d
+    return x if x.is_contiguous(memory_format=layout) else x.contiguous(memory_format=layout)
 
 
 def _check(name, x, running_mean, running_var, weight, bias, training, momentum, eps):
