@@ -210,11 +210,8 @@ FORWARDS = {
     "to a view of the norm": (NORM + "v = y[0]; y += x; return TF.relu(y) + v", "conv, batch_norm"),
     "to the result by a slice": (NORM + "y[:, 0] = 7; return TF.relu(y)", "conv, batch_norm"),
     "norm in training in between": (NORM + "z = TF.batch_norm(x, None, None, None, None, True); return y + z",
-                                    "conv, batch_norm"),
+                                    "conv, batch_norm, add"),
     # Norms that are torch's.
-    "batch statistics": ("return self.untracked(self.conv(x))", "nothing to fuse"),
-    "training": ("n = self.bn; y = self.conv(x)\n"
-                 "return TF.batch_norm(y, n.running_mean, n.running_var, training=True) + x", "nothing to fuse"),
     "other norms": ("return TF.group_norm(TF.instance_norm(self.conv(x)), 2)", "nothing to fuse"),
     "weights that are computed": (
         "n = self.bn; y = self.conv(x)\n"

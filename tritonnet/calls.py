@@ -207,12 +207,20 @@ def is_own(node):
     return _is_fresh(node) and only_user(node) is not None
 
 
+def _writes_others(node, than):
+    """Whether the node only writes to statistics or a counter, and not to what another node gives."""
+    written = written_by(node)
+    return written is not None and than not in written
+
+
 def stays(node, row):
     """Whether nothing but the nodes of a row may overwrite the node's result, until a backward pass needs it."""
     users = [user for user in node.users if user not in row]
     return _is_fresh(node) and all(
-        writes_nothing(user) and user.target not in _VIEWS and overwritten_by(user) is not node for user in users
-    )
+        (writes_nothing(user) or _writes_others(user, node))
+        and user.target not in _VIEWS and overwritten_by(user) is not node
+        for user in users
+    )  # fmt: skip
 
 
 def writes_nothing(node):
@@ -422,11 +430,23 @@ def simplify(graph):
             graph.erase_node(rows)
         elif node.target == ops.batch_norm:
             _as_one_call(graph, node)
+        elif node.target == ops.epilogue:
+            _as_norm(node)
         elif node.target in _FIRST_OF and [user.args[1:] for user in node.users] == [(0,)]:
             (item,) = node.users
             node.target, node.meta = _FIRST_OF[node.target], dict(item.meta)
             item.replace_all_uses_with(node)
             graph.erase_node(item)
+
+
+def _as_norm(node):
+    """Make the operator of our batch norm in evaluation a call of the function again."""
+    x, mean, var, scale, shift, residual, eps, activation, _ = before = node.args
+    if None in (mean, var) or (residual, activation) != (None, "none") or not is_laid_out(x):
+        return
+    node.target, node.args = F.batch_norm, (x, mean, var, scale, shift, False, 0.1, eps)
+    if norm_of(node) is None:  # F.epilogue takes vectors of more dtypes
+        node.target, node.args = ops.epilogue, before
 
 
 def _as_one_call(graph, norm):

@@ -298,7 +298,8 @@ def _place(row):
         return None, f"{_called(others[0])} comes in between"
     if any(map(_is_of_own_class, [*first.all_input_nodes, *needed])):
         return None, "its tensors are of a class of their own, which may not know the fused operators"
-    return last if late else first, None
+    # A batch norm in training counts the batch before it: a checkpoint ends when it has computed again what is kept.
+    return last if late or row.then else first, None
 
 
 def _is_harmless(node, inputs):
