@@ -1,5 +1,6 @@
 """torch.nn.functional, with tritonnet's fused functions under their names, composed of torch's own."""
 
+import torch
 import torch.nn.functional as F
 
 
@@ -72,3 +73,16 @@ def squeeze_excite(input, weight1, bias1, weight2, bias2, activation="relu", gat
     )
     gates = _activated(F.linear(hidden, weight2.flatten(1), bias2), gate, 0.01)
     return (input * gates[..., None, None]).to(gates.dtype)
+
+
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """By its formula in training: torch's derivatives of a jvp take the statistics for constants (2.13)."""
+    if not training or running_mean is not None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    var, mean = torch.var_mean(input, [dim for dim in range(input.dim()) if dim != 1], correction=0)
+    return epilogue(input, mean=mean, var=var, scale=weight, shift=bias, eps=eps)
+
+
+def batch_norm_epilogue(*args, residual=None, activation="none", slope=0.01):
+    z = batch_norm(*args)
+    return _activated(z if residual is None else z + residual, activation, slope)

@@ -60,6 +60,13 @@ OPERATORS = {
         lambda f, x, var: f.epilogue(x, var=var, eps=2.0, residual=x.flip(0), activation="gelu", slope=0.01),
         (4, 3, 2, 2), (3,),
     ),
+    "batch_norm, batch_norm_epilogue": (
+        lambda f, x, w, b: f.batch_norm_epilogue(
+            f.batch_norm(x, None, None, w, None, True, 0.1, 1e-5),
+            None, None, None, b, True, 0.1, 1e-5, residual=x, activation="silu", slope=0.01,
+        ),
+        (4, 2, 3), (2,), (2,),
+    ),
     "squeeze_excite": (
         lambda f, x, w1, w2, b2: f.squeeze_excite(x, w1, None, w2, b2, "silu"), (4, 5, 3, 2), (3, 5), (5, 3), (5,),
     ),
@@ -555,6 +562,12 @@ def operator_calls(device):
     def vectors(channels):
         return t(channels), torch.rand(channels, dtype=torch.float64, device=device), t(channels), t(channels)
 
+    running = torch.rand(2, 6, dtype=torch.float64, device=device).unbind()
+
+    def norm(channels):
+        mean, var, scale, shift = vectors(channels)
+        return mean.detach(), var, scale, shift
+
     layers = t(5, 4), t(5), t(2, 5), None, t(6, 2), t(6), None, None
     return {
         ops.conv2d: (x, w, t(6), *conv),
@@ -582,6 +595,11 @@ def operator_calls(device):
         ops.conv2d_epilogue: (x, w, t(6), *conv, *vectors(6), torch.randn_like(dy), *end),
         ops.epilogue: (t(3, 4), *vectors(4), t(3, 4), *end),
         ops.squeeze_excite: (x, t(3, 4), t(3), t(4, 3), None, "relu", "sigmoid"),
+        ops.batch_statistics: (x,),
+        ops.tracked_statistics: (x.detach(), weight, weight * 2, weight * 3, 0.3),
+        ops.batch_norm: (x, *norm(4), t(2, 4, 6, 7), *end),
+        ops.batch_norm_grad: (torch.randn_like(x).requires_grad_(), x, None, *norm(4), *end, True, True),
+        ops.norm_conv2d: (x, *norm(4), *end, w, t(6), *conv, *running, 0.3, True),
         ops.activate_: (x.detach().clone(), "silu", 0.0),
         ops.activation_grad: (t(3, 4), t(3, 4), "gelu", 0.0),
         ops.cross_entropy: (t(3, 4), torch.tensor([1, -100, 3], device=device), weight, "mean", -100, 0.1),

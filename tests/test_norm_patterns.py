@@ -63,7 +63,7 @@ FORWARDS = {
     "its weight written in between": ("y = self.conv(x); self.counter.add_(1); return self.bn(y) + x",
                                       "conv, batch_norm, add"),
     "weights written before the next": (NORM + "self.unknown.running_var.mul_(2); return self.conv(torch.relu(y))",
-                                        "conv, batch_norm, relu"),
+                                        "conv, batch_norm"),
     "the result overwritten": ("y = self.conv(x); z = self.bn(y); y.mul_(2); return z", "RuntimeError"),
     "used by a view": ("y = self.conv(x); v = y[0]; return torch.relu(self.bn(y)) + v.exp()", "bn, relu"),
     "padding of a mode": ("return torch.relu(self.bn(self.reflect(torch.relu(self.unknown(self.conv(x))))))",

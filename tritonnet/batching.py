@@ -82,22 +82,25 @@ def _images_of_all(info, images, dims):
 
 
 @register_batching(ops.batch_statistics)
-def _batch_statistics(info, dims, x, bias, running_mean, running_var, momentum):
+def _batch_statistics(info, dims, x):
     x = _front(info, x, dims[0])
-    mean, var = (
-        t.unflatten(0, (info.batch_size, x.shape[2]))
-        for t in ops.batch_statistics(_as_channels(x), None, None, None, 0.0)
-    )
-    if running_mean is not None:
-        if None in dims[2:4]:
-            raise RuntimeError(
-                "batch_norm: running_mean and running_var are updated in place and must be batched by vmap as input "
-                "is; see torch.func.replace_all_batch_norm_modules_"
-            )
-        bias = None if bias is None else _front(info, bias, dims[1])
-        running = running_mean.movedim(dims[2], 0), running_var.movedim(dims[3], 0)
-        update_running(*running, mean, var, bias, x.numel() // mean.numel(), momentum)
-    return (mean, var), (0, 0)
+    mean, var = ops.batch_statistics(_as_channels(x))
+    return (mean.unflatten(0, (info.batch_size, -1)), var.unflatten(0, (info.batch_size, -1))), (0, 0)
+
+
+@register_batching(ops.tracked_statistics)
+def _tracked_statistics(info, dims, x, bias, running_mean, running_var, momentum):
+    if None in dims[2:4]:
+        raise RuntimeError(
+            "batch_norm: running_mean and running_var are updated in place and must be batched by vmap as input is; "
+            "see torch.func.replace_all_batch_norm_modules_"
+        )
+    x = _front(info, x, dims[0])
+    (mean, var), batched = _batch_statistics(info, (0,), x)
+    bias = None if bias is None else _front(info, bias, dims[1])
+    running = running_mean.movedim(dims[2], 0), running_var.movedim(dims[3], 0)
+    update_running(*running, mean, var, bias, x.numel() // mean.numel(), momentum)
+    return (mean, var), batched
 
 
 @register_batching(ops.batch_norm)
@@ -128,8 +131,11 @@ def _norm_conv2d(info, dims, x, mean, var, scale, shift, eps, activation, slope,
     z, of_z = _conv2d(info, (of_y, dims[8], of_fused), y, w, fused, *geometry)
     if not statistics:
         return (z, x.new_empty(0), x.new_empty(0)), (of_z, None, None)
-    of_statistics = of_z, dims[9], *dims[15:17]
-    results, of_results = _batch_statistics(info, of_statistics, z, bias, running_mean, running_var, momentum)
+    if running_mean is None:
+        results, of_results = _batch_statistics(info, (of_z,), z)
+    else:
+        of_running = of_z, dims[9], *dims[15:17]
+        results, of_results = _tracked_statistics(info, of_running, z, bias, running_mean, running_var, momentum)
     return (z, *results), (of_z, *of_results)
 
 

@@ -452,12 +452,12 @@ def _as_norm(node):
 def _as_one_call(graph, norm):
     """Make the two operators of our batch norm in training one call of the function again."""
     x, mean, var, scale, shift, residual, eps, activation, slope = norm.args
-    statistics = mean.args[0]
-    if [node.target for node in (statistics, mean, var)] != [ops.batch_statistics, operator.getitem, operator.getitem]:
+    statistics = mean.args[0] if mean.target == operator.getitem else mean
+    if statistics.target not in (ops.batch_statistics, ops.tracked_statistics) or statistics.args[0] is not x:
         return
-    if statistics.args[:2] != (x, None) or len(statistics.users) != 2 or len({*mean.users, *var.users}) != 1:
+    if len(statistics.users) != 2 or len({*mean.users, *var.users}) != 1:
         return
-    running_mean, running_var, momentum = statistics.args[2:]
+    running_mean, running_var, momentum = statistics.args[2:] or (None, None, 0.0)
     given = x, running_mean, running_var, scale, shift, True, momentum, eps
     epilogue = dict(residual=residual, activation=activation, slope=slope)
     plain = residual is None and activation == "none"

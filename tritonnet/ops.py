@@ -177,19 +177,22 @@ _in_place(relu_, relu)
 relu_grad = _operator("relu_grad(Tensor dy, Tensor y) -> Tensor", lambda dy, y: shapes.relu(y))
 epilogue = _operator(f"epilogue(Tensor x, {_EPILOGUE}) -> Tensor", lambda x, *_: shapes.relu(x))
 batch_statistics = _operator(
-    f"batch_statistics(Tensor x, Tensor? bias, {_RUNNING}) -> (Tensor, Tensor)",
+    "batch_statistics(Tensor x) -> (Tensor, Tensor)",
+    lambda x: shapes.batch_statistics(x, x.shape[1]),
+)
+tracked_statistics = _operator(
+    f"tracked_statistics(Tensor x, Tensor? bias, {_RUNNING.replace('?', '')}) -> (Tensor, Tensor)",
     lambda x, *_: shapes.batch_statistics(x, x.shape[1]),
 )
 
 
 def _functional_statistics(x, bias, running_mean, running_var, momentum):
-    mean, var = batch_statistics(x, None, None, None, 0.0)
-    if running_mean is not None:
-        update_running(running_mean, running_var, mean, var, bias, x.numel() // x.shape[1], momentum)
+    mean, var = batch_statistics(x)
+    update_running(running_mean, running_var, mean, var, bias, x.numel() // x.shape[1], momentum)
     return mean, var
 
 
-register_functional(batch_statistics, _functional_statistics)
+register_functional(tracked_statistics, _functional_statistics)
 batch_norm = _operator(
     f"batch_norm(Tensor x, {_NORM}, Tensor? residual, float eps, str activation, float slope) -> Tensor",
     lambda x, *_: shapes.relu(x),
@@ -205,16 +208,6 @@ norm_conv2d = _operator(
     lambda x, *others: shapes.norm_conv2d(x, others[7], *others[9:12], others[-1]),
 )
 
-
-def _functional_norm_conv2d(*args):
-    *before, running_mean, running_var, momentum, statistics = args
-    z, mean, var = norm_conv2d(*before, None, None, 0.0, statistics)
-    if running_mean is not None:
-        update_running(running_mean, running_var, mean, var, before[9], z.numel() // z.shape[1], momentum)
-    return z, mean, var
-
-
-register_functional(norm_conv2d, _functional_norm_conv2d)
 activate_ = _operator("activate_(Tensor(a!) x, str activation, float slope) -> ()", lambda x, *_: None)
 _in_place(activate_, lambda x, *activation: epilogue(x, *[None] * 5, 0.0, *activation))
 activation_grad = _operator(

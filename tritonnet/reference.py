@@ -258,11 +258,15 @@ def _along(vector, x):
     return vector.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
 
 
-def batch_statistics(x, bias, running_mean, running_var, momentum):
+def batch_statistics(x):
     (wide,) = _wide(x)
     var, mean = torch.var_mean(wide, [dim for dim in range(x.dim()) if dim != 1], correction=0)
-    if running_mean is not None:
-        update_running(running_mean, running_var, mean, var, bias, x.numel() // x.shape[1], momentum)
+    return mean, var
+
+
+def tracked_statistics(x, bias, running_mean, running_var, momentum):
+    mean, var = batch_statistics(x)
+    update_running(running_mean, running_var, mean, var, bias, x.numel() // x.shape[1], momentum)
     return mean, var
 
 
@@ -302,7 +306,9 @@ def norm_conv2d(x, mean, var, scale, shift, eps, activation, slope, w, bias, *ge
     if not statistics:
         return conv2d(y, w, bias, *geometry), *shapes.batch_statistics(x, 0)
     z = conv2d(y, w, None, *geometry)
-    return z, *batch_statistics(z, bias, running_mean, running_var, momentum)
+    if running_mean is None:
+        return z, *batch_statistics(z)
+    return z, *tracked_statistics(z, bias, running_mean, running_var, momentum)
 
 
 def epilogue(x, mean, var, scale, shift, residual, eps, activation, slope):

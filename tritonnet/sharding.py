@@ -48,7 +48,8 @@ _RULES = {
     ops.relu_grad: ("** > *",),
     ops.epilogue: ("0rrrr0 > 0", "100001 > 1"),
     # Statistics are those of a whole batch.
-    ops.batch_statistics: ("1000 > 00",),
+    ops.batch_statistics: ("1 > 00",),
+    ops.tracked_statistics: ("1000 > 00",),
     ops.batch_norm: ("100001 > 1",),
     ops.batch_norm_grad: ("1110000 > 10011",),
     ops.norm_conv2d: ("rrrrr0000 > 100",),

@@ -110,6 +110,7 @@ def _gradients(dy, x, y, mean, var, scale, shift, eps, activation, slope, with_d
 
 
 register_constant(ops.batch_statistics)
+register_constant(ops.tracked_statistics)
 
 
 def _separately(x, mean, var, scale, shift, eps, activation, slope, w, bias, *geometry_running):
@@ -119,7 +120,9 @@ def _separately(x, mean, var, scale, shift, eps, activation, slope, w, bias, *ge
     if not statistics:
         return ops.conv2d(y, w, bias, *geometry), *[x.new_empty(0)] * 2
     z = ops.conv2d(y, w, None, *geometry)
-    return z, *ops.batch_statistics(z.detach(), bias, running_mean, running_var, momentum)
+    if running_mean is None:
+        return z, *ops.batch_statistics(z)
+    return z, *ops.tracked_statistics(z, bias, running_mean, running_var, momentum)
 
 
 @register_autograd(ops.norm_conv2d, apart=_separately)

@@ -130,7 +130,9 @@ def norm_conv2d(
 def statistics_of(x, running_mean, running_var, momentum):
     """(x, mean, var), as norm_conv2d returns them."""
     x = _laid_out(x)
-    return x, *ops.batch_statistics(x, None, running_mean, running_var, float(momentum))
+    if running_mean is None:
+        return x, *ops.batch_statistics(x)
+    return x, *ops.tracked_statistics(x, None, running_mean, running_var, float(momentum))
 
 
 def normed(values, residual, weight, bias, eps, activation, slope):
@@ -150,7 +152,7 @@ def _batch_norm(name, input, running_mean, running_var, weight, bias, training, 
     x = _laid_out(input)
     if not training:
         return ops.epilogue(x, running_mean, running_var, weight, bias, epilogue[0], float(eps), *epilogue[1:])
-    mean, var = ops.batch_statistics(x, None, running_mean, running_var, float(momentum))
+    _, mean, var = statistics_of(x, running_mean, running_var, momentum)
     return ops.batch_norm(x, mean, var, weight, bias, epilogue[0], float(eps), *epilogue[1:])
 
 
