@@ -285,7 +285,7 @@ def batch_norm(x, mean, var, scale, shift, residual, eps, activation, slope):
     scale, shift = (None if t is None else t.to(wide.dtype) for t in (scale, shift))
     # The mean is subtracted first, as torch's code on the CPU multiplies first, which is inexact for a large mean.
     centred = wide - _along(mean, wide)
-    z = torch.batch_norm(centred, scale, shift, torch.zeros_like(mean), var, False, 0.0, eps, False)
+    z = torch.batch_norm(centred, scale, shift, torch.zeros_like(mean), var.detach(), False, 0.0, eps, False)
     z = z if residual is None else z + residual
     return _like(shapes.relu(x), activations.activated(z, activation, slope).to(x.dtype))
 
