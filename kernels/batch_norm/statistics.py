@@ -47,7 +47,7 @@ UNFUSED = OPTIONS | {"enable_fp_fusion": False}
 def updated(mean, m2, d, n):
     """(mean, M2) of streams with their n-th values, whose differences from the mean are d."""
     share = 1.0 / n
-    return tl.fma(d, share + tl.zeros_like(d), mean), tl.fma(d * d, 1.0 - share + tl.zeros_like(d), m2)
+    return tl.fma(d, share, mean), tl.fma(d * d, 1.0 - share, m2)
 
 
 @triton.jit(do_not_specialize=["count"])
