@@ -13,7 +13,6 @@ fixed order; and dx, for which each tensor is read once more.
 Source: Ioffe and Szegedy, Batch Normalization, https://arxiv.org/abs/1502.03167
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -182,10 +181,12 @@ def backward(dy, x, y, mean, var, scale, shift, eps, activation, slope, with_dz,
         dx, with x's strides if x is dense; dscale and dshift (C); dz and act(u), laid out as dx, or empty without
         with_dz and with_y.
     """
-    dx = shapes.relu(x)
-    dz, act = (torch.empty_like(dx) if wanted else None for wanted in (with_dz, with_y))
-    dscale, dshift = (x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
-    if x.numel() > 0:
+    results = shapes.batch_norm_grad(x, with_dz, with_y)
+    dx, dscale, dshift = results[:3]
+    dz, act = (t if wanted else None for t, wanted in zip(results[3:], (with_dz, with_y)))
+    if x.numel() == 0:
+        dscale.zero_(), dshift.zero_()
+    else:
         x, dy, y = (None if t is None else laid_out_as(dx, t) for t in (x, dy, y))
         vectors = [None if t is None else t.contiguous() for t in (mean, var, scale, shift)]
         loaded, values = 2 + (y is not None), (eps, activation, slope)
@@ -196,4 +197,4 @@ def backward(dy, x, y, mean, var, scale, shift, eps, activation, slope, with_dz,
             _grad((x, dy, y, *vectors, dscale, dshift, dx), loaded, *values)
         else:
             _grad((x, dz, None, *vectors[:3], None, dscale, dshift, dx), 2, eps, "none", 0.0)
-    return dx, dscale, dshift, *(dx.new_empty(0) if t is None else t for t in (dz, act))
+    return results

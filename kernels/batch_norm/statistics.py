@@ -1,8 +1,8 @@
 """The mean and the variance of each channel over a batch, and the running statistics.
 
     mean[c] = sum over m of x[m, c] / count,    var[c] = sum over m of (x[m, c] - mean[c])^2 / count
-    running_mean += momentum * (mean + bias - running_mean)
-    running_var += momentum * (var * count / (count - 1) - running_var)
+    running_mean = (1 - momentum) * running_mean + momentum * (mean + bias)
+    running_var = (1 - momentum) * running_var + momentum * var * count / (count - 1)
 
 The mean of the squares less the square of the mean would lose all digits where a mean is many standard deviations. So
 each program takes its elements relative to a shift, the mean of its first block, and each element of a block is a
@@ -32,9 +32,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import shapes
 from .._common import INTERPRETED, OPTIONS, acc_type, cdiv, index_type, round_to
 from ..launching import planned
-from ..relu import laid_out_as
+from ..relu import is_dense
 from ..tiles import clamped_power
 from .elements import Division, block_at, channels_of, elements_in, share_of, sum_of
 
@@ -106,12 +107,13 @@ def _partial_statistics(x, partials):
 
 @triton.jit
 def moved(running_ptr, channel, mask, target, momentum, momentum_rest):
-    """Move the running statistics by momentum + momentum_rest of the way to the target."""
+    """Move the running statistics to the target by momentum + momentum_rest of the way: at 1 exactly there."""
     running = tl.load(running_ptr + channel, mask=mask, other=0.0)
     # In float64 where the running statistics are, else in the accumulators' type.
     TYPE: tl.constexpr = tl.float64 if running.dtype == tl.float64 else target.dtype
     old = running.to(TYPE)
-    new = old + (momentum.to(TYPE) + momentum_rest.to(TYPE)) * (target.to(TYPE) - old)
+    share = tl.full((1, 1), momentum, TYPE) + tl.full((1, 1), momentum_rest, TYPE)
+    new = old * (1.0 - share) + target.to(TYPE) * share
     tl.store(running_ptr + channel, round_to(new, running_ptr.dtype.element_ty), mask=mask)
 
 
@@ -197,7 +199,7 @@ def fold(partials, rows, count, bias, running_mean, running_var, momentum):
     (p + 1) * rows of each channel, of which there are `count`; no part is empty. partials[2, p], if there, is added to
     the mean, which then has more digits than its type. bias (C) or None counts in the running mean alone.
     """
-    mean, var = partials.new_empty(partials.shape[2]), partials.new_empty(partials.shape[2])
+    mean, var = shapes.batch_statistics(partials, partials.shape[2])
     bias = None if bias is None else bias.contiguous()
     running = [None if t is None else t.contiguous() for t in (running_mean, running_var)]
     _fold((partials, mean, var, bias, *running), rows, count, momentum)
@@ -213,9 +215,9 @@ def forward(x, bias, running_mean, running_var, momentum):
     running_mean and running_var (C), or None, are moved in place; bias (C) or None counts in the running mean alone.
     """
     if x.numel() == 0:
-        empty = x.new_full((x.shape[1],), math.nan, dtype=torch.promote_types(x.dtype, torch.float32))
-        return empty, empty.clone()
-    x = laid_out_as(torch.empty_like(x, device="meta"), x)
+        return tuple(t.fill_(math.nan) for t in shapes.batch_statistics(x, x.shape[1]))
+    if not is_dense(x):
+        x = torch.empty_like(x).copy_(x)
     division = Division.of(x)
     partials = division.partials(x, 3)
     _partial_statistics((x, partials))
