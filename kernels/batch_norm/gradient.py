@@ -67,7 +67,7 @@ def batch_norm_sums_kernel(
         for i in tl.static_range(UNROLL):
             offs, inside = block_at(m0 + i * BLOCK, last, channel, C, inner, inverse_inner, CHANNELS, BLOCK_M, BLOCK_N)
             mask = mask_c & inside
-            blocks = blocks + ((offs, mask, *loaded(x_ptr, dy_ptr, y_ptr, offs, mask, HAS_Y)),)
+            blocks = blocks + ((offs, mask) + loaded(x_ptr, dy_ptr, y_ptr, offs, mask, HAS_Y),)
         for i in tl.static_range(UNROLL):
             offs, mask, x, dy, y = blocks[i]
             centred = x.to(ACC) - mean
@@ -157,7 +157,7 @@ def batch_norm_grad_kernel(
         for i in tl.static_range(UNROLL):
             offs, inside = block_at(m0 + i * BLOCK, last, channel, C, inner, inverse_inner, CHANNELS, BLOCK_M, BLOCK_N)
             mask = mask_c & inside
-            blocks = blocks + ((offs, mask, *loaded(x_ptr, dy_ptr, y_ptr, offs, mask, HAS_Y)),)
+            blocks = blocks + ((offs, mask) + loaded(x_ptr, dy_ptr, y_ptr, offs, mask, HAS_Y),)
         for i in tl.static_range(UNROLL):
             offs, mask, x, dy, y = blocks[i]
             centred = x.to(ACC) - mean

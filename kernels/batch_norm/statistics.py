@@ -170,7 +170,7 @@ def fold_statistics_kernel(
 def fold_blocks(parts, C):
     """(BLOCK_P, BLOCK_C) and the warps of a kernel that adds up the partial results of C channels."""
     block_p = clamped_power(parts, 1, 1024)
-    block_c = clamped_power(C, 1, 2**14 // block_p if INTERPRETED else 8)
+    block_c = clamped_power(C, 1, max(8, (2**14 if INTERPRETED else 512) // block_p))
     return block_p, block_c, 8 if block_p >= 512 else 4
 
 
