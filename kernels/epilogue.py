@@ -259,10 +259,10 @@ def epilogue_kernel(
         channel = tl.multiple_of(channel, (BLOCK_V, BLOCK_V)) + neighbours
     vectors = (x_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
     mask_c = (channel < C) & (first < numel)
-    factor, summand = of_channels(vectors, 0, channel, mask_c, EPILOGUE, ACC)
     if HAS_MEAN:
         # First, and not as a part of the summand: x may be near a mean that is many standard deviations.
         x -= tl.load(mean_ptr + channel, mask=mask_c, other=0.0).to(ACC)
+    factor, summand = of_channels(vectors, 0, channel, mask_c, EPILOGUE, ACC)
     y = finished(x, factor, summand, r_ptr + offs, mask, EPILOGUE)
 
     tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
