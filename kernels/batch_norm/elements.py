@@ -103,12 +103,6 @@ def block_at(
 
 
 @triton.jit
-def elements_in(CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The elements of a channel in a block."""
-    return BLOCK_M if CHANNELS else BLOCK_M * BLOCK_N
-
-
-@triton.jit
 def sum_of(values, CHANNELS: tl.constexpr):
     """The sum over a block, for each of the program's channels, in the shape of `channels_of`."""
     total = tl.sum(values, axis=0, keep_dims=True)

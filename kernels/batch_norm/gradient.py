@@ -22,7 +22,7 @@ from ..activations import by_result
 from ..epilogue import ACT, EPS, SLOPE, activated, constant, inverse_root, of_channels, scaled, with_slope
 from ..launching import planned
 from ..relu import laid_out_as
-from .elements import Division, block_at, channels_of, elements_in, share_of, sum_of
+from .elements import Division, block_at, channels_of, share_of, sum_of
 from .statistics import fold_blocks
 
 
@@ -52,7 +52,8 @@ def batch_norm_sums_kernel(
     C_UNIT: tl.constexpr, INNER_UNIT: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = elements_in(CHANNELS, BLOCK_M, BLOCK_N)
+    # The elements of a channel in a block.
+    BLOCK: tl.constexpr = BLOCK_M if CHANNELS else BLOCK_M * BLOCK_N
     C, inner = C * C_UNIT, inner * INNER_UNIT
     channel = channels_of(CHANNELS, BLOCK_N)
     mask_c = channel < C
@@ -138,7 +139,8 @@ def batch_norm_grad_kernel(
     C_UNIT: tl.constexpr, INNER_UNIT: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = elements_in(CHANNELS, BLOCK_M, BLOCK_N)
+    # The elements of a channel in a block.
+    BLOCK: tl.constexpr = BLOCK_M if CHANNELS else BLOCK_M * BLOCK_N
     C, inner = C * C_UNIT, inner * INNER_UNIT
     channel = channels_of(CHANNELS, BLOCK_N)
     mask_c = channel < C

@@ -37,7 +37,7 @@ from .._common import INTERPRETED, OPTIONS, acc_type, cdiv, index_type, round_to
 from ..launching import planned
 from ..relu import is_dense
 from ..tiles import clamped_power
-from .elements import Division, block_at, channels_of, elements_in, share_of, sum_of
+from .elements import Division, block_at, channels_of, share_of, sum_of
 
 # Sums over threads follow products. Fused with an addition, a product would have other bits in each thread of a sum,
 # and any of them might be stored. What may be fused is written as tl.fma.
@@ -58,7 +58,8 @@ def batch_statistics_kernel(
     C_UNIT: tl.constexpr, INNER_UNIT: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    BLOCK: tl.constexpr = elements_in(CHANNELS, BLOCK_M, BLOCK_N)
+    # The elements of a channel in a block.
+    BLOCK: tl.constexpr = BLOCK_M if CHANNELS else BLOCK_M * BLOCK_N
     C, inner = C * C_UNIT, inner * INNER_UNIT
     channel = channels_of(CHANNELS, BLOCK_N)
     mask_c = channel < C
