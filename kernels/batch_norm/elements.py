@@ -88,15 +88,20 @@ def share_of(count, rows, INDEX: tl.constexpr):
 
 @triton.jit
 def block_at(
-    m0, last, channel, C, inner, inverse_inner,
-    CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    m0, last, channel, sizes,
+    CHANNELS: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(offsets, which of its elements are before `last`) of the block that begins at the element m0."""
+    """(offsets, which of its elements are before `last`) of the block that begins at the element m0.
+
+    sizes: (C, inner, the reciprocal of inner).
+    """
+    C, inner, inverse_inner = sizes
+    rows = tl.arange(0, BLOCK_M)[:, None].to(INDEX)
     if CHANNELS:
-        m = m0 + tl.arange(0, BLOCK_M)[:, None]
+        m = m0 + rows
         return m * C + channel, m < last
     else:
-        m = m0 + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N
+        m = m0 + rows * BLOCK_N
         n = divide(m, inner, inverse_inner)
         start = (n * C + channel - n) * inner + m
         return start + tl.arange(0, BLOCK_N)[None, :], m < last

@@ -54,7 +54,8 @@ def batch_norm_sums_kernel(
 ):  # fmt: skip
     # The elements of a channel in a block.
     BLOCK: tl.constexpr = BLOCK_M if CHANNELS else BLOCK_M * BLOCK_N
-    C, inner = C * C_UNIT, inner * INNER_UNIT
+    C *= C_UNIT
+    sizes = (C, inner * INNER_UNIT, inverse_inner)
     channel = channels_of(CHANNELS, BLOCK_N)
     mask_c = channel < C
     first, last = share_of(count, rows, INDEX)
@@ -66,7 +67,7 @@ def batch_norm_sums_kernel(
     for m0 in range(first, last, BLOCK * UNROLL):
         blocks = ()
         for i in tl.static_range(UNROLL):
-            offs, inside = block_at(m0 + i * BLOCK, last, channel, C, inner, inverse_inner, CHANNELS, BLOCK_M, BLOCK_N)
+            offs, inside = block_at(m0 + i * BLOCK, last, channel, sizes, CHANNELS, INDEX, BLOCK_M, BLOCK_N)
             mask = mask_c & inside
             blocks = blocks + ((offs, mask) + loaded(x_ptr, dy_ptr, y_ptr, offs, mask, HAS_Y),)
         for i in tl.static_range(UNROLL):
@@ -141,7 +142,8 @@ def batch_norm_grad_kernel(
 ):  # fmt: skip
     # The elements of a channel in a block.
     BLOCK: tl.constexpr = BLOCK_M if CHANNELS else BLOCK_M * BLOCK_N
-    C, inner = C * C_UNIT, inner * INNER_UNIT
+    C *= C_UNIT
+    sizes = (C, inner * INNER_UNIT, inverse_inner)
     channel = channels_of(CHANNELS, BLOCK_N)
     mask_c = channel < C
     first, last = share_of(count, rows, INDEX)
@@ -157,7 +159,7 @@ def batch_norm_grad_kernel(
     for m0 in range(first, last, BLOCK * UNROLL):
         blocks = ()
         for i in tl.static_range(UNROLL):
-            offs, inside = block_at(m0 + i * BLOCK, last, channel, C, inner, inverse_inner, CHANNELS, BLOCK_M, BLOCK_N)
+            offs, inside = block_at(m0 + i * BLOCK, last, channel, sizes, CHANNELS, INDEX, BLOCK_M, BLOCK_N)
             mask = mask_c & inside
             blocks = blocks + ((offs, mask) + loaded(x_ptr, dy_ptr, y_ptr, offs, mask, HAS_Y),)
         for i in tl.static_range(UNROLL):

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 
 from .. import shapes
-from .._common import INTERPRETED, OPTIONS, acc_type, cdiv, index_type, round_to
+from .._common import INTERPRETED, OPTIONS, acc_type, cdiv, round_to
 from ..launching import planned
 from ..relu import is_dense
 from ..tiles import clamped_power
@@ -60,12 +60,13 @@ def batch_statistics_kernel(
 ):  # fmt: skip
     # The elements of a channel in a block.
     BLOCK: tl.constexpr = BLOCK_M if CHANNELS else BLOCK_M * BLOCK_N
-    C, inner = C * C_UNIT, inner * INNER_UNIT
+    C *= C_UNIT
+    sizes = (C, inner * INNER_UNIT, inverse_inner)
     channel = channels_of(CHANNELS, BLOCK_N)
     mask_c = channel < C
     first, last = share_of(count, rows, INDEX)
 
-    offs, inside = block_at(first, last, channel, C, inner, inverse_inner, CHANNELS, BLOCK_M, BLOCK_N)
+    offs, inside = block_at(first, last, channel, sizes, CHANNELS, INDEX, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + offs, mask=mask_c & inside, other=0.0).to(ACC)
     shift = sum_of(x, CHANNELS) / tl.minimum(last - first, BLOCK).to(ACC)
 
@@ -75,13 +76,13 @@ def batch_statistics_kernel(
     for m0 in range(first, whole, BLOCK * UNROLL):
         blocks = ()
         for i in tl.static_range(UNROLL):
-            offs, _ = block_at(m0 + i * BLOCK, last, channel, C, inner, inverse_inner, CHANNELS, BLOCK_M, BLOCK_N)
+            offs, _ = block_at(m0 + i * BLOCK, last, channel, sizes, CHANNELS, INDEX, BLOCK_M, BLOCK_N)
             blocks = blocks + (tl.load(x_ptr + offs, mask=mask_c, other=0.0),)
         for i in tl.static_range(UNROLL):
             n += 1.0
             mean, m2 = updated(mean, m2, blocks[i].to(ACC) - shift - mean, n)
     for m0 in range(whole, last, BLOCK):
-        offs, inside = block_at(m0, last, channel, C, inner, inverse_inner, CHANNELS, BLOCK_M, BLOCK_N)
+        offs, inside = block_at(m0, last, channel, sizes, CHANNELS, INDEX, BLOCK_M, BLOCK_N)
         x = tl.load(x_ptr + offs, mask=mask_c & inside, other=0.0).to(ACC)
         n += 1.0
         mean, m2 = updated(mean, m2, tl.where(inside, x - shift - mean, 0.0), n)
@@ -133,12 +134,12 @@ def fold_statistics_kernel(
     partial_ptr, mean_ptr, var_ptr, b_ptr, running_mean_ptr, running_var_ptr,
     C, P, rows, remainder, count, momentum, momentum_rest,
     HAS_REST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RUNNING: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask_c = channel < C
-    offs_p, step = tl.arange(0, BLOCK_P)[:, None].to(INDEX), tl.full((), C, INDEX) * P
-    m2_ptr, rest_ptr = partial_ptr + step, partial_ptr + 2 * step
+    offs_p = tl.arange(0, BLOCK_P)[:, None]
+    m2_ptr, rest_ptr = partial_ptr + P * C, partial_ptr + 2 * P * C
     total = tl.full((1, 1), count, ACC)
 
     # The last part has what the others leave over.
@@ -188,7 +189,7 @@ def _fold(partials, mean, var, bias, running_mean, running_var, rows, count, mom
     numbers = C, P, rows, count - (P - 1) * rows, count, *halves(momentum)
     return (cdiv(C, block_c),), numbers, dict(
         HAS_REST=results > 2, HAS_BIAS=bias is not None, HAS_RUNNING=running_mean is not None,
-        INDEX=index_type(partials), ACC=acc_type(partials.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+        ACC=acc_type(partials.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         num_warps=num_warps, **UNFUSED,
     )  # fmt: skip
 
