@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .._common import INTERPRETED, acc_type, cdiv, divide, index_type, power_of_2, reciprocal
+from ..launching import remembered
 from ..tiles import clamped_power
 
 # The elements of a block, eight for each thread of four warps.
@@ -39,19 +40,8 @@ class Division(NamedTuple):
     @classmethod
     def of(cls, x, loaded=1):
         """The division of a dense x, not empty, for a kernel that loads so many tensors of its size."""
-        C, vector = x.shape[1], 16 // x.element_size()
-        inner = x.stride(1) if C > 1 else x.numel()
-        count = x.numel() // C
-        # Whole lines of memory of 128 bytes: a pixel's channels, or a channel's pixels, 16 bytes for each thread.
-        block_n = min(power_of_2(C), 8 * vector) if inner == 1 else math.gcd(vector, inner)
-        block = clamped_power(x.numel() // 16, BLOCK, 2**14) if INTERPRETED else BLOCK
-        block_m, unroll = block // block_n, max(1, LOADED // (8 * x.element_size() * loaded))
-        # Elements of a channel in a step.
-        step = block_m * unroll * (1 if inner == 1 else block_n)
-        blocks = cdiv(C, block_n) if inner == 1 else C
-        parts = max(1, min(PROGRAMS // blocks, count // (LEAST_STEPS * step)))
-        rows = cdiv(cdiv(count, parts), step) * step
-        return cls(C, inner, count, block_m, block_n, unroll, rows, cdiv(count, rows))
+        C = x.shape[1]
+        return _division(C, x.stride(1) if C > 1 else x.numel(), x.numel() // C, x.element_size(), loaded)
 
     def launch(self, x):
         """(grid, numbers, constants) of a kernel over x; C and inner are in units that divide 16 bytes."""
@@ -68,6 +58,21 @@ class Division(NamedTuple):
     def partials(self, x, results):
         """So many results of each program for each of its channels, uninitialised."""
         return x.new_empty(results, self.parts, self.C, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@remembered
+def _division(C, inner, count, itemsize, loaded):
+    vector = 16 // itemsize
+    # Whole lines of memory of 128 bytes: a pixel's channels, or a channel's pixels, 16 bytes for each thread.
+    block_n = min(power_of_2(C), 8 * vector) if inner == 1 else math.gcd(vector, inner)
+    block = clamped_power(C * count // 16, BLOCK, 2**14) if INTERPRETED else BLOCK
+    block_m, unroll = block // block_n, max(1, LOADED // (8 * itemsize * loaded))
+    # Elements of a channel in a step.
+    step = block_m * unroll * (1 if inner == 1 else block_n)
+    blocks = cdiv(C, block_n) if inner == 1 else C
+    parts = max(1, min(PROGRAMS // blocks, count // (LEAST_STEPS * step)))
+    rows = cdiv(cdiv(count, parts), step) * step
+    return Division(C, inner, count, block_m, block_n, unroll, rows, cdiv(count, rows))
 
 
 @triton.jit
