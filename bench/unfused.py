@@ -58,11 +58,6 @@ def epilogue(
     return _activated(z if residual is None else z + residual, activation, slope).to(input.dtype)
 
 
-def batch_norm_epilogue(*args, residual=None, activation="none", slope=0.01):
-    y = F.batch_norm(*args)
-    return _activated(y if residual is None else y + residual, activation, slope)
-
-
 def conv2d_epilogue(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, **arguments):
     z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return epilogue(z, dim=z.dim() - 3, **arguments)

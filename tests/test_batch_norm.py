@@ -74,7 +74,7 @@ def assert_within(name, actual, truth, bound):
 def check_statistics(x, device):
     """Within what two passes in the type of sums are bound to: Chan, Golub and LeVeque 1983, for sums in any order."""
     with tritonnet.count_launches() as launches:
-        mean, var = launchers.batch_statistics(x.to(device), None, None, None, 0.1)
+        mean, var = launchers.batch_statistics(x.to(device))
     assert set(launches) == {"batch_statistics_kernel", "fold_statistics_kernel"}
     assert mean.dtype == var.dtype == torch.promote_types(x.dtype, torch.float32)
     true_mean, true_var = true_statistics(x)
@@ -115,13 +115,13 @@ def test_an_unusual_beginning(layout, device):
 
 def test_one_value_a_channel(device):
     x = values(torch.float32, (1, 5, 1, 1), 7.0)
-    mean, var = launchers.batch_statistics(x.to(device), None, None, None, 0.1)
+    mean, var = launchers.batch_statistics(x.to(device))
     assert torch.equal(mean.cpu(), x.flatten()) and not var.any()
 
 
 def test_no_values(device):
     x, vector = torch.empty(0, 3, 4, 4, device=device), torch.ones(3, device=device)
-    assert torch.stack(launchers.batch_statistics(x, None, None, None, 0.1)).isnan().all()
+    assert torch.stack(launchers.batch_statistics(x)).isnan().all()
     dx, dscale, dshift, dz, y = launchers.batch_norm_grad(
         x, x, None, vector, vector, None, None, EPS, "relu", 0.0, True, True
     )
@@ -148,7 +148,7 @@ def test_running_statistics(dtype, of_running, momentum, bias, device):
     truth = [r.double() * (1 - momentum) + target * momentum for r, target in zip(running, targets)]
 
     ours = [gaps(r.to(device)) for r in running]
-    launchers.batch_statistics(x.to(device), None if added is None else added.to(device), *ours, momentum)
+    launchers.tracked_statistics(x.to(device), None if added is None else added.to(device), *ours, momentum)
     # Rounded to the running statistics' type in the end, and on the way to that of sums.
     u, v = SUM[dtype], ROUNDOFF[of_running]
     for name, actual, true, target in zip(("mean", "var"), ours, truth, targets):
@@ -241,7 +241,7 @@ def test_gradients(name, device):
     """Each within the rounding of sums, of results and, where they are stored, of dz or y."""
     case = CASES[name]
     x, scale, shift, residual, dy = inputs(case, device)
-    mean, var = launchers.batch_statistics(x, None, None, None, 0.1)
+    mean, var = launchers.batch_statistics(x)
     vectors, values = (mean, var, scale, shift), (EPS, case.activation, SLOPE)
     y = launchers.batch_norm(x, *vectors, residual, *values)
     arguments = dy, x, y if case.residual else None, *vectors, *values, case.with_dz, case.with_y
@@ -292,7 +292,7 @@ def test_far_from_zero(mean, device):
     for layout in ("channels_last", "NCHW", "NCHW, odd pixels"):
         size, laid_out = LAYOUTS[layout]
         x = laid_out(values(SINGLE, size, mean)).to(device)
-        statistics = launchers.batch_statistics(x, None, None, None, 0.1)
+        statistics = launchers.batch_statistics(x)
         scale, shift = torch.randn(size[1]).to(device), torch.randn(size[1]).to(device)
         y = launchers.batch_norm(x, *statistics, scale, shift, None, EPS, "none", 0.0)
         wide, mu, var, factor, summand = (t.cpu().double() for t in (x, *statistics, scale, shift))

@@ -253,8 +253,8 @@ RESULTS = {
     ),
     # Many channels, so that a program's share of them is small.
     "batch_statistics_kernel": [
-        lambda: L.batch_statistics(empty(2**11 + 2, 2**20), None, None, None, 0.1),
-        lambda: L.batch_statistics(empty(2, 2**20, 2**10 + 1), None, None, None, 0.1),
+        lambda: L.batch_statistics(empty(2**11 + 2, 2**20)),
+        lambda: L.batch_statistics(empty(2, 2**20, 2**10 + 1)),
     ],
     "activation_grad_kernel": [lambda: L.activation_grad(empty(2**31 + 8), empty(2**31 + 8), "silu", 0.0)],
     "squeeze_excite_kernel": [

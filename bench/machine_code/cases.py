@@ -81,7 +81,7 @@ class Calls:
         With a residual, y decides the activation's derivative, and the residual's gradient is stored.
         """
         x, C = self.tensor(*size, last=last), size[1]
-        mean, var = launchers.batch_statistics(x, None, torch.empty(C), torch.empty(C), 0.1)
+        mean, var = launchers.tracked_statistics(x, None, torch.empty(C), torch.empty(C), 0.1)
         vectors, values = (mean, var, torch.empty(C), torch.empty(C)), (1e-5, activation, 0.0)
         y = launchers.batch_norm(x, *vectors, x if residual else None, *values)
         launchers.batch_norm_grad(y, x, y if residual else None, *vectors, *values, residual, False)
