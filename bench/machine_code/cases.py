@@ -307,6 +307,10 @@ def shapes(c):
         yield f"{name}means 2x2/2", lambda last=last: c.means((64, 128, 56, 56), 2, 2, 0, last)
         yield f"{name}means 3x3", lambda last=last: c.means((64, 128, 56, 56), 3, 1, 1, last, include_pad=False)
         yield f"{name}means of images", lambda last=last: c.bins((64, 2048, 7, 7), (1, 1), last)
+        options = {"activation": "relu", "last": last}
+        yield f"{name}batch norm, relu", lambda options=options: c.batch_norm(64, 64, 112, 112, **options)
+        options = {**options, "residual": True}
+        yield f"{name}batch norm, residual, relu", lambda options=options: c.batch_norm(64, 256, 56, 56, **options)
     for name, *size, options in (
         ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu"}),
         ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu", "residual": True}),
@@ -324,11 +328,6 @@ def shapes(c):
         yield name, lambda size=size, options=options: c.normed(*size, **options)
     yield "norm, residual, relu", lambda: c.elementwise(64, 256, 56, 56, last=True)
     yield "NCHW norm, residual, relu", lambda: c.elementwise(64, 256, 56, 56, last=False)
-    for name, last in (("", True), ("NCHW ", False)):
-        options = {"activation": "relu", "last": last}
-        yield f"{name}batch norm, relu", lambda options=options: c.batch_norm(64, 64, 112, 112, **options)
-        options = {**options, "residual": True}
-        yield f"{name}batch norm, residual, relu", lambda options=options: c.batch_norm(64, 256, 56, 56, **options)
     yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
     yield "ResNet 3x3, 64", lambda: c.conv(64, 64, 56, 64, 3)
     yield "ResNet 3x3, 256", lambda: c.conv(64, 256, 14, 256, 3)
