@@ -27,7 +27,7 @@ CONVOLUTION_TESTS = (
 )  # fmt: skip
 KERNEL_TESTS = (
     "test_max_pool2d", "test_avg_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu",
-    "test_activations", "test_epilogue", "test_squeeze_excite", "test_memory",
+    "test_activations", "test_epilogue", "test_batch_norm", "test_squeeze_excite", "test_memory",
 )  # fmt: skip
 OTHER_TESTS = (
     "test_distributed", "test_citizenship", "test_networks", "test_gradcheck", "test_peers", "test_properties",

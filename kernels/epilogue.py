@@ -73,13 +73,18 @@ def once(t):
 
 
 @triton.jit
+def inverse_root(var, EPS: tl.constexpr):
+    """1 / sqrt(var + eps)."""
+    return 1.0 / tl.sqrt(var + EPS) if var.dtype == tl.float64 else tl.rsqrt(var + EPS)
+
+
+@triton.jit
 def of_channels(vectors, stride_b, channel, mask, EPILOGUE: tl.constexpr, ACC: tl.constexpr):
     """(factor, summand) of each channel, from pointers to the vectors (bias, mean, var, scale, shift)."""
     b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr = vectors
     factor, summand = tl.full(channel.shape, 1.0, ACC), tl.zeros(channel.shape, ACC)
     if EPILOGUE[VAR]:
-        var = tl.load(var_ptr + channel, mask=mask, other=1.0).to(ACC) + EPILOGUE[EPS]
-        factor = 1.0 / tl.sqrt(var) if ACC == tl.float64 else tl.rsqrt(var)
+        factor = inverse_root(tl.load(var_ptr + channel, mask=mask, other=1.0).to(ACC), EPILOGUE[EPS])
     if EPILOGUE[SCALE]:
         factor *= tl.load(scale_ptr + channel, mask=mask, other=0.0).to(ACC)
     if EPILOGUE[BIAS]:
@@ -94,12 +99,24 @@ def of_channels(vectors, stride_b, channel, mask, EPILOGUE: tl.constexpr, ACC: t
 
 
 @triton.jit
+def scaled(z, factor, summand, EPILOGUE: tl.constexpr):
+    """z * factor + summand, in one rounding, so that every kernel computes the same bits."""
+    SCALED: tl.constexpr = EPILOGUE[VAR] or EPILOGUE[SCALE]
+    SHIFTED: tl.constexpr = EPILOGUE[BIAS] or EPILOGUE[MEAN] or EPILOGUE[SHIFT]
+    if SCALED and SHIFTED:
+        return tl.fma(z, factor, summand)
+    elif SCALED:
+        return z * factor
+    elif SHIFTED:
+        return z + summand
+    else:
+        return z
+
+
+@triton.jit
 def finished(z, factor, summand, r_ptrs, mask, EPILOGUE: tl.constexpr):
     """The results of the sums z; factor and summand are those of `of_channels`, in shapes that broadcast with z."""
-    if EPILOGUE[VAR] or EPILOGUE[SCALE]:
-        z *= factor
-    if EPILOGUE[BIAS] or EPILOGUE[MEAN] or EPILOGUE[SHIFT]:
-        z += summand
+    z = scaled(z, factor, summand, EPILOGUE)
     if EPILOGUE[RESIDUAL]:
         z += tl.load(r_ptrs, mask=mask, other=0.0).to(z.dtype)
     # triton 3.6.0 passes a string on only as a constant of its own.
@@ -226,7 +243,7 @@ def with_slope(dy, t, ACT: tl.constexpr, SLOPE: tl.constexpr):
 def epilogue_kernel(
     x_ptr, y_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, r_ptr,
     numel, inner, inverse_inner, inverse_channels,
-    C: tl.constexpr, ALONG: tl.constexpr, EPILOGUE: tl.constexpr,
+    C: tl.constexpr, ALONG: tl.constexpr, HAS_MEAN: tl.constexpr, EPILOGUE: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     # Rows of neighbours that a thread loads at once: of channels, of pixels of one channel, or of either.
@@ -241,7 +258,11 @@ def epilogue_kernel(
     if ALONG == "channels":
         channel = tl.multiple_of(channel, (BLOCK_V, BLOCK_V)) + neighbours
     vectors = (x_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr)
-    factor, summand = of_channels(vectors, 0, channel, (channel < C) & (first < numel), EPILOGUE, ACC)
+    mask_c = (channel < C) & (first < numel)
+    if HAS_MEAN:
+        # First, and not as a part of the summand: x may be near a mean that is many standard deviations.
+        x -= tl.load(mean_ptr + channel, mask=mask_c, other=0.0).to(ACC)
+    factor, summand = of_channels(vectors, 0, channel, mask_c, EPILOGUE, ACC)
     y = finished(x, factor, summand, r_ptr + offs, mask, EPILOGUE)
 
     tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
@@ -254,7 +275,8 @@ def _epilogue(x, y, mean, var, scale, shift, residual, eps, activation, slope):
     vector, block = 16 // y.itemsize, flat_block(y.numel(), 1024)
     along = "channels" if inner == 1 and C % vector == 0 else "pixels" if inner % vector == 0 else "either"
     return (cdiv(y.numel(), block),), (y.numel(), inner, reciprocal(inner), reciprocal(C)), dict(
-        C=C, ALONG=along, EPILOGUE=constant(None, mean, var, scale, shift, residual, eps, activation, slope),
+        C=C, ALONG=along, HAS_MEAN=mean is not None,
+        EPILOGUE=constant(None, None, var, scale, shift, residual, eps, activation, slope),
         INDEX=index_type(y), ACC=acc_type(y.dtype), BLOCK_R=block // vector, BLOCK_V=vector, num_warps=4, **OPTIONS,
     )  # fmt: skip
 

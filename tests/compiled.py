@@ -114,6 +114,15 @@ def every_activation(f, x, mean, var, scale, shift, residual):
     return torch.cat([*terms, normed], dim=1)
 
 
+def batch_norm(activation):
+    """In training; with a residual, an activation whose derivative is a function of the result."""
+
+    def call(f, x, scale, shift, residual=None):
+        return f.batch_norm_epilogue(x, None, None, scale, shift, True, residual=residual, activation=activation)
+
+    return call
+
+
 def means(*window):
     return lambda f, x: f.avg_pool2d(x, *window)
 
@@ -180,6 +189,12 @@ CASES = {
         operator(every_activation, (2, 44, 9, 11), IMAGES, (4,), (4,), (4,), (4,), IMAGES),
         CHANNELS_LAST,
     ),
+    "batch_norm": (operator(batch_norm("silu"), (3, 21, 9, 11), (3, 21, 9, 11), (21,), (21,)), CHANNELS_LAST),
+    "batch_norm, residual": (
+        operator(batch_norm("sigmoid"), (3, 72, 9, 11), (3, 72, 9, 11), (72,), (72,), (3, 72, 9, 11)),
+        CHANNELS_LAST,
+    ),
+    "batch_norm, NCHW": (operator(batch_norm("gelu"), (5, 2, 32, 28), (5, 2, 32, 28), (2,), (2,)), CONTIGUOUS),
     "conv2d, epilogue": (
         fused("silu", (2, 40, 9, 11), (72, 40, 3, 3), (2, 72, 9, 11), padding=1),
         CHANNELS_LAST,
@@ -230,6 +245,9 @@ FEW = {
     "float32": ("few_channels_lanes", *FEW_WEIGHTS),
     "float64": CONV,
 }
+BATCH_NORM = (
+    "batch_statistics", "fold_statistics", "epilogue", "batch_norm_sums", "fold_sums", "batch_norm_grad"
+)  # fmt: skip
 POOLED = "conv2d_relu_max_pool2d_forward", "max_pool2d_scatter_blocks", *CONV[1:]
 DEPTHWISE = "depthwise_forward", "depthwise_input_grad", "depthwise_weight_grad"
 BY_PRODUCT = (
@@ -299,6 +317,9 @@ LAUNCHED = {
     "depthwise, pixels strided": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
     "depthwise, large": dict.fromkeys(("bfloat16", "float32"), DEPTHWISE),
     "epilogue": ("epilogue", "activation_grad"),
+    "batch_norm": BATCH_NORM,
+    "batch_norm, residual": dict.fromkeys(("bfloat16", "float32"), BATCH_NORM),
+    "batch_norm, NCHW": dict.fromkeys(("bfloat16", "float64"), BATCH_NORM),
     "conv2d, epilogue": dict.fromkeys(("bfloat16", "tf32"), (*CONV, "epilogue", "activation_grad")),
     "conv2d, epilogue, NCHW": {"bfloat16": (*CONV, "epilogue", "activation_grad")},
     "conv2d, epilogue, descriptors": {

@@ -54,6 +54,12 @@ def gated(x, w1, w2):
     return L.squeeze_excite(x, w1, None, w2, None, "relu", "relu")
 
 
+def batch_norm_grad(x):
+    """With all of its results."""
+    mean, var = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    return L.batch_norm_grad(x, x, None, mean, var, None, None, 1e-5, "relu", 0.0, True, True)
+
+
 def rows(width):
     """Many rows in one row's memory."""
     return torch.zeros(1, width, dtype=torch.float16).expand(ROWS, width)
@@ -240,6 +246,15 @@ RESULTS = {
         lambda: L.epilogue(
             empty(2, 5, 2**28), None, None, empty(5), None, empty(2, 5, 2**28), 0.0, "none", 0.0
         ),
+    ],
+    **dict.fromkeys(
+        ("batch_norm_sums_kernel", "batch_norm_grad_kernel"),
+        [lambda: batch_norm_grad(empty(2**11 + 2, 2**20)), lambda: batch_norm_grad(empty(2, 2**20, 2**10 + 1))],
+    ),
+    # Many channels, so that a program's share of them is small.
+    "batch_statistics_kernel": [
+        lambda: L.batch_statistics(empty(2**11 + 2, 2**20)),
+        lambda: L.batch_statistics(empty(2, 2**20, 2**10 + 1)),
     ],
     "activation_grad_kernel": [lambda: L.activation_grad(empty(2**31 + 8), empty(2**31 + 8), "silu", 0.0)],
     "squeeze_excite_kernel": [
@@ -472,10 +487,13 @@ INPUTS = {
 # These kernels take only dense tensors, which are as long as the result.
 DENSE = {
     "relu_kernel", "relu_grad_kernel", "epilogue_kernel", "activation_grad_kernel", "squeeze_excite_kernel",
-    "fold_few_weight_grad_kernel",
+    "fold_few_weight_grad_kernel", "batch_statistics_kernel", "batch_norm_sums_kernel", "batch_norm_grad_kernel",
 }  # fmt: skip
-# These kernels take at most some hundred programs' sums for a net's weights, or the weights themselves.
-SMALL = {"sum_partials_kernel", "sum_losses_kernel", "lenet_pack_kernel", "lenet_update_kernel"}
+# These kernels take a program's sums, each of thousands of elements, or a net's weights.
+SMALL = {
+    "sum_partials_kernel", "sum_losses_kernel", "fold_statistics_kernel", "fold_sums_kernel", "lenet_pack_kernel",
+    "lenet_update_kernel",
+}  # fmt: skip
 # (kernel, tensor, dimension): in a tensor that is far along its contiguous dimension another kernel takes its place.
 ELSEWHERE = {("few_channels_lanes_kernel", 0, 3), ("product_kernel", 0, 1), ("product_kernel", 1, 1)}
 # Not tried: one program of a batch of a million images takes the interpreter minutes.

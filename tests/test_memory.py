@@ -58,6 +58,13 @@ CALLS = {
     "epilogue": lambda t: F.epilogue(
         t(2, 33, 3, 7), mean=t(33), scale=t(33), shift=t(33), residual=t(2, 33, 3, 7), activation="hardswish"
     ),
+    "batch_norm": lambda t: F.batch_norm_epilogue(
+        t(3, 35, 7, 5), *t(2, 35).detach().abs(), t(35), t(35), True, activation="relu"
+    ),
+    "batch_norm, residual": lambda t: F.batch_norm_epilogue(
+        t(2, 8, 9, 4), None, None, t(8), None, True, residual=t(2, 8, 9, 4), activation="relu6"
+    ),
+    "batch_norm of rows": lambda t: F.batch_norm(t(70, 33), None, None, t(33), t(33), True),
     "leaky_relu in place": lambda t: F.leaky_relu_(t(31, 33) * 1, 0.1),
     "squeeze_excite": lambda t: F.squeeze_excite(t(3, 35, 7, 5), t(9, 35), t(9), t(35, 9), t(35)),
     "linear": lambda t: F.linear(t(70, 40), t(33, 40), t(33)),

@@ -188,6 +188,15 @@ def _cross_entropy(a):
     return 0, [a.N // a.BLOCK_T, _cdiv(a.rows, a.BLOCK_N), columns, columns], 0
 
 
+def _steps(a):
+    return a.rows / (a.BLOCK_M * a.UNROLL * (1 if a.CHANNELS else a.BLOCK_N))
+
+
+def _statistics(a):
+    # Behind the loop over whole steps is one over blocks, which only the last program of a channel enters.
+    return 0, [_steps(a), 0], 0
+
+
 def _scatter(a):
     return 0, [_cdiv(a.KH, a.STEP_H), _cdiv(a.KW, a.STEP_W)], 0
 
@@ -284,6 +293,11 @@ MODEL = {
     "avg_pool2d_grad_kernel": _mean_grad,
     "adaptive_avg_pool2d_kernel": _bins,
     "whole_avg_pool2d_kernel": _whole_mean,
+    "batch_statistics_kernel": _statistics,
+    "fold_statistics_kernel": lambda a: (0, [_cdiv(a.P, a.BLOCK_P)] * 2, 0),
+    "batch_norm_sums_kernel": lambda a: (0, [_steps(a)], 0),
+    "fold_sums_kernel": lambda a: (0, [_cdiv(a.P, a.BLOCK_P)], 0),
+    "batch_norm_grad_kernel": lambda a: (0, [_steps(a)], 0),
     "sum_partials_kernel": lambda a: (0, [a.SPLITS], 0),
 }
 

@@ -75,6 +75,17 @@ class Calls:
         launchers.activate_(x, "silu", 0.0)
         launchers.activation_grad(x, x, "hardswish", 0.0)
 
+    def batch_norm(self, *size, activation, last, residual=False):
+        """The statistics of a batch, its norm in front of an activation, and the gradients.
+
+        With a residual, y decides the activation's derivative, and the residual's gradient is stored.
+        """
+        x, C = self.tensor(*size, last=last), size[1]
+        mean, var = launchers.tracked_statistics(x, None, torch.empty(C), torch.empty(C), 0.1)
+        vectors, values = (mean, var, torch.empty(C), torch.empty(C)), (1e-5, activation, 0.0)
+        y = launchers.batch_norm(x, *vectors, x if residual else None, *values)
+        launchers.batch_norm_grad(y, x, y if residual else None, *vectors, *values, residual, False)
+
     def conv_pool(self, n, c, h, oc, k, pad=0, pool=(2, 2, 0), last=True, gradients=False):
         """Forward through relu and pooling, whose window, stride and padding are `pool`, and both gradients."""
         x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c, k, k, last=last)
@@ -245,6 +256,8 @@ class Calls:
         self.normed(1, 2, 2**15, 2, 3, "silu", groups=2, last=False, residual=True)
         self.linear_normed(big // 16, 64, 32, "silu")
         self.elementwise(1, 8, 2**14, 2**14 + 1, last=True)
+        self.batch_norm(1, 8, 2**14, 2**14 + 1, activation="relu", last=True)
+        self.batch_norm(1, 8, 2**14, 2**14 + 1, activation="relu", last=False)
         self.conv(1, 16, 11600, 16, 1, bias=True)
         self.conv(1, 1, 2**15 + 1, 2, 3, pad=1, last=False)
         self.conv(1, 2, 2**15, 2, 3, groups=2, last=False)
@@ -294,6 +307,10 @@ def shapes(c):
         yield f"{name}means 2x2/2", lambda last=last: c.means((64, 128, 56, 56), 2, 2, 0, last)
         yield f"{name}means 3x3", lambda last=last: c.means((64, 128, 56, 56), 3, 1, 1, last, include_pad=False)
         yield f"{name}means of images", lambda last=last: c.bins((64, 2048, 7, 7), (1, 1), last)
+        options = {"activation": "relu", "last": last}
+        yield f"{name}batch norm, relu", lambda options=options: c.batch_norm(64, 64, 112, 112, **options)
+        options = {**options, "residual": True}
+        yield f"{name}batch norm, residual, relu", lambda options=options: c.batch_norm(64, 256, 56, 56, **options)
     for name, *size, options in (
         ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu"}),
         ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu", "residual": True}),
@@ -408,6 +425,8 @@ def layers(c, format, brief):
         yield "NCHW few channels, norm", lambda: c.normed(64, 3, 32, 32, 3, "silu", residual=True, last=False)
     yield "linear, norm", lambda: c.linear_normed(64, 128, 64, "gelu_tanh")
     yield "elementwise", lambda: c.elementwise(8, 64, 16, 16, last=True)
+    yield "batch norm", lambda: c.batch_norm(8, 64, 16, 16, activation="relu", last=True)
+    yield "NCHW batch norm", lambda: c.batch_norm(8, 64, 16, 16, activation="silu", last=False)
     yield "depthwise, norm", lambda: c.normed(4, 32, 16, 32, 3, "silu", groups=32, residual=True)
     yield "NCHW depthwise, norm", lambda: c.normed(4, 32, 16, 32, 3, "hardswish", groups=32, residual=True, last=False)
     yield "depthwise", lambda: c.conv(4, 32, 16, 64, 3, stride=2, groups=32, bias=True)
@@ -471,6 +490,9 @@ def switches(c, format, brief):
         yield "pool, channels_last", lambda: c.pool((4, 8, 16, 16), 3, 2, 1, True)
         yield "pool, large windows", lambda: c.pool((4, 8, 16, 16), 6, 2, 3, False)
         yield "means, channels_last", lambda: c.means((4, 8, 16, 16), 3, 2, 1, True, include_pad=False)
+        yield "batch norm, residual", lambda: c.batch_norm(8, 64, 16, 16, activation="relu", last=True, residual=True)
+        yield "batch norm, odd sizes", lambda: c.batch_norm(8, 21, 7, 7, activation="relu", last=True)
+        yield "NCHW batch norm, odd sizes", lambda: c.batch_norm(8, 21, 7, 7, activation="relu", last=False)
         yield "images' means, rows apart", lambda: c.rows_apart(64, 512, 9, 8)
     if format != "bfloat16":
         return

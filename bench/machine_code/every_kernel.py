@@ -38,6 +38,8 @@ def calls(t):
     yield F.conv2d_epilogue(last, w, b, scale=t(6), residual=t(3, 6, 7, 9), activation="silu")
     yield F.linear_epilogue(x, t(9, 7), mean=t(9), activation="gelu")
     yield F.epilogue(images, shift=t(4), residual=last, activation="hardswish")
+    yield F.batch_norm_epilogue(images, None, None, t(4), t(4), True, activation="silu")
+    yield F.batch_norm_epilogue(last, None, None, t(4), t(4), True, residual=images, activation="relu")
     yield F.squeeze_excite(last.detach(), t(3, 4).detach(), None, t(4, 3).detach(), None) * images
     yield F.conv2d_relu_max_pool2d(images, w, b, padding=1)
     yield F.conv2d_relu_max_pool2d(last, w, b, padding=1, pool_kernel_size=3)
