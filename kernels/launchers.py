@@ -51,6 +51,18 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=_ep
 conv2d_relu = functools.partial(conv2d, epilogue=_epilogue.RELU)
 
 
+def conv2d_partials(x, w, stride, padding, dilation, groups, pad_mode):
+    """(the convolution, the statistics of its parts, pixels of a part), or None and 0 where its tiles are no such parts.
+
+    See conv2d/forward.py: partials.
+    """
+    geometry = stride, padding, dilation, groups, pad_mode
+    few = _few.serves(x.dtype, w.shape[1], padding, dilation, groups, pad_mode)
+    if few or _depthwise.serves(w.shape, groups):
+        return conv2d(x, w, None, *geometry), None, 0
+    return _forward.partials(x, w, *geometry)
+
+
 def conv2d_epilogue(x, w, bias, stride, padding, dilation, groups, pad_mode, *epilogue):
     return conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, _epilogue.Epilogue(*epilogue))
 
