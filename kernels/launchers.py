@@ -207,6 +207,19 @@ def batch_statistics(x):
     return tracked_statistics(x, None, None, None, 0.0)
 
 
+def norm_conv2d(x, mean, var, scale, shift, eps, activation, slope, w, bias, *geometry_running):
+    *geometry, running_mean, running_var, momentum, statistics = geometry_running
+    if mean is not None:
+        x = batch_norm(x, mean, var, scale, shift, None, eps, activation, slope)
+    if not statistics:
+        return conv2d(x, w, bias, *geometry), *shapes.batch_statistics(x, 0)
+    z, partials, rows = conv2d_partials(x, w, *geometry)
+    running = bias, running_mean, running_var, momentum
+    if partials is None:
+        return z, *tracked_statistics(z, *running)
+    return z, *_batch_statistics.fold(partials, rows, z.numel() // z.shape[1], *running)
+
+
 def linear_epilogue(x, w, bias, *epilogue):
     return _linear.forward(x, w, bias, _epilogue.Epilogue(*epilogue))
 

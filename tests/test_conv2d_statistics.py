@@ -69,9 +69,10 @@ def launched(case, format, last, mean=0.0):
         return *launchers.conv2d_partials(x, w, *case.geometry), launches, (x, w)
 
 
-def kernel_of(case, format):
-    """Full float32, float64 and GPUs before Hopper have no descriptors."""
-    if case.kernel is None and case.size[1] == 3 and format == "float64":
+def kernel_of(name, format):
+    """Full float32, float64 and GPUs before Hopper have no descriptors, and float64 no kernel for few channels."""
+    case = CASES[name]
+    if name == "few channels" and format == "float64":
         return FORWARD
     if case.kernel == PRODUCT and not (product.described() and format in ("bfloat16", "float16", "tf32")):
         return FORWARD
@@ -108,7 +109,7 @@ def test_against_float64(name, format, last):
     z, partials, rows, launches, (x, w) = launched(case, format, last)
     with float32_products("tf32" if format == "tf32" else "ieee"), mock.patch.object(product, "LARGE", 0):
         assert torch.equal(z, launchers.conv2d(x, w, None, *case.geometry))
-    kernel = kernel_of(case, format)
+    kernel = kernel_of(name, format)
     if kernel is None:
         assert (partials, rows) == (None, 0)
         return
@@ -130,3 +131,39 @@ def test_a_mean_of_many_standard_deviations(name, format):
 def test_every_run_has_the_same_bits(name):
     first, second = (launched(CASES[name], "bfloat16", False) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def channels_of(t):
+    """t (N, C, H, W) as (C, pixels), in float64."""
+    return t.detach().cpu().double().transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", ["3x3", "1x1", "depthwise"])
+def test_norm_conv2d(name, biased, device):
+    """Batch norm and silu, the convolution, and the statistics of its result with running ones; or bias without them."""
+    case, momentum = CASES[name], 0.3
+    C, OC = case.size[1], case.filters[0]
+    x, w = torch.randn(case.size).to(device), torch.randn(case.filters).to(device)
+    b = torch.randn(OC).to(device) if biased else None
+    norm = [t.to(device) for t in (torch.randn(C), torch.rand(C) + 0.5, torch.randn(C), torch.randn(C))]
+    activation = 1e-3, "silu", 0.0
+    running = torch.randn(OC).to(device), torch.rand(OC).to(device)
+    before = [t.cpu().double() for t in running]
+    with float32_products("ieee"):
+        y = launchers.batch_norm(x, *norm, None, *activation)
+        z, mean, var = launchers.norm_conv2d(x, *norm, *activation, w, b, *case.geometry, *running, momentum, True)
+        assert torch.equal(z, launchers.conv2d(y, w, None, *case.geometry))
+        of_none = launchers.norm_conv2d(y, *[None] * 4, *activation, w, b, *case.geometry, None, None, 0.0, True)
+        assert all(torch.equal(a, c) for a, c in zip((z, mean, var), of_none))
+        plain, *empty = launchers.norm_conv2d(x, *norm, *activation, w, b, *case.geometry, None, None, 0.0, False)
+        assert torch.equal(plain, launchers.conv2d(y, w, b, *case.geometry)) and [t.numel() for t in empty] == [0, 0]
+
+    values = channels_of(z)
+    true_var, true_mean = torch.var_mean(values, 1, correction=0)
+    bound = values.shape[1] * SUM[z.dtype] * values.abs().amax(1)
+    assert ((mean.cpu() - true_mean).abs() <= bound).all()
+    assert ((var.cpu() - true_var).abs() <= bound * values.abs().amax(1)).all()
+    shifted = true_mean + (b.cpu().double() if biased else 0)
+    for actual, old, new in zip(running, before, (shifted, values.var(1))):
+        torch.testing.assert_close(actual.cpu().double(), old + momentum * (new - old), rtol=1e-5, atol=1e-5)
