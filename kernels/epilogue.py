@@ -48,22 +48,17 @@ class Epilogue(NamedTuple):
 # What is where in a kernel's constant EPILOGUE.
 BIAS, MEAN, VAR, SCALE, SHIFT, RESIDUAL, EPS, ACT, SLOPE, STATISTICS = (tl.constexpr(i) for i in range(10))
 NONE, RELU = Epilogue(), Epilogue(activation="relu")
-# The values of a launch that stores its sums as they are, and to mean and var the statistics of each tile of them.
-WITH_STATISTICS = *NONE[5:], True
 
 
 def constant(bias, mean, var, scale, shift, residual, eps, activation, slope, statistics=False):
-    """A kernel's constant EPILOGUE: which tensors there are, and the values; only what matters, for fewer kernels."""
+    """A kernel's constant EPILOGUE: which tensors there are, and the values; only what matters, for fewer kernels.
+
+    statistics: a kernel stores those of its results in the launch's mean and var, see tile_statistics.py.
+    """
     mean, var = (None, None) if statistics else (mean, var)
     there = tuple(t is not None for t in (bias, mean, var, scale, shift, residual))
     values = eps if var is not None else 0.0, activation, slope if activation == "leaky_relu" else 0.0
     return *there, *values, statistics
-
-
-def partials_for(z, rows):
-    """Room for the statistics of z (N, C, H, W) by parts of `rows` pixels: (2, parts, C), see store_statistics."""
-    acc_dtype = torch.promote_types(z.dtype, torch.float32)
-    return z.new_empty(2, cdiv(z.numel() // z.shape[1], rows), z.shape[1], dtype=acc_dtype)
 
 
 def parts_for(tile, epilogue):
@@ -174,34 +169,6 @@ def store_finished(
         mask = mask_m[:, None] & mask_n[None, :]
         y = finished(parts[part], factor[None, :], summand[None, :], r_ptr + offs, mask, EPILOGUE)
         tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_statistics(
-    mean_ptr, squares_ptr, z_ptr, rows, mask_m, tile, M, n0, N, channel0, channels, stride_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Store each channel's mean in a tile of z, and the sum of squared deviations from it, in row `tile` of each.
-
-    z is read back: then a thread has 8 adjacent channels of several rows, where it had one row or two of the sums. On
-    sm_90 and sm_100 to add up the rows of the sums would take 5 and 16 times as many shuffles, and more registers.
-    """
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    mask = mask_m[:, None] & mask_n[None, :]
-    count = tl.minimum(M - tile * BLOCK_M, BLOCK_M).to(ACC)
-
-    # Other threads have stored what a thread reads.
-    tl.debug_barrier()
-    z = tl.load(z_ptr + rows[:, None] + ((channel0 + offs_n) * stride_n)[None, :], mask=mask, other=0.0).to(ACC)
-    mean = tl.sum(z, axis=0) / count
-    deviation = tl.where(mask_m[:, None], z - mean[None, :], 0.0)
-    # A product that the sum's additions were fused with would have other bits in each thread.
-    squares = tl.sum(tl.fma(deviation, deviation, tl.zeros_like(deviation)), axis=0)
-
-    offs = tile * channels + channel0 + offs_n
-    tl.store(mean_ptr + offs, mean, mask=mask_n)
-    tl.store(squares_ptr + offs, squares, mask=mask_n)
 
 
 @triton.jit

@@ -52,9 +52,9 @@ conv2d_relu = functools.partial(conv2d, epilogue=_epilogue.RELU)
 
 
 def conv2d_partials(x, w, stride, padding, dilation, groups, pad_mode):
-    """(the convolution, the statistics of its parts, pixels of a part), or None and 0 where its tiles are no such parts.
+    """The convolution, its partial statistics and the pixels of a part, see tile_statistics.py.
 
-    See conv2d/forward.py: partials.
+    None and 0 in their place where a kernel's tiles are no such parts.
     """
     geometry = stride, padding, dilation, groups, pad_mode
     few = _few.serves(x.dtype, w.shape[1], padding, dilation, groups, pad_mode)

@@ -27,11 +27,10 @@ from ._common import (
     product_types,
     round_to,
 )  # fmt: skip
-from .epilogue import (
-    NONE, STATISTICS, WITH_STATISTICS, constant, partials_for, parts_for, store_finished, store_statistics,
-)  # fmt: skip
+from .epilogue import NONE, STATISTICS, constant, parts_for, store_finished
 from .launching import planned
 from .reduce import Partials
+from .tile_statistics import WITH_STATISTICS, partials_for, store_statistics
 from .tiles import gemm_tile, gradient_tile
 
 # Multiply-adds below which a launch takes longer on the host, which makes the descriptors, than on the GPU.
@@ -186,9 +185,9 @@ def forward(a, b, bias, c, epilogue, precision):
 
 
 def partials(a, b, c, precision):
-    """Store the product in c (I, N, H, W) as `forward` does, and return (the statistics of its parts, rows of a part).
+    """Store the product in c, a dense (I, N, H, W), and return its partial statistics and the rows of a part.
 
-    See conv2d/forward.py: partials.
+    See tile_statistics.py.
     """
     tile, *_ = _share(len(a), len(b), a.shape[1], a.dtype, precision, False)
     found = partials_for(c, tile.M)

@@ -354,9 +354,7 @@ LAUNCHED = {
         format: (*FEW[format], "epilogue", "activation_grad") for format in ("bfloat16", "float32")
     },
     "conv2d, statistics": dict.fromkeys(FORMATS, (*CONV, *NORM)),
-    "conv2d, statistics, descriptors": {
-        format: (*names, *NORM) for format, names in large(CONV[:2], CONV[2]).items()
-    },
+    "conv2d, statistics, descriptors": {format: (*names, *NORM) for format, names in large(CONV[:2], CONV[2]).items()},
     "depthwise, epilogue": {"bfloat16": (*DEPTHWISE, "epilogue", "activation_grad")},
     "linear, epilogue": dict.fromkeys(
         ("bfloat16", "float64"), ("linear_forward", "linear_weight_grad", "epilogue", "activation_grad")

@@ -80,7 +80,7 @@ def kernel_of(name, format):
 
 
 def left_out(name, format, last):
-    """The default run has each case in bfloat16 in one layout, and one of each kernel in the other formats and layout."""
+    """The default run has each case in bfloat16, and one of each kernel in the other formats and layout."""
     return (format != "bfloat16" or not last) and (name not in ("3x3", "1x1") or format != "bfloat16" and last)
 
 
@@ -138,10 +138,9 @@ def channels_of(t):
     return t.detach().cpu().double().transpose(0, 1).flatten(1)
 
 
-@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("name", ["3x3", "1x1", "depthwise"])
+@pytest.mark.parametrize("name, biased", [("3x3", True), ("1x1", False), ("depthwise", True)])
 def test_norm_conv2d(name, biased, device):
-    """Batch norm and silu, the convolution, and the statistics of its result with running ones; or bias without them."""
+    """Batch norm and silu, a convolution, and statistics of its result with running ones; or its bias without them."""
     case, momentum = CASES[name], 0.3
     C, OC = case.size[1], case.filters[0]
     x, w = torch.randn(case.size).to(device), torch.randn(case.filters).to(device)

@@ -17,10 +17,9 @@ import triton.language as tl
 
 from .. import product, shapes
 from .._common import cached_for_architecture, cdiv, dense_steps, extent, in_units, index_type, product_types, strides
-from ..epilogue import (
-    NONE, STATISTICS, WITH_STATISTICS, constant, partials_for, parts_for, store_finished, store_statistics,
-)  # fmt: skip
+from ..epilogue import NONE, STATISTICS, constant, parts_for, store_finished
 from ..launching import planned
+from ..tile_statistics import WITH_STATISTICS, partials_for, store_statistics
 from ..tiles import gemm_tile
 from . import patches
 from .padding import PAD_MODES
@@ -157,10 +156,9 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=NO
 
 
 def partials(x, w, stride, padding, dilation, groups, pad_mode):
-    """(the result of `forward` without bias and epilogue, the statistics of its parts, pixels of a part).
+    """The result of `forward` without bias and epilogue, its partial statistics, and the pixels of a part.
 
-    The statistics are (2, parts, OC) in the accumulators' type: each part's mean and its sum of squared deviations from
-    that mean. A part is a run of pixels in the order (n, oh, ow); the last may be shorter.
+    See tile_statistics.py.
     """
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() == 0:
