@@ -5,9 +5,9 @@
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 
 C and OC count the channels of one group. Tensors may have any strides. The epilogue is in ../epilogue.py: by itself it
-adds the bias. Instead, a kernel stores the sums as they are and the statistics of its tile, a run of pixels; mean and
-var are then results. The gradients are in input_grad.py and weight_grad.py; patches.py has the loop over the summed
-index.
+adds the bias. Instead it may leave the sums as they are, and a program also stores the statistics of its tile, which is
+a run of pixels: mean and var are then results, see ../tile_statistics.py. The gradients are in input_grad.py and
+weight_grad.py; patches.py has the loop over the summed index.
 
 Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759).
 """
