@@ -23,7 +23,8 @@ STEP_TESTS = (
     "test_graphs", "test_train_step", "test_train_step_optimizers", "test_weights", "test_lenet", "test_lenet_lanes"
 )  # fmt: skip
 CONVOLUTION_TESTS = (
-    "test_conv2d", "test_conv2d_few", "test_depthwise", "test_fused", "test_conv2d_pool_grad", "test_conv2d_pool_patch",
+    "test_conv2d", "test_conv2d_few", "test_conv2d_statistics", "test_depthwise", "test_fused",
+    "test_conv2d_pool_grad", "test_conv2d_pool_patch",
 )  # fmt: skip
 KERNEL_TESTS = (
     "test_max_pool2d", "test_avg_pool2d", "test_linear", "test_linear_chain", "test_cross_entropy", "test_relu",

@@ -46,14 +46,19 @@ class Epilogue(NamedTuple):
 
 
 # What is where in a kernel's constant EPILOGUE.
-BIAS, MEAN, VAR, SCALE, SHIFT, RESIDUAL, EPS, ACT, SLOPE = (tl.constexpr(i) for i in range(9))
+BIAS, MEAN, VAR, SCALE, SHIFT, RESIDUAL, EPS, ACT, SLOPE, STATISTICS = (tl.constexpr(i) for i in range(10))
 NONE, RELU = Epilogue(), Epilogue(activation="relu")
 
 
-def constant(bias, mean, var, scale, shift, residual, eps, activation, slope):
-    """A kernel's constant EPILOGUE: which tensors there are, and the values; only what matters, for fewer kernels."""
+def constant(bias, mean, var, scale, shift, residual, eps, activation, slope, statistics=False):
+    """A kernel's constant EPILOGUE: which tensors there are, and the values; only what matters, for fewer kernels.
+
+    statistics: a kernel stores those of its results in the launch's mean and var, see tile_statistics.py.
+    """
+    mean, var = (None, None) if statistics else (mean, var)
     there = tuple(t is not None for t in (bias, mean, var, scale, shift, residual))
-    return *there, eps if var is not None else 0.0, activation, slope if activation == "leaky_relu" else 0.0
+    values = eps if var is not None else 0.0, activation, slope if activation == "leaky_relu" else 0.0
+    return *there, *values, statistics
 
 
 def parts_for(tile, epilogue):

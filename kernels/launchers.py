@@ -51,6 +51,18 @@ def conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=_ep
 conv2d_relu = functools.partial(conv2d, epilogue=_epilogue.RELU)
 
 
+def conv2d_partials(x, w, stride, padding, dilation, groups, pad_mode):
+    """The convolution, its partial statistics and the pixels of a part, see tile_statistics.py.
+
+    None and 0 in their place where a kernel's tiles are no such parts.
+    """
+    geometry = stride, padding, dilation, groups, pad_mode
+    few = _few.serves(x.dtype, w.shape[1], padding, dilation, groups, pad_mode)
+    if few or _depthwise.serves(w.shape, groups):
+        return conv2d(x, w, None, *geometry), None, 0
+    return _forward.partials(x, w, *geometry)
+
+
 def conv2d_epilogue(x, w, bias, stride, padding, dilation, groups, pad_mode, *epilogue):
     return conv2d(x, w, bias, stride, padding, dilation, groups, pad_mode, _epilogue.Epilogue(*epilogue))
 
@@ -193,6 +205,19 @@ batch_norm_grad = _batch_norm_gradient.backward
 
 def batch_statistics(x):
     return tracked_statistics(x, None, None, None, 0.0)
+
+
+def norm_conv2d(x, mean, var, scale, shift, eps, activation, slope, w, bias, *geometry_running):
+    *geometry, running_mean, running_var, momentum, statistics = geometry_running
+    if mean is not None:
+        x = batch_norm(x, mean, var, scale, shift, None, eps, activation, slope)
+    if not statistics:
+        return conv2d(x, w, bias, *geometry), *shapes.batch_statistics(x, 0)
+    z, partials, rows = conv2d_partials(x, w, *geometry)
+    running = bias, running_mean, running_var, momentum
+    if partials is None:
+        return z, *tracked_statistics(z, *running)
+    return z, *_batch_statistics.fold(partials, rows, z.numel() // z.shape[1], *running)
 
 
 def linear_epilogue(x, w, bias, *epilogue):

@@ -27,9 +27,10 @@ from ._common import (
     product_types,
     round_to,
 )  # fmt: skip
-from .epilogue import NONE, constant, parts_for, store_finished
+from .epilogue import NONE, STATISTICS, constant, parts_for, store_finished
 from .launching import planned
 from .reduce import Partials
+from .tile_statistics import WITH_STATISTICS, partials_for, store_statistics
 from .tiles import gemm_tile, gradient_tile
 
 # Multiply-adds below which a launch takes longer on the host, which makes the descriptors, than on the GPU.
@@ -125,6 +126,11 @@ def product_kernel(
         c_ptr, r_ptr, acc, split.to(INDEX) * stride_split + rows_c, mask_m, pid_n.to(INDEX) * BLOCK_N, N, 0, stride_cn,
         (bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr), stride_bias, EPILOGUE, PARTS, ACC,
     )  # fmt: skip
+    if EPILOGUE[STATISTICS]:
+        store_statistics(
+            mean_ptr, var_ptr, c_ptr, rows_c, mask_m, pid_m.to(INDEX), M, pid_n.to(INDEX) * BLOCK_N, N, 0, N, stride_cn,
+            BLOCK_M, BLOCK_N, ACC,
+        )  # fmt: skip
     if SUM:
         sum_ptrs = sum_ptr + split.to(INDEX) * stride_split + offs_m
         tl.store(sum_ptrs, round_to(first_column(acc_a), sum_ptr.dtype.element_ty), mask=mask_m & (pid_n == 0))
@@ -164,9 +170,8 @@ def _product(
     ), boxes  # fmt: skip
 
 
-def _launch(a, b, bias, c, sums, epilogue, strides_c, stride_split, shared, precision):
-    inner = a.stride(1) == 1, b.stride(1) == 1
-    tensors, values = epilogue.of(c)
+def _launch(a, b, bias, c, sums, tensors_values, strides_c, stride_split, shared, precision):
+    inner, (tensors, values) = (a.stride(1) == 1, b.stride(1) == 1), tensors_values
     operands = a if inner[0] else a.t(), b if inner[1] else b.t()
     _product((*operands, bias, c, sums, *tensors), inner, strides_c, stride_split, shared, values, precision)
 
@@ -176,7 +181,20 @@ def forward(a, b, bias, c, epilogue, precision):
 
     c has M rows of N: it is (M, N), or a dense (I, N, H, W) with M pixels. The sums go through the epilogue.
     """
-    _launch(a, b, bias, c, None, epilogue, c.stride()[:2], 0, False, precision)
+    _launch(a, b, bias, c, None, epilogue.of(c), c.stride()[:2], 0, False, precision)
+
+
+def partials(a, b, c, precision):
+    """Store the product in c, a dense (I, N, H, W), and return its partial statistics and the rows of a part.
+
+    See tile_statistics.py.
+    """
+    tile, *_ = _share(len(a), len(b), a.shape[1], a.dtype, precision, False)
+    found = partials_for(c, tile.M)
+    _launch(
+        a, b, None, c, None, ((*found, None, None, None), WITH_STATISTICS), c.stride()[:2], 0, False, precision
+    )  # fmt: skip
+    return found, tile.M
 
 
 def weight_grad(dy, x, dw, db, with_bias, precision):
@@ -186,5 +204,5 @@ def weight_grad(dy, x, dw, db, with_bias, precision):
     partials = Partials(splits, dw, db)
     dw_ptr, db_ptr, stride_split = partials.pointers
     sums = db_ptr if with_bias else None
-    _launch(dy.t(), x.t(), None, dw_ptr, sums, NONE, dw.stride()[:2], stride_split, True, precision)
+    _launch(dy.t(), x.t(), None, dw_ptr, sums, NONE.of(dw), dw.stride()[:2], stride_split, True, precision)
     return partials.add_up()

@@ -23,6 +23,7 @@ from bench.lenet import Network
 from bench.libraries import WHOLE_STEPS, installed
 from bench.measure import Host, precision
 from tritonnet.kernels import activations, product, tiles
+from tritonnet.nn import _norm
 
 if EMULATED is None:
     raise pytest.UsageError("TRITONNET_TEST_DEVICE has to be sm_80, sm_90 or sm_100")
@@ -123,6 +124,18 @@ def batch_norm(activation):
     return call
 
 
+def normed_conv2d(**geometry):
+    """A convolution and batch norm in training, by the statistics that the convolution's kernel computes."""
+
+    def call(f, x, w, scale, shift):
+        if f is F:
+            values = _norm.norm_conv2d(x, None, (None, None, 0.0), w, **geometry)
+            return _norm.normed(values, None, scale, shift, 1e-5, "silu", 0.0)
+        return f.silu(f.batch_norm(f.conv2d(x, w, **geometry), None, None, scale, shift, True))
+
+    return call
+
+
 def means(*window):
     return lambda f, x: f.avg_pool2d(x, *window)
 
@@ -211,6 +224,14 @@ CASES = {
         fused("gelu", (2, 3, 19, 17), (20, 3, 5, 5), (2, 20, 10, 9), stride=2, padding=2),
         CONTIGUOUS,
     ),
+    "conv2d, statistics": (
+        operator(normed_conv2d(padding=1), (2, 72, 9, 11), (2, 40, 9, 11), (72, 40, 3, 3), (72,), (72,)),
+        CHANNELS_LAST,
+    ),
+    "conv2d, statistics, descriptors": (
+        operator(normed_conv2d(), (3, 136, 12, 10), (3, 72, 12, 10), (136, 72, 1, 1), (136,), (136,)),
+        CONTIGUOUS,
+    ),
     "depthwise, epilogue": (
         fused("silu", (2, 12, 9, 11), (12, 1, 3, 3), (2, 12, 9, 11), padding=1, groups=12),
         CHANNELS_LAST,
@@ -237,6 +258,8 @@ CASES = {
     "LeNet step": (Network(True, 3), CONTIGUOUS),
 }
 
+# What batch norm in training adds to a convolution with statistics.
+NORM = "fold_statistics", "epilogue", "batch_norm_sums", "fold_sums", "batch_norm_grad"
 CONV = "conv2d_forward", "conv2d_input_grad", "conv2d_weight_grad"
 FEW_WEIGHTS = "few_channels_weight_grad", "fold_few_weight_grad"
 FEW_PRODUCTS = "place_few_filters", "few_channels_product", *FEW_WEIGHTS
@@ -330,6 +353,8 @@ LAUNCHED = {
     "conv2d, epilogue, few channels": {
         format: (*FEW[format], "epilogue", "activation_grad") for format in ("bfloat16", "float32")
     },
+    "conv2d, statistics": dict.fromkeys(FORMATS, (*CONV, *NORM)),
+    "conv2d, statistics, descriptors": {format: (*names, *NORM) for format, names in large(CONV[:2], CONV[2]).items()},
     "depthwise, epilogue": {"bfloat16": (*DEPTHWISE, "epilogue", "activation_grad")},
     "linear, epilogue": dict.fromkeys(
         ("bfloat16", "float64"), ("linear_forward", "linear_weight_grad", "epilogue", "activation_grad")

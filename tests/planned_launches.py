@@ -75,6 +75,7 @@ def calls(t):
         yield launchers.conv2d, x, w, None, *ZEROS
         yield launchers.conv2d, x, w, b, (2, 1), (1, 1, 1, 1), (1, 2), 1, "reflect"
         yield launchers.conv2d_relu, x, w, b, *ZEROS
+        yield launchers.conv2d_partials, x, w, *ZEROS
         yield launchers.conv2d_input_grad, dy, w, x.shape, *ZEROS
         yield launchers.conv2d_weight_grad, dy, x, w.shape, *ZEROS, True
         yield launchers.conv2d_relu_weight_grad, dy, torch.empty_like(dy), x, w.shape, *ZEROS, True

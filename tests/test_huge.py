@@ -79,6 +79,7 @@ RESULTS = {
     "conv2d_forward_kernel": [
         lambda: L.conv2d(empty(1, 1, 2**13, 2**14), empty(17, 1, 1, 1), None, *plain(dilation=2)),
         lambda: L.conv2d(many(16, 8, 8), empty(257, 16, 1, 1), empty(257), *plain()),
+        lambda: L.conv2d_partials(many(16, 8, 8), empty(257, 16, 1, 1), *plain()),
     ],
     "conv2d_input_grad_kernel": [
         lambda: L.conv2d_input_grad(
@@ -269,6 +270,7 @@ RESULTS = {
         lambda: L.linear_weight_grad(empty(1, 2**16), empty(1, 2**15 + 16), True),
         lambda: L.conv2d(empty(1, 16, 2**9, 2**10), empty(4104, 16, 1, 1), empty(4104), *plain()),
         lambda: L.conv2d(empty(BIG, 16, 8, 8, last=True), empty(264, 16, 1, 1), None, *plain()),
+        lambda: L.conv2d_partials(empty(BIG, 16, 8, 8, last=True), empty(264, 16, 1, 1), *plain()),
         lambda: L.conv2d_input_grad(empty(BIG, 16, 8, 8, last=True), empty(16, 264, 1, 1), (BIG, 264, 8, 8), *plain()),
         lambda: L.conv2d_weight_grad(
             empty(1, 2**16, 1, 1), empty(1, 2**15 + 16, 1, 1), (2**16, 2**15 + 16, 1, 1), *plain(), True

@@ -1,5 +1,6 @@
 """Compares the records of `bench.machine_code.compile` with budgets.toml."""
 
+import re
 from pathlib import Path
 
 import triton
@@ -31,6 +32,11 @@ def floor(record):
 def recorded(record):
     """The bound that budgets.toml allows for a record, or None."""
     return BUDGETS["bounds_us"].get(record["case"], {}).get(record["kernel"], {}).get(record["format"])
+
+
+def _plain(case):
+    """The name of a case without what follows the product."""
+    return re.split(", norm|, statistics", case)[0]
 
 
 def _over_plain(record, plain):
@@ -94,10 +100,10 @@ def violations(records):
             elif bound(r) > most * SLACK:
                 yield f"{where}: its bound is {bound(r):.2f} us, {most} recorded"
             for rule in BUDGETS["fused"]:
-                plain = of_case.get((r["arch"], r["kernel"], r["format"], r["case"].partition(", norm")[0]))
+                plain = of_case.get((r["arch"], r["kernel"], r["format"], _plain(r["case"])))
                 if _applies(rule, r) and plain and (ratio := _over_plain(r, plain)) > rule["most"]:
                     yield f"{where}: its bound is {ratio:.2f} times that without an epilogue, {rule['most']} allowed"
             for rule in BUDGETS["floors"]:
-                # That of a kernel with batch norm is compared with the plain one's.
-                if _applies(rule, r) and ", norm" not in r["case"] and bound(r) > rule["most"] * floor(r):
+                # That of a kernel with batch norm or statistics is compared with the plain one's.
+                if _applies(rule, r) and r["case"] == _plain(r["case"]) and bound(r) > rule["most"] * floor(r):
                     yield f"{where}: its bound is {bound(r) / floor(r):.2f} times its floor, {rule['most']} allowed"

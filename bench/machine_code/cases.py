@@ -62,6 +62,11 @@ class Calls:
         vectors = [torch.empty(oc) for _ in range(4)]
         launchers.conv2d_epilogue(x, w, None, *g, *vectors, added, 1e-5, activation, 0.0)
 
+    def with_statistics(self, n, c, h, oc, k, stride=1, last=True):
+        """Forward that stores the statistics of its tiles."""
+        x, w = self.tensor(n, c, h, h, last=last), self.tensor(oc, c, k, k, last=last)
+        launchers.conv2d_partials(x, w, (stride, stride), (k // 2,) * 4, (1, 1), 1, "zeros")
+
     def linear_normed(self, m, k, n, activation):
         """Forward with all parts of an epilogue."""
         vectors = [torch.empty(n) for _ in range(4)]
@@ -258,6 +263,7 @@ class Calls:
         self.elementwise(1, 8, 2**14, 2**14 + 1, last=True)
         self.batch_norm(1, 8, 2**14, 2**14 + 1, activation="relu", last=True)
         self.batch_norm(1, 8, 2**14, 2**14 + 1, activation="relu", last=False)
+        self.with_statistics(1, 16, 11600, 16, 1)
         self.conv(1, 16, 11600, 16, 1, bias=True)
         self.conv(1, 1, 2**15 + 1, 2, 3, pad=1, last=False)
         self.conv(1, 2, 2**15, 2, 3, groups=2, last=False)
@@ -274,6 +280,37 @@ class Calls:
         self.squeeze_excite((big // 2**10, 16, 8, 9), 4, True, biases=False)
         self.linear(big // 16, 64, 32)
         self.chain(big // 64, 64, 32, 16)
+
+
+def followed(c):
+    """(name, call) of layers of ResNet-50 and MobileNetV2 with what follows their product in its epilogue."""
+    for name, *size, options in (
+        ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu"}),
+        ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu", "residual": True}),
+        ("ResNet 3x3, 256", 64, 256, 14, 256, 3, {"activation": "relu"}),
+        ("ResNet 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "relu", "residual": True}),
+        ("ResNet 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "silu"}),
+        ("ResNet 7x7/2, 3 to 64", 64, 3, 224, 64, 7, {"activation": "relu", "stride": 2}),
+        ("ResNet NCHW 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu", "last": False}),
+        ("ResNet NCHW 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "relu", "residual": True, "last": False}),
+        ("depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "relu6", "groups": 144}),
+        ("depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "silu", "groups": 144}),
+        ("NCHW depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "relu6", "groups": 144, "last": False}),
+    ):  # fmt: skip
+        name = ", ".join([name, "norm", *["residual"] * options.get("residual", False), options["activation"]])
+        yield name, lambda size=size, options=options: c.normed(*size, **options)
+    for name, *size, options in (
+        ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {}),
+        ("ResNet 3x3, 128", 64, 128, 28, 128, 3, {}),
+        ("ResNet 3x3, 256", 64, 256, 14, 256, 3, {}),
+        ("ResNet 3x3/2, 128", 64, 128, 56, 128, 3, {"stride": 2}),
+        ("ResNet 1x1, 64 to 256", 64, 64, 56, 256, 1, {}),
+        ("ResNet 1x1, 256 to 64", 64, 256, 56, 64, 1, {}),
+        ("ResNet NCHW 3x3, 64", 64, 64, 56, 64, 3, {"last": False}),
+        ("ResNet NCHW 3x3, 256", 64, 256, 14, 256, 3, {"last": False}),
+        ("ResNet NCHW 1x1, 64 to 256", 64, 64, 56, 256, 1, {"last": False}),
+    ):  # fmt: skip
+        yield f"{name}, statistics", lambda size=size, options=options: c.with_statistics(*size, **options)
 
 
 def shapes(c):
@@ -311,21 +348,7 @@ def shapes(c):
         yield f"{name}batch norm, relu", lambda options=options: c.batch_norm(64, 64, 112, 112, **options)
         options = {**options, "residual": True}
         yield f"{name}batch norm, residual, relu", lambda options=options: c.batch_norm(64, 256, 56, 56, **options)
-    for name, *size, options in (
-        ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu"}),
-        ("ResNet 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu", "residual": True}),
-        ("ResNet 3x3, 256", 64, 256, 14, 256, 3, {"activation": "relu"}),
-        ("ResNet 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "relu", "residual": True}),
-        ("ResNet 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "silu"}),
-        ("ResNet 7x7/2, 3 to 64", 64, 3, 224, 64, 7, {"activation": "relu", "stride": 2}),
-        ("ResNet NCHW 3x3, 64", 64, 64, 56, 64, 3, {"activation": "relu", "last": False}),
-        ("ResNet NCHW 1x1, 64 to 256", 64, 64, 56, 256, 1, {"activation": "relu", "residual": True, "last": False}),
-        ("depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "relu6", "groups": 144}),
-        ("depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "silu", "groups": 144}),
-        ("NCHW depthwise 3x3, 144", 64, 144, 56, 144, 3, {"activation": "relu6", "groups": 144, "last": False}),
-    ):  # fmt: skip
-        name = ", ".join([name, "norm", *["residual"] * options.get("residual", False), options["activation"]])
-        yield name, lambda size=size, options=options: c.normed(*size, **options)
+    yield from followed(c)
     yield "norm, residual, relu", lambda: c.elementwise(64, 256, 56, 56, last=True)
     yield "NCHW norm, residual, relu", lambda: c.elementwise(64, 256, 56, 56, last=False)
     yield "ResNet relu", lambda: c.relu(64, 64, 112, 112, last=True)
@@ -402,6 +425,12 @@ def tiles(c, format, brief):
         for tile in tile_tables.table("products", row) if product.described() else ():
             call = _by("products", tile, lambda: c.linear_normed(8192, 512, 256, "gelu"))
             yield f"descriptors, {tile.M}x{tile.N}, norm, residual, gelu", call
+        for tile in tile_tables.table("patches", row):
+            call = _by("patches", tile, lambda n=tile.N: c.with_statistics(8, 128, 32, n, 3))
+            yield f"taps, {tile.M}x{tile.N}, statistics", call
+        for tile in tile_tables.table("products", row) if product.described() else ():
+            call = _by("products", tile, lambda: c.with_statistics(8, 512, 32, 256, 1))
+            yield f"descriptors, {tile.M}x{tile.N}, statistics", call
     for tile in tile_tables.table("chain gradient", row):
         call = _by("chain gradient", tile, lambda: c.chain(1024, 256, 128, 128))
         yield f"chain gradient, {tile.M}x{tile.N}", call

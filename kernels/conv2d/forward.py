@@ -5,7 +5,8 @@
     with ih = oh * SH - PH + kh * DH and iw = ow * SW - PW + kw * DW
 
 C and OC count the channels of one group. Tensors may have any strides. The epilogue is in ../epilogue.py: by itself it
-adds the bias. The gradients are in input_grad.py and
+adds the bias. Instead it may leave the sums as they are, and a program also stores the statistics of its tile, which is
+a run of pixels: mean and var are then results, see ../tile_statistics.py. The gradients are in input_grad.py and
 weight_grad.py; patches.py has the loop over the summed index.
 
 Source: the implicit GEMM of cuDNN (Chetlur et al. 2014, https://arxiv.org/abs/1410.0759).
@@ -15,9 +16,10 @@ import triton
 import triton.language as tl
 
 from .. import product, shapes
-from .._common import cdiv, dense_steps, extent, in_units, index_type, product_types, strides
-from ..epilogue import NONE, constant, parts_for, store_finished
+from .._common import cached_for_architecture, cdiv, dense_steps, extent, in_units, index_type, product_types, strides
+from ..epilogue import NONE, STATISTICS, constant, parts_for, store_finished
 from ..launching import planned
+from ..tile_statistics import WITH_STATISTICS, partials_for, store_statistics
 from ..tiles import gemm_tile
 from . import patches
 from .padding import PAD_MODES
@@ -76,11 +78,32 @@ def conv2d_forward_kernel(
             C, KH, KW, DH, DW, PAD_MODE, WALK == "flat", INDEX, OPERAND, ACC, PRECISION, BLOCK_K,
         )  # fmt: skip
 
+    rows, tiles_n = n * stride_yn + pixel * stride_yp, tl.cdiv(OC, BLOCK_N)
     store_finished(
-        y_ptr, r_ptr, acc, n * stride_yn + pixel * stride_yp, mask_m,
-        pid % tl.cdiv(OC, BLOCK_N) * BLOCK_N, OC, group * OC, stride_yc,
+        y_ptr, r_ptr, acc, rows, mask_m, pid % tiles_n * BLOCK_N, OC, group * OC, stride_yc,
         (b_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr), stride_b, EPILOGUE, PARTS, ACC,
     )  # fmt: skip
+    if EPILOGUE[STATISTICS]:
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        store_statistics(
+            mean_ptr, var_ptr, y_ptr, rows, mask_m, pid // tiles_n % tiles_m, M,
+            pid % tiles_n * BLOCK_N, OC, group * OC, tl.num_programs(0) // (tiles_m * tiles_n) * OC, stride_yc,
+            BLOCK_M, BLOCK_N, ACC,
+        )  # fmt: skip
+
+
+@cached_for_architecture
+def _tile_for(family, M, N, K, dtype, precision, taps, groups):
+    return gemm_tile(family, M, N, K, dtype, precision, taps=taps, repeats=groups)
+
+
+def _product(x, w, y, groups, pad_mode, precision):
+    """(how K is walked, K of a tap, taps, the Tile)."""
+    (N, OC, OH, OW), (_, C, KH, KW) = y.shape, w.shape
+    walk = patches.walk_for(C, KH, KW, pad_mode)
+    K, taps = (C * KH * KW, 1) if walk == "flat" else (C, KH * KW)
+    family = patches.family_for(walk, x, w)
+    return walk, K, taps, _tile_for(family, N * OH * OW, OC // groups, K, x.dtype, precision, taps, groups)
 
 
 @planned(conv2d_forward_kernel)
@@ -88,11 +111,8 @@ def _forward(x, w, bias, y, mean, var, scale, shift, residual, geometry, values,
     (N, _, H, W), (OC, C, KH, KW), (OH, OW) = x.shape, w.shape, y.shape[2:]
     stride, padding, dilation, groups, pad_mode = geometry
     reach = patches.reach((H, W), (OH, OW), (KH, KW), stride, padding, dilation)
-    index = index_type(x, w, bias, y, reach=extent(x, *reach))
-    OC, walk = OC // groups, patches.walk_for(C, KH, KW, pad_mode)
-    K, family = C * KH * KW if walk == "flat" else C, patches.family_for(walk, x, w)
-    taps = 1 if walk == "flat" else KH * KW
-    tile = gemm_tile(family, N * OH * OW, OC, K, x.dtype, precision, taps=taps, repeats=groups)
+    index, OC = index_type(x, w, bias, y, reach=extent(x, *reach)), OC // groups
+    walk, K, taps, tile = _product(x, w, y, groups, pad_mode, precision)
     tile = patches.fitted(tile, index, C <= patches.SHORT_K)
     (steps, units), (steps_y, units_y) = in_units(x.itemsize, *strides(x), *strides(w)), dense_steps(y)
     epilogue = constant(bias, mean, var, scale, shift, residual, *values)
@@ -107,6 +127,16 @@ def _forward(x, w, bias, y, mean, var, scale, shift, residual, geometry, values,
     )  # fmt: skip
 
 
+def _operands(x, w, y, stride, padding, groups):
+    """(x and w as the kernels read them, where y is stored, precision, and x as a matrix if product.py serves it)."""
+    if w.shape[1] >= patches.FLAT_BELOW:
+        x, w = patches.channels_inner(x), patches.channels_inner(w)
+    products = patches.precision()
+    a = patches.as_matrix(x) if patches.is_product(w.shape, stride, padding, groups) else None
+    a = a if a is not None and product.serves(a, w[:, :, 0, 0], products) else None
+    return x, w, patches.store_in(y), products, a
+
+
 def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=NONE):
     """x (N, C, H, W), w (OC, C / groups, KH, KW), bias (OC) or None -> y (N, OC, OH, OW), all of one floating dtype.
 
@@ -115,14 +145,30 @@ def forward(x, w, bias, stride, padding, dilation, groups, pad_mode, epilogue=NO
     y = shapes.conv2d(x, w, stride, padding, dilation)
     if y.numel() == 0:
         return y
-    if w.shape[1] >= patches.FLAT_BELOW:
-        x, w = patches.channels_inner(x), patches.channels_inner(w)
-    stored, products = patches.store_in(y), patches.precision()
-    a = patches.as_matrix(x) if patches.is_product(w.shape, stride, padding, groups) else None
-    if a is not None and product.serves(a, w[:, :, 0, 0], products):
+    x, w, stored, products, a = _operands(x, w, y, stride, padding, groups)
+    if a is not None:
         product.forward(a, w[:, :, 0, 0], bias, stored, epilogue, products)
     else:
         tensors, values = epilogue.of(stored)
         geometry = stride, padding, dilation, groups, pad_mode
         _forward((x, w, bias, stored, *tensors), geometry, values, products)
     return y if stored is y else y.copy_(stored)
+
+
+def partials(x, w, stride, padding, dilation, groups, pad_mode):
+    """The result of `forward` without bias and epilogue, its partial statistics, and the pixels of a part.
+
+    See tile_statistics.py.
+    """
+    y = shapes.conv2d(x, w, stride, padding, dilation)
+    if y.numel() == 0:
+        return y, None, 0
+    x, w, stored, products, a = _operands(x, w, y, stride, padding, groups)
+    if a is not None:
+        found, rows = product.partials(a, w[:, :, 0, 0], stored, products)
+    else:
+        *_, tile = _product(x, w, stored, groups, pad_mode, products)
+        found, rows = partials_for(stored, tile.M), tile.M
+        geometry = stride, padding, dilation, groups, pad_mode
+        _forward((x, w, None, stored, *found, None, None, None), geometry, WITH_STATISTICS, products)
+    return y if stored is y else y.copy_(stored), found, rows
