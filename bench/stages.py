@@ -31,10 +31,10 @@ KERNEL_TESTS = (
     "test_activations", "test_epilogue", "test_batch_norm", "test_squeeze_excite", "test_memory",
 )  # fmt: skip
 OTHER_TESTS = (
-    "test_distributed", "test_citizenship", "test_networks", "test_gradcheck", "test_peers", "test_properties",
-    "test_layers", "test_fusion", "test_epilogue_patterns", "test_faithful", "test_recognition", "test_conversion",
-    "test_serving", "test_launching", "test_dispatch", "test_in_place", "test_defaults", "test_errors", "test_cli",
-    "test_examples", "test_huge",
+    "test_distributed", "test_citizenship", "test_networks", "test_network_training", "test_gradcheck", "test_peers",
+    "test_properties", "test_layers", "test_fusion", "test_epilogue_patterns", "test_norm_patterns", "test_faithful",
+    "test_recognition", "test_conversion", "test_serving", "test_launching", "test_dispatch", "test_in_place",
+    "test_defaults", "test_errors", "test_cli", "test_examples", "test_huge",
 )  # fmt: skip
 # What these test is the same on every machine.
 WITHOUT_GPU = (
