@@ -14,6 +14,7 @@ import tritonnet
 import tritonnet.nn.functional as F
 from tritonnet.dispatch import float32_products
 from tritonnet.kernels import launchers, product
+from tritonnet.nn import _norm
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
 # The batch of a step on a GPU, too large to be captured: captures are not possible with the sanitizers' allocations.
@@ -64,6 +65,8 @@ def calls(t):
     with mock.patch.object(product, "LARGE", 1):
         yield F.linear(t(37, 24), t(40, 24), t(40))
         yield F.conv2d(t(3, 24, 5, 7).to(memory_format=torch.channels_last), t(40, 24, 1, 1), t(40))
+        for size in (1, 3):
+            yield _norm.norm_conv2d(t(3, 24, 5, 7), None, (None, None, 0.0), t(40, 24, size, size))[0]
 
 
 def train(device, batch):
