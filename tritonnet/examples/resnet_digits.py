@@ -62,7 +62,8 @@ def main(epochs=6, digits=8000):
     net = tritonnet.convert(build().to(device), channels_last=True)
     model = DistributedDataParallel(net) if world > 1 else net  # the line for torchrun
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs * (digits // 128) + 1)
+    steps = epochs * (digits // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps + 1, cycle_momentum=False)
     precision = "bfloat16" if device != "cpu" else None
     step = tritonnet.TrainStep(model, nn.CrossEntropyLoss(), optimizer, precision, report=say)
 
