@@ -12,11 +12,23 @@ from ..lenet.step import Progress
 from .update import Update
 
 
+@contextlib.contextmanager
 def products_in(precision, device):
-    """A context in which the operators take products in one of FORMATS, or as torch's flags say for None."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return float32_products(precision) if precision else contextlib.nullcontext()
+    """A context in which the operators take products in one of FORMATS, or as torch's flags say for None.
+
+    Under an autocast that is on around several steps, torch would keep the first step's copies of weights.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        if precision == "bfloat16":
+            context = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        else:
+            context = float32_products(precision) if precision else contextlib.nullcontext()
+        with context:
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _group_of(model):

@@ -21,7 +21,7 @@ class Kind:
     """The graph for one kind of batch: its inputs and results, at addresses that do not change."""
 
     def __init__(self, images, labels, device):
-        self.images, self.labels = torch.empty_like(images, device=device), torch.empty_like(labels, device=device)
+        self.images, self.labels = images.to(device, copy=True), labels.to(device, copy=True)
         self.loss, self.grads, self.buffers, self.updated, self.replay = None, [], [], [], None
 
 
@@ -197,7 +197,7 @@ class WholeStep:
         with torch.no_grad():
             kind.buffers = list(operators.model.buffers())
             before = Buffers(kind.buffers)
-        with _without_cache(), products_in(operators.precision, device):
+        with products_in(operators.precision, device):
             loss = operators.loss(operators.model(kind.images), kind.labels)
             loss.backward()
         with torch.no_grad():
@@ -262,17 +262,6 @@ def _is_plain(t):
 def _kind(t):
     """What a captured step has as constants of a batch."""
     return t.shape, t.dtype, t.stride()
-
-
-@contextlib.contextmanager
-def _without_cache():
-    """autocast's copies of weights are made in the graph: those of an earlier step would be out of date."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def _all_ignored(labels, ignore_index, grads):
