@@ -1,5 +1,7 @@
 """A training step as one call: four launches for a LeNet, the fused operators for any other model."""
 
+import warnings
+
 import torch
 
 from .conversion import convert
@@ -105,11 +107,15 @@ class TrainStep:
         operators = Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate, progress)
         return WholeStep(operators, self._without_graph)
 
-    def _without_graph(self, reason):
+    def _without_graph(self, reason, failed):
         """Says why calls of the operators are not replayed as a CUDA graph."""
-        self.reason = f"{self.reason}; without a CUDA graph, because {reason}"
+        line = f"without a CUDA graph, because {reason}"
+        if line not in self.reason:
+            self.reason = f"{self.reason}; {line}"
         if self._report:
-            self._report(f"{type(self.model).__name__}: without a CUDA graph, because {reason}")
+            self._report(f"{type(self.model).__name__}: {line}")
+        elif failed:
+            warnings.warn(f"{type(self.model).__name__}: {line}", RuntimeWarning, stacklevel=7)
 
     def _use_operators(self, reason, progress):
         # Set together, as what follows may be interrupted.

@@ -56,7 +56,8 @@ class WholeStep:
 
     Args:
         operators: the Operators.
-        refused: function that is called with the reason, once for each, why calls are not captured.
+        refused: function that is called with a reason why calls are not captured, once for each, and whether a
+            capture was tried and failed.
     """
 
     graphs_on = ("cuda",)
@@ -67,7 +68,9 @@ class WholeStep:
         # No captures any more, and none until something changes; the reasons that have been said; and the calls in a
         # row that have done what a graph cannot do.
         self._given_up, self._hindered, self._said, self._times = False, False, set(), 0
-        self._kinds, self._before, self._stream, self._pool = {}, None, None, None
+        self._kinds, self._before, self._pool = {}, None, None
+        # The stream of calls that precede a capture, and that of captures, for which cuBLAS gets memory of its own.
+        self._streams = None, None
         self.bad, self._counted = None, None
 
     def __call__(self, images, labels):
@@ -75,7 +78,8 @@ class WholeStep:
         if self._given_up or parameter is None or parameter.device.type not in self.graphs_on:
             return self.operators(images, labels)
         if self.operators.accumulate > 1 or self.operators.group:
-            self._give_up("accumulated" if self.operators.accumulate > 1 else "several processes train together")
+            several = "gradients are accumulated over calls", "several processes train together"
+            self._give_up(several[0] if self.operators.accumulate > 1 else several[1])
             return self.operators(images, labels)
         device = parameter.device
         with on_device(device):
@@ -128,7 +132,7 @@ class WholeStep:
         return loss
 
     def _run(self, images, labels, device):
-        """A call of the operators on the stream that later captures them, as torch demands of what is captured."""
+        """A call of the operators on another stream than the caller's, as torch demands before a capture."""
         with self._aside(device):
             try:
                 loss = self.operators(images, labels)
@@ -143,26 +147,26 @@ class WholeStep:
         if device.type != "cuda":
             yield
             return
-        if self._stream is None or self._stream.device != device:
-            self._stream = torch.cuda.Stream(device)
-        current = torch.cuda.current_stream(device)
-        self._stream.wait_stream(current)
+        if self._streams[0] is None or self._streams[0].device != device:
+            self._streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        current, aside = torch.cuda.current_stream(device), self._streams[0]
+        # The stream uses its memory again only after it has waited, so that losses and gradients may be freed any time.
+        aside.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(aside):
                 yield
         finally:
-            # Memory of this stream is used on it only after it has waited, so that losses and gradients may be freed.
-            current.wait_stream(self._stream)
+            current.wait_stream(aside)
 
-    def _give_up(self, reason):
+    def _give_up(self, reason, failed=False):
         self._given_up, self.update.by_value = True, True
         self._forget()
-        self._say(reason)
+        self._say(reason, failed)
 
-    def _say(self, reason):
+    def _say(self, reason, failed=False):
         if reason not in self._said:
             self._said.add(reason)
-            self.refused(reason)
+            self.refused(reason, failed)
 
     def _captured(self, images, labels, device):
         """The Kind of this batch with its graph, or None where there can be none."""
@@ -181,11 +185,11 @@ class WholeStep:
         with torch.no_grad():
             self.update.prepare()
         try:
-            kind.replay = record(lambda: self._launch(kind, parameters), self._stream, self._pool)
+            kind.replay = record(lambda: self._launch(kind, parameters), self._streams[1], self._pool)
         except NotCaptured as e:
             for p, grad in zip(parameters, kept):
                 p.grad = grad
-            self._give_up(f"capturing it failed: {e}")
+            self._give_up(f"capturing it failed: {e}", failed=True)
             return None
         return kind
 

@@ -20,26 +20,29 @@ def settings_of(optimizer):
     return [item for group in optimizer.param_groups for item in group.items() if item[0] not in ("params", "lr")]
 
 
-def _strides(t):
-    """The strides in which elements lie apart; a dimension of one element may have any."""
-    return [stride for stride, n in zip(t.stride(), t.shape) if n != 1]
+def _lie_alike(t, other):
+    """Whether two tensors of one shape have the same strides, where a dimension of one element may have any."""
+    strides, others = t.stride(), other.stride()
+    return strides == others or all(a == b or n == 1 for a, b, n in zip(strides, others, t.shape))
 
 
 def _is_dense(t):
     """Whether the elements fill their memory without gaps, each once."""
+    if t.is_contiguous():
+        return True
     expected = 1
     for stride, n in sorted((stride, n) for stride, n in zip(t.stride(), t.shape) if n != 1):
         if stride != expected:
             return False
         expected *= n
-    return not (t.is_neg() or t.is_conj())
+    return True
 
 
 def _like(t, p):
     """A tensor with the elements of t and exactly the strides of p, as the fused kernels demand: t itself if it can."""
     if t.stride() == p.stride():
         return t
-    if _strides(t) == _strides(p):
+    if _lie_alike(t, p):
         return t.as_strided(p.shape, p.stride())
     return torch.empty_like(p, requires_grad=False).copy_(t)
 
@@ -87,13 +90,13 @@ class Update:
         devices = set()
         groups = {p: group for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         for p, group in groups.items():
-            g, state = p.grad, optimizer.state.get(p, {})
+            g, state, kind = p.grad, optimizer.state.get(p, {}), _KIND(p)
             devices.add(p.device)
             if type(p) not in _PLAIN or type(g) is not torch.Tensor or p.dtype not in _DTYPES:
                 return "there are parameters or gradients of other types than dense floating-point tensors"
-            if _KIND(p) != _KIND(g) or _strides(p) != _strides(g) or not _is_dense(p) or g.is_neg():
+            if kind != _KIND(g) or not _lie_alike(p, g) or not _is_dense(p) or p.is_neg() or g.is_neg():
                 return "gradients do not lie in memory as their parameters"
-            if any(_KIND(value) != _KIND(p) for name, value in state.items() if name != "step" and value is not None):
+            if any(_KIND(value) != kind for name, value in state.items() if name != "step" and value is not None):
                 return "the optimizer's state is of another kind than the parameters"
             if state and not isinstance(state.get("step", g), torch.Tensor):
                 return "the optimizer's counts are not tensors"

@@ -38,7 +38,7 @@ class Look(NamedTuple):
 
 
 def _same(objects, others):
-    return len(objects) == len(others) and all(map(is_, objects, others))
+    return objects is others or (len(objects) == len(others) and all(map(is_, objects, others)))
 
 
 class Watch:
@@ -46,38 +46,34 @@ class Watch:
 
     def __init__(self, model, loss, optimizer):
         self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.modules, self._roots, self._children = [], [], []
+        self.modules, self._dicts, self._hooks = [], [], []
+        self._members, self._state, self._parameters, self._tensors = [], [], [], []
 
     def look(self):
-        roots = [self.model, self.loss] if isinstance(self.loss, torch.nn.Module) else [self.model]
-        if not self._still_there(roots):
-            self.modules = [module for root in roots for module in root.modules()]
-        self._roots, self._children = roots, self._all_children()
-        dicts = chain.from_iterable((vars(module), *_MEMBERS(module)) for module in self.modules)
-        members = list(chain.from_iterable(map(dict.values, dicts)))
-        tensors = self.tensors()
+        members = list(chain.from_iterable(map(dict.values, self._dicts)))
+        state = list(chain.from_iterable(map(dict.values, self.optimizer.state.values())))
+        parameters = list(chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
+        # Walking through a model takes longer than seeing that it is the same: its layers are among its members.
+        if not (members and _same(members, self._members)):
+            self._walk()
+            members = self._members
+        if not (self._tensors and _same(state, self._state) and _same(parameters, self._parameters)):
+            self._state, self._parameters = state, parameters
+            self._tensors = [t for t in (*self._members, *state, *parameters) if isinstance(t, torch.Tensor)]
         numbers = [
-            list(map(len, chain.from_iterable(map(_HOOKS, self.modules)))), settings_of(self.optimizer),
-            list(map(torch.Tensor.data_ptr, tensors)), list(map(torch.Tensor.stride, tensors)),
-            list(map(_PLACE, tensors)),
+            list(map(len, self._hooks)), settings_of(self.optimizer), list(map(id, parameters)),
+            list(map(torch.Tensor.data_ptr, self._tensors)), list(map(torch.Tensor.stride, self._tensors)),
+            list(map(_PLACE, parameters)),
         ]  # fmt: skip
-        return Look(members, self._state(), numbers)
+        return Look(self._members, self._state, numbers)
 
-    def _all_children(self):
-        return [child for module in self.modules for child in module._modules.values()]
-
-    def _still_there(self, roots):
-        """Whether the modules are those of the look before, as walking through a model takes longer than the rest."""
-        return _same(roots, self._roots) and _same(self._all_children(), self._children)
-
-    def _state(self):
-        return list(chain.from_iterable(map(dict.values, self.optimizer.state.values())))
-
-    def tensors(self):
-        """Every tensor of the model, the loss and the optimizer."""
-        members = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in self.modules)
-        groups = chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
-        return [t for t in (*members, *groups, *self._state()) if isinstance(t, torch.Tensor)]
+    def _walk(self):
+        """Find all members of the model and the loss."""
+        roots = [self.model, self.loss] if isinstance(self.loss, torch.nn.Module) else [self.model]
+        self.modules = [module for root in roots for module in root.modules()]
+        self._dicts = list(chain.from_iterable((vars(module), *_MEMBERS(module)) for module in self.modules))
+        self._hooks = list(chain.from_iterable(map(_HOOKS, self.modules)))
+        self._members, self._tensors = list(chain.from_iterable(map(dict.values, self._dicts))), []
 
     def obstacle(self, device):
         """Why this model cannot be captured, or None."""
