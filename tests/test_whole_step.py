@@ -125,6 +125,26 @@ def batch(n=3, seed=0):
     return images, torch.randint(4, (n,), generator=generator)
 
 
+def test_a_capture_that_is_interrupted(graphs):
+    """Nothing has run, and the next call is captured."""
+    step = step_of(make_net(), "SGD")
+    step(*batch())
+    before = everything(step.model, step.optimizer), [p.grad for p in step.model.parameters()]
+    handle = step._step.operators.loss
+    step._step.operators.loss = lambda y, labels: interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        step(*batch())
+    assert_same((everything(step.model, step.optimizer), [p.grad for p in step.model.parameters()]), before)
+    step._step.operators.loss = handle
+    for _ in range(2):
+        step(*batch())
+    assert [graph.replays for graph in graphs] == [1]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_failed_capture_is_a_warning_where_nothing_is_reported(graphs):
     step = step_of(Waiting(make_net()), "SGD")
     step(*batch())
@@ -314,14 +334,20 @@ def test_what_changes_between_calls(name, graphs):
     assert_same(everything(net, step.optimizer)[1], everything(twin, optimizer)[1], 1e-10)
 
 
-class Product(torch.nn.Linear):
+class Product(torch.nn.Module):
+    """A product of torch's own, for which autocast keeps a copy of the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(16, 4))
+
     def forward(self, x):
-        return torch.mm(x.flatten(1), self.weight.t())
+        return torch.mm(x.flatten(1), self.weight)
 
 
 def test_an_autocast_around_several_calls(graphs):
     """Each call takes the weights of the update before, as if autocast were entered for it alone."""
-    steps = [step_of(Product(16, 4, bias=False), "SGD") for _ in range(2)]
+    steps = [step_of(Product(), "SGD") for _ in range(2)]
     steps[1].model.load_state_dict(steps[0].model.state_dict())
     batches = [(images.float(), labels) for images, labels in (batch(seed=i) for i in range(5))]
     for images, labels in batches:
@@ -352,6 +378,8 @@ def test_what_follows_every_call_is_called(graphs):
     images, labels = batch()
     step(images.requires_grad_(), labels)
     assert seen and images.grad.any() and graphs[0].replays == 2
+    step(*batch())
+    assert graphs[0].replays == 3
 
 
 class Waiting(torch.nn.Module):
@@ -491,14 +519,10 @@ def test_a_replay_that_is_interrupted(graphs, monkeypatch):
     net, twin = make_net(), make_net()
     step, optimizer = step_of(net, "Adam"), OPTIMIZERS["Adam"](list(twin.parameters()))
 
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
     for i in range(6):
         if i == 4:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(Recording, "replay", interrupted)
-                patch.setattr(step._step._kinds[next(iter(step._step._kinds))], "replay", interrupted)
+                patch.setattr(next(iter(step._step._kinds.values())), "replay", interrupt)
                 step(*batch(seed=i))
         step(*batch(seed=i))
         by_torch(twin, optimizer, *batch(seed=i))

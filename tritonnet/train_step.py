@@ -22,13 +22,20 @@ class TrainStep:
     channels, 28 or 32 pixels, 6 and 16 filters of 5 x 5, 120 and 84 hidden units, up to 1,024 classes), with the mean
     cross-entropy and torch's SGD, Adam or AdamW. On a GPU they are captured as one CUDA graph for each size of batch
     below 8,192. The same inputs give the same bits. Any other model goes through autograd, its layers converted and
-    fused in place (`tritonnet.revert` undoes it). `path` names the path taken, `reason` says why, and `report` is
-    called with both.
+    fused in place (`tritonnet.revert` undoes it), and on a GPU its whole step is captured as one CUDA graph for each
+    kind of batch. `path` names the path taken, `reason` says why, and `report` is called with both.
 
     Parameters and the optimiser's state stay in torch's tensors, so state_dict() and load_state_dict() work at any
     time. The next call sees every write to them between two calls, as well as schedulers and changes of the optimiser's
     groups. Other changes of the model or the loss, such as hooks on layers, must come before the step is built, as both
     are checked only once.
+
+    SGD, Adam and AdamW update by torch's fused implementation, whatever their `fused` and `foreach` say; any other
+    optimizer by its own step. The first calls with a kind of batch (its shapes, dtypes and strides) run as they are
+    written. A graph follows, with the same bits, unless they wait for the device, draw random numbers on the host,
+    change attributes of the model, or there are hooks; `reason` then says so. The forward's Python code does not run
+    when a graph is replayed. After a change that a graph does not read from the device, such as of momentum or of a
+    layer's mode, but not of learning rates, the calls run as they are written again before the next graph.
 
     A loss that is not finite makes no update: parameters, the optimiser's state and the model's buffers stay as they
     were, and the call is reported by a FloatingPointError. With `accumulate`, one such loss in a group of calls
@@ -44,9 +51,11 @@ class TrainStep:
             to it is on now, tf32 if torch's flags allow it for both convolutions and matrix products, and ieee
             otherwise; without the four launches, torch's flags and autocast count at each call.
         accumulate: number of calls whose gradients are averaged into one update, which the last of them makes. If it is
-            above 1, `p.grad` holds the gradients so far. With 1, the four launches do not write `p.grad`.
-        report: function such as print, called with a line on the path taken, and with one if a CUDA graph cannot be
-            captured, which is a RuntimeWarning otherwise.
+            above 1, `p.grad` holds the gradients so far, and there is a graph for the four launches only. With 1, the
+            four launches do not write `p.grad`, and any other step leaves the latest call's gradients there, a graph in
+            tensors that its next replay overwrites.
+        report: function such as print, called with a line on the path taken, and with one if there is no CUDA graph. A
+            capture that fails is a RuntimeWarning otherwise.
 
     Raises:
         TypeError: model is not a torch.nn.Module, or optimizer not a torch.optim.Optimizer.
@@ -145,9 +154,9 @@ class TrainStep:
             (), the mean loss over the batch, before the update.
 
         Raises:
-            FloatingPointError: the loss of a call was not finite. The four launches on a GPU report this up to 64 calls
-                later, or in `check`; until then, update counts in the optimiser's state on the CPU may be too high.
-                On the four launches, a label that is not a class has the same effect.
+            FloatingPointError: the loss of a call was not finite. On a GPU the four launches and graphs report this up
+                to 64 calls later, or in `check`; until then, update counts in the optimiser's state on the CPU may be
+                too high. On the four launches, a label that is not a class has the same effect.
             RuntimeError: inference mode is on.
             TypeError, ValueError: images or labels are not as described, on the four launches; otherwise what the model
                 and the loss raise.

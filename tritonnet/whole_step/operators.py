@@ -22,7 +22,7 @@ def products_in(precision, device):
     torch.set_autocast_cache_enabled(False)
     try:
         if precision == "bfloat16":
-            context = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+            context = torch.autocast(device.type, torch.bfloat16)
         else:
             context = float32_products(precision) if precision else contextlib.nullcontext()
         with context:

@@ -76,18 +76,17 @@ class WholeStep:
     def __call__(self, images, labels):
         parameter = next(self.operators.model.parameters(), None)
         if self._given_up or parameter is None or parameter.device.type not in self.graphs_on:
-            return self.operators(images, labels)
+            return self._run(images, labels)
         if self.operators.accumulate > 1 or self.operators.group:
             several = "gradients are accumulated over calls", "several processes train together"
             self._give_up(several[0] if self.operators.accumulate > 1 else several[1])
-            return self.operators(images, labels)
+            return self._run(images, labels)
         device = parameter.device
         with on_device(device):
             self.update.by_value = False
             if not (_is_plain(images) and _is_plain(labels)) or is_followed():
-                # This call only, whatever it changes.
-                self._before = None
-                return self._run(images, labels, device)
+                # This call only; the next sees what it has changed.
+                return self._run(images, labels)
             look = self.watch.look()
             if self._before is None or look.since(self._before):
                 self._forget()
@@ -96,6 +95,8 @@ class WholeStep:
             kind = self._kinds.pop(key, None)
             if kind == _WARM:
                 kind = self._captured(images, labels, device)
+            if self._given_up:
+                return self._run(images, labels)
             if kind is None:
                 return self._learn(key, images, labels, device)
             self._keep(key, kind)
@@ -112,11 +113,10 @@ class WholeStep:
 
     def _learn(self, key, images, labels, device):
         """A call of the operators, after which this kind of batch may be captured."""
-        if self._given_up:
-            return self._run(images, labels, device)
         before, drawn = self._before, random_numbers()
         try:
-            loss = self._run(images, labels, device)
+            with self._aside(device):
+                loss = self._run(images, labels)
         finally:
             self._before = look = self.watch.look()
         reason = None
@@ -131,19 +131,17 @@ class WholeStep:
             self._keep(key, _WARM)
         return loss
 
-    def _run(self, images, labels, device):
-        """A call of the operators on another stream than the caller's, as torch demands before a capture."""
-        with self._aside(device):
-            try:
-                loss = self.operators(images, labels)
-            finally:
-                self._counted = None
+    def _run(self, images, labels):
+        """A call of the operators."""
+        self._counted = None
+        loss = self.operators(images, labels)
         if self.bad:
             self._report_bad(self.bad.look, self.operators.calls)
         return loss
 
     @contextlib.contextmanager
     def _aside(self, device):
+        """Another stream than the caller's, on which torch demands calls before a capture."""
         if device.type != "cuda":
             yield
             return
@@ -186,9 +184,11 @@ class WholeStep:
             self.update.prepare()
         try:
             kind.replay = record(lambda: self._launch(kind, parameters), self._streams[1], self._pool)
-        except NotCaptured as e:
+        except BaseException as e:  # nothing has run
             for p, grad in zip(parameters, kept):
                 p.grad = grad
+            if not isinstance(e, NotCaptured):
+                raise
             self._give_up(f"capturing it failed: {e}", failed=True)
             return None
         return kind

@@ -59,7 +59,8 @@ class Watch:
             members = self._members
         if not (self._tensors and _same(state, self._state) and _same(parameters, self._parameters)):
             self._state, self._parameters = state, parameters
-            self._tensors = [t for t in (*self._members, *state, *parameters) if isinstance(t, torch.Tensor)]
+            found = (*self._members, *state, *parameters)
+            self._tensors = [t for t in found if type(t) in _TYPES and t.layout == torch.strided]
         numbers = [
             list(map(len, self._hooks)), settings_of(self.optimizer), list(map(id, parameters)),
             list(map(torch.Tensor.data_ptr, self._tensors)), list(map(torch.Tensor.stride, self._tensors)),
