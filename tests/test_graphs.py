@@ -11,6 +11,7 @@ from memory import Banded, guard_bands, unwatched
 
 import tritonnet
 from tritonnet.lenet import step as lenet_step
+from tritonnet.whole_step import WholeStep
 
 on_a_gpu = pytest.mark.skipif(torch.device(DEVICE).type != "cuda", reason="CUDA graphs need a GPU")
 
@@ -98,6 +99,48 @@ def test_the_same_bits_from_a_data_loader(precision, size, replays, monkeypatch)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_same_bits_accumulated(precision, optimizer, replays, monkeypatch):
     check(on_the_device, 64, precision, optimizer, replays, monkeypatch, accumulate=2)
+
+
+ANY_OPTIMIZER = {
+    # Rates that float32 has exactly, as a graph reads them.
+    "SGD momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.125, momentum=0.9, weight_decay=1e-4),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=2**-10),
+}
+
+
+@on_a_gpu
+@pytest.mark.parametrize("optimizer", ANY_OPTIMIZER)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_any_model_s_whole_step(precision, optimizer, replays, monkeypatch):
+    """With graphs and without, and a batch that is not finite among them: the same bits, buffers and counts too."""
+    runs, batches = [], on_the_device(16)
+    for graphs in (True, False):
+        monkeypatch.setattr(WholeStep, "graphs_on", ("cuda",) if graphs else ())
+        replays.clear()
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 16, 3, stride=2), torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.MaxPool2d(3),
+            torch.nn.Conv2d(16, 32, 3), torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.Flatten(),
+            torch.nn.Linear(288, 10),
+        ).to(DEVICE)  # fmt: skip
+        optim = ANY_OPTIMIZER[optimizer](net.parameters())
+        step = tritonnet.TrainStep(net, torch.nn.CrossEntropyLoss(), optim, precision)
+        losses, reported = [], 0
+        for epoch in range(6):
+            for i, (images, labels) in enumerate(batches):
+                spoilt = epoch == 3 and i == 1
+                try:
+                    loss = step(images * float("nan") if spoilt else images, labels)
+                    step.check()
+                    losses.append(loss)
+                except FloatingPointError:
+                    reported += 1
+        assert reported == 1 and "CUDA graph" not in step.reason, step.reason
+        state = [value.cpu() for of in optim.state.values() for value in of.values()]
+        runs.append([*losses, *net.state_dict().values(), *state])
+        # The first size begins with two calls, the second with one.
+        assert len(replays) == (6 * len(batches) - 3 if graphs else 0)
+    assert all(map(torch.equal, *runs))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU's graphs")

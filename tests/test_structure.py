@@ -53,6 +53,7 @@ LAYERS = [
     [Group("fusion", "tritonnet/fusion.py")],
     [Group("conversion", "tritonnet/conversion.py")],
     [Group("lenet", "tritonnet/lenet/*", kernels=True)],
+    [Group("whole_step", "tritonnet/whole_step/*")],
     [Group("train_step", "tritonnet/train_step.py")],
     [Group("tritonnet", "tritonnet/__init__.py")],
     [

@@ -1,131 +1,18 @@
 """A training step as one call: four launches for a LeNet, the fused operators for any other model."""
 
-import contextlib
-import math
-from operator import attrgetter
+import warnings
 
 import torch
 
 from .conversion import convert
-from .dispatch import float32_products, implementation, launchers
+from .dispatch import implementation, launchers
 from .fusion import fuse
 from .lenet import LeNet
-from .lenet.losses import not_finite, send
 from .lenet.recognition import find_layers
 from .lenet.served import FORMATS, NotServed
-from .lenet.step import NOTHING_YET, FusedLaunches, Progress
+from .lenet.step import NOTHING_YET, FusedLaunches
 from .nn._plain import check_model
-
-
-def _products_in(precision, device):
-    """A context in which the operators take products in one of FORMATS, or as torch's flags say for None."""
-    if precision == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return float32_products(precision) if precision else contextlib.nullcontext()
-
-
-def _group_of(model):
-    """The process group over which a model averages gradients, or None."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
-    # DistributedDataParallel and its like have a group; for fully_shard, take all processes.
-    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
-    return getattr(model, "process_group", torch.distributed.group.WORLD if sharded else None)
-
-
-_KIND = attrgetter("shape", "dtype", "device")
-
-
-class _Sent:
-    """A copy of a value to the host. Reading it waits only for work queued before the copy."""
-
-    def __init__(self, number):
-        self._there, self._event = (number, None) if number.device.type == "cpu" else send(number)
-
-    def read(self):
-        if self._event is not None:
-            self._event.synchronize()
-        return self._there.item()
-
-
-class Operators:
-    """The training step of any model, through autograd and the optimiser."""
-
-    def __init__(self, model, loss, optimizer, precision, accumulate, progress):
-        self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.precision, self.accumulate, self.calls = precision, accumulate, progress.calls
-        self.ignore_index, self._spoiled = getattr(loss, "ignore_index", -100), progress.spoiled
-        self.group, self._registered, self._kinds, self._copies = _group_of(model), [], [], []
-
-    def __call__(self, images, labels):
-        device = next(self.model.parameters()).device
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        turn = self.calls % self.accumulate
-        if turn == 0:
-            self.optimizer.zero_grad()
-            self._spoiled = False
-        self._keep_buffers()
-        with _products_in(self.precision, device):
-            loss = self.loss(self.model(images), labels)
-            # Before the backward, so that the GPU has work while the host waits for the loss.
-            value = _Sent(loss.detach())
-            others = _Sent(self._spoils_any(loss.detach(), labels)) if self.group else None
-            # A call that fails before this does not count: the next call takes its turn in the group.
-            self.calls += 1
-            (loss / self.accumulate).backward()
-        finite = math.isfinite(value.read())
-        own = not finite and bool(self._spoils(loss.detach(), labels))
-        if not (finite or own or self.group):
-            # Gradients that should be 0 are NaN where images are not finite.
-            own = not all(p.grad is None or p.grad.isfinite().all() for p in self.model.parameters())
-        if own or (others and others.read()):
-            self._spoiled = True
-            self._restore_buffers()
-        if turn == self.accumulate - 1 and not self._spoiled:
-            self.optimizer.step()
-        if not finite:
-            raise not_finite(self.calls, ignored=not self._spoiled)
-        if others and others.read():
-            raise FloatingPointError(f"the loss of call {self.calls} was not finite in another process: no update")
-        return loss.detach()
-
-    def _spoils(self, loss, labels):
-        """() bool on the device: whether the loss prevents an update. If every label is ignored it does not."""
-        bad = ~loss.isfinite().all()
-        return bad if labels.is_floating_point() else bad & ~(labels == self.ignore_index).all()
-
-    def _spoils_any(self, loss, labels):
-        """`_spoils` in any process, as they share the gradients."""
-        spoils = self._spoils(loss, labels).int()
-        torch.distributed.all_reduce(spoils, torch.distributed.ReduceOp.MAX, self.group)
-        return spoils
-
-    def _keep_buffers(self):
-        """Copy the buffers, which a forward may change, such as the running statistics of batch norm."""
-        self._registered = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items()]
-        buffers = [b for *_, b in self._registered if b is not None]
-        kinds = list(map(_KIND, buffers))
-        if kinds != self._kinds:
-            self._kinds, self._copies = kinds, list(map(torch.empty_like, buffers))
-        if buffers:
-            with torch.no_grad():
-                torch._foreach_copy_(self._copies, buffers)
-
-    @torch.no_grad()
-    def _restore_buffers(self):
-        copies = iter(self._copies)
-        for register, name, b in self._registered:
-            # A forward may replace a buffer by another tensor.
-            register[name] = b
-            # A constant buffer may be expanded, and cannot be written to.
-            if b is not None and not torch.equal(b, before := next(copies)):
-                b.copy_(before)
-
-    def progress(self):
-        return Progress(self.calls, self._spoiled)
-
-    def check(self):
-        """Nothing to check: each call raises by itself."""
+from .whole_step import Operators, WholeStep
 
 
 class TrainStep:
@@ -135,13 +22,20 @@ class TrainStep:
     channels, 28 or 32 pixels, 6 and 16 filters of 5 x 5, 120 and 84 hidden units, up to 1,024 classes), with the mean
     cross-entropy and torch's SGD, Adam or AdamW. On a GPU they are captured as one CUDA graph for each size of batch
     below 8,192. The same inputs give the same bits. Any other model goes through autograd, its layers converted and
-    fused in place (`tritonnet.revert` undoes it). `path` names the path taken, `reason` says why, and `report` is
-    called with both.
+    fused in place (`tritonnet.revert` undoes it), and on a GPU its whole step is captured as one CUDA graph for each
+    kind of batch. `path` names the path taken, `reason` says why, and `report` is called with both.
 
     Parameters and the optimiser's state stay in torch's tensors, so state_dict() and load_state_dict() work at any
     time. The next call sees every write to them between two calls, as well as schedulers and changes of the optimiser's
     groups. Other changes of the model or the loss, such as hooks on layers, must come before the step is built, as both
     are checked only once.
+
+    SGD, Adam and AdamW update by torch's fused implementation, whatever their `fused` and `foreach` say; any other
+    optimizer by its own step. The first calls with a kind of batch (its shapes, dtypes and strides) run as they are
+    written. A graph follows, with the same bits, unless they wait for the device, draw random numbers on the host,
+    change attributes of the model, or there are hooks; `reason` then says so. The forward's Python code does not run
+    when a graph is replayed. After a change that a graph does not read from the device, such as of momentum or of a
+    layer's mode, but not of learning rates, the calls run as they are written again before the next graph.
 
     A loss that is not finite makes no update: parameters, the optimiser's state and the model's buffers stay as they
     were, and the call is reported by a FloatingPointError. With `accumulate`, one such loss in a group of calls
@@ -157,9 +51,11 @@ class TrainStep:
             to it is on now, tf32 if torch's flags allow it for both convolutions and matrix products, and ieee
             otherwise; without the four launches, torch's flags and autocast count at each call.
         accumulate: number of calls whose gradients are averaged into one update, which the last of them makes. If it is
-            above 1, `p.grad` holds the gradients so far. With 1, the four launches do not write `p.grad`.
-        report: function such as print, called with a line on the path taken, and with one if a CUDA graph cannot be
-            captured, which is a RuntimeWarning otherwise.
+            above 1, `p.grad` holds the gradients so far, and there is a graph for the four launches only. With 1, the
+            four launches do not write `p.grad`, and any other step leaves the latest call's gradients there, a graph in
+            tensors that its next replay overwrites.
+        report: function such as print, called with a line on the path taken, and with one if there is no CUDA graph. A
+            capture that fails is a RuntimeWarning otherwise.
 
     Raises:
         TypeError: model is not a torch.nn.Module, or optimizer not a torch.optim.Optimizer.
@@ -217,7 +113,18 @@ class TrainStep:
         )  # fmt: skip
 
     def _operators(self, progress):
-        return Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate, progress)
+        operators = Operators(self.model, self.loss, self.optimizer, self.precision, self.accumulate, progress)
+        return WholeStep(operators, self._without_graph)
+
+    def _without_graph(self, reason, failed):
+        """Says why calls of the operators are not replayed as a CUDA graph."""
+        line = f"without a CUDA graph, because {reason}"
+        if line not in self.reason:
+            self.reason = f"{self.reason}; {line}"
+        if self._report:
+            self._report(f"{type(self.model).__name__}: {line}")
+        elif failed:
+            warnings.warn(f"{type(self.model).__name__}: {line}", RuntimeWarning, stacklevel=7)
 
     def _use_operators(self, reason, progress):
         # Set together, as what follows may be interrupted.
@@ -247,9 +154,9 @@ class TrainStep:
             (), the mean loss over the batch, before the update.
 
         Raises:
-            FloatingPointError: the loss of a call was not finite. The four launches on a GPU report this up to 64 calls
-                later, or in `check`; until then, update counts in the optimiser's state on the CPU may be too high.
-                On the four launches, a label that is not a class has the same effect.
+            FloatingPointError: the loss of a call was not finite. On a GPU the four launches and graphs report this up
+                to 64 calls later, or in `check`; until then, update counts in the optimiser's state on the CPU may be
+                too high. On the four launches, a label that is not a class has the same effect.
             RuntimeError: inference mode is on.
             TypeError, ValueError: images or labels are not as described, on the four launches; otherwise what the model
                 and the loss raise.

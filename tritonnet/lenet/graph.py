@@ -22,10 +22,22 @@ def capture(launch, restore, device):
         launch()
         restore()
     current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    return record(launch, stream)
+
+
+def record(launch, stream, pool=None):
+    """Captures what launch() launches on `stream`, without running it, and returns the function that replays it.
+
+    Args:
+        pool: of torch.cuda.graph_pool_handle(), for graphs that share their memory, captured on one stream.
+
+    Raises:
+        NotCaptured: the capture failed. The current stream is what it was before.
+    """
+    current, graph = torch.cuda.current_stream(stream.device), torch.cuda.CUDAGraph()
     try:
         # Calls from other threads, such as a DataLoader pinning memory, would invalidate a global capture.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             launch()
     except Exception as e:
         raise NotCaptured(str(e)) from e
