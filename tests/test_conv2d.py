@@ -147,6 +147,7 @@ def test_padding_modes(mode, groups, padding, stride, backend, device):
     )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_every_shipped_tile(device):
     """3x3 and 5x5 by every tile of the tables, walked flat and by taps: sizes that fill no tile evenly."""
     from tritonnet.kernels import tiles

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import triton
-from conftest import run_python
+from conftest import run_python, thorough_if
 
 import tritonnet.kernels
 
@@ -42,7 +42,7 @@ def within_budgets(records):
     assert records and not (found := list(budgets.violations(records))), "\n".join(found)
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
+@pytest.mark.parametrize("target", thorough_if(lambda target: target.startswith("sm"), sorted({*TARGETS} - {"sm_90"})))
 def test_a_sample_for_the_others(target):
     within_budgets(report.compile_for(target, ["bfloat16"], "--brief", "--once", "--only", *SAMPLE))
 

@@ -225,6 +225,7 @@ def test_liger_1375_more_dimensions_than_were_tested():
     check(F.relu, TF.relu, (2, 1, 2, 1, 2, 3))
 
 
+@pytest.mark.thorough
 def test_the_batch_size_is_in_no_cache_key():
     """A shorter last batch compiles nothing new, and nothing is tuned; compiled for a GPU without one.
 

@@ -329,6 +329,7 @@ def test_what_is_not_known():
             run(whole(SOUND), OUT, replace(MAP, **change), **HOW_BULK)
 
 
+@pytest.mark.thorough
 @fenced
 def test_compiled():
     """Triton's code, in a process of its own: in this one Triton's kernels may be interpreted."""
