@@ -96,11 +96,31 @@ LINEAR = [
     ((A.numpy(), C), {}, ["input", "ndarray"]),
     ((A, None), {}, ["weight", "NoneType"]),
 ]
+M, V = torch.zeros(4), torch.ones(4)
+BATCH_NORM = [
+    ((X, None, None), {}, ["running_mean", "None"]),
+    ((X, M, None), {}, ["running_var", "None"]),
+    ((X, M, None), dict(training=True), ["running_mean", "running_var"]),
+    ((X, M[:3], V[:3]), {}, ["running_mean", "[4]", "[3]"]),
+    ((X, M, V[:3]), dict(training=True), ["running_var", "[4]", "[3]"]),
+    ((X, M, V, V[:3]), {}, ["weight", "[4]", "[3]"]),
+    ((X, M, V, None, V[:3]), dict(training=True), ["bias", "[4]", "[3]"]),
+    ((X[0, 0, 0], M, V), {}, ["input", "[8]"]),
+    ((X[:1, :, :1, :1], M, V), dict(training=True), ["input", "[1, 4, 1, 1]"]),
+    ((X, M, V), dict(training=True, eps=0.0), ["eps", "0.0"]),
+    ((X, M, V), dict(eps=-1.0), ["eps", "-1.0"]),
+    ((X, M, V), dict(training=1), ["training", "1"]),
+    ((X, M, V), dict(training=True, momentum=None), ["momentum", "None"]),
+    ((X, M.double(), V.double()), dict(training=True), ["running_mean", "torch.float64"]),
+    ((X, M, V, V.double()), {}, ["weight", "torch.float64"]),
+    ((X.half(), M, V, V.bfloat16()), dict(training=True), ["weight", "torch.bfloat16"]),
+    ((X, M.clone().requires_grad_(), V), dict(training=True), ["running_mean", "gradient"]),
+]
 ALL = [
     (name, *row)
     for name, rows in dict(
         conv2d=CONV2D, max_pool2d=MAX_POOL2D, avg_pool2d=AVG_POOL2D, adaptive_avg_pool2d=ADAPTIVE_AVG_POOL2D,
-        relu=RELU, linear=LINEAR,
+        relu=RELU, linear=LINEAR, batch_norm=BATCH_NORM,
     ).items()
     for row in rows
 ]  # fmt: skip

@@ -39,6 +39,11 @@ LAYERS = [
     ("GELU", dict(approximate="tanh"), (2, 4, 7)),
     ("Sigmoid", dict(), (2, 4, 7)),
     ("Hardsigmoid", dict(), (2, 4, 7)),
+    ("BatchNorm1d", dict(num_features=4), (3, 4)),
+    ("BatchNorm1d", dict(num_features=4, momentum=None), (3, 4, 7)),
+    ("BatchNorm2d", dict(num_features=4, eps=0.1, momentum=0.3), (2, 4, 3, 5)),
+    ("BatchNorm2d", dict(num_features=4, affine=False, track_running_stats=False), (2, 4, 3, 5)),
+    ("BatchNorm3d", dict(num_features=4), (2, 4, 3, 2, 1)),
     ("Linear", dict(in_features=7, out_features=5), (2, 4, 7)),
     ("Linear", dict(in_features=7, out_features=5, bias=False), (7,)),
 ]  # fmt: skip

@@ -23,16 +23,15 @@ def step(model, x):
     return [y, given.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-def check(model, fused, x, converted=False, tolerance=1e-9, fullgraph=True):
+def check(model, fused, x, converted=False, tolerance=1e-9, backend="reference"):
     """Two steps of the fused model, and what is fused."""
     ours, lines = copy.deepcopy(model.train()), []
-    tritonnet.fuse(tritonnet.convert(ours) if converted else ours, lines.append, fullgraph=fullgraph)
-    with tritonnet.backend("reference"):
+    tritonnet.fuse(tritonnet.convert(ours) if converted else ours, lines.append, fullgraph=True)
+    with tritonnet.backend(backend):
         for _ in range(2):
             assert_same(step(ours, x), step(model, x), tolerance)
     words = [line.partition(": ")[2].removeprefix("fused: ").partition(". not")[0] for line in lines]
     assert words == [fused], lines
-    return ours
 
 
 NORM = "y = self.bn(self.conv(x)); "
@@ -87,6 +86,18 @@ class Net(tnn.Module):
             torch.nn.init.uniform_(norm.bias, -1, 2)
 
 
+class Wide(Net):
+    """Of 16 channels."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("conv", "other"):
+            old = getattr(self, name)
+            bias = old.bias is not None
+            setattr(self, name, tnn.Conv2d(16, 16, old.kernel_size, padding=old.padding, bias=bias))
+        self.bn, self.unknown = tnn.BatchNorm2d(16), tnn.BatchNorm2d(16)
+
+
 @pytest.mark.parametrize("name, converted", by_turns(FORWARDS, (False, True)), ids=str)
 def test_forwards(name, converted):
     body, fused = FORWARDS[name]
@@ -107,3 +118,38 @@ def test_activations(name, converted):
     body = f"x = x * 1; y = self.bn(self.conv(x)) + x; y = {form}; y = self.unknown(self.other(y)); return {form}"
     fused = f"conv, batch_norm, add, {name}; other, batch_norm, {name}"
     check(net(body, Net), fused, images(), converted, tolerance_of(name))
+
+
+@pytest.mark.parametrize("name", ["sum and relu, in place", "no convolution", "a chain", "before pooling", "a block"])
+def test_on_the_kernels(name):
+    """With 16 channels, so that a convolution's own kernel computes the statistics."""
+    body, fused = FORWARDS[name]
+    with tritonnet.count_launches() as launches:
+        check(net(body, Wide), fused, torch.randn(2, 16, 6, 6, dtype=torch.float64), True, backend="triton")
+    assert {"batch_norm_sums_kernel", "batch_norm_grad_kernel", "fold_statistics_kernel"} <= set(launches)
+    # Nothing but a norm without a convolution needs a pass for its statistics.
+    assert ("batch_statistics_kernel" in launches) == (name == "no convolution")
+
+
+def test_vmap_over_the_operator():
+    """Its rule: a batch of each argument, against one by one."""
+
+    def t(*size):
+        return torch.randn(3, *size, dtype=torch.float64)
+
+    w, x, vectors = t(6, 2, 3, 3), t(2, 4, 5, 5), [t(4), t(4).exp(), t(4), t(4)]
+    running, bias = [t(6), t(6).exp()], t(6)
+    geometry = [1, 1], [1, 1, 1, 1], [1, 1], 2, "zeros"
+
+    def call(x, mean, var, scale, shift, w, bias, running_mean, running_var):
+        norm = mean, var, scale, shift, 0.1, "silu", 0.0
+        return torch.ops.tritonnet.norm_conv2d(x, *norm, w, bias, *geometry, running_mean, running_var, 0.3, True)
+
+    with tritonnet.backend("reference"):
+        given = [x, *vectors, w, bias, *(r.clone() for r in running)]
+        found = [*torch.func.vmap(call)(*given), *given[-2:]]
+        one_by_one = [x, *vectors, w, bias, *(r.clone() for r in running)]
+        expected = [torch.stack(r) for r in zip(*(call(*(t[i] for t in one_by_one)) for i in range(3)))]
+        torch.testing.assert_close(found, [*expected, *one_by_one[-2:]])
+        with pytest.raises(RuntimeError, match="running_mean and running_var are updated in place and must be batched"):
+            torch.func.vmap(lambda x: F.batch_norm(x, running[0][0, :4], running[1][0, :4], training=True))(x)
