@@ -59,6 +59,18 @@ def calls():
     yield ops.relu_, y
     yield ops.activate_, y, "silu", 0.0
     yield ops.epilogue, y, *vectors, y.flip(0), *act
+    yield ops.batch_statistics, y
+    yield ops.tracked_statistics, y, b, b.clone(), b.exp(), 0.3
+    yield ops.batch_norm, y, *vectors, y.flip(0), *act
+    for result, with_dz in ((None, False), (y.sigmoid(), True)):
+        yield ops.batch_norm_grad, y.flip(0), y, result, *vectors, 1e-5, "sigmoid", 0.0, with_dz, not with_dz
+    c = random(6)
+    for norm, groups, running, statistics in (
+        ((c, c.exp(), c, c), 1, (b, b.exp()), True), ((None,) * 4, 2, (None, None), True),
+        ((c, c.exp(), None, c), 2, (None, None), False), ((c, c.exp(), None, None), 1, (None, None), False),
+    ):  # fmt: skip
+        filters = w[:, : 6 // groups]
+        yield ops.norm_conv2d, x, *norm, *act, filters, b, *geometry[:3], groups, "zeros", *running, 0.3, statistics
     rows, m, dy, layers = random(4, 6), random(8, 6), random(4, 8), (random(8, 6), b, random(2, 8), None, *[None] * 4)
     yield ops.linear, rows, m, b
     yield ops.linear, rows, m, None

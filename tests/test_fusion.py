@@ -372,7 +372,7 @@ NETWORKS = {
     "SqueezeNet": (SqueezeNet, (1, 10, 0, 0, 0, 0), (1, 10, 0, 0, 0, 0)),
     "GoogLeNet": (GoogLeNet, (1, 8, 0, 0, 1, 0), (1, 8, 0, 0, 0, 0)),
     "ResNet without batch norm": (ResNet, (1, 6, 0, 0, 3, 0), (1, 6, 0, 0, 3, 0)),
-    "ResNet": (lambda: ResNet(tnn.BatchNorm2d), (0, 0, 0, 0, 1, 2), (0, 0, 0, 0, 12, 0)),
+    "ResNet": (lambda: ResNet(tnn.BatchNorm2d), (0, 0, 0, 0, 12, 0), (0, 0, 0, 0, 12, 0)),
 }
 
 

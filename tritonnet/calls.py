@@ -457,6 +457,9 @@ def _as_one_call(graph, norm):
         return
     if len(statistics.users) != 2 or len({*mean.users, *var.users}) != 1:
         return
+    # A number that Dynamo takes for an input may be computed later.
+    if any(node > statistics for node in norm.all_input_nodes if node not in (mean, var)):
+        return
     running_mean, running_var, momentum = statistics.args[2:] or (None, None, 0.0)
     given = x, running_mean, running_var, scale, shift, True, momentum, eps
     epilogue = dict(residual=residual, activation=activation, slope=slope)

@@ -51,8 +51,15 @@ _RULES = {
     ops.batch_statistics: ("1 > 00",),
     ops.tracked_statistics: ("1000 > 00",),
     ops.batch_norm: ("100001 > 1",),
-    ops.batch_norm_grad: ("1110000 > 10011",),
-    ops.norm_conv2d: ("rrrrr0000 > 100",),
+    # By whether dz and y are wanted; they are empty otherwise.
+    ops.batch_norm_grad: {
+        (False, False): ("1110000 > 100rr",),
+        (False, True): ("1110000 > 100r1",),
+        (True, False): ("1110000 > 1001r",),
+        (True, True): ("1110000 > 10011",),
+    },
+    # By whether there are statistics.
+    ops.norm_conv2d: {True: ("rrrrr0000 > 100",), False: ("0rrrrrrrr > 0rr", "rrrrr0000 > 1rr")},
     ops.activate_: ("* >",),
     ops.activation_grad: ("** > *",),
     ops.linear: ("0rr > 0", "r00 > 1", "11p > p"),
@@ -80,9 +87,13 @@ def _ways(operator, args):
         ways = ways[named["reduction"]]
     elif operator is ops.cross_entropy_grad:
         ways = ways[named["dloss"].ndim]
-    elif named.get("groups", 1) != 1:
+    elif operator is ops.batch_norm_grad:
+        ways = ways[named["with_dz"], named["with_y"]]
+    elif operator is ops.norm_conv2d:
+        ways = ways[named["statistics"]]
+    if named.get("groups", 1) != 1:
         # All processes are given the number of groups, so that none can have some of the groups.
-        ways = ways[:1]
+        ways = [way for way in ways if way.startswith("0")]
     is_tensor = [_is_tensor(a) for a in arguments]
     ways = [way.replace("*", str(dim)) for way in ways for dim in range(args[0].ndim if "*" in way else 1)]
     ways.append("r" * sum(is_tensor) + ">" + "r" * len(operator._schema.returns))
