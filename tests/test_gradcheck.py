@@ -25,6 +25,11 @@ def images(like):
     return (torch.arange(24, device=like.device).to(like) % 5 - 2).view(1, 2, 4, 3)
 
 
+def norm_conv2d(x, scale, shift, w, b):
+    norm, geometry = (scale, shift, 0.1, "silu", 0.0), ((1, 1), (1, 0, 0, 1), (1, 1), 1, "zeros")
+    return ops.norm_conv2d(x, *ops.batch_statistics(x), *norm, w, b, *geometry, None, None, 0.0, False)[0]
+
+
 # name: function, its inputs
 CASES = {
     "conv2d": (lambda x, w, b: F.conv2d(x, w, b, padding=1), (draw, (1, 2, 4, 3), (2, 2, 3, 2), (2,))),
@@ -35,6 +40,12 @@ CASES = {
     "conv2d depthwise": (
         lambda x, w, b: F.conv2d(x, w, b, 2, 1, groups=2), (draw, (1, 2, 4, 5), (4, 1, 3, 2), (4,)),
     ),
+    "batch_norm": (lambda x, w, b: F.batch_norm(x, None, None, w, b, True), (draw, (3, 2, 2), (2,), (2,))),
+    "batch_norm_epilogue": (
+        lambda x, b, r: F.batch_norm_epilogue(x, None, None, None, b, True, residual=r, activation="sigmoid"),
+        (draw, (2, 2, 1, 2), (2,), (2, 2, 1, 2)),
+    ),
+    "norm_conv2d": (lambda *tensors: norm_conv2d(*tensors), (draw, (2, 2, 3, 2), (2,), (2,), (3, 2, 2, 1), (3,))),
     "conv2d circular": (
         lambda x, w, b: F._conv2d(x, w, b, 1, (1, 2), 1, 1, "circular"), (draw, (1, 2, 3, 4), (2, 2, 3, 2), (2,)),
     ),
