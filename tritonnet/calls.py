@@ -91,6 +91,7 @@ def _pixel_means(x, keepdim):
 _OURS: dict[Any, Any] = {
     theirs.__name__ if inspect.ismethoddescriptor(theirs) else theirs: ours for theirs, ours in OURS.items()
 }
+_NUMBERS = int, float, torch.SymInt, torch.SymFloat, torch.SymBool
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Other calls whose results are new tensors and that write to none.
 _NEW = {
@@ -225,7 +226,7 @@ def stays(node, row):
 
 def writes_nothing(node):
     """Whether the node writes to no tensor that others can read."""
-    if is_call(node) and node.target in _VIEWS:
+    if is_call(node) and (node.target in _VIEWS or isinstance(node.meta.get("example_value"), _NUMBERS)):
         return True
     return _is_fresh(node) and not is_training_norm(node)
 
