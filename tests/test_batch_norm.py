@@ -7,6 +7,7 @@ import torch
 from exact import DTYPES, ROUNDOFF, SUM
 
 import tritonnet
+import tritonnet.nn.functional as F
 from tritonnet.kernels import activations, launchers
 
 SLOPE, EPS = 0.3, 1e-3
@@ -300,3 +301,22 @@ def test_far_from_zero(mean, device):
         assert_within(
             "y", y, normed + along(summand, wide), 8 * SUM[SINGLE] * (normed.abs() + along(summand.abs(), wide))
         )
+
+
+@pytest.mark.parametrize("residual, activation", [(False, "none"), (True, "none"), (True, "relu")], ids=str)
+def test_the_bias_may_be_overwritten_before_backward(residual, activation, device):
+    """As with torch's batch norm: only an activation's argument that is computed again depends on it."""
+    found = []
+    for overwritten in (False, True):
+        torch.manual_seed(0)
+        x, added = (torch.randn(3, 4, 5, 5, device=device, requires_grad=True) for _ in range(2))
+        scale, shift = (torch.rand(4, device=device, requires_grad=True) for _ in range(2))
+        y = F.batch_norm_epilogue(
+            x, None, None, scale, shift, True, residual=added if residual else None, activation=activation
+        )
+        if overwritten:
+            with torch.no_grad():
+                shift.add_(1)
+        inputs = [x, scale, shift, *([added] if residual else [])]
+        found.append(torch.autograd.grad(y.sin().sum(), inputs))
+    assert all(map(torch.equal, *found))

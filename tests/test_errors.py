@@ -115,6 +115,12 @@ BATCH_NORM = [
     ((X, M, V, V.double()), {}, ["weight", "torch.float64"]),
     ((X.half(), M, V, V.bfloat16()), dict(training=True), ["weight", "torch.bfloat16"]),
     ((X, M.clone().requires_grad_(), V), dict(training=True), ["running_mean", "gradient"]),
+    ((X, M, V), dict(eps="a"), ["eps", "'a'"]),
+    ((X, M, V), dict(training=True, momentum=V), ["momentum", "tensor"]),
+    ((X, M, V), dict(training=True, momentum=V[0].clone().requires_grad_()), ["momentum", "requires_grad"]),
+    ((X.numpy(), M, V), dict(training=True), ["input", "ndarray"]),
+    ((X, 1.0, V), {}, ["running_mean", "float"]),
+    ((X, M, V, None, 1.0), dict(training=True), ["bias", "float"]),
 ]
 ALL = [
     (name, *row)
@@ -157,3 +163,21 @@ def test_arguments_that_are_integers_after_all():
     for stride in (torch.tensor(2), np.int64(2), [2], (2,), [2, 2]):
         assert torch.equal(F.conv2d(X, W, stride=stride), TF.conv2d(X, W, stride=stride))
     assert F.max_pool2d(X, [2], (2,), np.int64(1)).shape == TF.max_pool2d(X, 2, 2, 1).shape
+
+
+@pytest.mark.parametrize("number", [1, True, np.float32(0.25), np.int64(1), torch.tensor(0.25), torch.tensor(1)])
+def test_arguments_that_are_floats_after_all(number):
+    x, results = torch.arange(24.0).view(2, 4, 3), []
+    for f in (TF, F):
+        running = M.clone(), V.clone()
+        results.append((f.batch_norm(x, *running, training=True, momentum=number, eps=number), *running))
+    torch.testing.assert_close(*results)
+
+
+def test_running_statistics_with_gradients_are_updated_where_none_is_recorded():
+    x, results = torch.arange(24.0).view(2, 4, 3), []
+    for f in (TF, F):
+        running = M.clone().requires_grad_(), V.clone().requires_grad_()
+        with torch.no_grad():
+            results.append((f.batch_norm(x, *running, training=True), *running))
+    torch.testing.assert_close(*results)

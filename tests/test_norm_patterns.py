@@ -153,3 +153,17 @@ def test_vmap_over_the_operator():
         torch.testing.assert_close(found, [*expected, *one_by_one[-2:]])
         with pytest.raises(RuntimeError, match="running_mean and running_var are updated in place and must be batched"):
             torch.func.vmap(lambda x: F.batch_norm(x, running[0][0, :4], running[1][0, :4], training=True))(x)
+
+
+def test_sizes_that_vary():
+    """The numbers that Dynamo computes from them between two calls keep nothing from being fused."""
+    model = net("y = torch.relu(self.bn(self.down(x)))\nreturn torch.relu(self.unknown(self.conv(y)))", Net)
+    model.down = tnn.Conv2d(4, 4, 3, stride=2, padding=1)
+    ours, lines = copy.deepcopy(model.double()), []
+    tritonnet.fuse(tritonnet.convert(ours), lines.append, fullgraph=True)
+    with tritonnet.backend("reference"):
+        for size in (8, 12, 10):
+            x = torch.randn(2, 4, size, size, dtype=torch.float64)
+            assert_same(step(ours, x), step(model, x), 1e-9)
+    assert len(lines) == 2, lines
+    assert all(line.endswith("fused: down, batch_norm, relu; conv, batch_norm, relu") for line in lines), lines

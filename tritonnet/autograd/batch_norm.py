@@ -45,8 +45,11 @@ class BatchNorm(torch.autograd.Function):
         by_result = activations.by_result(activation, slope)
         # Without a residual backward computes the activation's argument again.
         added = residual is not None and activation != "none"
-        save(ctx, x, mean, var, scale, shift, y if added and by_result else None, None if by_result else residual)
-        ctx.added, ctx.values = residual is not None, (eps, activation, slope)
+        kept = y if added and by_result else None
+        # The argument alone depends on the shift: autograd reports writes to what is saved.
+        of_argument = None if kept is not None or activation == "none" else shift
+        save(ctx, x, mean, var, scale, of_argument, kept, None if by_result else residual)
+        ctx.values, ctx.of_shift = (eps, activation, slope), None if shift is None else shift.dtype
         return y
 
     @staticmethod
@@ -63,7 +66,7 @@ class BatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         return (
             dx if needs[0] else None, None, None, dscale.to(scale.dtype) if needs[3] else None,
-            dshift.to(shift.dtype) if needs[4] else None, (masked if with_dz else dz) if needs[5] else None,
+            dshift.to(ctx.of_shift) if needs[4] else None, (masked if with_dz else dz) if needs[5] else None,
             None, None, None,
         )  # fmt: skip
 

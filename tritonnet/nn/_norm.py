@@ -1,5 +1,7 @@
 """Batch norm, alone and with what follows it: torch has no functions of the names with an epilogue."""
 
+import numbers
+
 import torch
 import torch.nn.functional as _torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from . import _checks
 from ._calls import autocast, convolve
 
 __all__ = ["batch_norm_epilogue"]
+
+_VECTORS = "running_mean", "running_var", "weight", "bias"
 
 
 def batch_norm(
@@ -43,7 +47,7 @@ def batch_norm(
             batch_norm, tensors, input, running_mean, running_var, weight=weight, bias=bias, training=training,
             momentum=momentum, eps=eps,
         )  # fmt: skip
-    if _goes_to_torch(*tensors):
+    if _goes_to_torch("batch_norm", *tensors):
         return _torch.batch_norm(*tensors, training, momentum, eps)
     return _batch_norm("batch_norm", *tensors, training, momentum, eps, None, "none", 0.0)
 
@@ -76,7 +80,7 @@ def batch_norm_epilogue(
     _checks.check_activation(name, eps, activation, slope)
     _checks.check_tensors(name, input=input)
     _checks.check_epilogue(name, input, tuple(input.shape), None, None, None, None, residual)
-    if _goes_to_torch(*tensors[:5]):
+    if _goes_to_torch(name, *tensors[:5]):
         y = _torch.batch_norm(*tensors[:5], training, momentum, eps)
         return activations.activated(y if residual is None else y + residual, activation, slope)
     return _batch_norm(name, *tensors[:5], training, momentum, eps, residual, activation, slope)
@@ -141,9 +145,10 @@ def normed(values, residual, weight, bias, eps, activation, slope):
     return ops.batch_norm(z, mean, var, weight, bias, residual, float(eps), activation, slope)
 
 
-def _goes_to_torch(input, *vectors):
+def _goes_to_torch(name, input, *vectors):
     """Whether torch computes a batch norm: of other dtypes, and of empty batches."""
-    _checks.check_tensors("batch_norm", input=input)
+    given = {argument: t for argument, t in zip(_VECTORS, vectors) if t is not None}
+    _checks.check_tensors(name, input=input, **given)
     return not _checks.is_served(input, *vectors) or input.numel() == 0
 
 
@@ -169,7 +174,7 @@ def _check(name, x, running_mean, running_var, weight, bias, training, momentum,
     if not isinstance(training, bool):
         raise TypeError(f"{name}: training must be a bool, got {training!r}")
     for argument, value in (("momentum", momentum), ("eps", eps)):
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        if not _is_number(value):
             raise TypeError(f"{name}: {argument} must be a float, got {value!r}")
     if x.dim() < 2:
         raise RuntimeError(f"{name}: input must be (N, C, ...), got size {list(x.shape)}")
@@ -183,18 +188,22 @@ def _check(name, x, running_mean, running_var, weight, bias, training, momentum,
                 raise RuntimeError(f"{name}: {argument} must be a Tensor in evaluation, got None")
     elif (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: running_mean and running_var must either both be None or neither")
-    vectors = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     allowed = {x.dtype, torch.float32} if x.dtype.itemsize == 2 else {x.dtype}
-    for argument, t in vectors.items():
+    for argument, t in zip(_VECTORS, (running_mean, running_var, weight, bias)):
         if t is None:
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: {argument} must be a Tensor or None, got {type(t).__name__}")
         if t.shape != x.shape[1:2]:
             raise RuntimeError(f"{name}: {argument} must have size [{x.shape[1]}], got {list(t.shape)}")
         if t.dtype not in allowed:
             raise RuntimeError(f"{name}: {argument} must have input's dtype {x.dtype}, got {t.dtype}")
         if t.device != x.device:
             raise RuntimeError(f"{name}: {argument} must be on input's device {x.device}, got {t.device}")
-        if training and t.requires_grad and argument.startswith("running"):
+        if training and t.requires_grad and torch.is_grad_enabled() and argument.startswith("running"):
             raise RuntimeError(f"{name}: {argument} is updated and cannot require a gradient")
+
+
+def _is_number(value):
+    """Whether torch takes the value for a float: any real number, NumPy's too, and a tensor of one without gradient."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not (value.is_complex() or value.requires_grad)
+    return isinstance(value, (numbers.Real, torch.SymFloat))
