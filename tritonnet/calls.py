@@ -224,9 +224,15 @@ def stays(node, row):
     )  # fmt: skip
 
 
+def _is_arithmetic(node):
+    """Whether the node computes a number, such as a size, from numbers."""
+    known = getattr(node.target, "__module__", None) in ("_operator", "math", "torch")
+    return known and isinstance(node.meta.get("example_value"), _NUMBERS)
+
+
 def writes_nothing(node):
     """Whether the node writes to no tensor that others can read."""
-    if is_call(node) and (node.target in _VIEWS or isinstance(node.meta.get("example_value"), _NUMBERS)):
+    if is_call(node) and (node.target in _VIEWS or _is_arithmetic(node)):
         return True
     return _is_fresh(node) and not is_training_norm(node)
 
