@@ -15,6 +15,7 @@ import tritonnet
 import tritonnet.nn.functional as F
 from tritonnet import dispatch
 from tritonnet.lenet import weights as lenet_weights
+from tritonnet.whole_step.operators import products_in
 
 from . import gradients, unfused
 
@@ -96,6 +97,11 @@ class WholeStep:
 
     def __call__(self, images, labels):
         return self.step(images, labels)
+
+    def forward(self, images, labels):
+        """The loss, recorded by autograd, of a model that goes through it."""
+        with products_in(self.step.precision, images.device):
+            return self.step.loss(self.step.model(images), labels)
 
     def note(self):
         """The path it takes, and everything that it reported after the first choice, but for what was fused."""

@@ -39,9 +39,9 @@ OTHER_TESTS = (
 # What these test is the same on every machine.
 WITHOUT_GPU = (
     "test_bench", "test_bench_training", "test_compiled", "test_files", "test_images", "test_inference",
-    "test_machine_code", "test_package", "test_ptx", "test_ptx_bulk", "test_ptx_faults", "test_ptx_matrices", "test_ptx_tensor",
-    "test_ptx_tensor_faults", "test_step_on_host", "test_structure", "test_tiles", "test_tools", "test_tracing",
-    "test_tune", "test_verify", "test_warm", "test_watch", "test_whole_step",
+    "test_machine_code", "test_package", "test_ptx", "test_ptx_bulk", "test_ptx_faults", "test_ptx_matrices",
+    "test_ptx_tensor", "test_ptx_tensor_faults", "test_step_on_host", "test_structure", "test_tiles", "test_tools",
+    "test_tracing", "test_tune", "test_verify", "test_warm", "test_watch", "test_whole_step"
 )  # fmt: skip
 # A test of the interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"

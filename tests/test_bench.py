@@ -1123,7 +1123,11 @@ def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
         (("--inference", "--quick"), "--inference has no --quick"),
         (("--inference", "--passes"), "--passes has no --inference"),
         (("--verify", "--inference"), "--verify has no --inference"),
+        (("--training", "--quick"), "--training has no --quick"),
+        (("--training", "--inference"), "--inference has no --training"),
+        (("--verify", "--training"), "--verify has no --training"),
         (("--inference", "float32"), "invalid choice: 'float32'"),
+        (("--training", "float16"), "invalid choice: 'float16'"),
         (("--passes", "float16"), "invalid choice: 'float16'"),
     ],
 )
