@@ -70,8 +70,8 @@ returns, without waiting for the GPU. TrainStep's "calls" are whole calls; its "
 the images already in place. Inference on weights packed before is the forward launch alone: a whole call takes longer
 by the packing in a graph, and in the other forms also by the time in which the host finds the weights. The floor is the
 longer of two times: the least bytes that the work needs (counted in bench/operators.py and bench/lenet.py; of larger
-networks what moves between the operators of the fused network, counted in bench/traffic.py) at the rate of a large
-copy, and its FLOPs at the rate of a large matrix product. Both rates were measured in this run:
+networks what moves between the operators of the fused network, without an update, counted in bench/traffic.py) at the
+rate of a large copy, and its FLOPs at the rate of a large matrix product. Both rates were measured in this run:
 
 {ceilings}
 """

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import tritonnet
 from tritonnet.compiler import compile_graph
+from tritonnet.fusion import calling
 
 from . import FORMATS
 from .case import CHANNELS_LAST, CONTIGUOUS, TIMED, lay_out
@@ -183,8 +184,9 @@ def _graph(function, *inputs):
         return run
 
     # As in fuse, numbers such as eps stay constants if another network has other ones.
+    # So do sizes, and code of its own has no graphs of other networks.
     with torch._dynamo.config.patch(specialize_float=True):
-        torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+        torch.compile(calling(function), backend=backend, fullgraph=True, dynamic=False)(*inputs)
     if len(graphs) != 1 or len(calls) != 1:
         raise RuntimeError(f"{len(graphs)} graphs were captured, not one")
     of_input = {id(given): i for i, given in enumerate(inputs)}

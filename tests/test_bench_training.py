@@ -208,8 +208,6 @@ def test_the_work_of_a_step():
     assert two.flops == 2 * one.flops > 0 and one.elements < two.elements < 2 * one.elements
     # Three products of each multiply-add, but for the first convolution, whose images have no gradient.
     model, images = traffic.on_meta("resnet50", 8, "bfloat16", image=(3, 32, 32), **dict(SIZES))
-    evaluation = traffic.captured(model, images)(images)
-    assert one.elements * 2 > 3 * evaluation.bytes
     first = 2 * 16**2 * 8 * 3 * 7**2
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
