@@ -9,8 +9,9 @@ same minor version of Python, the same build of Triton, and the same sources of 
 refused, as nothing in it would be used. Several archives may be unpacked, one after the other. The parts are:
 
     quick, full   our contestants in the cases of `python -m bench --quick`, and of `python -m bench`
-    passes        the same of `python -m bench --passes`, and so for the next two
-    inference, training
+    passes        the same of `python -m bench --passes`
+    inference     the same of `python -m bench --inference`
+    training      the same of `python -m bench --training`
     tune          every candidate that `python -m bench.tune` measures
     smoke         a TrainStep in three precisions, at batches that are captured and at others
     tests         the test files of the kernels, without their comparisons, as far as each test gets
