@@ -3,6 +3,7 @@
     python -m bench             # everything, in less than 8 minutes; --quick takes 90 seconds
     python -m bench --passes    # ResNet-50's convolutions and linear, pass by pass, against cuDNN and cuBLAS
     python -m bench --inference # ResNet-50, MobileNetV2 and EfficientNet-B0 in evaluation
+    python -m bench --training  # ResNet-50 and MobileNetV2 in training
     python -m bench --data DIR  # and the time to 99 % on MNIST, from the four IDX files in DIR
     python -m bench --cpu       # without a GPU: the cost of a call in Python, and the reference
     python -m bench --verify    # on a GPU: whether it is right and how fast, in stages (see bench/verify.py)
@@ -21,7 +22,7 @@ import torch
 
 import tritonnet
 
-from . import cpu, inference, passes, plots, verify
+from . import cpu, inference, passes, plots, training, verify
 from .accuracy import add_arguments, race
 from .case import TIMED
 from .keep import ROOT, sources
@@ -31,7 +32,18 @@ from .measure import Cuda, ceilings
 from .progress import progress
 from .record import Record, earlier, machine
 from .report import page
-from .run import COMPILED_OPERATORS, COMPILED_QUICKLY, FULL, OF_INFERENCE, OF_PASSES, QUICK, Budget, plan, run
+from .run import (
+    COMPILED_OPERATORS,
+    COMPILED_QUICKLY,
+    FULL,
+    OF_INFERENCE,
+    OF_PASSES,
+    OF_TRAINING,
+    QUICK,
+    Budget,
+    plan,
+    run,
+)
 
 RESULTS = ROOT / "bench" / "results"
 FULL_LEAVES_OUT = (
@@ -44,8 +56,20 @@ QUICK_LEAVES_OUT = (
 )
 PASSES_LEAVE_OUT = "--passes: torch.compile in tf32, and in its slower modes"
 INFERENCE_LEAVES_OUT = "--inference: float32, and torch.compile in its quicker modes"
+TRAINING_LEAVES_OUT = "--training: float16, float32, and torch.compile in its slower modes"
 ALL_FORMATS = "all"
-NOT_OF_VERIFY = "quick", "passes", "inference", "cpu", "resume", "seconds", "without", "data"
+# Runs of one kind alone: the module with its cases and formats, its seconds, and what it leaves out.
+KINDS = {
+    "passes": (passes, passes.FORMATS, OF_PASSES, PASSES_LEAVE_OUT),
+    "inference": (inference, inference.FORMATS_TIMED, OF_INFERENCE, INFERENCE_LEAVES_OUT),
+    "training": (training, training.FORMATS_TIMED, OF_TRAINING, TRAINING_LEAVES_OUT),
+}
+OF_KIND = {
+    "passes": "ResNet-50's convolutions and linear, each pass alone",
+    "inference": "whole networks in evaluation",
+    "training": "whole networks in training",
+}
+NOT_OF_VERIFY = "quick", *KINDS, "cpu", "resume", "seconds", "without", "data"
 
 
 def parse(argv=None):
@@ -53,23 +77,15 @@ def parse(argv=None):
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="LeNet in bfloat16 and tf32, some operators in bfloat16")
-    parser.add_argument(
-        "--passes",
-        nargs="?",
-        const=ALL_FORMATS,
-        choices=(ALL_FORMATS, *passes.FORMATS),
-        metavar="FORMAT",
-        help="only ResNet-50's convolutions and linear, each pass alone; one of "
-        f"{', '.join(passes.FORMATS)} (default: both)",
-    )
-    parser.add_argument(
-        "--inference",
-        nargs="?",
-        const=ALL_FORMATS,
-        choices=(ALL_FORMATS, *inference.FORMATS_TIMED),
-        metavar="FORMAT",
-        help=f"only whole networks in evaluation; one of {', '.join(inference.FORMATS_TIMED)} (default: all)",
-    )
+    for kind, (_, formats, *_) in KINDS.items():
+        parser.add_argument(
+            f"--{kind}",
+            nargs="?",
+            const=ALL_FORMATS,
+            choices=(ALL_FORMATS, *formats),
+            metavar="FORMAT",
+            help=f"only {OF_KIND[kind]}; one of {', '.join(formats)} (default: all)",
+        )
     parser.add_argument("--cpu", action="store_true", help="without a GPU: the cost of a call, and the reference")
     parser.add_argument("--verify", action="store_true", help="tests, sanitizers and measurements in stages")
     parser.add_argument("--minutes", type=float, metavar="M", help="with --verify: how long it may take in all")
@@ -78,8 +94,9 @@ def parse(argv=None):
         "--seconds",
         type=float,
         metavar="S",
-        help=f"time for the cases (default: {FULL}, quick {QUICK}, passes {OF_PASSES}, inference {OF_INFERENCE}; "
-        f"{cpu.FULL} or {cpu.QUICK} on the CPU)",
+        help=f"time for the cases (default: {FULL}, quick {QUICK}, "
+        + "".join(f"{kind} {seconds}, " for kind, (*_, seconds, _) in KINDS.items())
+        + f"on the CPU {cpu.FULL} or {cpu.QUICK})",
     )
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave a contestant out")
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write tables and JSON only")
@@ -94,8 +111,8 @@ def parse(argv=None):
         parser.error(f"--minutes has to be more than 0, got {args.minutes:g}")
     if args.minutes is not None and not args.verify:
         parser.error("--minutes goes with --verify; --seconds is for the cases alone")
-    for kind in ("passes", "inference"):
-        others = [name for name in ("quick", "cpu", "inference") if name != kind and getattr(args, name)]
+    for kind in KINDS:
+        others = [name for name in ("quick", "cpu", *KINDS) if name != kind and getattr(args, name)]
         if getattr(args, kind) and others:
             parser.error(f"--{kind} has no --{others[0]}")
     if args.verify and (others := [name for name in NOT_OF_VERIFY if getattr(args, name)]):
@@ -115,12 +132,10 @@ def on_gpu(record, args, start, keep):
         record.left_out.append(f"{name}: by --without")
     if "FlagGems" not in libraries:
         record.left_out.append("FlagGems: it is not installed")
-    if args.passes:
-        formats = passes.FORMATS if args.passes == ALL_FORMATS else (args.passes,)
-        cases, seconds, leaves_out = passes.plan(formats), OF_PASSES, PASSES_LEAVE_OUT
-    elif args.inference:
-        formats = inference.FORMATS_TIMED if args.inference == ALL_FORMATS else (args.inference,)
-        cases, seconds, leaves_out = inference.plan(formats), OF_INFERENCE, INFERENCE_LEAVES_OUT
+    if chosen := next((kind for kind in KINDS if getattr(args, kind)), None):
+        module, formats, seconds, leaves_out = KINDS[chosen]
+        asked_for = getattr(args, chosen)
+        cases = module.plan(formats if asked_for == ALL_FORMATS else (asked_for,))
     elif args.quick:
         cases, seconds, leaves_out = plan(quick=True), QUICK, QUICK_LEAVES_OUT
     else:
@@ -158,7 +173,7 @@ def main(argv=None):
         if args.verify:
             sys.exit(verify.main(folder, args.minutes, start))
         here = machine("cpu" if args.cpu else "cuda")
-        kind = {"passes": bool(args.passes), "inference": bool(args.inference)}
+        kind = {name: bool(getattr(args, name)) for name in KINDS}
         record = Record(here, args.quick, **kind)
         if args.resume and folder:
             record = earlier(here, args.quick, folder, **kind)

@@ -41,6 +41,7 @@ class Contestant(NamedTuple):
         replay: where steps run CUDA graphs of their own, function that returns a call that replays the last graph
             alone, without the host's work and copies before it; it returns None where there is no graph.
         input_bytes: of the steps' input tensors.
+        saved: of a training step, function that returns the bytes that a forward saves for backward.
     """
 
     steps: dict
@@ -50,10 +51,11 @@ class Contestant(NamedTuple):
     note: Callable = str
     replay: Callable | None = None
     input_bytes: int = 0
+    saved: Callable | None = None
 
 
 class Case(NamedTuple):
-    """A subject, which is an operators.Operator or a lenet.Network, in a number format."""
+    """A subject, such as an operators.Operator or a lenet.Network, in a number format."""
 
     subject: object
     format: str

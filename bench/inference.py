@@ -117,7 +117,7 @@ class Evaluation:
         if layout == CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         images = lay_out(images, layout)
-        run = compiled(library.evaluated(model), mode)
+        run = compiled(library.network(model), mode)
 
         def infer():
             with torch.no_grad():

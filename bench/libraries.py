@@ -15,6 +15,7 @@ import tritonnet
 import tritonnet.nn.functional as F
 from tritonnet import dispatch
 from tritonnet.lenet import weights as lenet_weights
+from tritonnet.whole_step.operators import products_in
 
 from . import gradients, unfused
 
@@ -79,6 +80,7 @@ def eager_step(model, loss, optimizer, format, mode=None):
         optimizer.step()
         return value.detach()
 
+    step.forward = forward
     return step
 
 
@@ -96,9 +98,14 @@ class WholeStep:
     def __call__(self, images, labels):
         return self.step(images, labels)
 
+    def forward(self, images, labels):
+        """The loss, recorded by autograd, of a model that goes through it."""
+        with products_in(self.step.precision, images.device):
+            return self.step.loss(self.step.model(images), labels)
+
     def note(self):
-        """The path it takes, and everything that it reported after the first choice."""
-        return "; ".join([self.step.path, *self.said[1:]])
+        """The path it takes, and everything that it reported after the first choice, but for what was fused."""
+        return "; ".join([self.step.path, *(line for line in self.said[1:] if ": fused: " not in line)])
 
     def replay(self):
         """A function that replays the last step's CUDA graph alone, or None."""
@@ -144,15 +151,15 @@ class Library(NamedTuple):
         functional: the module of its functions.
         lenet: its LeNet.
         compiled: whether it runs under torch.compile.
-        whole: whether it takes part in training steps alone: contiguous, in the formats of WHOLE_STEPS, with float32
-            weights and CUDA graphs of its own.
+        whole: whether it takes part in training steps alone: in the first of their layouts, in the formats of
+            WHOLE_STEPS, with float32 weights and CUDA graphs of its own.
         training_step: function of model, loss, optimizer, format and mode; its result takes images and labels and
             returns the loss.
         packed: function of a LeNet and a format that packs the weights and returns the forward alone, a function of
             images, or None where there is none; None for a library without such a forward.
         context: function that returns the context manager in which it has to run.
         gradients: the class of gradients.py that has its gradients.
-        evaluated: function of a model of torch.nn in evaluation that returns this library's, a function of images.
+        network: function of a model of torch.nn that returns this library's, a function of images.
     """
 
     functional: ModuleType
@@ -163,12 +170,12 @@ class Library(NamedTuple):
     packed: Callable | None = None
     context: Callable = contextlib.nullcontext
     gradients: type = gradients.OfTorch
-    evaluated: Callable = lambda model: model
+    network: Callable = lambda model: model
 
 
 def installed():
     """{name: Library} of the contestants that are installed."""
-    found = {"tritonnet": Library(F, tritonnet.LeNet, packed=packed_before, gradients=gradients.Ours, evaluated=_fused)}
+    found = {"tritonnet": Library(F, tritonnet.LeNet, packed=packed_before, gradients=gradients.Ours, network=_fused)}
     if hasattr(tritonnet, "TrainStep"):
         found["TrainStep"] = Library(F, tritonnet.LeNet, whole=True, training_step=WholeStep)
     found["torch"] = Library(unfused, TutorialLeNet)

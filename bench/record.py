@@ -16,8 +16,8 @@ from .keep import read_json, sources, write_json
 # The contestants of this project; all others are its peers.
 OURS = "tritonnet", "TrainStep"
 OK, WRONG, FAILED = "ok", "WRONG", "failed"
-# Follow the GPU's name in the names of the files of a quick run, and of runs of the passes and of inference.
-QUICK_ENDING, PASSES_ENDING, INFERENCE_ENDING = "-quick", "-passes", "-inference"
+# Follow the GPU's name in the names of the files of a quick run, and of runs of passes, inference and training alone.
+QUICK_ENDING, PASSES_ENDING, INFERENCE_ENDING, TRAINING_ENDING = "-quick", "-passes", "-inference", "-training"
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Row:
         status, detail: OK with the path taken, or WRONG or FAILED with the reason.
         ms, low, high: the median of one call in milliseconds, and the quartiles; None without a time.
         peak_bytes: peak memory of a training step beside its images and labels; None if not measured.
+        saved_bytes: memory that a training step's forward saves for backward; None if not measured.
     """
 
     subject: str
@@ -50,11 +51,16 @@ class Row:
     low: float | None = None
     high: float | None = None
     peak_bytes: int | None = None
+    saved_bytes: int | None = None
 
     @property
     def key(self):
         """What distinguishes it from the other rows of a record."""
         return self.subject, self.batch, self.format, self.task, self.layout, self.form, self.library
+
+    @property
+    def images_per_s(self):
+        return self.batch / self.ms * 1e3
 
     def set_time(self, timing):
         self.ms, self.low, self.high = timing
@@ -72,7 +78,8 @@ class Record:
     Attributes:
         machine: what it ran on, with versions and date.
         quick: whether it was the quick run.
-        passes, inference: whether it was the run of the passes alone, or of the inference of networks alone.
+        passes, inference, training: whether it was the run of the passes alone, or of the inference or the training of
+            networks alone.
         ceilings: what measure.ceilings() found.
         rows: every Row.
         accuracy: the times to a test accuracy, of accuracy.race().
@@ -105,23 +112,24 @@ class Record:
     sources: str = ""
     passes: bool = False
     inference: bool = False
+    training: bool = False
 
     @property
     def name(self):
         """A file name without its ending."""
         ending = QUICK_ENDING * self.quick + PASSES_ENDING * self.passes + INFERENCE_ENDING * self.inference
-        return file_name(self.machine) + ending
+        return file_name(self.machine) + ending + TRAINING_ENDING * self.training
 
     @property
     def title(self):
         """The machine in a line."""
         kind = ", quick run" * self.quick + ", passes" * self.passes + ", inference" * self.inference
-        return title(self.machine) + kind
+        return title(self.machine) + kind + ", training" * self.training
 
     @property
     def of_one_kind(self):
-        """Whether it is of passes or inference alone, and so not the record of a full or a quick run."""
-        return self.passes or self.inference
+        """Whether it is of passes, inference or training alone, and so not the record of a full or a quick run."""
+        return self.passes or self.inference or self.training
 
     @property
     def faults(self):
@@ -181,12 +189,18 @@ def same_but_date(one, other):
     return {**one, "date": ""} == {**other, "date": ""}
 
 
-def earlier(machine, quick, folder, passes=False, inference=False):
+def earlier(machine, quick, folder, **kind):
     """The Record of an earlier run of the same code on the same machine, to be continued, or a new one.
 
     A full run without an earlier one starts from the quick run's record.
+
+    Args:
+        machine: what `machine` returns.
+        quick: whether it is the quick run.
+        folder: of the records.
+        kind: passes, inference or training, as for Record.
     """
-    new, code = Record(machine, quick, passes=passes, inference=inference), sources()
+    new, code = Record(machine, quick, **kind), sources()
     for name in [new.name] if new.of_one_kind else dict.fromkeys((new.name, file_name(machine) + QUICK_ENDING)):
         path = folder / f"{name}.json"
         if path.exists():

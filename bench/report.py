@@ -1,11 +1,11 @@
 """A record as tables: times, how they compare with each peer, and how close they come to what the device can do."""
 
-from . import passes
+from . import passes, training
 from .case import BOTH, FORWARD, HOST, INFERENCE, INPUT_GRAD, PACKED, TRAINING, WEIGHT_GRAD
 from .record import OK, OURS, best_of_ours, groups
 from .table import markdown
 
-TASKS = {TRAINING: "LeNet, training step", INFERENCE: "Networks, inference",
+TASKS = {TRAINING: "Networks, training step", INFERENCE: "Networks, inference",
          PACKED: "LeNet, inference on weights packed before", FORWARD: "Operators, forward",
          BOTH: "Operators, forward + backward", INPUT_GRAD: "Operators, input gradient alone",
          WEIGHT_GRAD: "Operators, weight gradient alone"}  # fmt: skip
@@ -70,8 +70,8 @@ returns, without waiting for the GPU. TrainStep's "calls" are whole calls; its "
 the images already in place. Inference on weights packed before is the forward launch alone: a whole call takes longer
 by the packing in a graph, and in the other forms also by the time in which the host finds the weights. The floor is the
 longer of two times: the least bytes that the work needs (counted in bench/operators.py and bench/lenet.py; of larger
-networks what moves between the operators of the fused network, counted in bench/traffic.py) at the rate of a large
-copy, and its FLOPs at the rate of a large matrix product. Both rates were measured in this run:
+networks what moves between the operators of the fused network, without an update, counted in bench/traffic.py) at the
+rate of a large copy, and its FLOPs at the rate of a large matrix product. Both rates were measured in this run:
 
 {ceilings}
 """
@@ -93,7 +93,10 @@ def page(record, plots=()):
             parts.append(f"## {heading}\n\n{markdown(header, lines)}")
     if text := passes.in_words(record):
         parts.append(f"## The passes together\n\n{text}")
-    if lines := memory(record):
+    header, lines = training.summary(record) if record.training else ((), ())
+    if lines:
+        parts.append(f"## Images a second, and memory\n\n{markdown(header, lines)}")
+    elif lines := memory(record):
         parts.append("## Peak memory of a training step, beside its images and labels\n\n" + markdown(*lines))
     if record.overhead:
         header = "operator", "task", "torch us", "tritonnet us", "more us"

@@ -8,12 +8,21 @@ cases.
 
 import sys
 
-from . import passes, stages, verify
+from . import passes, stages, training, verify
 from .case import BOTH, CALLS, FORWARD, GRAPH, HOST, INFERENCE, PACKED, TRAINING
 from .keep import ROOT, read_json
 from .lenet import Network
 from .libraries import COMPILE
-from .record import INFERENCE_ENDING, OURS, PASSES_ENDING, QUICK_ENDING, Record, file_name, same_but_date
+from .record import (
+    INFERENCE_ENDING,
+    OURS,
+    PASSES_ENDING,
+    QUICK_ENDING,
+    TRAINING_ENDING,
+    Record,
+    file_name,
+    same_but_date,
+)
 from .report import accuracy_table, memory
 from .run import plan
 from .table import markdown
@@ -38,7 +47,7 @@ HEADLINES = (
 def records(folder):
     """The Records in `folder`, one for each machine: the newest, or of two from the same day the full run.
 
-    A run of the passes or of inference is no such record; `section` adds it to that of its machine.
+    A run of the passes, of inference or of training is no such record; `section` adds it to that of its machine.
 
     Rows of a quick run that is no older replace the full run's own, if both had the same versions.
     """
@@ -169,7 +178,7 @@ def section(found, folder):
             parts.append(
                 f"Peak memory of a training step, beside its images and labels:\n\n{markdown(header, rows).strip()}"
             )
-        parts += _inference(record, folder) + _passes(record, folder)
+        parts += _inference(record, folder) + _training(record, folder) + _passes(record, folder)
         if record.accuracy:
             parts.append(accuracy_table(record.accuracy).strip())
         state = read_json(folder / f"{file_name(record.machine)}{verify.ENDING}.json")
@@ -194,6 +203,14 @@ def _inference(record, folder):
     header, rows = summary(found) if found else ((), ())
     pages = f"{found.machine['date']}, [all of it](results/{found.name}.md)" if found else ""
     return [f"Inference of whole networks, {CONDITIONS} ({pages}):", markdown(header, rows).strip()] if rows else []
+
+
+def _training(record, folder):
+    """[what follows, table] of the training steps of networks that belong to a record, [] if there are none."""
+    found = _beside(record, folder, TRAINING_ENDING)
+    header, rows = training.summary(found) if found else ((), ())
+    pages = f"{found.machine['date']}, [all of it](results/{found.name}.md)" if found else ""
+    return [f"{training.SUMMARY} ({pages}):", markdown(header, rows).strip()] if rows else []
 
 
 def _passes(record, folder):

@@ -17,14 +17,15 @@ from .measure import measure, measure_graph, measure_host, precision
 from .operators import catalogue
 from .passes import Passes
 from .record import FAILED, OK, OURS, WRONG, Row
+from .training import TrainingStep
 
 # Seconds until the last case ends; the start of Python and the pictures take the rest of the planned time.
-FULL, QUICK, OF_PASSES, OF_INFERENCE = 440, 75, 300, 400
+FULL, QUICK, OF_PASSES, OF_INFERENCE, OF_TRAINING = 440, 75, 300, 400, 660
 # Seconds that each is expected to take before one has run, and the most that an entry under torch.compile gets, by
 # mode.
 EXPECTED = {"case": 4.0, "compile": 8.0}
 MOST_COMPILING = {COMPILE: 60.0, COMPILE_NO_GRAPHS: 60.0, COMPILE_QUICKLY: 15.0}
-# The same for a network of --inference, which has some tens of convolutions to search for.
+# The same for a network of --inference or --training, which has some tens of convolutions.
 MOST_COMPILING_A_NETWORK = 240.0
 # The quick run has this many operators of the catalogue, from the first on.
 QUICK_OPERATORS = 8
@@ -98,7 +99,8 @@ def forms_on(device, subject):
 def entries(case, libraries, device):
     """The entries of a case without torch.compile."""
     subject = case.subject
-    whole_too = isinstance(subject, Network) and subject.training and case.format in WHOLE_STEPS
+    trains = isinstance(subject, TrainingStep) or (isinstance(subject, Network) and subject.training)
+    whole_too = trains and case.format in WHOLE_STEPS
     return [
         Entry(name, library, layout, forms_on(device, subject))
         for name, library in libraries.items() if not library.compiled and (whole_too or not library.whole)
@@ -115,7 +117,7 @@ def compiled_entries(case, libraries, device, quick):
     if not worth_compiling(case, quick):
         return []
     network = isinstance(case.subject, (Network, Evaluation))
-    quickly = quick or isinstance(case.subject, Passes)
+    quickly = quick or isinstance(case.subject, (Passes, TrainingStep))
     modes = [(forms_on(device, case.subject), COMPILE_QUICKLY if quickly else COMPILE_NO_GRAPHS)]
     if network and case.subject.small and not quick:
         modes = [((GRAPH,), COMPILE_NO_GRAPHS)] if device.capture else []
@@ -130,11 +132,11 @@ def compiled_entries(case, libraries, device, quick):
 
 def most_compiling(case, mode):
     """The most seconds that an entry of a case under torch.compile gets."""
-    return MOST_COMPILING_A_NETWORK if isinstance(case.subject, Evaluation) else MOST_COMPILING[mode]
+    return MOST_COMPILING_A_NETWORK if isinstance(case.subject, (Evaluation, TrainingStep)) else MOST_COMPILING[mode]
 
 
 def worth_compiling(case, quick):
-    if isinstance(case.subject, Evaluation):
+    if isinstance(case.subject, (Evaluation, TrainingStep)):
         return True
     if isinstance(case.subject, Passes):
         return case.format == "bfloat16"
@@ -290,8 +292,9 @@ def _enter(case, entry, rows, gate, device, seconds):
             for task in right:
                 # torch does not count what torch.compile's own CUDA graphs hold.
                 if task == TRAINING and device.peak_bytes and entry.mode != COMPILE:
-                    peak = device.peak_bytes(contestant.steps[task][0])
-                    rows[task, entry.forms[0]].peak_bytes = peak - before - contestant.input_bytes
+                    peak, row = device.peak_bytes(contestant.steps[task][0]), rows[task, entry.forms[0]]
+                    row.peak_bytes = peak - before - contestant.input_bytes
+                    row.saved_bytes = contestant.saved() if contestant.saved else None
                 for form in entry.forms:
                     time_one(contestant, task, form)
 

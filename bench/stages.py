@@ -9,8 +9,8 @@ import shutil
 import sys
 from collections.abc import Callable
 
-from .record import INFERENCE_ENDING, PASSES_ENDING
-from .run import OF_INFERENCE, OF_PASSES, QUICK
+from .record import INFERENCE_ENDING, PASSES_ENDING, TRAINING_ENDING
+from .run import OF_INFERENCE, OF_PASSES, OF_TRAINING, QUICK
 
 PYTHON = (sys.executable,)
 # pytest's exit status where there was no test to run.
@@ -38,10 +38,10 @@ OTHER_TESTS = (
 )  # fmt: skip
 # What these test is the same on every machine.
 WITHOUT_GPU = (
-    "test_bench", "test_compiled", "test_files", "test_images", "test_inference", "test_machine_code",
-    "test_package", "test_ptx", "test_ptx_bulk", "test_ptx_faults", "test_ptx_matrices", "test_ptx_tensor",
-    "test_ptx_tensor_faults", "test_step_on_host", "test_structure", "test_tiles", "test_tools", "test_tracing",
-    "test_tune", "test_verify", "test_warm", "test_watch", "test_whole_step",
+    "test_bench", "test_bench_training", "test_compiled", "test_files", "test_images", "test_inference",
+    "test_machine_code", "test_package", "test_ptx", "test_ptx_bulk", "test_ptx_faults", "test_ptx_matrices",
+    "test_ptx_tensor", "test_ptx_tensor_faults", "test_step_on_host", "test_structure", "test_tiles", "test_tools",
+    "test_tracing", "test_tune", "test_verify", "test_warm", "test_watch", "test_whole_step"
 )  # fmt: skip
 # A test of the interpreter, which needs no GPU either.
 INTERPRETER = "tests/test_dispatch.py::test_the_interpreter_too"
@@ -53,7 +53,7 @@ CUDA = "/usr/local/cuda/bin"
 
 
 # Stages that go on until nothing is missing in their record, with what follows the GPU's name in its file's name.
-UNTIL_COMPLETE = {"inference": INFERENCE_ENDING, "passes": PASSES_ENDING, "bench": ""}
+UNTIL_COMPLETE = {"inference": INFERENCE_ENDING, "training": TRAINING_ENDING, "passes": PASSES_ENDING, "bench": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +134,7 @@ def planned(folder, kept):
     found.append(Stage("tune", functools.partial(_tune, folder, kept), 150, 60))
     tests("all other tests", OTHER_TESTS, 60)
     bench("inference", 100, OF_INFERENCE, "--inference", "--no-pictures")
+    bench("training", 150, OF_TRAINING, "--training", "--no-pictures")
     bench("passes", 100, OF_PASSES, "--passes", "--no-pictures")
     bench("bench", 200, math.inf)
     return found, left_out

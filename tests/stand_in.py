@@ -19,6 +19,7 @@ def bench():
     """As on a GPU, with made-up times and few cases."""
     import torch
     from test_bench import MACHINE, Clockwork, small_operators
+    from test_bench_training import small_step
     from test_inference import small_evaluation
 
     import tritonnet
@@ -35,6 +36,7 @@ def bench():
     main.ceilings = functools.partial(ceilings, size=8)
     main.passes.plan = lambda formats: [Case(operator, "bfloat16") for operator in small_operators()[:1]]
     main.inference.plan = lambda formats: [Case(small_evaluation(), "bfloat16")]
+    main.training.plan = lambda formats: [Case(small_step(), "bfloat16")]
     main.plan = lambda quick: [Case(operator, "bfloat16") for operator in small_operators()[: 1 if quick else 3]]
     main.plots.missing = lambda: "no pictures"
     with tritonnet.backend("reference"):

@@ -1123,7 +1123,11 @@ def test_without_a_gpu_there_is_one_line(argument, monkeypatch):
         (("--inference", "--quick"), "--inference has no --quick"),
         (("--inference", "--passes"), "--passes has no --inference"),
         (("--verify", "--inference"), "--verify has no --inference"),
+        (("--training", "--quick"), "--training has no --quick"),
+        (("--training", "--inference"), "--inference has no --training"),
+        (("--verify", "--training"), "--verify has no --training"),
         (("--inference", "float32"), "invalid choice: 'float32'"),
+        (("--training", "float16"), "invalid choice: 'float16'"),
         (("--passes", "float16"), "invalid choice: 'float16'"),
     ],
 )
@@ -1184,6 +1188,6 @@ def test_a_whole_run_on_a_made_up_device(second, end, tmp_path, monkeypatch, cap
 def test_cpu_quick_prints_a_table():
     result = run_python("-m", "bench", "--cpu", "--quick", "--seconds", "3", TRITON_INTERPRET=None, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
-    for part in ("## LeNet, training step", "| conv2d_relu_max_pool2d ", "more us", "| LeNet, packed before "):
+    for part in ("## Networks, training step", "| conv2d_relu_max_pool2d ", "more us", "| LeNet, packed before "):
         assert part in result.stdout, part
     assert "WRONG" not in result.stdout and "failed" not in result.stdout

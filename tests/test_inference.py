@@ -144,7 +144,7 @@ def test_networks_are_checked_and_timed(network, format, monkeypatch):
             norm.eps = 0.1
             return model
 
-        record, there = Record(MACHINE), {"tritonnet": uncompiled()["tritonnet"]._replace(evaluated=wrong)}
+        record, there = Record(MACHINE), {"tritonnet": uncompiled()["tritonnet"]._replace(network=wrong)}
         run(record, cases, there, device, Budget(1e9), seconds=0.001)
     assert {(row.status, row.ms) for row in record.rows} == {(WRONG, None)} and record.faults
 

@@ -334,7 +334,8 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     names = [stage.name for stage in planned]
     assert names == [
         "doctor", "smoke", "quick bench", "tests of the step", "tests of convolutions", "tests of the other kernels",
-        "memcheck", "racecheck", "first step and image", "tune", "all other tests", "inference", "passes", "bench",
+        "memcheck", "racecheck", "first step and image", "tune", "all other tests", "inference", "training", "passes",
+        "bench",
     ]  # fmt: skip
     # Stages of tests without a file would collect every test.
     planned = [stage for stage in planned if stage.name not in names[4:6] + names[10:11]]
@@ -359,5 +360,5 @@ def test_all_stages_on_a_gpu_that_is_stood_in_for(run, tmp_path, monkeypatch, ca
     assert verify.counts(read(tmp_path)["tests"]) == {"passed": 2, "failed": 0, "skipped": 0}
     # The step is right now, and is timed.
     ran = [words.partition(", up to ")[0] for words in capfd.readouterr().out.splitlines() if ", up to " in words]
-    assert ran == ["tests of the step", "first step and image", "inference", "passes", "bench"]
+    assert ran == ["tests of the step", "first step and image", "inference", "training", "passes", "bench"]
     assert "TrainStep: by --without" not in Record.read(tmp_path / "made-up-gpu.json").left_out

@@ -157,6 +157,7 @@ def test_parts_and_targets_are_looked_at_before_anything_is_compiled(capsys):
 def test_the_tests_that_are_compiled_are_there():
     """And the bench's jobs have distinct names; a quick run's are among those of a full one."""
     assert all((keep.ROOT / "tests" / f"{name}.py").exists() for name in warm_work.TESTS)
+    assert [len(warm_work.calls([kind])) for kind in ("passes", "inference", "training")] == [52, 27, 8]
     full = warm_work.calls(["full", "quick", "smoke", "doctor", "every_kernel"])
     names = {part: [name for name in full if name.startswith(f"{part}: ")] for part in ("full", "quick", "smoke")}
     assert len(names["full"]) == len(plan(quick=False)) and not names["quick"] and len(names["smoke"]) == 18

@@ -10,6 +10,8 @@ refused, as nothing in it would be used. Several archives may be unpacked, one a
 
     quick, full   our contestants in the cases of `python -m bench --quick`, and of `python -m bench`
     passes        the same of `python -m bench --passes`
+    inference     the same of `python -m bench --inference`
+    training      the same of `python -m bench --training`
     tune          every candidate that `python -m bench.tune` measures
     smoke         a TrainStep in three precisions, at batches that are captured and at others
     tests         the test files of the kernels, without their comparisons, as far as each test gets
