@@ -152,7 +152,7 @@ PLANTS_OF_SM_90 = {
     "no fence.proxy.async between stores and products": Plant(by_stores, "proxy", DOT, drop(r"fence\.proxy")),
     "no wgmma.fence": Plant(linear, "register", DOT, drop(r"wgmma\.fence")),
     "no wait between products and the use of their sums": Plant(
-        linear, "register", "z += summand", drop(r"wgmma\.wait_group", -1)
+        linear, "register", "return z + summand", drop(r"wgmma\.wait_group", -1)
     ),
     "no wait between products and the next stores of operands": Plant(by_stores, "overwritten", X, NO_WAIT),
     "no wait between products and the next copies": Plant(linear, "overwritten", X, NO_WAIT),

@@ -291,7 +291,7 @@ def batch_norm(x, mean, var, scale, shift, residual, eps, activation, slope):
 
 
 def batch_norm_grad(dy, x, y, mean, var, scale, shift, eps, activation, slope, with_dz, with_y):
-    (wide_dy, wide), nothing = _wide(dy, x), x.new_empty(0)
+    wide_dy, wide = _wide(dy, x)
     rstd = (var + eps).rsqrt()
     u = result = None
     if y is None and (with_y or activation != "none"):
@@ -304,8 +304,11 @@ def batch_norm_grad(dy, x, y, mean, var, scale, shift, eps, activation, slope, w
         dz, wide, None if scale is None else scale.to(wide.dtype), None, None, mean, rstd, True, eps, [True] * 3
     )
     kept = [
-        _like(shapes.relu(x), t.to(x.dtype)) if wanted else nothing for t, wanted in ((dz, with_dz), (result, with_y))
+        _like(shapes.relu(x), t.to(x.dtype)) if wanted else x.new_empty(0)
+        for t, wanted in ((dz, with_dz), (result, with_y))
     ]
+    # An operator's result is a tensor of its own.
+    kept[0] = kept[0].clone() if kept[0] is dy else kept[0]
     return _like(shapes.relu(x), dx.to(x.dtype)), dscale, dshift, *kept
 
 

@@ -121,7 +121,7 @@ def _separately(x, mean, var, scale, shift, eps, activation, slope, w, bias, *ge
     *geometry, running_mean, running_var, momentum, statistics = geometry_running
     y = x if mean is None else ops.batch_norm(x, mean, var, scale, shift, None, eps, activation, slope)
     if not statistics:
-        return ops.conv2d(y, w, bias, *geometry), *[x.new_empty(0)] * 2
+        return ops.conv2d(y, w, bias, *geometry), x.new_empty(0), x.new_empty(0)
     z = ops.conv2d(y, w, None, *geometry)
     if running_mean is None:
         return z, *ops.batch_statistics(z)
