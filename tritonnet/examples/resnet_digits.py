@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 import tritonnet
 from tritonnet.data import load_digits
 
+BATCH = 64
+
 
 class Block(nn.Module):
     def __init__(self, inputs, channels, stride):
@@ -45,12 +47,14 @@ def build(width=16):
 
 
 def shifted(images):
-    """The images (N, 1, 28, 28), cut out of those of 32 x 32 at a place that is drawn for the batch."""
-    top, left = torch.randint(5, (2,)).tolist()
-    return images[:, :, top : top + 28, left : left + 28].contiguous(memory_format=torch.channels_last)
+    """The images (N, 1, 28, 28), each cut out of one of 32 x 32 at a place that is drawn; in channels_last."""
+    pixels = torch.arange(28, device=images.device)
+    top, left = torch.randint(5, (2, len(images), 1, 1), device=images.device)
+    n = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[n, :, top + pixels[:, None], left + pixels].permute(0, 3, 1, 2)
 
 
-def main(epochs=6, digits=8000):
+def main(epochs=8, digits=8000):
     if "RANK" in os.environ:
         dist.init_process_group()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -61,15 +65,15 @@ def main(epochs=6, digits=8000):
 
     net = tritonnet.convert(build().to(device), channels_last=True)
     model = DistributedDataParallel(net) if world > 1 else net  # the line for torchrun
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    steps = epochs * (digits // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps + 1, cycle_momentum=False)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    steps = epochs * (digits // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps + 1, cycle_momentum=False)
     precision = "bfloat16" if device != "cpu" else None
     step = tritonnet.TrainStep(model, nn.CrossEntropyLoss(), optimizer, precision, report=say)
 
     for epoch in range(epochs):
         model.train()
-        for batch in torch.randperm(digits).split(128)[: digits // 128]:
+        for batch in torch.randperm(digits).split(BATCH)[: digits // BATCH]:
             mine = batch[rank::world].to(device)
             loss = step(shifted(train_x[mine]), train_y[mine])
             schedule.step()
