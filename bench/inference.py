@@ -61,8 +61,8 @@ def work(network, batch, image, sizes):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A network of networks.NETWORKS in evaluation at a batch size.
+class OfNetwork:
+    """A network of networks.NETWORKS at a batch size.
 
     Attributes:
         network: its name there.
@@ -75,6 +75,10 @@ class Evaluation:
     batch: int
     image: tuple = traffic.IMAGE
     sizes: tuple = ()
+
+
+class Evaluation(OfNetwork):
+    """A network in evaluation."""
 
     layouts = CONTIGUOUS, CHANNELS_LAST
 

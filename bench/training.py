@@ -19,7 +19,6 @@ Loss and gradients are compared with float64 before anything is timed. Two thing
 import copy
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as TF
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import FORMATS, traffic
 from .case import CHANNELS_LAST, HOST, TRAINING, Case, Contestant, Work, lay_out
 from .exactness import OF_NETWORKS, Gate, Results, Rounding
+from .inference import OfNetwork
 from .lenet import LR_OF_THE_GATE, sgd
 from .networks import NETWORKS
 from .record import OK
@@ -110,21 +110,8 @@ def of_kinds(model, tensors):
     return matrices + [torch.cat(of_name) for of_name in vectors.values()]
 
 
-@dataclass(frozen=True)
-class TrainingStep:
-    """A training step of a network of networks.NETWORKS at a batch size.
-
-    Attributes:
-        network: its name there.
-        batch: images.
-        image: size of one.
-        sizes: the network's arguments, as pairs.
-    """
-
-    network: str
-    batch: int
-    image: tuple = traffic.IMAGE
-    sizes: tuple = ()
+class TrainingStep(OfNetwork):
+    """A training step of a network."""
 
     layouts = (CHANNELS_LAST,)
 

@@ -242,6 +242,11 @@ def is_training_norm(node):
     return is_call(node) and node.target in _NORMS and _norm_arguments(node)["training"] is not False
 
 
+def _is_counter(node):
+    value = value_of(node)
+    return value is not None and value.dtype == torch.int64
+
+
 def written_by(node):
     """The nodes whose tensors the node overwrites, if it is a batch norm in training or counts its batches, or None."""
     if is_training_norm(node):
@@ -249,7 +254,7 @@ def written_by(node):
         written = [given["running_mean"], given["running_var"]]
     elif is_call(node) and node.target in (_norm.norm_conv2d, _norm.statistics_of):
         written = list((node.args[2] or ()) if node.target is _norm.norm_conv2d else node.args[1:3])
-    elif is_call(node) and node.target == "add_" and node.args[1:] == (1,) and value_of(node).dtype == torch.int64:
+    elif is_call(node) and node.target == "add_" and node.args[1:] == (1,) and _is_counter(node):
         written = [node.args[0]]
     else:
         return None

@@ -179,10 +179,10 @@ def _writes_no_vectors(node):
     return _is_value(node) and (calls.writes_nothing(node) or calls.written_by(node) is not None)
 
 
-def _of_convolution(conv, elementwise):
+def _of_convolution(conv):
     """The Rows that start with a convolution, the longest first."""
     norm = only_user(conv)
-    if elementwise and steps_of(conv) == (CONV,) and norm is not None and (found := calls.training_norm_of(norm)):
+    if steps_of(conv) == (CONV,) and norm is not None and (found := calls.training_norm_of(norm)):
         if found[0] is conv and norm.all_input_nodes.count(conv) == 1 and calls.alike(conv, norm):
             yield from _with_training_norm(norm, conv)
     parts = _follow(conv)[:3]
@@ -204,7 +204,7 @@ def _of_convolution(conv, elementwise):
         yield from _with_epilogue(conv, ops.conv2d_epilogue, F.conv2d_epilogue)
 
 
-def _of_linear(linear, elementwise):
+def _of_linear(linear):
     """The Rows that start with a linear: a chain that one launch computes, then the linear with what is behind it."""
     nodes, steps = [], ()
     for node, of_node in _follow(linear):
@@ -227,7 +227,7 @@ def _of_linear(linear, elementwise):
         yield from _with_epilogue(linear, ops.linear_epilogue, F.linear_epilogue)
 
 
-def _of_norm(norm, elementwise):
+def _of_norm(norm):
     """The Rows that start with a batch norm, the longest first."""
     if calls.training_norm_of(norm):
         yield from _with_training_norm(norm)
@@ -240,7 +240,7 @@ def _of_norm(norm, elementwise):
             yield Row([norm, *nodes], F.epilogue, (x,), arguments, (norm, *nodes), residual)
 
 
-def _of_sum(node, elementwise):
+def _of_sum(node):
     """The Row of a sum and an activation."""
     operands = calls.sum_of(node)
     x = next((x for x in operands if calls.epilogue_of(node, x)), None)
@@ -249,7 +249,7 @@ def _of_sum(node, elementwise):
             yield Row([node, *nodes], F.epilogue, (x,), arguments)
 
 
-def _of_squeeze_excite(squeeze, elementwise):
+def _of_squeeze_excite(squeeze):
     """The Row of global average pooling, two 1x1 convolutions with activations, and the product with the images."""
     x, keepdim = calls.means_of(squeeze)
     nodes, arguments, names, value = [squeeze], [x], [], squeeze
@@ -390,8 +390,8 @@ def fuse_patterns(graph, elementwise=True):
 
     Args:
         graph: torch.fx.Graph whose nodes have their tensors in meta["example_value"], as Dynamo's have.
-        elementwise: whether to replace patterns without a convolution or linear and single calls, too. A compiler that
-            fuses elementwise operators does better without.
+        elementwise: whether to replace patterns without a convolution or linear, those with batch norm in training, and
+            single calls, too. A compiler that fuses elementwise operators does better without.
 
     Returns:
         ([description of each match], [(name, why)] of the convolutions and linears that are not fused).
@@ -407,7 +407,7 @@ def fuse_patterns(graph, elementwise=True):
         for i, node in list(enumerate(nodes))[::direction]:
             if kinds[node] is not kind or node in gone:
                 continue
-            rows = [(row, *_place(row)) for row in kind(node, elementwise)]
+            rows = [(row, *_place(row)) for row in kind(node) if elementwise or row.then is None]
             row, place, _ = next((r for r in rows if r[1] is not None), (None, None, None))
             if row is None:
                 # A fused layer is not left.
