@@ -4,6 +4,7 @@ TRITONNET_TEST_DEVICE=sm_80, sm_90 or sm_100 runs the kernels' compiled code for
 """
 
 import dataclasses
+import gc
 import gzip
 import importlib.util
 import itertools
@@ -11,7 +12,8 @@ import os
 import struct
 import subprocess
 import sys
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,12 +57,7 @@ if DEVICE == "cpu" and not INTERPRETER_RUNS:
 import memory  # noqa: E402  (needs triton)
 
 if EMULATED:
-    import gc
-
     import emulated
-
-    # Compiling and translating make many objects and little garbage; collecting at the default rate would take long.
-    gc.set_threshold(100_000, 50, 50)
 
 import tritonnet  # noqa: E402
 from tritonnet.kernels import product  # noqa: E402
@@ -90,6 +87,8 @@ if DEVICE == "cpu":
     lenet.address, losses.new_block = known_address, known_block
 
 
+# The interpreter, compilers and the PTX machine make many objects and little garbage.
+gc.set_threshold(100_000, 50, 50)
 torch.set_num_threads(1)  # one thread, for the same reason as OPENBLAS_NUM_THREADS
 
 
@@ -107,12 +106,30 @@ def pytest_collection_modifyitems(config, items):
 
     So none of these runs alone at the end; the training comes first, too, as other tests wait for it.
     """
-    left_out = [item for item in items if item.get_closest_marker("thorough") and not THOROUGH]
+    left_out = [] if THOROUGH else [item for item in items if item.get_closest_marker("thorough")] + unsampled(items)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
     first = "test_machine_code[", "test_each_kernel_once", "test_as_compiled[", "test_training_reaches_97_percent"
     items.sort(key=lambda item: not item.name.startswith(first))  # stable: the others keep their order
+
+
+def unsampled(items):
+    """The cases of tests marked `sampled(k)` that are not among one in k, chosen by a hash of their names.
+
+    So each value of a parameter is in about as many of those that run, and a further case changes no other's turn.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        if (marker := item.get_closest_marker("sampled")) is not None:
+            cases[item.path, item.originalname, *marker.args].append(item)
+    left_out = []
+    for (*_, k), of_test in cases.items():
+        turns = {item: zlib.crc32(item.name.encode()) % k for item in of_test}
+        chosen = 0 if 0 in turns.values() else min(turns.values())
+        left_out += [item for item in of_test if turns[item] != chosen]
+    return left_out
 
 
 def pytest_terminal_summary(terminalreporter):

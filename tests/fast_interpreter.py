@@ -19,7 +19,7 @@ PARTS = {
     interpreter: ("_LangPatchScope", "_get_np_dtype", "_patch_lang", "interpreter_semantic"),
     core: ("block_type", "constexpr", "tensor", "tuple"),
     getattr(interpreter, "interpreter_semantic", None): (
-        "binary_op_type_checking_impl", "broadcast_impl_value", "computation_type_impl",
+        "binary_op_type_checking_impl", "computation_type_impl",
     ),
 }  # fmt: skip
 
@@ -87,12 +87,35 @@ def with_semantic(replacement):
     return called
 
 
+def described(operand):
+    """What Triton makes of an operand in a binary operation depends on this alone."""
+    kind = type(operand)
+    if kind is core.tensor:
+        return operand.type.name
+    return kind, operand, math.copysign(1, operand) if kind is float else None  # 0.0 == -0.0
+
+
+def as_operand(operand, result):
+    """A function of operands like this one that gives what Triton gave for it, but leaves broadcasting to numpy.
+
+    One of the two operands has each of the dimensions, so that the result of the operation is the same.
+    """
+    type_of_result = result.type
+    if type(operand) is not core.tensor:
+        constant = core.tensor(
+            interpreter.TensorHandle(result.handle.data.ravel()[:1], result.handle.dtype), type_of_result
+        )
+        return lambda operand: constant
+    if operand.type.name == type_of_result.name:
+        return lambda operand: operand
+    return lambda operand: core.tensor(operand.handle, type_of_result)
+
+
 def shapes_and_types():
     """(object, name, replacement) of the functions that compute operands' shapes and types."""
     new_block, semantic = core.block_type.__init__, interpreter.interpreter_semantic
-    operands, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
-    computation_type = semantic.computation_type_impl
-    blocks, types = {}, {}
+    operands, computation_type = semantic.binary_op_type_checking_impl, semantic.computation_type_impl
+    blocks, types, plans = {}, {}, {}
 
     def block_type(self, element_ty, shape):
         key = tuple(shape.values if type(shape) is core.tuple else shape)
@@ -111,17 +134,18 @@ def shapes_and_types():
         self.shape, self.numel = in_constexpr(*(type.shape.values if type.is_block() else ()))
 
     def binary_op_type_checking_impl(lhs, rhs, *options, **named):
-        if type(lhs) is type(rhs) is core.tensor and lhs.type.name == rhs.type.name:
-            # A call with four options is a division, which converts 16-bit operands to float32.
-            if not (lhs.type.scalar.is_ptr() or len(options) > 3 or named):
-                return lhs, rhs
-        return operands(lhs, rhs, *options, **named)
-
-    def broadcast_impl_value(lhs, rhs):
-        left, right = lhs.type, rhs.type
-        if left.is_block() and right.is_block() and left.shape.values == right.shape.values:
-            return lhs, rhs
-        return broadcast(lhs, rhs)
+        if named:
+            return operands(lhs, rhs, *options, **named)
+        key = described(lhs), described(rhs), options
+        if key not in plans:
+            results = operands(lhs, rhs, *options)
+            kept = [type(a) is not core.tensor or a.type.scalar == b.type.scalar for a, b in zip((lhs, rhs), results)]
+            plans[key] = [as_operand(*pair) for pair in zip((lhs, rhs), results)] if all(kept) else None
+            return results
+        plan = plans[key]
+        if plan is None:  # an operand is converted
+            return operands(lhs, rhs, *options)
+        return plan[0](lhs), plan[1](rhs)
 
     def computation_type_impl(a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod):
         key = a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod
@@ -133,6 +157,5 @@ def shapes_and_types():
         (core.block_type, "__init__", block_type),
         (core.tensor, "__init__", tensor),
         (semantic, "binary_op_type_checking_impl", binary_op_type_checking_impl),
-        (semantic, "broadcast_impl_value", broadcast_impl_value),
         (semantic, "computation_type_impl", computation_type_impl),
     ]

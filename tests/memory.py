@@ -213,11 +213,13 @@ class Watch:
         if first >> RANGE == 0 and on.any():
             first = int(addresses[on.argmax()])
         tensor = self.owner(first)
-        real = addresses - np.uint64(tensor.virtual) + np.uint64(tensor.tensor.data_ptr())
-        offsets = (addresses[on] - np.uint64(tensor.virtual)).view(np.int64)
-        at = offsets // tensor.itemsize
-        if offsets.size and (offsets.min() < 0 or offsets.max() >= tensor.bytes or tensor.elements is not None):
-            inside = (offsets >= 0) & (offsets < tensor.bytes) & (offsets % tensor.itemsize == 0)
+        offsets = addresses - np.uint64(tensor.virtual)  # before the tensor they wrap around, and are past its end
+        real = offsets + np.uint64(tensor.tensor.data_ptr())
+        if not on.all():
+            offsets = offsets[on]
+        at = offsets.view(np.int64) // tensor.itemsize
+        if offsets.size and (offsets.max() >= tensor.bytes or tensor.elements is not None):
+            inside = (offsets < tensor.bytes) & (offsets % tensor.itemsize == 0)
             if tensor.elements is not None:
                 inside[inside] = tensor.elements[at[inside]]
             if not inside.all():
@@ -259,8 +261,8 @@ class Watch:
             self.report("loads what another program stores in", tensor, at[foreign][0], int(foreign.sum()))
         if own.any():
             self.report("loads back, with no barrier, what it stored in", tensor, at[own][0], int(own.sum()))
-        before = tensor.loaded_by[at]
-        tensor.loaded_by[at] = np.where((before == NONE) | ~self.others(before)[0], self.now, SEVERAL)
+        foreign, _ = self.others(tensor.loaded_by[at])
+        tensor.loaded_by[at] = np.where(foreign, SEVERAL, self.now) if foreign.any() else self.now
         return self.real.load(real, on, other, dtype)
 
     def store(self, ptrs, value, mask):

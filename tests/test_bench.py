@@ -522,6 +522,7 @@ def test_a_contestant_that_fails_is_a_line_of_the_report():
     assert not record.faults
 
 
+@pytest.mark.thorough
 def test_who_was_left_out_is_measured_later():
     """Only in the cases that it would have taken part in; the others are done."""
     record, device = Record(MACHINE), Clockwork()
@@ -1154,6 +1155,7 @@ class Stopped:
      (Stopped(), KeyboardInterrupt)],
     ids=["whole", "lost", "stopped"],
 )  # fmt: skip
+@pytest.mark.sampled(3)
 def test_a_whole_run_on_a_made_up_device(second, end, tmp_path, monkeypatch, capsys):
     """Everything but events and graphs; a device that is lost half-way leaves a report of the cases before."""
     device = Clockwork()

@@ -129,7 +129,7 @@ def test_ctrl_c_and_resume_change_nothing(at, options, digits, tmp_path, capsys,
 
 def test_ctrl_c_from_outside(digits, tmp_path, capsys, no_pictures):
     """A process receives SIGINT while it trains, and another continues."""
-    common = ["train", "--data", digits, "--epochs", 30, "--batch-size", 20, "--device", "cpu"]
+    common = ["train", "--data", digits, "--epochs", 12, "--batch-size", 20, "--device", "cpu"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run(capsys, *common, "--out", whole)[0] == 0
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}

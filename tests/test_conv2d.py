@@ -68,6 +68,7 @@ def make(case, with_bias=True):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(2)
 def test_float64(case, backend, device):
     inputs, arguments, terms = make(case)
     check_linear(
@@ -79,6 +80,7 @@ def test_float64(case, backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", ["lenet conv2", "wide, by taps", "stride pair (1, 3)", "wide groups", "depthwise"])
+@pytest.mark.sampled(2)
 def test_narrow_dtypes(case, dtype, backend, device):
     # On a GPU torch rounds a sum before it adds the bias, and again after it.
     rounded_once = backend == "triton" or device.type == "cpu"
@@ -129,6 +131,7 @@ print(conv2d.precision(), linear.precision())
 @pytest.mark.parametrize(
     "groups, padding, stride", [(1, (2, 3), 1), (2, 1, 2), (4, (1, 2), (1, 2)), (1, "same", 1)], ids=str
 )
+@pytest.mark.sampled(2)
 def test_padding_modes(mode, groups, padding, stride, backend, device):
     import tritonnet.nn as nn
 
@@ -300,6 +303,7 @@ def grads_case(case, device):
 
 
 @pytest.mark.parametrize("case", GRADS)
+@pytest.mark.sampled(3)
 def test_both_gradients_at_once(case, backend, device):
     """conv2d_grads gives the values and layouts of the two operators, for any layouts of dy, x and w."""
     from tritonnet import ops
@@ -315,6 +319,7 @@ def test_both_gradients_at_once(case, backend, device):
 
 @pytest.mark.parametrize("batched", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("pooled", [False, True], ids=["conv2d_grads", "conv2d_relu_max_pool2d_grads"])
+@pytest.mark.sampled(4)
 def test_both_gradients_under_vmap(pooled, batched, backend, device):
     from tritonnet import ops
 

@@ -101,6 +101,7 @@ BY_LAYOUT = [(case, layout) for case in CASES for layout in list(LAYOUTS)[: 5 if
 
 
 @pytest.mark.parametrize("case, layout", BY_LAYOUT)
+@pytest.mark.sampled(3)
 def test_values(case, layout, format, device):
     """Result and gradients, by the kernels that are meant to compute them."""
     x_size, w_size, stride, padding = CASES[case]
@@ -115,6 +116,7 @@ def test_values(case, layout, format, device):
     assert gradient in (BY_PRODUCT, BY_LANES)
 
 
+@pytest.mark.sampled(2)
 def test_random_geometries(format, device):
     """Sizes, strides, paddings and layouts of each its own."""
     draw = random.Random(format)

@@ -87,12 +87,14 @@ def check(case, dtype, x, w, dy, code, prepare=lambda t: t):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(2)
 def test_against_float64(case):
     check(case, torch.float32, *tensors(case, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("case", EACH_FORMAT)
+@pytest.mark.sampled(2)
 def test_channels_last_in_each_format(case, dtype):
     last = dict(memory_format=torch.channels_last)
     dx = check(case, dtype, *tensors(case, dtype), lambda t: t.contiguous(**last))

@@ -55,6 +55,7 @@ def arguments(case):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(2)
 def test_values_and_codes_of_integers(case, layout, dtype, device):
     """Exact in every format, with many ties: torch's eager operators decide which pixel wins."""
     size, filters, _ = CASES[case]

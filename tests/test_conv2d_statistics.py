@@ -104,6 +104,7 @@ SERVED = [(name, format, last) for name in CASES for format in FORMATS for last 
 
 
 @pytest.mark.parametrize("name, format, last", thorough_if(left_out, SERVED))
+@pytest.mark.sampled(2)
 def test_against_float64(name, format, last):
     case = CASES[name]
     z, partials, rows, launches, (x, w) = launched(case, format, last)

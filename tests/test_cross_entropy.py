@@ -56,6 +56,7 @@ def check(x, target, weight=None, **arguments):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.sampled(2)
 def test_numbers(size, dtype, backend, device):
     x, target, weight = draw(SIZES[size], dtype, device)
     # Every pair of two choices.
@@ -216,6 +217,7 @@ def check_derivatives(x, target, weight=None, ignore_index=-100, **arguments):
     "kind",
     ["hold anything", "ignored", "ignored, a class", "ignored, hold anything", "all ignored", "all ignored, anything"],
 )
+@pytest.mark.sampled(4)
 def test_odd_rows_and_weights(kind, weight, backend, device):
     x, target, ignored = odd_rows(kind)
     x, target = x.to(device), target.to(device)
@@ -366,6 +368,7 @@ def check_product(grad, target, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [*SIZES.values(), (3, 0), (0, 3), (5, 16), (257, 8)], ids=str)
+@pytest.mark.sampled(3)
 def test_product(size, dtype, backend, device):
     grad, target = torch.randn(size).to(dtype), torch.randint(3, size[:1])
     check_product(grad, target, device)

@@ -55,6 +55,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.sampled(2)
 def test_forms_of_depthwise(form, device, monkeypatch):
     from tritonnet.kernels import launching
 
@@ -88,6 +89,7 @@ def test_forms_of_depthwise(form, device, monkeypatch):
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
 @pytest.mark.parametrize("stride", [1, 2, (3, 1)], ids=str)
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 3), (5, 4)], ids=str)
+@pytest.mark.sampled(2)
 def test_geometries_of_depthwise(kernel, stride, mode, last, device):
     import tritonnet.nn as nn
 

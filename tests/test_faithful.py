@@ -260,6 +260,7 @@ def images():
 
 
 @pytest.mark.parametrize("name, training", by_turns(FORWARDS, (True, False)), ids=str)
+@pytest.mark.sampled(2)
 def test_forwards(name, training):
     assert_faithful(with_forward(FORWARDS[name]).double().train(training), images())
 
@@ -353,6 +354,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.sampled(2)
 def test_later_changes(name):
     torch.manual_seed(0)
     model = Net().double().eval()
@@ -378,6 +380,7 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("name, converted", by_turns(REPLACED, (False, True)), ids=str)
+@pytest.mark.sampled(3)
 def test_methods_that_are_replaced_later(name, converted, monkeypatch):
     torch.manual_seed(0)
     model = tnn.Sequential(Net(), tnn.Flatten(), tnn.Linear(36, 3)).double().eval()

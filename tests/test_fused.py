@@ -69,6 +69,7 @@ def integers(size, most):
 
 
 @pytest.mark.parametrize("case, dtype, layout", pairs(CASES, DTYPES, LAYOUTS), ids=str)
+@pytest.mark.sampled(3)
 def test_the_same_bits(case, dtype, layout, backend, device):
     """test_conv2d and test_max_pool2d compare the separate layers with float64."""
     modules = [module.to(device, dtype) for module in layers(case)]
@@ -156,6 +157,7 @@ FIRST_LAYERS = {
 
 
 @pytest.mark.parametrize("case, dtype, layout", pairs(FIRST_LAYERS, DTYPES, LAYOUTS), ids=str)
+@pytest.mark.sampled(3)
 def test_weight_gradient_alone(case, dtype, layout, device):
     """The same bits as together with the images' gradient, for which a masked dy is written."""
     images, size, arguments, masks = FIRST_LAYERS[case]

@@ -139,6 +139,7 @@ def images(device):
 
 
 @pytest.mark.parametrize("name, converted, backend", pairs(MODELS, (False, True), ("triton", "reference")), ids=str)
+@pytest.mark.sampled(2)
 def test_numbers_and_gradients(name, converted, backend, device):
     before, after = pair(name, device, converted)
     x = images(device)
@@ -396,6 +397,7 @@ LINEARS = ("fc", "aux1", *map(str, range(15, 30)))
 
 
 @pytest.mark.parametrize("name, converted", by_turns(NETWORKS, (False, True)), ids=str)
+@pytest.mark.sampled(2)
 def test_networks(name, converted):
     """Every pattern that they have, and one graph for each mode; values and gradients are eager's."""
     make, *rows = NETWORKS[name]

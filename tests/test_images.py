@@ -53,6 +53,7 @@ def answers(net, digits):
 
 
 @pytest.mark.parametrize("side, how, dark, one_bit", DRAWINGS)
+@pytest.mark.sampled(2)
 def test_drawings_are_read_as_the_digits_are(side, how, dark, one_bit, net, tmp_path):
     """Of 1,000 digits at most 1 % fewer in each case, see the README; of these 40 at most one fewer."""
     _, _, digits, labels = load_digits()

@@ -94,6 +94,7 @@ def test_bytes_of_a_fused_network():
         traffic.of_fused(Breaks(), torch.zeros(2))
 
 
+@pytest.mark.thorough
 def test_resnet_50_at_full_size(capsys):
     """Nothing of its 10.5 GB is allocated. Every convolution and batch norm reads and writes by hand."""
     traffic.main(["resnet50", "--batch", "64"])
@@ -121,6 +122,7 @@ def uncompiled():
 
 
 @pytest.mark.parametrize("network, format", zip(inference.TITLES, inference.FORMATS_TIMED))
+@pytest.mark.sampled(3)
 def test_networks_are_checked_and_timed(network, format, monkeypatch):
     """Both layouts and all forms; what another library computes with another epsilon is named."""
     monkeypatch.setattr(measure, "FEWEST", 2)

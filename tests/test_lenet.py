@@ -49,6 +49,7 @@ def test_same_numbers_and_gradients(backend, device, full_precision):
 @pytest.mark.parametrize(
     "loss, optimizer", [("CrossEntropyLoss", "SGD"), ("MSELoss", "RMSprop"), ("CrossEntropyLoss", "Adam")]
 )
+@pytest.mark.sampled(3)
 def test_optimizers_and_losses_train_it(optimizer, loss, device):
     """Two steps on the kernels agree with torch's, then fifteen on the reference reduce the loss."""
     ours, theirs = nets()
@@ -104,6 +105,7 @@ def test_training_reaches_97_percent(trained):
     tritonnet.LeNet().load_state_dict(torch.load(folder / "model.pt", weights_only=True))
 
 
+@pytest.mark.thorough
 def test_training_on_zipped_idx_files_through_the_kernels(tmp_path, capsys, device, monkeypatch, no_graphs):
     """test_cli.py trains on unzipped files."""
     data, out = tmp_path / "data", tmp_path / "out"

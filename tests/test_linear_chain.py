@@ -48,6 +48,7 @@ def double(t):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(3)
 def test_every_layer(case, dtype, backend, device):
     """A layer's truth is computed from the actual result of the one before; no tolerance for tf32."""
     x, w, b = make(case, dtype, device)
@@ -117,6 +118,7 @@ def test_functional(case, prepare, backend, device):
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3), (1,), (15,), (16,), (17,), (8193,)], ids=str)
+@pytest.mark.sampled(2)
 def test_leading_sizes(leading, backend, device):
     w, b = ([t.double().to(device) for t in ts] for ts in make_small())
     x = torch.randn(*leading, 50, device=device).double()

@@ -163,6 +163,7 @@ def test_overwritten_operands_are_found():
     assert len(found) == 4
 
 
+@pytest.mark.thorough
 def test_batches_of_other_sizes_share_kernels():
     """Threads compile them before the first launch; few depend on the batch size."""
     result = run_python("tests/compiled_together.py", TRITON_INTERPRET=None)

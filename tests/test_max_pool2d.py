@@ -63,12 +63,14 @@ def check(x, arguments, device, layout=lambda t: t):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(2)
 def test_case(case, dtype, backend, device):
     size, arguments = CASES[case]
     check(torch.randn(size).to(dtype), arguments, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.sampled(2)
 def test_ties_nan_and_infinities(dtype, backend, device):
     """Of equal values the first wins, of several NaN the last; a window of -inf gives its first pixel."""
     x = torch.randint(0, 3, (4, 3, 12, 11)).to(dtype)
@@ -133,6 +135,7 @@ def plan(launch, *args):
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", FORMS)
+@pytest.mark.sampled(2)
 def test_every_form(case, dtype, last, backend, device):
     size, numbers, of_forward, of_scatter = FORMS[case]
     window = [(n, n) for n in numbers]

@@ -89,6 +89,7 @@ def gaps(*size):
 
 @pytest.mark.parametrize("make", [contiguous, channels_last, gaps], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.sampled(3)
 def test_no_stray_access_and_no_race(call, make):
     """Asserts nothing beyond the watch of every test, on layouts that other tests have less of."""
     with tritonnet.count_launches() as launches:

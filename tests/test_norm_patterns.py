@@ -99,6 +99,7 @@ class Wide(Net):
 
 
 @pytest.mark.parametrize("name, converted", by_turns(FORWARDS, (False, True)), ids=str)
+@pytest.mark.sampled(2)
 def test_forwards(name, converted):
     body, fused = FORWARDS[name]
     model = net(body, Net)

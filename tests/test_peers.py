@@ -62,6 +62,7 @@ def test_attorch_state_dict_of_linear_is_torchs():
     assert ours.weight.shape == (3, 5)
 
 
+@pytest.mark.thorough
 def test_attorch_import_needs_no_device():
     """Importing asks for no driver and no device, and works without Triton."""
     code = """

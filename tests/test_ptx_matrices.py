@@ -147,6 +147,7 @@ def sums_of(out, n):
     + [(torch.float32, "K, K")],  # tf32 operands lie along K
     ids=str,
 )
+@pytest.mark.sampled(2)
 def test_wgmma(dtype, swizzle, major, products):
     """Both operands in shared memory, along K or across it, in each swizzle."""
     kind = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}[dtype]

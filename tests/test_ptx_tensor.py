@@ -91,6 +91,7 @@ MAJORS = {"K, K": (False, False), "M, N": (True, True), "K, N": (False, True), "
     + [(dtype, m, major) for m in (64, 128) for dtype, major in ((torch.float16, "K, N"), (torch.float32, "K, K"))],
     ids=str,
 )
+@pytest.mark.sampled(3)
 def test_products(dtype, m, major, swizzle, products):
     """Both operands in shared memory, along K or across it; added to ones, and not."""
     kind, _, k = KINDS[dtype]

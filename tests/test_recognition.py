@@ -83,6 +83,7 @@ def nothing_captured():
 
 
 @pytest.mark.parametrize("name", LENETS)
+@pytest.mark.sampled(2)
 def test_lenets(name):
     model = net(LENETS[name])
     modes = [module.training for module in model.modules()]
@@ -93,6 +94,7 @@ def test_lenets(name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.sampled(2)
 def test_others(name):
     body, reason = OTHERS[name]
     model = net(body)

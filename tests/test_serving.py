@@ -299,6 +299,7 @@ FORWARDS = {
 
 
 @pytest.mark.parametrize(("way", "name", "training"), CASES)
+@pytest.mark.sampled(2)
 def test_models(way, name, training, device, without_fast_path):
     """Results and gradients are torch's in float64, and every convolution and product is on our kernels."""
     torch._dynamo.reset()

@@ -179,6 +179,7 @@ def test_a_kernel_that_fails_before_its_capture_is_not_hidden(monkeypatch):
 
 @on_the_cpu
 @pytest.mark.parametrize("reported", [False, True], ids=["warned", "reported"])
+@pytest.mark.sampled(2)
 def test_without_a_capture_the_step_goes_on_and_says_so_once(reported, monkeypatch):
     def capture(launch, restore, device):
         launch()
@@ -218,6 +219,7 @@ def test_after_a_launch_that_fails_losses_and_counts_are_right(monkeypatch):
 
 
 @pytest.mark.parametrize("graphs", [False, pytest.param(True, marks=on_the_cpu)], ids=["launched", "replayed"])
+@pytest.mark.sampled(2)
 def test_a_loss_never_changes(graphs, device, monkeypatch):
     """Over several blocks of losses, and with a graph that was captured on the first."""
     monkeypatch.setattr(losses, "BLOCK", 2)

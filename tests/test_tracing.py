@@ -279,6 +279,7 @@ def test_importing_imports_no_tool():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["LeNet", "resnet18", "mobilenet_v3"])
+@pytest.mark.sampled(3)
 def test_onnx_of_an_exported_program(name):
     """In-place activations, too, are torch's operators then."""
     if name == "LeNet":

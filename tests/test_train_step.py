@@ -86,6 +86,7 @@ def by_torch(net, optimizer, images, labels):
         ("colours, 28 pixels, 100 classes", "bfloat16"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_gradients(name, precision, device):
     """One step of SGD at rate 1 shows the gradient, which is compared with float64 autograd's.
 
@@ -194,6 +195,7 @@ def test_other_batches_and_ignored_labels(device, monkeypatch):
 
 
 @pytest.mark.parametrize("side", [28, 32])
+@pytest.mark.sampled(2)
 def test_images_of_bytes(side, device):
     """Raw digits go in and logits come out, in two launches; the layers see them normalised and padded."""
     net = tritonnet.LeNet(7, mean=0.2, std=0.4).to(device)
@@ -331,6 +333,7 @@ def wider():
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.sampled(3)
 def test_other_models_take_the_operators(name, device):
     """What is not proved for the launches does not take them; it still trains, and the step reports why."""
     make, optimizer, loss, reason = OTHERS[name]
@@ -357,6 +360,7 @@ def test_other_models_take_the_operators(name, device):
 
 
 @pytest.mark.parametrize("later", [False, True])
+@pytest.mark.sampled(2)
 def test_hooks_on_gradients_are_called(later, device):
     """Hooks of parameters, added before the step is made or between two calls: the launches could not call them."""
     torch.manual_seed(0)

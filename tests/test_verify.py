@@ -264,6 +264,7 @@ def test_every_test_has_its_place():
     assert set(placed) == there
 
 
+@pytest.mark.thorough
 def test_outcomes_are_kept_and_passed_over(tmp_path, pytestconfig):
     """By the plugin, with xdist and without; only failed tests run again."""
     (tmp_path / "test_some.py").write_text(

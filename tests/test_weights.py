@@ -33,15 +33,22 @@ from tritonnet.lenet import step as lenet_step
 pytestmark = pytest.mark.usefixtures("full_precision")
 
 SIZE = (2, 1, 28, 28)
-# Drawn interleavings, of which every run makes one, and steps with a write between each two.
+# Drawn interleavings, of which a thorough run makes one, and steps with a write between each two.
 EXAMPLES = int(os.environ.get("TRITONNET_TEST_INTERLEAVINGS", 1))
-STEPS = 50 if EXAMPLES > 50 else 14
+STEPS = 50 if EXAMPLES > 50 else 8
 
 
 @pytest.fixture(autouse=True)
-def unfused(monkeypatch):
-    """Models on the operators are not fused: Dynamo's captures take seconds, and are tested elsewhere."""
+def plain_operators(monkeypatch):
+    """Models on the operators are not fused, and theirs is the reference: both take seconds, and are tested elsewhere."""
+    step = train_step.Operators.__call__
+
+    def on_the_reference(self, *batch):
+        with tritonnet.backend("reference"):
+            return step(self, *batch)
+
     monkeypatch.setattr(train_step, "fuse", lambda model, report: model)
+    monkeypatch.setattr(train_step.Operators, "__call__", on_the_reference)
 
 
 def assert_same_weights(net, twin, tolerance=1e-4):
@@ -222,6 +229,7 @@ def steps_alike(net, step, twin, true, device, seeds):
 
 @pytest.mark.parametrize("path", ["fused launches", "operators"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.sampled(3)
 def test_no_update_from_a_loss_that_is_not_finite(name, path, device):
     """The twin never sees the spoilt batches, not even the first of all."""
     with tritonnet.backend("reference" if path == "operators" else "triton"):
@@ -241,6 +249,7 @@ def test_no_update_from_a_loss_that_is_not_finite(name, path, device):
 
 @pytest.mark.parametrize("path", ["fused launches", "operators"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.sampled(3)
 def test_a_batch_in_which_every_label_is_ignored(name, path, device):
     """As in torch, the loss is NaN and the gradients zeros: momentum and decay go on. It is reported, too."""
     with tritonnet.backend("reference" if path == "operators" else "triton"):
@@ -328,6 +337,7 @@ def test_parameters_that_are_replaced(device):
 
 
 @pytest.mark.parametrize("change, reason", [("double", "dtype"), ("channels_last", "order"), ("tied", "share")])
+@pytest.mark.sampled(3)
 def test_parameters_that_the_kernels_cannot_update(change, reason, device):
     net, step, twin, true = pair("SGD", device)
     steps_alike(net, step, twin, true, device, [0])
@@ -458,6 +468,7 @@ def test_a_group_that_goes_on_with_the_operators(device):
 
 
 @pytest.mark.parametrize("change", ["resumed", "set back"])
+@pytest.mark.sampled(2)
 def test_a_state_that_others_brought_outlives_a_bad_batch(change, device):
     """A count of 0 does not mean an empty state: a group's first call has not read it, and counts may be set back."""
     net, step, twin, true = pair("Adam", device)
@@ -487,6 +498,7 @@ def test_the_operators_find_no_state_that_the_launches_made(device):
 
 
 @pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.sampled(2)
 def test_a_call_that_was_interrupted(turn, device, no_graphs, monkeypatch):
     """It is made once more: the earlier part of its group is not in the sum."""
     net, step, twin, true = pair("SGD", device, accumulate=2)
@@ -562,6 +574,7 @@ def test_buffers_that_are_replaced_are_not_spoilt():
 
 
 @pytest.mark.parametrize("how, graphs", [("pickle", False), ("deepcopy", True)])
+@pytest.mark.sampled(2)
 def test_copies_of_a_step(how, graphs, device, monkeypatch):
     """They continue from the step's state, and share neither its model nor its losses, in either direction."""
     if graphs and device.type == "cpu":
@@ -588,6 +601,7 @@ def test_copies_of_a_step(how, graphs, device, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [lambda g: g.double(), lambda g: g.t().contiguous().t()], ids=["dtype", "order"])
+@pytest.mark.sampled(2)
 def test_gradients_of_a_group_that_lie_otherwise(change, device):
     net, step, twin, true = pair("SGD", device, accumulate=2)
     batches = [batch(net, SIZE, device, i) for i in range(2)]
@@ -698,13 +712,14 @@ DRAWN = st.one_of(
 )
 
 
+@pytest.mark.thorough
 @settings(
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(st.sampled_from(list(OPTIMIZERS)), st.lists(DRAWN, min_size=4, max_size=8))
 def test_drawn_interleavings(name, drawn):
-    """TRITONNET_TEST_INTERLEAVINGS asks for more than the one that every run makes."""
+    """TRITONNET_TEST_INTERLEAVINGS asks for more than the one that a thorough run makes."""
     torch.manual_seed(0)
     with tritonnet.backend("triton"):
         net = tritonnet.LeNet(size=28).to(DEVICE)
