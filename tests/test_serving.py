@@ -120,6 +120,7 @@ def test_what_is_left_to_torch(device):
     logged = torch.randn(3, device=device).as_subclass(Logged)
     with tritonnet.serve(), tritonnet.count_launches() as launches:
         torch.sigmoid(x, out=y)
+        assert torch.equal(torch.relu(x=x), x.clamp(min=0))  # numpy's name for `input`
         assert torch.equal(y, torch.sigmoid(x.as_subclass(Logged)).as_subclass(torch.Tensor))
         torch.relu(logged)
     assert Logged.calls[-1] is torch.relu and not launches

@@ -70,7 +70,9 @@ def profiler(ours, theirs, x):
         with record_function("my step"):
             ours(x).sum().backward()
     found = {event.key: event for event in profiled.key_averages()}
-    operators = "conv2d", "conv2d_grads", "conv2d_weight_grad", "linear", "linear_weight_grad", "max_pool2d", "relu"
+    operators = (
+        "conv2d", "conv2d_grads", "conv2d_weight_grad", "linear", "linear_weight_grad", "max_pool2d_values", "relu"
+    )  # fmt: skip
     nodes = "Conv2dBackward", "LinearBackward", "MaxPool2dBackward", "ReLUBackward"
     assert {"my step", *(f"tritonnet::{name}" for name in operators), *nodes} <= set(found)
     sizes = [event.input_shapes[:2] for event in profiled.key_averages(True) if event.key == "tritonnet::conv2d"]

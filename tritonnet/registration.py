@@ -7,7 +7,8 @@ Private names of PyTorch in this file:
   again from the outermost level. `_are_functorch_transforms_active` tells whether there are levels.
 - `_AutoDispatchBelowAutograd`: calls the operator's own body from inside an autograd rule. The public way, a second
   operator without an Autograd kernel, doubles the calls and the names. `_AutoDispatchBelowADInplaceOrView` also skips
-  the counting of writes, and `_after_ADInplaceOrView_keyset` holds the dispatch keys that follow it.
+  the counting of writes. `_after_autograd_keyset` and `_after_ADInplaceOrView_keyset` hold the dispatch keys that
+  follow: a call that goes on with these, by `redispatch`, is the same one to a profiler, which lists it once.
 - `_set_fwd_grad_enabled`: apply turns recording off during forward, on every level, but the levels below must go on
   recording, backward (torch.enable_grad) and forward mode (this). Without it a gradient of a gradient is silently zero.
 - `OpOverload._schema`: the operator's name and results, and whether it overwrites an argument.
@@ -16,12 +17,13 @@ Private names of PyTorch in this file:
 - `_len_torch_dispatch_stack`: whether a dispatch mode, such as make_fx's, sees the operators that are called.
 """
 
-import functools
+import threading
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch._C import (
     _after_ADInplaceOrView_keyset,
+    _after_autograd_keyset,
     _are_functorch_transforms_active,
     _AutoDispatchBelowADInplaceOrView,
     _AutoDispatchBelowAutograd,
@@ -32,6 +34,15 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 _LIBRARY = torch.library.Library("tritonnet", "DEF")
+
+
+class _Call(threading.local):
+    """The dispatch keys of the operator's call whose autograd rule runs in this thread."""
+
+    keys = None
+
+
+_CALL = _Call()
 
 
 def register_operator(schema, fake, run):
@@ -136,7 +147,8 @@ def register_autograd(operator, alone=None, prepare=None, apart=None):
         record = super(torch.autograd.Function, function).apply
         in_place = not operator._schema.returns
 
-        def autograd_kernel(*args):
+        def autograd_kernel(keys, *args):
+            _CALL.keys = keys
             if apart is not None and (_are_functorch_transforms_active() or forward_ad._current_level >= 0):
                 return apart(*args)
             if _are_functorch_transforms_active():
@@ -149,14 +161,15 @@ def register_autograd(operator, alone=None, prepare=None, apart=None):
                 result = below_autograd(operator, *args)
             return None if in_place else result
 
-        def first_result(*args):
+        def first_result(keys, *args):
             if recorded(args):
-                return autograd_kernel(*args)[0]
+                return autograd_kernel(keys, *args)[0]
+            _CALL.keys = keys
             return below_autograd(alone, *args)
 
-        _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd_kernel, "Autograd")
+        _register_autograd_kernel(operator, autograd_kernel)
         if alone is not None:
-            _LIBRARY.impl(alone._schema.name.partition("::")[2], first_result, "Autograd")
+            _register_autograd_kernel(alone, first_result)
         return function
 
     return decorate
@@ -169,12 +182,13 @@ def register_decomposition(operator):
     """
 
     def decorate(function):
-        def autograd_kernel(*args):
+        def autograd_kernel(keys, *args):
             if recorded(args):
                 return function(*args)
+            _CALL.keys = keys
             return below_autograd(operator, *args)
 
-        _LIBRARY.impl(operator._schema.name.partition("::")[2], autograd_kernel, "Autograd")
+        _register_autograd_kernel(operator, autograd_kernel)
         return function
 
     return decorate
@@ -182,7 +196,12 @@ def register_decomposition(operator):
 
 def register_constant(operator):
     """Make autograd take the operator's results for constants, without a warning."""
-    _LIBRARY.impl(operator._schema.name.partition("::")[2], functools.partial(below_autograd, operator), "Autograd")
+
+    def autograd_kernel(keys, *args):
+        _CALL.keys = keys
+        return below_autograd(operator, *args)
+
+    _register_autograd_kernel(operator, autograd_kernel)
 
 
 def register_batching(operator):
@@ -195,8 +214,13 @@ def register_batching(operator):
     return decorate
 
 
+def _register_autograd_kernel(operator, kernel):
+    """Register kernel(keys, *args), with the dispatch keys of the call."""
+    _LIBRARY.impl(operator._schema.name.partition("::")[2], kernel, "Autograd", with_keyset=True)
+
+
 def below_autograd(operator, *args, counted=False):
-    """Call the operator's own body from inside its autograd rule.
+    """Call the operator's own body from inside its autograd rule, as the call that the rule is for.
 
     Args:
         counted: whether the rule itself counts writes, as ctx.mark_dirty does.
@@ -205,8 +229,9 @@ def below_autograd(operator, *args, counted=False):
     if _are_functorch_transforms_active():
         with torch.enable_grad(), _set_fwd_grad_enabled(True), below():
             return operator(*args)
+    keys = _CALL.keys & (_after_ADInplaceOrView_keyset if counted else _after_autograd_keyset)
     with below():
-        return operator(*args)
+        return operator.redispatch(keys, *args)
 
 
 def in_backward(operator, *args):
@@ -217,4 +242,7 @@ def in_backward(operator, *args):
     if torch.is_grad_enabled() or forward_ad._current_level >= 0 or _are_functorch_transforms_active():
         return operator(*args)
     # Dynamo, which traces this in compiled autograd, does not support the guard in below_autograd.
-    return operator(*args) if torch.compiler.is_compiling() else below_autograd(operator, *args)
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    with _AutoDispatchBelowAutograd():
+        return operator(*args)

@@ -43,7 +43,8 @@ def _is_plain(cls):
 class _Serve(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _SERVED and "out" not in kwargs and all([_is_plain(cls) for cls in types]):
+        # torch's functions in C++ take `x`, numpy's name, for `input`; ours, like torch's in Python, do not.
+        if func in _SERVED and "out" not in kwargs and "x" not in kwargs and all([_is_plain(cls) for cls in types]):
             # Others, such as DTensor, override operators, and may not know ours.
             if not any([is_traceable_wrapper_subclass(t) for t in (*args, *kwargs.values())]):
                 func = _SERVED[func]
@@ -61,8 +62,8 @@ def serve() -> TorchFunctionMode:
     tritonnet.nn.functional do: conv2d, linear, max_pool2d, avg_pool2d, adaptive_avg_pool2d, batch_norm, cross_entropy,
     relu, relu6, hardtanh, leaky_relu, silu, hardswish, gelu, sigmoid, hardsigmoid; and the products of
     multi_head_attention_forward are ours. So torch.nn's layers are served too, and subclasses that change a weight
-    before they call F.conv2d. All else
-    is torch's, as are these with `out` or with tensors of a subclass.
+    before they call F.conv2d. All else is torch's, as are these with `out`, with `x` for `input`, as numpy calls it, or
+    with tensors of a subclass.
 
     The block counts for its own thread, for code that torch.compile compiles as well, and may be nested. A function
     under torch.utils.checkpoint, which runs again in backward, has to open it itself. Functions that torch calls in C++

@@ -78,23 +78,25 @@ class _Rule(torch.autograd.Function):
         return y
 
     @classmethod
-    def saved(cls, ctx):
-        """(the arguments before the epilogue's, scale, shift, what activation_grad takes; without activation None)."""
+    def saved(cls, ctx, needs_z):
+        """(the arguments before the epilogue's, scale, shift, what activation_grad takes, or None; z, or None)."""
         scale, shift, residual, t, *kept = ctx.saved_tensors
         kept = iter(kept)
         before = [next(kept) if is_tensor else a for is_tensor, a in zip(ctx.tensors, ctx.before)]
+        z = cls.z(*before) if needs_z else None
         if t is None and not ctx.linear:
-            t = cls.operator(*before, None, None, scale, shift, residual, 0.0, "none", 0.0)
-        return before, scale, shift, t
+            rest = None, None, scale, shift, residual, 0.0, "none", 0.0
+            t = ops.epilogue(z, *rest) if needs_z else cls.operator(*before, *rest)
+        return before, scale, shift, t, z
 
     @classmethod
     def gradients(cls, ctx, dy):
         """The gradient of z, and those of the epilogue's arguments."""
-        before, scale, shift, t = cls.saved(ctx)
         needs_scale, needs_shift, needs_residual = ctx.needs_input_grad[cls.first + 2 : cls.first + 5]
+        before, scale, shift, t, z = cls.saved(ctx, needs_scale)
         dz = dy if ctx.linear else ops.activation_grad(dy, t, ctx.activation, ctx.slope)
         pixels = [dim for dim in range(dz.dim()) if dim != 1]
-        dscale = (dz.to(scale.dtype) * cls.z(*before)).sum(pixels) if needs_scale else None
+        dscale = (dz.to(scale.dtype) * z).sum(pixels) if needs_scale else None
         dshift = dz.sum(pixels, dtype=shift.dtype) if needs_shift else None
         rest = None, None, dscale, dshift, dz if needs_residual else None, *_NOTHING
         return before, _scaled(dz, scale), rest
@@ -102,9 +104,9 @@ class _Rule(torch.autograd.Function):
     @classmethod
     def tangent(cls, ctx, of_z, tscale, tshift, tresidual):
         """of_z: function of the arguments before the epilogue's that returns the tangent of z."""
-        before, scale, _, t = cls.saved(ctx)
+        before, scale, _, t, z = cls.saved(ctx, tscale is not None)
         tz = of_z(*before)
-        of_scale = None if tscale is None else cls.z(*before) * _along(tscale, ctx.shape)
+        of_scale = None if tscale is None else z * _along(tscale, ctx.shape)
         of_shift = None if tshift is None else _along(tshift, ctx.shape)
         tangent = total(None if tz is None else _scaled(tz, scale), tresidual, of_scale, of_shift)
         tangent = tangent.to(ctx.dtype).expand(ctx.shape)
