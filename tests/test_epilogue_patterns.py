@@ -248,7 +248,7 @@ FORWARDS = {
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_forwards(name):
     body, fused = FORWARDS[name]
     check(net(body), fused, images())

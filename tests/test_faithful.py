@@ -26,7 +26,7 @@ from written import forward_of
 import tritonnet
 
 # Forwards drawn at random; the suite has time for some of them.
-DRAWN = int(os.environ.get("TRITONNET_TEST_FORWARDS", 40 if THOROUGH else 15))
+DRAWN = int(os.environ.get("TRITONNET_TEST_FORWARDS", 40 if THOROUGH else 8))
 
 
 @pytest.fixture(autouse=True)

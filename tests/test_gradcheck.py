@@ -144,7 +144,7 @@ def leaves(case, device):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_gradcheck(case, device):
     """Jacobians backward and forward: every element of those in ELEMENTS, random directions of the others."""
     function, inputs = leaves(case, device)

@@ -151,6 +151,7 @@ def test_networks_are_checked_and_timed(network, format, monkeypatch):
     assert {(row.status, row.ms) for row in record.rows} == {(WRONG, None)} and record.faults
 
 
+@pytest.mark.thorough
 def test_the_work_of_a_network():
     one, two = (small_evaluation(batch=batch).works[INFERENCE] for batch in (1, 2))
     assert two.flops == 2 * one.flops > 0 and one.elements < two.elements < 2 * one.elements

@@ -45,7 +45,7 @@ def assert_same_state(ours, theirs_, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 def test_optimizers(name, device):
     """Two steps: parameters and the whole state_dict are those of torch's own optimiser."""
     make, options = OPTIMIZERS[name]
@@ -204,7 +204,7 @@ def two_groups(net, optimizer):
         "fused count",
     ],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_what_changes_in_the_optimizer(options, change, device):
     """Between two calls; torch's optimiser, changed likewise, gives the expected results."""
     net = small().to(device)

@@ -55,6 +55,7 @@ HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); prin
 STOPS = "import time\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('half of it')"
 
 
+@pytest.mark.thorough
 def test_stages_follow_whatever_comes(run, tmp_path, capfd):
     """One fails, one crashes, one stops when it is told to and one does not."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

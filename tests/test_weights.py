@@ -40,7 +40,7 @@ STEPS = 50 if EXAMPLES > 50 else 8
 
 @pytest.fixture(autouse=True)
 def plain_operators(monkeypatch):
-    """Models on the operators are not fused, and theirs is the reference: both take seconds, and are tested elsewhere."""
+    """Models on the operators are not fused, and run on the reference: both take seconds and are tested elsewhere."""
     step = train_step.Operators.__call__
 
     def on_the_reference(self, *batch):
@@ -123,6 +123,7 @@ def assert_evaluates(net, images, launched=INFERENCE):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.sampled(2)
 def test_an_evaluation_sees_every_write(dtype, device):
     """To each parameter in turn; the net is also evaluated before, so that its kernels' weights could be stale."""
     net = tritonnet.LeNet(size=28).to(device, dtype).eval()
