@@ -119,13 +119,14 @@ def every_way_of_every_operator(mesh):
 def net():
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Conv2d(2, 6, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Conv2d(6, 4, 3, groups=2),
-        torch.nn.ReLU(inplace=True), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3),
+        torch.nn.Conv2d(2, 6, 3, padding=1), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(6, 4, 3, groups=2), torch.nn.ReLU(inplace=True), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(4, 3),
     ).double()  # fmt: skip
 
 
 def compare(model, truth, x, x_placed, target, placed_target):
-    """The loss and the gradients of all parameters and of the images."""
+    """The loss, the gradients of all parameters and of the images, and running statistics."""
     x, x_placed = x.requires_grad_(), x_placed.requires_grad_()
     losses = F.cross_entropy(model(x_placed), placed_target), torch.nn.functional.cross_entropy(truth(x), target)
     for loss in losses:
@@ -134,10 +135,14 @@ def compare(model, truth, x, x_placed, target, placed_target):
     pairs = [(x_placed, x), *zip(model.parameters(), truth.parameters(), strict=True)]
     for ours, true in pairs:
         torch.testing.assert_close(*whole((ours.grad, true.grad)))
+    torch.testing.assert_close(whole(model.buffers()), whole(truth.buffers()))
 
 
 def models(mesh):
-    """A batch with replicated parameters; output channels, whose convolution with groups gathers them; and an MLP."""
+    """A batch with replicated parameters; output channels, whose convolution with groups gathers them; and an MLP.
+
+    Running statistics, which are replicated, are updated by what lies in parts.
+    """
 
     def channels(name, module, mesh):
         for name, p in module.named_parameters(recurse=False):

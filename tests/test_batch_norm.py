@@ -320,3 +320,12 @@ def test_the_bias_may_be_overwritten_before_backward(residual, activation, devic
         inputs = [x, scale, shift, *([added] if residual else [])]
         found.append(torch.autograd.grad(y.sin().sum(), inputs))
     assert all(map(torch.equal, *found))
+
+
+def test_a_decomposed_program_has_the_gradient_of_the_statistics():
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    layer = tritonnet.nn.BatchNorm2d(3, dtype=torch.float64)
+    program = torch.export.export(layer, (x.detach(),)).run_decompositions(tritonnet.decompositions())
+    ours, theirs = program.module()(x), torch.nn.functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(y.pow(3).sum(), x)[0] for y in (ours, theirs)))

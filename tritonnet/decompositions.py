@@ -7,9 +7,13 @@ from torch._ops import OpOverload
 
 from . import ops, reference
 
+# The reference's own takes the statistics for constants: a program that is decomposed and then trained needs their
+# derivatives too, which the same formula in single steps has.
+_DIFFERENTIABLE = {ops.batch_norm: reference.epilogue}
+
 
 def _in_plain_torch(operator):
-    function = getattr(reference, operator._schema.name.partition("::")[2])
+    function = _DIFFERENTIABLE.get(operator) or getattr(reference, operator._schema.name.partition("::")[2])
 
     def decomposed(*args):
         return function(*[tuple(a) if isinstance(a, list) else a for a in args])

@@ -66,7 +66,9 @@ def serve() -> TorchFunctionMode:
     with tensors of a subclass.
 
     The block counts for its own thread, for code that torch.compile compiles as well, and may be nested. A function
-    under torch.utils.checkpoint, which runs again in backward, has to open it itself. Functions that torch calls in C++
+    under torch.utils.checkpoint, which runs again in backward, has to open it itself, even if backward is in the
+    block: otherwise torch's functions run again, and backward raises, or for batch_norm and hardsigmoid gives wrong
+    gradients without a word, as what these keep for it has the sizes of what torch keeps. Functions that torch calls in C++
     are not seen; the fast path of torch.nn.TransformerEncoder is one, and not taken in the block. Every call of a
     function of torch in the block takes some microseconds longer: `convert` is better for what it serves, and so is
     `fuse` for the rest if Dynamo can capture it.

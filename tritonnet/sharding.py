@@ -118,13 +118,25 @@ def register():
         return {"r": Replicate(), "p": Partial()}.get(letter) or Shard(int(letter))
 
     def register_one(operator):
+        # Of operators that only write, in place, DTensor knows it.
+        schema = operator._schema
+        writes = [bool(schema.returns) and a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+
+        def stays(of_arguments, args):
+            """Whether a way has what is overwritten as it lies: DTensor would move it, and what is written be lost."""
+            written = [(s, arg) for s, arg, write in zip(of_arguments, args, writes) if write and arg is not None]
+            return all([p == placement(s) for s, arg in written for p in arg.placements])
+
         def rule(*args):
+            ways = [way for way in _ways(operator, args) if stays(way[0], args)]
+            if not ways:
+                raise RuntimeError(f"{operator}: running statistics must lie alike in all dimensions of the mesh: {args}")
             return [
                 (
                     [placement(letter) for letter in of_results],
                     [None if s == " " or arg is None else placement(s) for s, arg in zip(of_arguments, args)],
                 )
-                for of_arguments, of_results in _ways(operator, args)
+                for of_arguments, of_results in ways
             ]
 
         register_sharding(operator)(rule)
