@@ -44,6 +44,14 @@ CALLS = {
 }
 
 
+# What these keep for backward has the sizes of what torch keeps, so that no checkpoint would notice.
+CHECKPOINTED = {
+    "F.conv2d": CALLS["F.conv2d"],
+    "F.hardsigmoid": CALLS["F.hardsigmoid"],
+    "F.batch_norm": lambda x, w: TF.batch_norm(x, w.new_zeros(3), w.new_ones(3), training=True),
+}
+
+
 def inputs(device):
     return [
         torch.randn(size, dtype=torch.float64, device=device, requires_grad=True)
@@ -182,6 +190,24 @@ def test_checkpoint_in_which_the_block_is_opened(device):
         grad = torch.autograd.grad(checkpoint(served, x, use_reentrant=False).sum(), x)
     assert launches["relu_kernel"] == 2
     torch.testing.assert_close(grad, torch.autograd.grad(torch.relu(net(x)).sum(), x))
+
+
+@pytest.mark.parametrize("name", ["F.conv2d", "F.hardsigmoid", "F.batch_norm"])
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_checkpoint_in_the_block(name, backward_inside, device):
+    """It runs again as torch's functions, as modes are off while backward runs, and so for the first time, too."""
+    function, (x, w) = CHECKPOINTED[name], inputs(device)
+    expected = torch.autograd.grad(function(x, w).pow(3).sum(), (x, w), materialize_grads=True)
+    with tritonnet.serve(), tritonnet.count_launches() as launches:
+        y = checkpoint(function, x, w, use_reentrant=False).pow(3).sum()
+        assert not launches
+        if backward_inside:
+            found = torch.autograd.grad(y, (x, w), materialize_grads=True)
+        torch.relu(x)
+        assert launches
+    if not backward_inside:
+        found = torch.autograd.grad(y, (x, w), materialize_grads=True)
+    torch.testing.assert_close(found, expected)
 
 
 class Standardized(torch.nn.Conv2d):

@@ -1,4 +1,8 @@
-"""Gives calls of torch's own functions, in code that cannot be changed, to ours of the same arguments."""
+"""Gives calls of torch's own functions, in code that cannot be changed, to ours of the same arguments.
+
+A private name of PyTorch here is `_top_saved_tensors_default_hooks`: what packs the tensors that are saved for
+backward, which tells whether a checkpoint has begun.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as _torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -40,15 +45,30 @@ def _is_plain(cls):
     return cls in _PLAIN or cls.__torch_function__ is torch.nn.Parameter.__torch_function__
 
 
+def _checkpoint():
+    """What packs saved tensors, if it is torch.utils.checkpoint's: an object for each checkpoint and each rerun."""
+    hooks = _top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint" else None
+
+
 class _Serve(TorchFunctionMode):
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.checkpoint = checkpoint
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        return (_SERVED[func] if func in _SERVED and self.serves(types, args, kwargs) else func)(*args, **kwargs)
+
+    def serves(self, types, args, kwargs):
         # torch's functions in C++ take `x`, numpy's name, for `input`; ours, like torch's in Python, do not.
-        if func in _SERVED and "out" not in kwargs and "x" not in kwargs and all([_is_plain(cls) for cls in types]):
-            # Others, such as DTensor, override operators, and may not know ours.
-            if not any([is_traceable_wrapper_subclass(t) for t in (*args, *kwargs.values())]):
-                func = _SERVED[func]
-        return func(*args, **kwargs)
+        if "out" in kwargs or "x" in kwargs or not all([_is_plain(cls) for cls in types]):
+            return False
+        # Others, such as DTensor, override operators, and may not know ours.
+        if any([is_traceable_wrapper_subclass(t) for t in (*args, *kwargs.values())]):
+            return False
+        # What a checkpoint that has begun in the block runs will run again outside of it, as torch's functions.
+        return torch.compiler.is_compiling() or _checkpoint() is self.checkpoint
 
 
 def serve() -> TorchFunctionMode:
@@ -66,16 +86,15 @@ def serve() -> TorchFunctionMode:
     with tensors of a subclass.
 
     The block counts for its own thread, for code that torch.compile compiles as well, and may be nested. A function
-    under torch.utils.checkpoint, which runs again in backward, has to open it itself, even if backward is in the
-    block: otherwise torch's functions run again, and backward raises, or for batch_norm and hardsigmoid gives wrong
-    gradients without a word, as what these keep for it has the sizes of what torch keeps. Functions that torch calls in C++
-    are not seen; the fast path of torch.nn.TransformerEncoder is one, and not taken in the block. Every call of a
-    function of torch in the block takes some microseconds longer: `convert` is better for what it serves, and so is
-    `fuse` for the rest if Dynamo can capture it.
+    under torch.utils.checkpoint with use_reentrant=False, which runs again in backward and outside of the block, is
+    torch's unless it opens a block itself. Functions that torch calls in C++ are not seen; the fast path of
+    torch.nn.TransformerEncoder is one, and not taken in the block. Every call of a function of torch in the block takes
+    some microseconds longer: `convert` is better for what it serves, and so is `fuse` for the rest if Dynamo can
+    capture it.
 
     Returns:
         a context manager.
 
     Source: https://docs.pytorch.org/docs/stable/torch.overrides.html
     """
-    return _Serve()
+    return _Serve(None if torch.compiler.is_compiling() else _checkpoint())

@@ -130,7 +130,9 @@ def register():
         def rule(*args):
             ways = [way for way in _ways(operator, args) if stays(way[0], args)]
             if not ways:
-                raise RuntimeError(f"{operator}: running statistics must lie alike in all dimensions of the mesh: {args}")
+                raise RuntimeError(
+                    f"{operator}: running statistics must lie alike in all dimensions of the mesh: {args}"
+                )
             return [
                 (
                     [placement(letter) for letter in of_results],
