@@ -710,6 +710,7 @@ def test_a_run_is_gone_on_with(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "all"])
+@pytest.mark.sampled(2)
 def test_compiled_contestants_and_those_in_graphs(quick, monkeypatch):
     """Which contestants run in which form. torch.compile is stubbed, and comes after all that needs no compilation."""
     modes = []
@@ -1155,7 +1156,7 @@ class Stopped:
      (Stopped(), KeyboardInterrupt)],
     ids=["whole", "lost", "stopped"],
 )  # fmt: skip
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 def test_a_whole_run_on_a_made_up_device(second, end, tmp_path, monkeypatch, capsys):
     """Everything but events and graphs; a device that is lost half-way leaves a report of the cases before."""
     device = Clockwork()

@@ -116,6 +116,7 @@ def test_the_eager_step_of_resnet_50_by_hand():
 
 
 @pytest.mark.parametrize("network, most", [("resnet18", 0.75), ("vgg16_bn", 0.5)])
+@pytest.mark.sampled(2)
 def test_what_fused_networks_save_and_move(network, most, capsys):
     """At full size, by the command: next to nothing is left of torch, and less is moved and saved for backward."""
     traffic.main([network, "--training", "--batch", "16"])
@@ -166,6 +167,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("network, format", zip(training.TITLES, training.FORMATS_TIMED))
+@pytest.mark.sampled(2)
 def test_steps_are_checked_and_timed(network, format, quick):
     record, cases = Record(MACHINE, training=True), [Case(small_step(network), format)]
     run(record, cases, uncompiled(), Clockwork(between=50.0), Budget(1e9), seconds=0.001)

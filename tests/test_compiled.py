@@ -25,7 +25,7 @@ FEW = "conv2d-bfloat16"
     "arch, file, which",
     [
         pytest.param("sm_90", "compiled.py", "", marks=fenced),
-        pytest.param("sm_90", "planted.py", "", marks=of_this_release),
+        pytest.param("sm_90", "planted.py", "", marks=[of_this_release, pytest.mark.thorough]),
         pytest.param("sm_80", "compiled.py", FEW),
         pytest.param("sm_100", "compiled.py", FEW, marks=fenced),
         pytest.param("sm_80", "compiled.py", "", marks=pytest.mark.thorough),

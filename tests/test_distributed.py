@@ -28,6 +28,7 @@ def test_data_parallel_and_sharded(backend):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.thorough
 def test_training_under_torchrun(tmp_path):
     """Only rank 0 prints and saves, Ctrl-C stops both after the same batch, and two processes do what one does."""
     data, out, alone = (tmp_path / name for name in ("data", "out", "alone"))

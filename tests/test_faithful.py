@@ -260,7 +260,7 @@ def images():
 
 
 @pytest.mark.parametrize("name, training", by_turns(FORWARDS, (True, False)), ids=str)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_forwards(name, training):
     assert_faithful(with_forward(FORWARDS[name]).double().train(training), images())
 
@@ -354,7 +354,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_later_changes(name):
     torch.manual_seed(0)
     model = Net().double().eval()

@@ -139,7 +139,7 @@ def images(device):
 
 
 @pytest.mark.parametrize("name, converted, backend", pairs(MODELS, (False, True), ("triton", "reference")), ids=str)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_numbers_and_gradients(name, converted, backend, device):
     before, after = pair(name, device, converted)
     x = images(device)
@@ -397,7 +397,7 @@ LINEARS = ("fc", "aux1", *map(str, range(15, 30)))
 
 
 @pytest.mark.parametrize("name, converted", by_turns(NETWORKS, (False, True)), ids=str)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_networks(name, converted):
     """Every pattern that they have, and one graph for each mode; values and gradients are eager's."""
     make, *rows = NETWORKS[name]
@@ -493,6 +493,7 @@ def test_whoever_traces_sees_the_model_as_it_is_written(device):
         torch.testing.assert_close(gradients["fc2.weight"].sum(0), true)
 
 
+@pytest.mark.thorough
 def test_many_models_and_sizes():
     """The limit of graphs for one piece of code does not add up over models."""
     with tritonnet.backend("reference"):

@@ -529,7 +529,7 @@ def require(needed):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can run a few programs of a launch")
 @pytest.mark.parametrize("kernel", RESULTS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_huge_results(kernel, unpoisoned, full_precision):
     """The first programs, the last, and some in between stay inside their tensors."""
     for call in RESULTS[kernel]:
@@ -569,7 +569,7 @@ def test_what_is_needed_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", INPUTS)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_far_inputs(kernel, unpoisoned, full_precision, one_at_a_time):
     if kernel == "product_kernel" and not product.described():
         pytest.skip("there are no tensor descriptors before sm_90")

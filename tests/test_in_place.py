@@ -248,6 +248,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.sampled(3)
 def test_as_torch_does(case, function, backend, device):
     theirs, ours = (outcome(CASES[case], FUNCTIONS[function](f), device) for f in (TF, F))
     if isinstance(theirs, type) or isinstance(ours, type):

@@ -122,7 +122,7 @@ def uncompiled():
 
 
 @pytest.mark.parametrize("network, format", zip(inference.TITLES, inference.FORMATS_TIMED))
-@pytest.mark.sampled(3)
+@pytest.mark.thorough
 def test_networks_are_checked_and_timed(network, format, monkeypatch):
     """Both layouts and all forms; what another library computes with another epsilon is named."""
     monkeypatch.setattr(measure, "FEWEST", 2)

@@ -86,7 +86,7 @@ def by_torch(net, optimizer, images, labels):
         ("colours, 28 pixels, 100 classes", "bfloat16"),
     ],
 )
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 def test_gradients(name, precision, device):
     """One step of SGD at rate 1 shows the gradient, which is compared with float64 autograd's.
 

@@ -380,6 +380,7 @@ def test_a_tile_that_computes_something_else_is_not_timed(monkeypatch):
         assert made.measured(problem, tile).error == "ZeroDivisionError: integer division or modulo by zero"
 
 
+@pytest.mark.thorough
 def test_the_chooser_says_what_each_tile_has_to_do():
     """Every candidate of every family, on its first problem and for sm_90: one launch of the family, or too wide."""
     code = """

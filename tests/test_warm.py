@@ -52,6 +52,7 @@ def rewritten(archive, to, left_out="", **changed):
     return to
 
 
+@pytest.mark.thorough
 def test_what_is_packed_is_what_is_launched_and_what_is_missing_is_named(tmp_path, capsys):
     (tmp_path / "jobs.py").write_text(JOBS, encoding="utf-8")
     archive, cache = tmp_path / "packed.tar.xz", tmp_path / "cache"

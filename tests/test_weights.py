@@ -402,6 +402,7 @@ def test_updates_reach_other_processes():
     assert all(p.is_shared() for p in net.parameters())
 
 
+@pytest.mark.thorough
 def test_defaults_of_torch(device):
     """A default device of "meta", which transformers sets while it loads a model, and a default dtype of float64."""
     results = []
@@ -575,7 +576,7 @@ def test_buffers_that_are_replaced_are_not_spoilt():
 
 
 @pytest.mark.parametrize("how, graphs", [("pickle", False), ("deepcopy", True)])
-@pytest.mark.sampled(2)
+@pytest.mark.thorough
 def test_copies_of_a_step(how, graphs, device, monkeypatch):
     """They continue from the step's state, and share neither its model nor its losses, in either direction."""
     if graphs and device.type == "cpu":
@@ -647,6 +648,7 @@ def test_a_scheduler_that_is_made_later(device, recwarn):
     assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
 
 
+@pytest.mark.thorough
 def test_an_evaluation_keeps_no_model(device):
     """A parameter's hook may refer to the model, and a parameter that was replaced may be freed, too."""
     net = tritonnet.LeNet(size=28).to(device).eval()
