@@ -1017,6 +1017,7 @@ def test_the_readme_picks_no_cases_by_their_times():
     assert list(results.HEADLINES) == networks + [first[kind] for kind in kinds]
 
 
+@pytest.mark.thorough
 def test_time_to_an_accuracy():
     """Every library trains from the same weights in the same order, until it is good enough or its epochs are over."""
     torch.manual_seed(0)
@@ -1156,7 +1157,7 @@ class Stopped:
      (Stopped(), KeyboardInterrupt)],
     ids=["whole", "lost", "stopped"],
 )  # fmt: skip
-@pytest.mark.sampled(6)
+@pytest.mark.thorough
 def test_a_whole_run_on_a_made_up_device(second, end, tmp_path, monkeypatch, capsys):
     """Everything but events and graphs; a device that is lost half-way leaves a report of the cases before."""
     device = Clockwork()

@@ -127,6 +127,7 @@ def test_ctrl_c_and_resume_change_nothing(at, options, digits, tmp_path, capsys,
     assert_same_run(whole, halves)
 
 
+@pytest.mark.thorough
 def test_ctrl_c_from_outside(digits, tmp_path, capsys, no_pictures):
     """A process receives SIGINT while it trains, and another continues."""
     common = ["train", "--data", digits, "--epochs", 12, "--batch-size", 20, "--device", "cpu"]
@@ -441,6 +442,7 @@ def test_a_loss_that_explodes_is_said(digits, tmp_path, capsys):
     assert code == 2 and "--lr" in error and error.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_doctor_on_the_kernels(capsys, device):
     assert cli.main(["doctor"]) == 0
     output = capsys.readouterr().out

@@ -144,6 +144,7 @@ def test_any_model_s_whole_step(precision, optimizer, replays, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU's graphs")
+@pytest.mark.thorough
 def test_a_capture_passes_the_guard_bands(monkeypatch):
     """Launches before a capture run between bands; those in it and its replays run on the tensors themselves."""
     capturing, banded = [False], []

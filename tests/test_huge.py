@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, thorough_if
 from filelock import FileLock
 from memory import CHUNK, GUARDED, watched
 
@@ -518,6 +518,10 @@ def one_at_a_time(tmp_path_factory):
             torch.cuda.empty_cache()
 
 
+# They take as long as all others.
+SLOW = "cross_entropy_kernel", "conv2d_input_grad_kernel"
+
+
 def require(needed):
     """Skips the test if the GPU has less free memory; on the CPU untouched pages take none."""
     if DEVICE != "cpu":
@@ -528,7 +532,7 @@ def require(needed):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can run a few programs of a launch")
-@pytest.mark.parametrize("kernel", RESULTS)
+@pytest.mark.parametrize("kernel", thorough_if(lambda kernel: kernel in SLOW, RESULTS))
 @pytest.mark.sampled(3)
 def test_huge_results(kernel, unpoisoned, full_precision):
     """The first programs, the last, and some in between stay inside their tensors."""

@@ -28,7 +28,7 @@ def small(channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.sampled(2)
+@pytest.mark.thorough
 def test_gradients_in_lanes(channels, in_lanes, device, monkeypatch):
     """As test_gradients in test_train_step.py, with its bounds."""
     monkeypatch.setitem(served._SIZES, (0, 64), 20)

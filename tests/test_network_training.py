@@ -16,7 +16,7 @@ from bench.networks import NETWORKS
 
 BATCH, STEPS = 4, 20
 # The rest are trained in a thorough run.
-SOME = "resnet18", "mobilenet_v2"
+SOME = ("resnet18",)
 
 
 def network(name, dtype):

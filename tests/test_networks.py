@@ -39,7 +39,7 @@ WAYS = {
 }
 # Those that run in every run; a thorough run has all of them.
 SOME = {
-    "fused": ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v3", "efficientnet_b0", "densenet121"),
+    "fused": ("resnet50", "vgg16_bn", "efficientnet_b0", "densenet121"),
     "fused in 16 bits": ("resnet50", "vgg16_bn"),
     "converted": ("mobilenet_v3", "densenet121"),
     "compiled": ("resnet18", "regnet_y_400mf"),

@@ -235,6 +235,7 @@ def test_a_loss_never_changes(graphs, device, monkeypatch):
 
 
 @on_the_cpu
+@pytest.mark.thorough
 def test_what_replays_the_graph_alone_stays_in_its_blocks(monkeypatch):
     """However often: each replay writes a loss after the one before."""
     monkeypatch.setattr(losses, "BLOCK", 2)

@@ -100,6 +100,7 @@ def test_nothing_of_a_stage_stays(run, tmp_path):
             time.sleep(0.1)
 
 
+@pytest.mark.thorough
 def test_a_stage_ends_with_what_has_started_it(tmp_path):
     """bench --verify is killed and can tell no process; its own output is closed, and the stage's is still read."""
     there, kept = tmp_path / "pid", tmp_path / "made-up-gpu-verify.json"
