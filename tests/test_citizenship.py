@@ -624,8 +624,9 @@ def operator_calls(device):
 @pytest.mark.sampled(2)
 def test_opcheck(name, backend, device):
     """PyTorch's own checks of schema, fake tensors, autograd registration and tracing, for every operator."""
-    operator = getattr(ops, name)
-    torch.library.opcheck(operator, operator_calls(device)[operator])
+    operator, calls = getattr(ops, name), operator_calls(device)
+    assert set(calls) == {op for op in vars(ops).values() if isinstance(op, torch._ops.OpOverload)}
+    torch.library.opcheck(operator, calls[operator])
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

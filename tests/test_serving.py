@@ -44,7 +44,7 @@ CALLS = {
 }
 
 
-# What these keep for backward has the sizes of what torch keeps, so that no checkpoint would notice.
+# What the last two keep for backward has the sizes of what torch keeps, so that no checkpoint would notice.
 CHECKPOINTED = {
     "F.conv2d": CALLS["F.conv2d"],
     "F.hardsigmoid": CALLS["F.hardsigmoid"],
@@ -192,7 +192,7 @@ def test_checkpoint_in_which_the_block_is_opened(device):
     torch.testing.assert_close(grad, torch.autograd.grad(torch.relu(net(x)).sum(), x))
 
 
-@pytest.mark.parametrize("name", ["F.conv2d", "F.hardsigmoid", "F.batch_norm"])
+@pytest.mark.parametrize("name", CHECKPOINTED)
 @pytest.mark.parametrize("backward_inside", [True, False])
 def test_checkpoint_in_the_block(name, backward_inside, device):
     """It runs again as torch's functions, as modes are off while backward runs, and so for the first time, too."""

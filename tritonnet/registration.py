@@ -17,6 +17,7 @@ Private names of PyTorch in this file:
 - `_len_torch_dispatch_stack`: whether a dispatch mode, such as make_fx's, sees the operators that are called.
 """
 
+import functools
 import threading
 
 import torch
@@ -147,8 +148,7 @@ def register_autograd(operator, alone=None, prepare=None, apart=None):
         record = super(torch.autograd.Function, function).apply
         in_place = not operator._schema.returns
 
-        def autograd_kernel(keys, *args):
-            _CALL.keys = keys
+        def autograd_kernel(*args):
             if apart is not None and (_are_functorch_transforms_active() or forward_ad._current_level >= 0):
                 return apart(*args)
             if _are_functorch_transforms_active():
@@ -161,10 +161,9 @@ def register_autograd(operator, alone=None, prepare=None, apart=None):
                 result = below_autograd(operator, *args)
             return None if in_place else result
 
-        def first_result(keys, *args):
+        def first_result(*args):
             if recorded(args):
-                return autograd_kernel(keys, *args)[0]
-            _CALL.keys = keys
+                return autograd_kernel(*args)[0]
             return below_autograd(alone, *args)
 
         _register_autograd_kernel(operator, autograd_kernel)
@@ -182,10 +181,9 @@ def register_decomposition(operator):
     """
 
     def decorate(function):
-        def autograd_kernel(keys, *args):
+        def autograd_kernel(*args):
             if recorded(args):
                 return function(*args)
-            _CALL.keys = keys
             return below_autograd(operator, *args)
 
         _register_autograd_kernel(operator, autograd_kernel)
@@ -196,12 +194,7 @@ def register_decomposition(operator):
 
 def register_constant(operator):
     """Make autograd take the operator's results for constants, without a warning."""
-
-    def autograd_kernel(keys, *args):
-        _CALL.keys = keys
-        return below_autograd(operator, *args)
-
-    _register_autograd_kernel(operator, autograd_kernel)
+    _register_autograd_kernel(operator, functools.partial(below_autograd, operator))
 
 
 def register_batching(operator):
@@ -215,8 +208,13 @@ def register_batching(operator):
 
 
 def _register_autograd_kernel(operator, kernel):
-    """Register kernel(keys, *args), with the dispatch keys of the call."""
-    _LIBRARY.impl(operator._schema.name.partition("::")[2], kernel, "Autograd", with_keyset=True)
+    """Register kernel(*args), within which below_autograd goes on with the call."""
+
+    def with_keys(keys, *args):
+        _CALL.keys = keys
+        return kernel(*args)
+
+    _LIBRARY.impl(operator._schema.name.partition("::")[2], with_keys, "Autograd", with_keyset=True)
 
 
 def below_autograd(operator, *args, counted=False):

@@ -118,7 +118,7 @@ def register():
         return {"r": Replicate(), "p": Partial()}.get(letter) or Shard(int(letter))
 
     def register_one(operator):
-        # Of operators that only write, in place, DTensor knows it.
+        # DTensor leaves in place by itself what operators without results overwrite.
         schema = operator._schema
         writes = [bool(schema.returns) and a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
 
